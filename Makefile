@@ -1,0 +1,35 @@
+# Two commands to know: `make demo` and `make test`. Each makes the environment first.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN     = $(VENV)/bin/
+READY   = $(VENV)/.ready
+
+.PHONY: demo zero test check format clean
+
+$(READY): pyproject.toml constraints.txt setup.py
+	@echo "Making $(VENV) and installing; about a minute on a fast connection."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "geo_r1 needs Python 3.11 or later; try: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(READY)  ## the whole recipe on the procedural world, CPU only, about ten minutes
+	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train recipes/world.toml
+
+zero: $(READY)  ## GRPO straight from the base model, same world
+	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train recipes/world_zero.toml
+
+test: $(READY)  ## every test, warnings as errors
+	$(RUN)pytest
+
+check: $(READY)  ## formatting, lint, types
+	$(RUN)ruff format --check .
+	$(RUN)ruff check .
+	$(RUN)mypy
+
+format: $(READY)
+	$(RUN)ruff format .
+	$(RUN)ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,1 @@
+"""Fused kernels and a lean trainer for reinforcement learning of vision-language models."""
