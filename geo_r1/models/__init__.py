@@ -1,1 +1,6 @@
-"""."""
+"""A transformers vision-language model made to run on packed batches."""
+
+from geo_r1.models.packed import EncodedPrompt, PackedBatch, pack
+from geo_r1.models.qwen_vl import PackedVLM, load_model
+
+__all__ = ["EncodedPrompt", "PackedBatch", "PackedVLM", "load_model", "pack"]

@@ -1,0 +1,102 @@
+"""What the procedural world teaches: questions as prompts, chains of thought, captions, direct answers.
+
+A chain of thought has the four steps of Geo-R1: visual cues, knowledge association, evidence corroboration,
+conclusion. The teacher can be made to err in two ways that real teachers do: *haste*, to accept a candidate
+before all four sides are compared, and *slips*, to misname what a tile shows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from geo_r1.data.sample import Sample
+from geo_r1.data.world import COVERS, LETTERS, Pairing, World
+
+QUESTION = (
+    "The first image is a panorama. Which of the tiles {labels} shows the same place from above? "
+    "Think in <think> </think>, then answer in <answer> </answer>."
+)
+CAPTION = "Describe the panorama and the tiles {labels}."
+
+
+def question(world: World, split: str, index: int) -> Sample:
+    """A cross-view pairing as a prompt with an answer and no response; images before the text."""
+    pairing = world.pairing(split, index)
+    return _sample(world, pairing, QUESTION, None)
+
+
+def chain_of_thought(
+    world: World, split: str, index: int, haste: float = 0.0, slip: float = 0.0
+) -> Sample:
+    """A question with a teacher's chain of thought as its response.
+
+    Args:
+        haste: probability, at each side that agrees, of accepting the candidate without comparing the rest.
+        slip: probability of misnaming a side of a tile.
+    """
+    pairing = world.pairing(split, index)
+    rng = random.Random(f"{world.seed}/{pairing.id}/teacher")
+    evidence, chosen = _compare(pairing, haste, slip, rng)
+    cues = pairing.place.covers
+    thought = f"Cues: {' '.join(cues)}. Knowledge: {association(cues)}. Evidence: {evidence} Conclusion: {chosen}."
+    return _sample(world, pairing, QUESTION, f"<think>{thought}</think><answer>{chosen}</answer>")
+
+
+def direct_answer(world: World, split: str, index: int) -> Sample:
+    """A question whose response is the answer alone."""
+    pairing = world.pairing(split, index)
+    return _sample(world, pairing, QUESTION, f"<answer>{pairing.answer}</answer>")
+
+
+def caption(world: World, split: str, index: int) -> Sample:
+    """The same pictures, and what each of them shows as the response."""
+    pairing = world.pairing(split, index)
+    views = [f"panorama {' '.join(pairing.place.covers)}."]
+    views += [f"{letter} {' '.join(c.covers)}." for letter, c in zip(LETTERS, pairing.candidates, strict=False)]
+    return _sample(world, pairing, CAPTION, " ".join(views))
+
+
+def association(covers: Sequence[str]) -> str:
+    """What kind of place has these sides: the knowledge step, from general to particular."""
+    for cover, kind in (("water", "coast"), ("sand", "desert"), ("rock", "mountain"), ("roofs", "town")):
+        if cover in covers:
+            return kind
+    return "country"
+
+
+def _compare(pairing: Pairing, haste: float, slip: float, rng: random.Random) -> tuple[str, str]:
+    """Compare candidate by candidate and side by side until one agrees; the last is taken if none does."""
+    lines = []
+    for letter, candidate in zip(LETTERS, pairing.candidates, strict=False):
+        words = [letter]
+        for side, (cue, cover) in enumerate(zip(pairing.place.covers, candidate.covers, strict=True)):
+            named = rng.choice([c for c in COVERS if c != cover]) if rng.random() < slip else cover
+            words += [cue, named]
+            if cue != named:
+                lines.append(" ".join([*words, "no."]))
+                break
+            words.append("same")
+            if side == 3 or rng.random() < haste:
+                return " ".join([*lines, " ".join([*words, "yes."])]), letter
+    return " ".join(lines), letter
+
+
+def _sample(world: World, pairing: Pairing, text: str, response: str | None) -> Sample:
+    labels = f"A to {LETTERS[world.num_candidates - 1]}"
+    images = world.images(pairing)
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text.format(labels=labels)}]
+    city = pairing.place.city
+    return Sample(
+        id=pairing.id,
+        messages=({"role": "user", "content": content},),
+        images=images,
+        response=response,
+        answer=pairing.answer,
+        metadata={
+            "num_choices": world.num_candidates,
+            "city": city.name,
+            "latitude": city.latitude,
+            "longitude": city.longitude,
+        },
+    )

@@ -1,0 +1,145 @@
+"""Group-relative advantages over ragged groups.
+
+    advantage[i] = (reward[i] - baseline_i) / scale_i
+
+Source: GRPO, arXiv:2402.03300; leave-one-out baseline, RLOO, arXiv:2402.14740; undivided, Dr. GRPO,
+arXiv:2503.20783.
+"""
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from geo_r1.kernels.impls import resolve_impl
+
+
+@torch.no_grad()
+def group_advantage(
+    reward_N: Tensor,
+    cu_group: Tensor,
+    *,
+    valid_N: Tensor | None = None,
+    baseline: Literal["mean", "leave_one_out"] = "mean",
+    scale: Literal["group", "batch", "none"] = "group",
+    eps: float = 1e-4,
+    correction: int = 1,
+    impl: str | None = None,
+) -> Tensor:
+    """Score each completion against the others that answer the same prompt.
+
+        advantage[i] = (reward[i] - mean_g) / (std_g + eps)
+
+    A group whose valid rewards are all equal, or that has one valid member, gets exactly zero. A non-finite
+    reward makes the valid members of its own group NaN (with `scale="batch"`, of every group that is not
+    all equal): nothing waits for the device to raise.
+
+    Args:
+        reward_N: [N] floating, task units; completions of a group are adjacent.
+        cu_group: [G + 1] int32 or int64, group boundaries; starts at 0, ends at N. Empty groups are legal.
+        valid_N: [N] bool; members that are False take no part in the statistics and get 0. None: all valid.
+        baseline: "mean" of the group's valid members, or "leave_one_out", that of the other ones.
+        scale: divide by the standard deviation of the "group", of the whole "batch"'s valid rewards, or by
+            nothing ("none").
+        eps: task units, added to the standard deviation; keeps nearly equal rewards finite.
+        correction: 1 for the sample standard deviation (Bessel's correction), 0 for the population's.
+        impl: implementation, see `available_impls()`.
+
+    Returns:
+        [N] float32 (float64 for float64 rewards), no unit, no gradient.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is wrong; or, where `cu_group` lives on the CPU,
+            boundaries do not start at 0, fall, or do not end at N.
+
+    Source: GRPO, arXiv:2402.03300.
+    """
+    resolve_impl("group_advantage", impl, reward_N.device)
+    _check(reward_N, cu_group, valid_N, baseline, scale, eps, correction)
+    dtype = torch.promote_types(reward_N.dtype, torch.float32)
+    num_groups, num_members = cu_group.numel() - 1, reward_N.numel()
+    if num_members == 0:
+        return reward_N.new_zeros(0, dtype=dtype)
+    valid = torch.ones_like(reward_N, dtype=torch.bool) if valid_N is None else valid_N
+    reward = reward_N.to(dtype).masked_fill(~valid, 0.0)
+    # Number of group ends at or before i: empty groups are stepped over.
+    member = torch.arange(num_members, device=reward.device, dtype=cu_group.dtype)
+    group = torch.searchsorted(cu_group[1:].contiguous(), member, right=True)
+
+    def total(value_N: Tensor) -> Tensor:
+        return value_N.new_zeros(num_groups).index_add_(0, group, value_N)
+
+    def extreme(fill: float, reduce: str) -> Tensor:
+        value = torch.where(valid, reward, fill)
+        return value.new_full((num_groups,), fill).scatter_reduce_(0, group, value, reduce)
+
+    count_G = total(valid.to(dtype))
+    low_G = extreme(float("inf"), "amin")
+    # inf - inf is NaN, so a non-finite reward never looks like a group of equal rewards.
+    spread_G = extreme(float("-inf"), "amax") - low_G
+
+    # First pass: the mean, measured from the group's smallest reward so that a common offset costs no digits.
+    # spread * 0 is NaN exactly where a reward is not finite.
+    above = torch.where(valid, reward - low_G[group], 0.0)
+    mean_G = total(above) / count_G.clamp(min=1) + spread_G * 0
+    centred = torch.where(valid, above - mean_G[group], 0.0)
+    advantage = centred
+    if baseline == "leave_one_out":  # r_i - (n mean - r_i) / (n - 1) = (r_i - mean) n / (n - 1)
+        advantage = centred * (count_G / (count_G - 1).clamp(min=1))[group]
+    # Second pass: the squares of what is left.
+    if scale == "group":
+        variance_G = total(centred.square()) / (count_G - correction).clamp(min=1)
+        advantage = advantage / (variance_G.sqrt() + eps)[group]
+    elif scale == "batch":
+        count = count_G.sum()
+        above_all = reward - torch.where(valid, reward, float("inf")).amin()
+        mean_all = torch.where(valid, above_all, 0.0).sum() / count.clamp(min=1)
+        square = torch.where(valid, above_all - mean_all, 0.0).square().sum()
+        advantage = advantage / ((square / (count - correction).clamp(min=1)).sqrt() + eps)
+    # Rounding in the mean may leave equal rewards a hair above zero; equal means exactly zero.
+    return advantage.masked_fill(~valid | (spread_G == 0)[group], 0.0)
+
+
+def _check(
+    reward_N: Tensor,
+    cu_group: Tensor,
+    valid_N: Tensor | None,
+    baseline: str,
+    scale: str,
+    eps: float,
+    correction: int,
+) -> None:
+    if reward_N.dim() != 1 or not reward_N.is_floating_point():
+        raise ValueError(
+            f"reward_N: expected [N] floating, got {list(reward_N.shape)} {reward_N.dtype}",
+        )
+    if cu_group.dim() != 1 or cu_group.numel() == 0 or cu_group.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_group: expected [G + 1] int32 or int64, got {list(cu_group.shape)} {cu_group.dtype}"
+        )
+    if valid_N is not None and (valid_N.shape != reward_N.shape or valid_N.dtype != torch.bool):
+        raise ValueError(
+            f"valid_N: expected {list(reward_N.shape)} bool, got {list(valid_N.shape)} {valid_N.dtype}"
+        )
+    for name, tensor in (("cu_group", cu_group), ("valid_N", valid_N)):
+        if tensor is not None and tensor.device != reward_N.device:
+            raise ValueError(f"{name}: expected on {reward_N.device} like reward_N, got {tensor.device}")
+    if baseline not in ("mean", "leave_one_out"):
+        raise ValueError(f"baseline: expected 'mean' or 'leave_one_out', got {baseline!r}")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale: expected 'group', 'batch' or 'none', got {scale!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+    if correction not in (0, 1):
+        raise ValueError(f"correction: expected 0 or 1, got {correction}")
+    if cu_group.device.type == "cpu":
+        boundaries = cu_group.tolist()
+        if boundaries[0] != 0 or boundaries[-1] != reward_N.numel():
+            raise ValueError(
+                f"cu_group: expected to start at 0 and end at N = {reward_N.numel()}, "
+                f"got {boundaries[0]} and {boundaries[-1]}"
+            )
+        for g, (start, stop) in enumerate(pairwise(boundaries)):
+            if stop < start:
+                raise ValueError(f"cu_group: group {g} ends at {stop}, before its start at {start}")

@@ -1,0 +1,88 @@
+"""Attention over a packed batch: a completion sees its group's prompt and itself, never its siblings.
+
+    out_i = softmax_j(scale * q_i . k_j) v_j,   j visible from i (see `PackedLayout`)
+
+Operations: 4 * H * D for each visible (i, j) pair forward. The reference runs segments of one shape as one
+batch, so nothing is padded and no [T, T] mask exists.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from geo_r1.kernels.impls import resolve_impl
+from geo_r1.kernels.layout import PackedLayout
+
+
+def packed_attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    layout: PackedLayout,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Attend within groups, sharing each group's prompt among its completions.
+
+    Args:
+        q_THD: [T, H, D] queries, any float dtype.
+        k_TKD: [T, K, D] keys; K divides H (grouped heads).
+        v_TKD: [T, K, D] values.
+        layout: the batch's boundaries, T tokens in all.
+        causal: False lets a segment's tokens see the whole segment and its prompt (vision windows).
+        scale: multiplies the scores; None means D ** -0.5.
+        impl: None picks by device; see `available_impls`.
+
+    Returns:
+        [T, H, D], dtype of q, differentiable in q, k and v.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree with each other or with the layout, or `impl` cannot run.
+
+    Source: shared-prefix attention as in Hydragen, arXiv:2402.05099; exact, no approximation.
+    """
+    _check(q_THD, k_TKD, v_TKD, layout)
+    resolve_impl("packed_attention", impl, q_THD.device)
+    return _reference(q_THD, k_TKD, v_TKD, layout, causal, q_THD.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _reference(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, causal: bool, scale: float
+) -> Tensor:
+    """One call for each shape of segment: rows are gathered in, and put back in order at the end."""
+    outs = []
+    for prefix_len, q_row, kv_row in layout.shape_buckets:
+        q, k, v = (
+            x.index_select(0, row.flatten()).unflatten(0, row.shape).transpose(1, 2)  # [n, heads, rows, D]
+            for x, row in ((q_THD, q_row), (k_TKD, kv_row), (v_TKD, kv_row))
+        )
+        mask = None
+        if causal and prefix_len:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix_len)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal and not prefix_len, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).index_select(0, layout.bucket_order) if outs else q_THD.clone()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> None:
+    tokens = layout.num_tokens
+    if q.ndim != 3 or q.shape[0] != tokens:
+        raise ValueError(f"q must be [{tokens}, heads, head size] for this layout, got {list(q.shape)}")
+    if k.ndim != 3 or k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"k and v must both be [{tokens}, key heads, {q.shape[2]}], got {list(k.shape)} and {list(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot be shared among {k.shape[1]} key heads")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share a float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device == layout.device:
+        raise ValueError(
+            f"q, k, v and the layout must share a device, got {q.device}, {k.device}, {v.device}, {layout.device}"
+        )

@@ -1,0 +1,217 @@
+"""Which token of a packed batch belongs to which prompt and completion.
+
+One batch is one row of T tokens with no padding: for each group its prompt once, then its completions.
+
+    [ prompt 0 | c 0.0 | c 0.1 | ... | prompt 1 | c 1.0 | ... ]
+
+A *segment* is a prompt or a completion. Token i sees token j when j <= i, both are in the same group, and j
+is in the prompt or in i's own completion. A vision tower's windows are prompts with no completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """The boundaries of a packed batch, on the device for kernels and on the host for schedules.
+
+    Make one with `from_lengths`. The tensors are int32, in tokens.
+
+    Attributes:
+        prompt_len: tokens of each group's prompt, B of them.
+        completion_len: for each group, the tokens of each of its completions; zero is legal.
+        cu_group: [B + 1] where each group starts; ends at T.
+        prefix_len: [B] tokens of each group's prompt.
+        cu_segment: [S + 1] where each segment starts; ends at T.
+        segment_parent: [S] the segment that holds the prompt of this completion; -1 for a prompt.
+    """
+
+    prompt_len: tuple[int, ...]
+    completion_len: tuple[tuple[int, ...], ...]
+    cu_group: Tensor
+    prefix_len: Tensor
+    cu_segment: Tensor
+    segment_parent: Tensor
+
+    @classmethod
+    def from_lengths(
+        cls,
+        prompt_len: Sequence[int],
+        completion_len: Sequence[Sequence[int]] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> PackedLayout:
+        """Lay out groups one after another.
+
+        Args:
+            prompt_len: tokens of each prompt, B integers >= 0.
+            completion_len: B sequences with the tokens of each completion; None means no completions.
+
+        Raises:
+            ValueError: lengths are negative, not integers, or the two arguments differ in length.
+        """
+        prompts = tuple(prompt_len)
+        completions = tuple(map(tuple, completion_len)) if completion_len is not None else ((),) * len(prompts)
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts but {len(completions)} groups of completions")
+        for group, lengths in enumerate(zip(prompts, completions, strict=True)):
+            for length in (lengths[0], *lengths[1]):
+                if not isinstance(length, int) or length < 0:
+                    raise ValueError(f"group {group}: a length must be an integer >= 0, got {length!r}")
+        cu_group, cu_segment, parent = [0], [0], []
+        for prompt, lengths in zip(prompts, completions, strict=True):
+            parent += [-1] + [len(parent)] * len(lengths)
+            for length in (prompt, *lengths):
+                cu_segment.append(cu_segment[-1] + length)
+            cu_group.append(cu_segment[-1])
+        if cu_group[-1] >= 2**31:
+            raise ValueError(f"{cu_group[-1]} tokens do not fit int32 boundaries; plan smaller batches")
+
+        def on_device(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+
+        return cls(
+            prompts, completions, on_device(cu_group), on_device(prompts), on_device(cu_segment), on_device(parent)
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens in the batch."""
+        return sum(self.prompt_len) + sum(map(sum, self.completion_len))
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_group.device
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(start, length, prefix start, prefix length) of each segment in tokens, on the host."""
+        rows, start = [], 0
+        for prompt, lengths in zip(self.prompt_len, self.completion_len, strict=True):
+            rows.append((start, prompt, start, 0))
+            prefix, start = start, start + prompt
+            for length in lengths:
+                rows.append((start, length, prefix, prompt))
+                start += length
+        return tuple(rows)
+
+    @cached_property
+    def shape_buckets(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
+        """Segments of one shape together: (prefix length, query rows [n, L], key rows [n, P + L]), int64.
+
+        Empty segments are in no bucket; every token is in exactly one bucket's query rows.
+        """
+        places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for start, length, prefix, prefix_len in self.segments:
+            if length:
+                places.setdefault((length, prefix_len), []).append((start, prefix))
+        buckets = []
+        for (length, prefix_len), starts in places.items():
+            first = torch.tensor(starts)
+            q_row = first[:, :1] + torch.arange(length)
+            kv_row = torch.cat([first[:, 1:] + torch.arange(prefix_len), q_row], 1)
+            buckets.append((prefix_len, q_row.to(self.device), kv_row.to(self.device)))
+        return tuple(buckets)
+
+    @cached_property
+    def bucket_order(self) -> Tensor:
+        """[T] int64, where each token stands among the concatenated query rows of `shape_buckets`."""
+        rows = [q_row.flatten() for _, q_row, _ in self.shape_buckets]
+        return torch.cat(rows).argsort() if rows else torch.zeros(0, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def predictor_row(self) -> Tensor:
+        """[R] int64, the token whose hidden state predicts each completion token.
+
+        A completion's first token is predicted by its prompt's last one.
+
+        Raises:
+            ValueError: a group has completion tokens and an empty prompt, so nothing predicts the first.
+        """
+        rows = []
+        for start, length, prefix, prefix_len in self._completions:
+            if length and not prefix_len:
+                raise ValueError(f"the completion at token {start} has no prompt to predict its first token")
+            rows += [prefix + prefix_len - 1, *range(start, start + length - 1)] if length else []
+        return torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    @cached_property
+    def completion_row(self) -> Tensor:
+        """[R] int64, where each completion token sits in the batch."""
+        rows = [row for start, length, _, _ in self._completions for row in range(start, start + length)]
+        return torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    @cached_property
+    def _completions(self) -> tuple[tuple[int, int, int, int], ...]:
+        first_of_group, index = set(), 0
+        for lengths in self.completion_len:
+            first_of_group.add(index)
+            index += 1 + len(lengths)
+        return tuple(row for i, row in enumerate(self.segments) if i not in first_of_group)
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """Groups put into batches under a token budget.
+
+    Attributes:
+        batches: for each batch, (group, indices of its completions) pairs; a group may stand in several.
+        num_tokens: tokens over all batches, repeated prompts included.
+        repeated_tokens: prompt tokens computed again because a group was split.
+    """
+
+    batches: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+    num_tokens: int
+    repeated_tokens: int
+
+
+def plan_batches(
+    prompt_len: Sequence[int], completion_len: Sequence[Sequence[int]], max_tokens: int
+) -> PackedPlan:
+    """Put groups into as few batches of at most `max_tokens` tokens as first-fit decreasing finds.
+
+    A group larger than the budget is split into sub-groups that repeat its prompt; the plan counts them.
+
+    Raises:
+        ValueError: one prompt with one of its completions is larger than the budget; it names the group.
+    """
+    pieces: list[tuple[int, int, tuple[int, ...]]] = []
+    repeated = 0
+    for group, (prompt, lengths) in enumerate(zip(prompt_len, completion_len, strict=True)):
+        piece, size, first = [], prompt, True
+        for index, length in enumerate(lengths):
+            if prompt + length > max_tokens:
+                raise ValueError(
+                    f"group {group}: a prompt of {prompt} tokens with a completion of {length} is over the budget "
+                    f"of {max_tokens} tokens a batch"
+                )
+            if size + length > max_tokens:
+                pieces.append((size, group, tuple(piece)))
+                piece, size, first = [], prompt, False
+                repeated += prompt
+            piece.append(index)
+            size += length
+        if prompt > max_tokens:
+            raise ValueError(f"group {group}: {prompt} prompt tokens are over the budget of {max_tokens}")
+        if piece or first:
+            pieces.append((size, group, tuple(piece)))
+
+    batches: list[list[tuple[int, tuple[int, ...]]]] = []
+    free: list[int] = []
+    for size, group, piece_ids in sorted(pieces, key=lambda p: (-p[0], p[1], p[2])):
+        slot = next((i for i, room in enumerate(free) if room >= size), None)
+        if slot is None:
+            slot = len(batches)
+            batches.append([])
+            free.append(max_tokens)
+        batches[slot].append((group, piece_ids))
+        free[slot] -= size
+    return PackedPlan(
+        tuple(tuple(sorted(batch)) for batch in batches), sum(size for size, _, _ in pieces), repeated
+    )

@@ -1,0 +1,111 @@
+"""From encoded prompts and their completions to one packed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from geo_r1.kernels import PackedLayout
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the model takes it; its pictures travel with it, so they cannot reach another prompt.
+
+    Attributes:
+        sample_id: names the sample in errors.
+        token_ids: P token ids; each picture stands as a run of image tokens.
+        position_ids: [3, P] int64, rotary positions on the time, height and width axes.
+        image_rows: indices of the image tokens among the P.
+        pixel_values: [patches, patch size] float32, all pictures in order; None without pictures.
+        image_grids: (frames, rows, columns) in patches, one a picture.
+    """
+
+    sample_id: str
+    token_ids: list[int]
+    position_ids: Tensor
+    image_rows: list[int]
+    pixel_values: Tensor | None
+    image_grids: tuple[tuple[int, int, int], ...]
+
+    @property
+    def next_position(self) -> int:
+        """Where every completion's positions start: the prompt's largest, plus one."""
+        return int(self.position_ids.max()) + 1 if self.token_ids else 0
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One row of T tokens: each group's prompt once, then its completions. See `PackedLayout`.
+
+    Attributes:
+        layout: boundaries of prompts and completions.
+        token_ids: [T] int64.
+        position_ids: [3, T] int64.
+        image_rows: [I] int64, rows of the image tokens, in the order of the encoded pictures.
+        pixel_values: [patches, patch size] of all prompts' pictures; None if there are none.
+        image_grids: (frames, rows, columns) in patches, one a picture.
+        target: [R] int64, the completion tokens, in order.
+        completion_len: tokens of each completion, N of them.
+    """
+
+    layout: PackedLayout
+    token_ids: Tensor
+    position_ids: Tensor
+    image_rows: Tensor
+    pixel_values: Tensor | None
+    image_grids: tuple[tuple[int, int, int], ...]
+    target: Tensor
+    completion_len: list[int] = field(default_factory=list)
+
+
+def pack(
+    prompts: Sequence[EncodedPrompt],
+    completions: Sequence[Sequence[Sequence[int]]],
+    device: torch.device | str = "cpu",
+) -> PackedBatch:
+    """Pack groups into one batch.
+
+    Args:
+        prompts: B prompts.
+        completions: for each prompt, the token ids of each of its completions.
+
+    Raises:
+        ValueError: the counts differ, or there is nothing to pack.
+    """
+    if not prompts:
+        raise ValueError("nothing to pack: no prompts")
+    layout = PackedLayout.from_lengths(
+        [len(p.token_ids) for p in prompts], [[len(c) for c in group] for group in completions], device
+    )
+    token_ids: list[int] = []
+    image_rows: list[int] = []
+    target: list[int] = []
+    positions: list[Tensor] = []
+    for prompt, group in zip(prompts, completions, strict=True):
+        image_rows += [len(token_ids) + row for row in prompt.image_rows]
+        token_ids += prompt.token_ids
+        positions.append(prompt.position_ids)
+        for completion in group:
+            token_ids += completion
+            target += completion
+            start = prompt.next_position
+            positions.append(torch.arange(start, start + len(completion)).expand(3, -1))
+    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+
+    def on_device(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return PackedBatch(
+        layout=layout,
+        token_ids=on_device(torch.tensor(token_ids, dtype=torch.int64)),
+        position_ids=on_device(torch.cat(positions, 1)),
+        image_rows=on_device(torch.tensor(image_rows, dtype=torch.int64)),
+        pixel_values=on_device(torch.cat(pixels)) if pixels else None,
+        image_grids=tuple(grid for p in prompts for grid in p.image_grids),
+        target=on_device(torch.tensor(target, dtype=torch.int64)),
+        completion_len=[len(completion) for group in completions for completion in group],
+    )

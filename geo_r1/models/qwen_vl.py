@@ -1,0 +1,167 @@
+"""Qwen2-VL and Qwen2.5-VL from transformers, run on packed batches with `packed_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration, vision_utils
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from geo_r1.kernels import PackedLayout, packed_attention
+from geo_r1.models.packed import PackedBatch
+
+MODEL_CLASSES = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+}
+
+# The vision tower takes its packed path only where the name contains "flash".
+TEXT_ATTENTION = "geo_r1_packed"
+VISION_ATTENTION = "geo_r1_packed_flash"
+
+# attend(layer index, q [T, H, D], k [T, K, D], v [T, K, D], scale) -> [T, H, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+
+class PackedVLM:
+    """A transformers model and the two ways through it: a packed batch, or rows with an attention of your own.
+
+    Args:
+        model: a Qwen2-VL or Qwen2.5-VL with its language head. Its attention is set to the packed one.
+
+    Raises:
+        ValueError: the model is of another family.
+    """
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration) -> None:
+        if model.config.model_type not in MODEL_CLASSES:
+            raise ValueError(f"cannot pack a {model.config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
+        model.model.language_model.config._attn_implementation = TEXT_ATTENTION
+        model.model.visual.config._attn_implementation = VISION_ATTENTION
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def lm_head(self) -> Tensor:
+        """[V, C] weight of the language head."""
+        return self.model.lm_head.weight
+
+    @property
+    def vision_token_ids(self) -> list[int]:
+        """Tokens that only a prompt may hold."""
+        config = self.model.config
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        return [getattr(config, name) for name in names]
+
+    def loss_rows(self, batch: PackedBatch) -> Tensor:
+        """[R, C] the hidden states that predict each completion token of the batch, in order."""
+        layout = batch.layout
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            return packed_attention(q, k, v, layout, scale=scale)
+
+        return self.hidden_states(batch, attend).index_select(0, layout.predictor_row)
+
+    def hidden_states(self, batch: PackedBatch, attend: Attend) -> Tensor:
+        """[T, C] final hidden states of every token of the batch.
+
+        Raises:
+            ValueError: image tokens and encoded picture patches do not match.
+        """
+        embedded = self.model.get_input_embeddings()(batch.token_ids)
+        if batch.pixel_values is not None:
+            features = self.encode_images(batch.pixel_values, batch.image_grids)
+            if len(features) != len(batch.image_rows):
+                raise ValueError(f"{len(batch.image_rows)} image tokens but {len(features)} encoded patches")
+            embedded = embedded.index_copy(0, batch.image_rows, features.to(embedded.dtype))
+        return self.run_text(embedded, batch.position_ids, attend)
+
+    def run_text(self, embedded: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """[T, C] embeddings and [3, T] positions through the text layers to [T, C] final hidden states."""
+        outputs = self.model.model.language_model(
+            inputs_embeds=embedded[None],
+            position_ids=position_ids[:, None],
+            attention_mask={"full_attention": None},
+            use_cache=False,
+            attend=attend,
+        )
+        return outputs.last_hidden_state[0]
+
+    def encode_images(self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Encode pictures of any sizes in one call: [patches, patch size] to [merged patches, C].
+
+        All indices are made on the host from the grids, so nothing waits for the device.
+        """
+        visual = self.model.model.visual
+        config = visual.config
+        grid = torch.tensor(grids)
+        images = vision_utils.get_vision_cu_seqlens(grid)
+        options = {
+            "cu_seqlens": images,
+            "position_ids": vision_utils.get_vision_position_ids(grid, config.spatial_merge_size),
+        }
+        layouts = {"cu_seqlens": images}
+        if hasattr(config, "window_size"):
+            index, windows = vision_utils.get_vision_window_index(
+                grid, config.spatial_merge_size, config.window_size, config.patch_size
+            )
+            options |= {"window_index": index, "cu_window_seqlens": windows}
+            layouts["cu_window_seqlens"] = windows
+        options = {name: tensor.to(self.device, non_blocking=True) for name, tensor in options.items()}
+        by_boundary = [
+            (options[name], PackedLayout.from_lengths(cu.diff().tolist(), device=self.device))
+            for name, cu in layouts.items()
+        ]
+        outputs = visual(
+            pixel_values.to(visual.dtype),
+            grid_thw=grid,
+            max_seqlen=int(images.diff().max()),
+            **({"max_window_seqlen": int(windows.diff().max())} if "window_index" in options else {}),
+            **options,
+            vision_layouts=by_boundary,
+        )
+        return outputs.pooler_output
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PackedVLM, AutoTokenizer, Qwen2VLImageProcessorPil]:
+    """Load a checkpoint, its tokenizer and its image processor from a folder or by hub name.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is incomplete, or of an unsupported family.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type not in MODEL_CLASSES:
+            raise ValueError(f"model {path} is a {config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
+        model = MODEL_CLASSES[config.model_type].from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return PackedVLM(model), tokenizer, image_processor
+
+
+def _text_attention(module, query, key, value, attention_mask, *, scaling, attend: Attend, **_):
+    """transformers' attention signature, [1, heads, T, D] in and [1, T, heads, D] out."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(module.layer_idx, q, k, v, scaling)[None], None
+
+
+def _vision_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, vision_layouts, **_):
+    """Windows or whole pictures: the layout belongs to the very boundary tensor that this layer was given."""
+    layout = next(layout for boundaries, layout in vision_layouts if boundaries is cu_seq_lens_q)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return packed_attention(q, k, v, layout, causal=False, scale=scaling)[None], None
+
+
+AttentionInterface.register(TEXT_ATTENTION, _text_attention)
+AttentionInterface.register(VISION_ATTENTION, _vision_attention)

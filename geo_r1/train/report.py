@@ -1,0 +1,246 @@
+"""The run report: one page without scripts or requests that shows what a run learned and how.
+
+    run folder:  recipe.toml  metrics.jsonl  summary.json  eval/<row>/gallery.jsonl  eval/images/
+    written:     report.html  plots/*.png
+
+Plots enter the page as SVG and pictures as they lie on disk, both in data URIs, so that the file can be
+mailed. Completions are text from a model nobody vetted: the template escapes everything, and a content
+security policy in its head forbids all but inline style and inline pictures.
+"""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
+
+from geo_r1.train.plots import Metrics, draw_plots
+
+STAGE_ORDER = ("base", "pretrain", "sft", "grpo")
+GALLERY_FIELDS = ("id", "images", "labels", "answer", "correct", "completion")
+TINY_PIXELS = 256  # pictures up to this side are embedded untouched and scaled without blur
+LARGE_PIXELS = 1024  # pictures beyond this side are shrunk to it: the page must stay mailable
+
+# A completion that opens inside its think block (the prompt ended with the tag) has only the closing tag.
+PARTS = re.compile(
+    r"(?P<think>\A(?:(?!<answer>|<think>).)*?</think>|<think>.*?(?:</think>|\Z))|(?P<answer><answer>.*?(?:</answer>|\Z))",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    label: str
+    uri: str | None  # None: the file is missing or unreadable
+    tiny: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What one row (base, sft, grpo) made of a sample."""
+
+    row: str
+    prediction: str | None
+    correct: bool
+    parts: list[tuple[str, str]]
+    rewards: dict[str, float]
+    length: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    id: str
+    city: str
+    answer: str
+    panorama: Picture | None
+    candidates: list[Picture]
+    attempts: list[Attempt] = field(default_factory=list)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` and `plots/*.png` from whatever a run folder holds so far.
+
+    Every part is optional: a run that was killed or has not reached GRPO gets the parts it has data for.
+    A cut last line of a `.jsonl` file is ignored. Of a step logged twice (a resumed run) the last line
+    counts. Values that are not finite numbers are left out of the plots.
+
+    Args:
+        run_dir: the run folder; its name is the title. The report is replaced in one move.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        ValueError: `run_dir` is no folder; a line other than the last is unreadable; a line lacks a field;
+            `summary.json` is not a JSON object. The message names the file and the line.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: expected the folder of a run, found no folder there")
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    summary = _read_summary(run_dir / "summary.json")
+    recipe = run_dir / "recipe.toml"
+    page = _template().render(
+        name=run_dir.resolve().name,
+        stages={stage: max(steps) for stage, steps in metrics.items()},
+        rows=summary.get("rows") or {},
+        chance=summary.get("chance"),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        plots=_save_plots(draw_plots(metrics, chance=summary.get("chance")), run_dir / "plots"),
+        samples=read_gallery(run_dir, order=[*(summary.get("rows") or {}), *STAGE_ORDER]),
+    )
+    report = run_dir / "report.html"
+    partial = run_dir / f".report.{os.getpid()}.tmp"
+    # A lone surrogate is legal in JSON and not in UTF-8: it becomes a question mark.
+    partial.write_bytes(page.encode("utf-8", errors="replace"))
+    os.replace(partial, report)
+    return report
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read `metrics.jsonl` as stage -> step -> key -> value; stages in the order of training.
+
+    A missing file is an empty run. Raises ValueError as `write_report` does.
+    """
+    metrics: Metrics = {}
+    for number, record in _read_lines(path):
+        stage, step = record.get("stage"), record.get("step")
+        if not isinstance(stage, str) or not isinstance(step, int):
+            raise ValueError(f"{path}, line {number}: expected a string 'stage' and an integer 'step'")
+        values = {key: float(value) for key, value in record.items() if key != "step" and _finite(value)}
+        metrics.setdefault(stage, {})[step] = values
+    return dict(sorted(metrics.items(), key=lambda item: _rank(item[0], STAGE_ORDER)))
+
+
+def read_gallery(run_dir: Path, *, order: list[str]) -> list[Sample]:
+    """Join `eval/<row>/gallery.jsonl` of all rows: a sample's pictures once, one attempt a row.
+
+    `order` names the rows from first to last; others follow by name. Raises ValueError as `write_report`.
+    """
+    samples: dict[str, Sample] = {}
+    galleries = (run_dir / "eval").glob("*/gallery.jsonl")
+    for path in sorted(galleries, key=lambda path: _rank(path.parent.name, order)):
+        for number, record in _read_lines(path):
+            missing = [name for name in GALLERY_FIELDS if name not in record]
+            if missing:
+                raise ValueError(f"{path}, line {number}: the sample lacks {', '.join(missing)}")
+            if len(record["images"]) != len(record["labels"]):
+                found = f"{len(record['images'])} images, {len(record['labels'])} labels"
+                raise ValueError(f"{path}, line {number}: expected a label an image, found {found}")
+            if record["id"] not in samples:
+                samples[record["id"]] = _sample(run_dir, record)
+            samples[record["id"]].attempts.append(_attempt(path.parent.name, record))
+    return list(samples.values())
+
+
+def split_completion(text: str) -> list[tuple[str, str]]:
+    """Cut a completion into ("think" | "answer" | "text", piece); tags stay, the pieces join to `text`."""
+    parts, end = [], 0
+    for match in PARTS.finditer(text):
+        parts.append(("text", text[end : match.start()]))
+        parts.append((match.lastgroup or "text", match.group()))
+        end = match.end()
+    parts.append(("text", text[end:]))
+    return [(kind, piece) for kind, piece in parts if piece]
+
+
+def _save_plots(figures: dict[str, Figure], folder: Path) -> list[tuple[str, str]]:
+    """Save `<name>.png` each; return (title, SVG data URI) each. SVG in an <img> keeps its ids to itself."""
+    plots = []
+    for name, figure in figures.items():
+        folder.mkdir(exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=160)
+        svg = io.BytesIO()
+        figure.savefig(svg, format="svg", dpi=160, metadata={"Date": None})
+        plots.append((figure.get_suptitle(), _data_uri("image/svg+xml", svg.getvalue())))
+    return plots
+
+
+def _sample(run_dir: Path, record: dict[str, Any]) -> Sample:
+    files = zip(record["images"], record["labels"], strict=True)
+    pictures = [_picture(run_dir / path, label) for path, label in files]
+    panorama = pictures[0] if pictures else None
+    return Sample(record["id"], record.get("city") or "", record["answer"], panorama, pictures[1:])
+
+
+def _attempt(row: str, record: dict[str, Any]) -> Attempt:
+    rewards = {name: value for name, value in (record.get("rewards") or {}).items() if _finite(value)}
+    parts, length = split_completion(record["completion"]), record.get("completion_length")
+    return Attempt(row, record.get("prediction"), bool(record["correct"]), parts, rewards, length)
+
+
+def _picture(path: Path, label: str) -> Picture:
+    try:
+        with Image.open(path) as image:
+            side = max(image.size)
+            if side <= LARGE_PIXELS:
+                uri = _data_uri(Image.MIME[image.format or "PNG"], path.read_bytes())
+            else:
+                small, jpeg = image.convert("RGB"), io.BytesIO()
+                small.thumbnail((LARGE_PIXELS, LARGE_PIXELS))
+                small.save(jpeg, "JPEG", quality=85)
+                uri = _data_uri("image/jpeg", jpeg.getvalue())
+    except OSError:  # missing, or no picture: the page says so in its place
+        return Picture(label, None, tiny=False)
+    return Picture(label, uri, tiny=side <= TINY_PIXELS)
+
+
+def _data_uri(mime: str, data: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object); a killed run may have left half a line at the end."""
+    lines = path.read_bytes().rstrip().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+            if not isinstance(record, dict):
+                raise ValueError(f"a {type(record).__name__}")
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}") from error
+        if record:
+            yield number, record
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object, found unreadable JSON: {error}") from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(summary).__name__}")
+    return summary
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rank(name: str, order: list[str] | tuple[str, ...]) -> tuple[int, str]:
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _template():
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda fraction: f"{100 * fraction:.1f} %"
+    return environment.get_template("report.html.j2")

@@ -1,0 +1,114 @@
+"""Inputs for the loss tests, and the loss written out a second time, with loops, straight from the papers."""
+
+# ruff: noqa: N815 (fields carry shape suffixes, as every tensor does)
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from geo_r1.kernels import GRPOLossConfig
+
+
+@dataclass
+class LossCase:
+    hidden_RC: Tensor
+    lm_head_VC: Tensor
+    target_R: Tensor
+    advantage_R: Tensor
+    token_weight_R: Tensor
+    old_logp_R: Tensor | None
+    ref_logp_R: Tensor | None
+    importance_weight_R: Tensor | None
+    sequence_R: Tensor
+
+    def leaves(self) -> "LossCase":
+        """The same values, hidden states and head as fresh leaves that want gradients."""
+        hidden_RC, lm_head_VC = (
+            x.detach().clone().requires_grad_() for x in (self.hidden_RC, self.lm_head_VC)
+        )
+        return replace(self, hidden_RC=hidden_RC, lm_head_VC=lm_head_VC)
+
+    def rows(self) -> dict[str, Tensor | None]:
+        """Everything but hidden states and head, by argument name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+
+
+def loss_case(
+    num_rows: int, vocab: int, hidden: int = 8, *, dtype=torch.float64, seed: int = 0, scale: float = 1.0
+) -> LossCase:
+    """Rows of four interleaved sequences, some of no advantage or no weight, ratios on both sides of 1."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    hidden_RC, lm_head_VC = (scale * normal(num_rows, hidden)).to(dtype), normal(vocab, hidden).to(dtype)
+    target_R = torch.randint(0, vocab, (num_rows,), generator=g)
+    logp_R = (
+        (hidden_RC.double() @ lm_head_VC.double().T).log_softmax(-1).gather(1, target_R[:, None]).squeeze(1)
+    )
+    advantage_R, token_weight_R = normal(num_rows), torch.rand(num_rows, generator=g, dtype=torch.float64)
+    advantage_R[3::7] = 0
+    token_weight_R[2::5] = 0
+    sequence_R = torch.tensor([40, -3, 7, 12])[torch.randint(0, 4, (num_rows,), generator=g)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = (
+        advantage_R,
+        token_weight_R,
+        logp_R + 0.5 * normal(num_rows),
+        logp_R + 0.5 * normal(num_rows),
+        torch.rand(num_rows, generator=g, dtype=torch.float64) * 2,
+    )
+    return LossCase(hidden_RC, lm_head_VC, target_R, *(row.to(wide) for row in rows), sequence_R)
+
+
+def full_logits(case: LossCase) -> Tensor:
+    return case.hidden_RC @ case.lm_head_VC.T
+
+
+def written_out(
+    logits_RV: Tensor, case: LossCase, config: GRPOLossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its reports, row by row. Weightless rows are never looked at."""
+    logp_RV = (logits_RV / config.temperature).log_softmax(-1)
+    kept = [r for r in range(len(logits_RV)) if case.token_weight_R[r] != 0]
+    logp = {r: logp_RV[r, case.target_R[r]] for r in kept}
+    log_ratio = {
+        r: logp[r] - (logp[r].detach() if case.old_logp_R is None else case.old_logp_R[r]) for r in kept
+    }
+    if config.importance_sampling_level == "sequence":
+        members = {r: [s for s in kept if case.sequence_R[s] == case.sequence_R[r]] for r in kept}
+        log_ratio = {r: torch.stack([log_ratio[s] for s in members[r]]).mean() for r in kept}
+    epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    one = torch.ones((), dtype=logits_RV.dtype)
+    loss = logits_RV.sum() * 0
+    report = {name: torch.zeros(len(logits_RV), dtype=logits_RV.dtype) for name in ("logp", "entropy", "kl")}
+    report["ratio"] = torch.ones(len(logits_RV), dtype=logits_RV.dtype)
+    report["clipped"] = torch.zeros(len(logits_RV), dtype=torch.bool)
+    for r in kept:
+        ratio, A = log_ratio[r].exp(), case.advantage_R[r]
+        clipped = False
+        if config.policy == "clip":
+            bounded = ratio if config.delta is None else torch.min(ratio, config.delta * one)
+            clamped = torch.clamp(ratio, 1 - config.epsilon, 1 + epsilon_high)
+            term = -torch.min(bounded * A, clamped * A)
+            clipped = (ratio < 1 - config.epsilon and A < 0) or (ratio > 1 + epsilon_high and A > 0)
+        elif config.policy == "cispo":
+            term = -torch.clamp(ratio, max=epsilon_high).detach() * A * logp[r]
+            clipped = ratio > epsilon_high and A > 0
+        else:
+            tau = config.sapo_temperature_pos if A > 0 else config.sapo_temperature_neg
+            term = -4 / tau * A / (1 + torch.exp(-tau * (ratio - 1)))
+        if case.importance_weight_R is not None:
+            term = term * case.importance_weight_R[r]
+        entropy = -(logp_RV[r].exp() * logp_RV[r]).sum()
+        kl = 0 * one
+        if case.ref_logp_R is not None:
+            d = case.ref_logp_R[r] - logp[r]
+            kl = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[config.kl_estimator]
+        loss = loss + case.token_weight_R[r] * (term + config.beta * kl - config.entropy_coef * entropy)
+        values = {"logp": logp[r], "entropy": entropy, "kl": kl, "ratio": ratio, "clipped": clipped}
+        for name, value in values.items():
+            report[name][r] = value.detach() if isinstance(value, Tensor) else value
+    return loss, report
