@@ -5,7 +5,6 @@
 Source: GRPO, arXiv:2402.03300; options and names follow TRL's GRPOTrainer.
 """
 
-# ruff: noqa: N815 (output fields carry shape suffixes, as every tensor does)
 
 import math
 from collections.abc import Sequence

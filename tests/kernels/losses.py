@@ -1,6 +1,5 @@
 """Inputs for the loss tests, and the loss written out a second time, with loops, straight from the papers."""
 
-# ruff: noqa: N815 (fields carry shape suffixes, as every tensor does)
 
 from dataclasses import dataclass, fields, replace
 

@@ -81,9 +81,9 @@ def test_equal_rewards_and_lone_members_give_exactly_zero(baseline, scale):
 def test_a_non_finite_reward_spoils_its_own_group_only(bad):
     reward = torch.tensor([1.0, 2.0, bad, 3.0, 5.0, bad, 4.0, 4.0])
     valid = torch.tensor([True] * 5 + [False] + [True] * 2)
-    for baseline in ("mean", "leave_one_out"):
-        got = group_advantage(reward, boundaries((2, 2, 2, 2)), valid_N=valid, baseline=baseline)
-        clean = group_advantage(reward[:2], boundaries((2,)), baseline=baseline)
+    for options in ({}, {"baseline": "leave_one_out"}, {"scale": "none"}):
+        got = group_advantage(reward, boundaries((2, 2, 2, 2)), valid_N=valid, **options)
+        clean = group_advantage(reward[:2], boundaries((2,)), **options)
         assert torch.equal(got[:2], clean)
         assert got[2:4].isnan().all()
         assert got[4:].tolist() == [0.0] * 4

@@ -235,11 +235,11 @@ def test_error_is_at_most_twice_plain_torchs(dtype, config, monkeypatch):
         return [x.double() for x in found]
 
     truth, plain, fused = run(truth_case, False), run(case, False), run(case, True)
-    # A scalar's error can be zero by luck: its rows' errors stand for it.
     names = ("loss", "logp", "entropy", "d_hidden", "d_head")
     for name, t, p, f in zip(names, truth, plain, fused, strict=True):
-        floor = torch.finfo(torch.float32 if dtype == torch.float32 else dtype).eps * t.norm() / 4
-        assert (f - t).norm() <= max(2 * (p - t).norm(), floor), name
+        # A sum's error can be zero by luck: for the loss, a rounding of its value is allowed too.
+        floor = torch.finfo(torch.float32).eps * t.abs() if name == "loss" else 0.0
+        assert (f - t).norm() <= 2 * (p - t).norm() + floor, name
 
 
 def test_float16_gradients_survive_small_weights():
