@@ -1,1 +1,1 @@
-"""."""
+"""Benchmarks of geospatial reasoning and their scorers."""

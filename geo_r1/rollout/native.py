@@ -1,7 +1,7 @@
 """Sampling in process: a prompt and its pictures are computed once, for all completions of its group.
 
-Every completion draws from a random stream of its own, named by (stream, sample, index): what it says does not
-depend on which prompts share its batch, on the number of ranks, or on the order of work.
+Every completion draws from a random stream of its own, named by its prompt's stream and its index: what it says
+does not depend on which prompts share its batch, on the number of ranks, or on the order of work.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def generate(
     *,
     sampling: SamplingConfig,
     eos_token_id: int,
-    stream: str = "0",
+    streams: Sequence[str],
     max_tokens: int = 65536,
 ) -> list[list[Completion]]:
     """Sample `num_completions` completions of each prompt.
 
     Args:
-        prompts: encoded prompts; their sample ids name the random streams.
-        stream: names this call among others, such as "seed/step".
+        prompts: encoded prompts.
+        streams: names of the prompts' random streams, such as "seed/position"; the same name draws the same.
         max_tokens: cached tokens (prompts once, completions at full length) held at a time; more prompts
             than fit are sampled one batch after another, with the same result.
 
@@ -92,7 +92,7 @@ def generate(
     vlm.model.eval()
     try:
         for batch in plan.batches:
-            _generate_batch(vlm, prompts, batch, sampling, eos_token_id, stream, results)
+            _generate_batch(vlm, prompts, batch, sampling, eos_token_id, streams, results)
     finally:
         vlm.model.train(training)
     return results  # type: ignore[return-value]  # every slot is filled: the plan holds each completion once
@@ -104,7 +104,7 @@ def _generate_batch(
     batch: Sequence[tuple[int, Sequence[int]]],
     sampling: SamplingConfig,
     eos_token_id: int,
-    stream: str,
+    streams: Sequence[str],
     results: list[list[Completion | None]],
 ) -> None:
     # Groups of one prompt length stand next to each other, so that their attention is one product.
@@ -114,9 +114,7 @@ def _generate_batch(
     cache = GroupCache([len(p.token_ids) for p in group_prompts], [slot for slot, _, _ in owner])
     hidden = _prefill(vlm, group_prompts, cache)[torch.tensor([slot for slot, _, _ in owner], device=vlm.device)]
     uniform = torch.from_numpy(
-        np.stack(
-            [_uniform(f"{stream}/{prompts[g].sample_id}/{i}", sampling.max_new_tokens) for _, g, i in owner]
-        )
+        np.stack([_uniform(f"{streams[g]}/{i}", sampling.max_new_tokens) for _, g, i in owner])
     ).to(vlm.device)
     position = torch.tensor([group_prompts[slot].next_position for slot, _, _ in owner], device=vlm.device)
     forbidden = torch.tensor(vlm.vision_token_ids, device=vlm.device)

@@ -1,0 +1,116 @@
+"""The eval stage: every model of the run on held-out samples, a table, a gallery."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from geo_r1.data import Sample, load_image
+from geo_r1.data.source import Source
+from geo_r1.data.world import LETTERS
+from geo_r1.eval.cross_view import Prediction, predict, summarise
+from geo_r1.rollout import score_groups
+from geo_r1.train.loop import Engine, load_rewards
+
+
+def evaluate(engine: Engine, row: str, source: Source) -> dict[str, Any]:
+    """Evaluate the engine's policy as one row of the table; writes eval/<row>/ and returns its summary."""
+    config = engine.recipe.eval
+    count = min(size for size in (config.num_samples, source.size) if size is not None)
+    samples = [source.sample(index) for index in engine.ranks.share(count)]
+    what = f"eval {row}"
+    engine.log.start(what, len(samples))
+    mine = predict(
+        engine.vlm,
+        engine.tokenizer,
+        engine.encoder,
+        samples,
+        max_new_tokens=config.max_new_tokens,
+        max_tokens=config.max_tokens,
+        progress=lambda done: engine.log.advance(what, done, len(samples), ""),
+    )
+    engine.log.stop()
+    shares = engine.ranks.gather(mine)
+    predictions = [shares[i % len(shares)][i // len(shares)] for i in range(count)]
+    summary = summarise(predictions)
+    if engine.ranks.is_main:
+        folder = engine.run_dir / "eval" / row
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_lines(folder / "predictions.jsonl", map(_record, predictions))
+        shown = [source.sample(index) for index in range(min(config.gallery, count))]
+        _write_lines(folder / "gallery.jsonl", _gallery(engine, shown, predictions))
+        write_text(folder / "summary.json", json.dumps(summary, indent=2))
+    engine.ranks.barrier()
+    return summary
+
+
+def write_summary(engine: Engine, rows: dict[str, dict[str, Any]], chance: float) -> None:
+    """Write summary.json and print the table."""
+    write_text(engine.run_dir / "summary.json", json.dumps({"chance": chance, "rows": rows}, indent=2))
+    table = Table(title=f"Cross-view pairing, held out (chance {chance:.0%})")
+    for column in ("model", "accuracy", "95 % interval", "mean length", "well formed", "samples"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, row in rows.items():
+        low, high = row["accuracy_interval"]
+        table.add_row(
+            name,
+            f"{row['accuracy']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{row['completion_length']:.1f}",
+            f"{row['well_formed']:.1%}",
+            str(row["num_samples"]),
+        )
+    engine.log.console.print(table)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside, then rename it."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _record(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "id": prediction.id,
+        "city": prediction.city,
+        "answer": prediction.answer,
+        "prediction": prediction.choice,
+        "correct": prediction.correct,
+        "well_formed": prediction.well_formed,
+        "completion": prediction.text,
+        "completion_length": len(prediction.completion.token_ids),
+    }
+
+
+def _gallery(engine: Engine, samples: list[Sample], predictions: list[Prediction]) -> Iterable[dict[str, Any]]:
+    table = score_groups(
+        load_rewards(engine.recipe.rewards),
+        engine.recipe.rewards.weights,
+        engine.tokenizer,
+        samples,
+        [[prediction.completion] for prediction in predictions[: len(samples)]],
+    )
+    folder = engine.run_dir / "eval" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (sample, prediction) in enumerate(zip(samples, predictions, strict=False)):
+        paths = []
+        for index, image in enumerate(sample.images):
+            path = folder / f"{number:03d}_{index}.png"
+            load_image(image, sample.id).save(path)
+            paths.append(path.relative_to(engine.run_dir).as_posix())
+        rewards = {name: values[number] for name, values in table.per_function.items()}
+        yield _record(prediction) | {
+            "images": paths,
+            "labels": ["panorama", *LETTERS][: len(paths)],
+            "rewards": {name: value for name, value in rewards.items() if value is not None},
+        }

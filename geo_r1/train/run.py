@@ -1,0 +1,183 @@
+"""A run from its first stage to its report.
+
+    <run>/recipe.toml  metrics.jsonl  checkpoints/  models/<stage>/  eval/<row>/  summary.json  report.html
+"""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from geo_r1.data import PromptEncoder, World, exemplars, read_samples
+from geo_r1.data.source import Source
+from geo_r1.models import PackedVLM, load_model
+from geo_r1.models.tiny import build_tiny
+from geo_r1.train.config import STAGES, Recipe, dump_recipe
+from geo_r1.train.distributed import Ranks
+from geo_r1.train.evaluate import evaluate, write_summary, write_text
+from geo_r1.train.grpo import run_grpo
+from geo_r1.train.log import Log
+from geo_r1.train.loop import Engine
+from geo_r1.train.report import write_report
+from geo_r1.train.sft import run_sft
+
+# What may change when a run goes on in its folder; everything else decides the result.
+FREE_TO_CHANGE = ("run", "eval", "log")
+TINY = "tiny"
+TOKENIZER_SAMPLES = 200
+
+
+def run(recipe: Recipe, ranks: Ranks) -> None:
+    """Run a recipe's stages in order, going on from whatever its folder holds.
+
+    Raises:
+        ValueError: the user's recipe, data, model or reward is wrong; the message says how.
+        Stopped: the run was asked to stop and left a checkpoint.
+    """
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(recipe.run.seed)
+    run_dir = recipe.run.dir
+    world = World(**recipe.world.model_dump(exclude={"haste", "slip"}))
+    sources = {stage: open_source(recipe, world, stage) for stage in recipe.run.stages}
+    engine = _start(recipe, ranks, run_dir, world)
+    try:
+        for stage in recipe.run.stages:
+            if stage == "eval":
+                _evaluate(engine, world, sources["eval"])
+            elif not (run_dir / "models" / stage).exists():
+                engine = _at(engine, world, _start_of(recipe, stage))
+                if stage == "grpo":
+                    run_grpo(engine, recipe.grpo, sources[stage])
+                else:
+                    run_sft(engine, stage, getattr(recipe, stage), sources[stage])
+        if ranks.is_main:
+            engine.log.say(f"report: {write_report(run_dir)}")
+    finally:
+        engine.log.close()
+
+
+def open_source(recipe: Recipe, world: World, stage: str) -> Source:
+    """The samples of a stage: of the world, or of the file that its `data` names."""
+    data = getattr(recipe, stage).data
+    if data != "world":
+        return Source.of(read_samples(data, recipe.data.image_root))
+    if stage == "pretrain":
+        # One direct answer for every three captions: enough to learn how an answer looks, not how to find it.
+        return Source(
+            lambda i: (exemplars.caption if i % 4 else exemplars.direct_answer)(world, "train", i), None
+        )
+    if stage == "sft":
+        return Source(
+            lambda i: exemplars.chain_of_thought(world, "train", 1_000_000 + i, recipe.world.haste, recipe.world.slip),
+            None,
+        )
+    if stage == "grpo":
+        return Source(lambda i: exemplars.question(world, "train", 2_000_000 + i), None)
+    return Source(lambda i: exemplars.question(world, "test", i), None)
+
+
+def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, world: World) -> Engine:
+    """Take possession of the run's folder and load the model that the recipe names."""
+    if ranks.is_main:
+        if recipe.run.overwrite and run_dir.exists():
+            if any(run_dir.iterdir()) and not (run_dir / "recipe.toml").exists():
+                raise ValueError(f"{run_dir} is not the folder of a run; run.overwrite does not delete it")
+            shutil.rmtree(run_dir)
+        _check_same_recipe(recipe, run_dir)
+    ranks.barrier()
+    loaded = _load(recipe, world, recipe.model.path)  # before anything is written
+    if ranks.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / "recipe.toml", dump_recipe(recipe))
+    ranks.barrier()
+    log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
+    return _engine(recipe, ranks, run_dir, log, *loaded)
+
+
+def _check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
+    file = run_dir / "recipe.toml"
+    if not file.exists():
+        return
+    before, now = tomllib.loads(file.read_text(encoding="utf-8")), tomllib.loads(dump_recipe(recipe))
+    for section in FREE_TO_CHANGE:
+        before.pop(section, None)
+        now.pop(section, None)
+    if changed := _first_difference(before, now, ""):
+        raise ValueError(
+            f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true to start anew"
+        )
+
+
+def _first_difference(before: Any, now: Any, key: str) -> str | None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            if found := _first_difference(before.get(name), now.get(name), f"{key}.{name}".lstrip(".")):
+                return found
+        return None
+    return None if before == now else f"{key} = {before}, now {now}"
+
+
+def _load(recipe: Recipe, world: World, path: str | Path) -> tuple[PackedVLM, Any, Any]:
+    dtype = getattr(torch, recipe.model.dtype)
+    if path != TINY:
+        return load_model(path, dtype)
+    model, tokenizer, image_processor = build_tiny(_tokenizer_texts(world), recipe.run.seed)
+    return PackedVLM(model.to(dtype)), tokenizer, image_processor
+
+
+def _tokenizer_texts(world: World) -> list[str]:
+    samples = [
+        write(world, "train", index)
+        for index in range(TOKENIZER_SAMPLES)
+        for write in (exemplars.chain_of_thought, exemplars.caption)
+    ]
+    prompts = [part["text"] for s in samples for part in s.messages[0]["content"] if part["type"] == "text"]
+    return ["user\n", "assistant\n", *prompts, *(s.response or "" for s in samples)]
+
+
+def _engine(recipe, ranks, run_dir, log, vlm, tokenizer, image_processor) -> Engine:
+    model = vlm.model.to(ranks.device)
+    if recipe.model.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    encoder = PromptEncoder(
+        tokenizer,
+        image_processor,
+        model.config.image_token_id,
+        max_pixels=recipe.data.max_pixels,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+    )
+    return Engine(recipe, ranks, run_dir, log, vlm, tokenizer, image_processor, encoder)
+
+
+def _at(engine: Engine, world: World, path: str | Path) -> Engine:
+    """The same run with another model: a stage's start, or a row of the table."""
+    loaded = _load(engine.recipe, world, path)
+    return _engine(engine.recipe, engine.ranks, engine.run_dir, engine.log, *loaded)
+
+
+def _start_of(recipe: Recipe, stage: str) -> str | Path:
+    """The newest model of the stages before this one, in this run's folder; else the recipe's model."""
+    for earlier in reversed(STAGES[: STAGES.index(stage)]):
+        folder = recipe.run.dir / "models" / earlier
+        if folder.exists():
+            return folder
+    return recipe.model.path
+
+
+def _evaluate(engine: Engine, world: World, source: Source) -> None:
+    """Evaluate every model of the run: base (what fine-tuning starts from), then each finished stage."""
+    rows = {"base": _start_of(engine.recipe, "sft")}
+    rows |= {
+        stage: folder for stage in ("sft", "grpo") if (folder := engine.run_dir / "models" / stage).exists()
+    }
+    summaries = {name: evaluate(_at(engine, world, path), name, source) for name, path in rows.items()}
+    chance = 1 / (source.sample(0).metadata.get("num_choices") or 5)
+    if engine.ranks.is_main:
+        write_summary(engine, summaries, chance)
