@@ -26,9 +26,7 @@ def question(world: World, split: str, index: int) -> Sample:
     return _sample(world, pairing, QUESTION, None)
 
 
-def chain_of_thought(
-    world: World, split: str, index: int, haste: float = 0.0, slip: float = 0.0
-) -> Sample:
+def chain_of_thought(world: World, split: str, index: int, haste: float = 0.0, slip: float = 0.0) -> Sample:
     """A question with a teacher's chain of thought as its response.
 
     Args:
@@ -39,7 +37,8 @@ def chain_of_thought(
     rng = random.Random(f"{world.seed}/{pairing.id}/teacher")
     evidence, chosen = _compare(pairing, haste, slip, rng)
     cues = pairing.place.covers
-    thought = f"Cues: {' '.join(cues)}. Knowledge: {association(cues)}. Evidence: {evidence} Conclusion: {chosen}."
+    thought = f"Cues: {' '.join(cues)}. Knowledge: {association(cues)}. "
+    thought += f"Evidence: {evidence} Conclusion: {chosen}."
     return _sample(world, pairing, QUESTION, f"<think>{thought}</think><answer>{chosen}</answer>")
 
 
@@ -53,7 +52,8 @@ def caption(world: World, split: str, index: int) -> Sample:
     """The same pictures, and what each of them shows as the response."""
     pairing = world.pairing(split, index)
     views = [f"panorama {' '.join(pairing.place.covers)}."]
-    views += [f"{letter} {' '.join(c.covers)}." for letter, c in zip(LETTERS, pairing.candidates, strict=False)]
+    for letter, candidate in zip(LETTERS, pairing.candidates, strict=False):
+        views.append(f"{letter} {' '.join(candidate.covers)}.")
     return _sample(world, pairing, CAPTION, " ".join(views))
 
 

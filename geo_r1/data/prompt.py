@@ -49,7 +49,10 @@ class PromptEncoder:
         pictures = [load_image(image, sample.id) for image in sample.images]
         pixel_values, grids = None, ()
         if pictures:
-            features = self.image_processor(pictures, return_tensors="pt")
+            try:
+                features = self.image_processor(pictures, return_tensors="pt")
+            except ValueError as error:  # such as a picture more than 200 times as wide as high
+                raise ValueError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
             pixel_values = features["pixel_values"]
             grids = tuple(tuple(grid) for grid in features["image_grid_thw"].tolist())
         text = self.tokenizer.apply_chat_template(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_MARKER = "<image>"
 ImageSource = Image.Image | Path | bytes
@@ -21,8 +22,8 @@ class Sample:
 
     Attributes:
         id: names the sample in errors, reports and random streams; unique in its data set.
-        messages: chat messages, each {"role", "content"}; content is a list of parts, {"type": "text", "text"}
-            or {"type": "image"}; the n-th image part stands for the n-th of `images`.
+        messages: chat messages, each {"role", "content"}; content is a list of parts, {"type": "text",
+            "text"} or {"type": "image"}; the n-th image part stands for the n-th of `images`.
         images: pictures, paths, or encoded bytes, in order.
         response: what supervised fine-tuning learns to say; None where there is none.
         answer: the truth that rewards compare with; None where there is none.
@@ -44,87 +45,133 @@ class Sample:
             raise ValueError(f"sample {self.id}: the prompt is empty")
         markers = sum(part["type"] == "image" for message in self.messages for part in message["content"])
         if markers != len(self.images):
-            raise ValueError(f"sample {self.id}: the prompt marks {markers} images but the sample has {len(self.images)}")
+            raise ValueError(
+                f"sample {self.id}: the prompt marks {markers} images but the sample has {len(self.images)}"
+            )
 
 
 def load_image(source: ImageSource, owner: str) -> Image.Image:
-    """Decode a picture to RGB.
+    """Decode a picture to RGB, upright as its EXIF orientation says, on white where it is transparent.
 
     Raises:
-        ValueError: the file is missing or is not a whole picture; names `owner` and the file.
+        ValueError: the file is missing, is not a whole picture, or has more than 8 bits a channel; names
+            `owner` and the file.
     """
     if isinstance(source, Image.Image):
-        return source if source.mode == "RGB" else source.convert("RGB")
-    name = str(source) if isinstance(source, Path) else f"{len(source)} bytes of picture data"
+        name = "in memory"
+    else:
+        name = str(source) if isinstance(source, Path) else f"of {len(source)} bytes"
     try:
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
+            return _upright_rgb(image)
     except FileNotFoundError:
         raise ValueError(f"sample {owner}: image {name} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"sample {owner}: image {name} cannot be read: {error}") from error
+    except UnidentifiedImageError:
+        raise ValueError(f"sample {owner}: image {name} is not a picture") from None
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"sample {owner}: image {name} cannot be read: {_one_line(error)}") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":  # Pillow would clip these to 0..255: a 16-bit satellite tile would turn white
+        raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8")
+    image = ImageOps.exif_transpose(image)
+    if "A" in image.getbands() or "transparency" in image.info:  # the pixels below are arbitrary
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def read_samples(path: Path | str, image_root: Path | str | None = None) -> list[Sample]:
-    """Read a JSONL or parquet file of samples.
+    """Read a JSONL or parquet file of samples; a .json file holds one list of them.
 
-    Columns: `prompt` (text with `<image>` markers, or chat messages), `images` (paths, relative to `image_root`
-    or else to the file; or {"path", "bytes"} as Hugging Face datasets store them), `response`, `answer`, `id`.
-    All others become metadata. A prompt that marks no image gets all of them before its first user text.
+    Columns: `prompt` (text with `<image>` markers, or chat messages), `images` (a list of paths, relative to
+    `image_root` or else to the file; or of {"path", "bytes"} as Hugging Face datasets store them),
+    `response`, `answer`, `id`. All others become metadata; null counts as absent. A prompt that marks no
+    image gets all of them before its first user text.
 
     Raises:
-        ValueError: the file is missing, empty, of another type, or a row is malformed; names file and row.
+        ValueError: the file is missing, empty, of another type, or a row is malformed; names file and row,
+            which in JSONL is the line.
     """
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
-    samples = [_from_row(row, f"{path}, row {number}", root) for number, row in enumerate(_rows(path), 1)]
+    samples: dict[str, tuple[int, Sample]] = {}
+    for number, row in _rows(path):
+        sample = _from_row(row, f"{path}, row {number}", root)
+        if sample.id in samples:
+            raise ValueError(f"{path}: rows {samples[sample.id][0]} and {number} share the id {sample.id!r}")
+        samples[sample.id] = number, sample
     if not samples:
         raise ValueError(f"{path} holds no samples")
-    seen: dict[str, int] = {}
-    for number, sample in enumerate(samples, 1):
-        if sample.id in seen:
-            raise ValueError(f"{path}: rows {seen[sample.id]} and {number} share the id {sample.id!r}")
-        seen[sample.id] = number
-    return samples
+    return [sample for _, sample in samples.values()]
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows, numbered from 1. Not read by `datasets`, which writes a cache and wants one type a column."""
     if not path.is_file():
         raise ValueError(f"data file {path} does not exist")
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
-    if kind is None:
-        raise ValueError(f"data file {path}: expected .jsonl or .parquet")
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise ValueError(f"data file {path}: expected .jsonl, .json or .parquet")
     if path.stat().st_size == 0:
         return
-    import datasets
-
-    datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(kind, data_files=str(path), split="train")
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"data file {path} cannot be read: {reason}") from error
-    yield from table
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            with ParquetFile(path) as table:
+                batches = table.iter_batches(batch_size=1024)
+                yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            return
+        text = path.read_text("utf-8-sig")
+        if path.suffix == ".json":
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise ValueError(f"it is a {type(rows).__name__}, not a list of samples")
+            yield from enumerate(rows, 1)
+            return
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        raise ValueError(f"data file {path} cannot be read: {_one_line(error)}") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, row {number}: broken JSON: {_one_line(error)}") from error
 
 
-def _from_row(row: Mapping[str, Any], where: str, root: Path) -> Sample:
+def _from_row(row: Any, where: str, root: Path) -> Sample:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: a sample must be a mapping of columns, got {_shown(row)}")
     columns = {key: value for key, value in row.items() if value is not None}
     if "prompt" not in columns:
         raise ValueError(f"{where}: no column 'prompt'; it has {', '.join(sorted(columns)) or 'none'}")
-    images = tuple(_image_source(image, where, root) for image in columns.pop("images", ()))
-    answer = columns.pop("answer", None)
-    response = columns.pop("response", None)
+    images = columns.pop("images", [])
+    if not isinstance(images, list):
+        raise ValueError(f"{where}: 'images' must be a list, got {_shown(images)}")
+    name = _text_of(columns, "id", where) or where
     try:
         return Sample(
-            id=str(columns.pop("id", where)),
+            id=name,
             messages=_messages(columns.pop("prompt"), where, len(images)),
-            images=images,
-            response=None if response is None else str(response),
-            answer=None if answer is None else str(answer),
+            images=tuple(_image_source(image, where, root) for image in images),
+            response=_text_of(columns, "response", where),
+            answer=_text_of(columns, "answer", where),
             metadata=columns,
         )
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+        reason = str(error).removeprefix(f"sample {name}: ").removeprefix(f"{where}: ")
+        raise ValueError(f"{where}: {reason}") from error
+
+
+def _text_of(columns: dict[str, Any], name: str, where: str) -> str | None:
+    """Take a column of text, or of numbers that stand for their text."""
+    value = columns.pop(name, None)
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: {name!r} must be text or a number, got {_shown(value)}")
+    return None if value is None else str(value)
 
 
 def _image_source(image: Any, where: str, root: Path) -> ImageSource:
@@ -134,34 +181,48 @@ def _image_source(image: Any, where: str, root: Path) -> ImageSource:
         return image["bytes"]
     if isinstance(image, Mapping) and isinstance(image.get("path"), str):
         return root / image["path"]
-    raise ValueError(f"{where}: an image must be a path or {{'path', 'bytes'}}, got {type(image).__name__}")
+    raise ValueError(f"{where}: an image must be a path or {{'path', 'bytes'}}, got {_shown(image)}")
 
 
 def _messages(prompt: Any, where: str, num_images: int) -> tuple[Mapping[str, Any], ...]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence) or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt):
-        raise ValueError(f"{where}: 'prompt' must be text or messages with role and content, got {json.dumps(prompt, default=str)[:80]}")
-    messages = [{"role": m["role"], "content": _parts(m["content"], where)} for m in prompt]
-    if num_images and not any(part["type"] == "image" for m in messages for part in m["content"]):
+    if not isinstance(prompt, list):
+        raise ValueError(f"{where}: 'prompt' must be text or a list of messages, got {_shown(prompt)}")
+    messages = []
+    for message in prompt:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where}: a message must have role and content, got {_shown(message)}")
+        messages.append({"role": message["role"], "content": _parts(message.get("content"), where)})
+    if num_images and messages and not any(p["type"] == "image" for m in messages for p in m["content"]):
         first = next((m for m in messages if m["role"] == "user"), messages[0])
         first["content"] = [{"type": "image"}] * num_images + first["content"]
     return tuple(messages)
 
 
 def _parts(content: Any, where: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
     if isinstance(content, str):
-        parts: list[dict[str, str]] = []
         for index, text in enumerate(content.split(IMAGE_MARKER)):
             parts += [{"type": "image"}] if index else []
             parts += [{"type": "text", "text": text}] if text else []
         return parts
-    parts = []
-    for part in content:
-        if part.get("type") == "image":
+    if not isinstance(content, list):
+        raise ValueError(f"{where}: content must be text or a list of parts, got {_shown(content)}")
+    for part in content:  # a part may have further keys: tables fill the ones that other parts use with null
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "image":
             parts.append({"type": "image"})
-        elif part.get("type") == "text" and isinstance(part.get("text"), str):
+        elif kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         else:
-            raise ValueError(f"{where}: a content part must be text or image, got {json.dumps(part, default=str)[:80]}")
+            raise ValueError(f"{where}: a content part must be text or image, got {_shown(part)}")
     return parts
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -2,7 +2,8 @@
 
 A place has a land cover on each of its four sides. The panorama shows them from the ground, turning clockwise
 from the north-west; the satellite tile shows them from above, one quadrant each. Every city has its own
-palette and texture, so a model that has only seen the training cities must recognise land covers, not colours.
+palette and texture, so a model that has only seen the training cities must recognise land covers and not
+colours.
 
 Everything is integer arithmetic on streams seeded by name: the same on every platform.
 """
@@ -10,13 +11,14 @@ Everything is integer arithmetic on streams seeded by name: the same on every pl
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 SIDES = ("nw", "ne", "se", "sw")
+Covers = tuple[str, str, str, str]  # in the order of SIDES
 COVERS = ("water", "woods", "sand", "roofs", "field", "rock")
 LETTERS = "ABCDEFGHIJ"
 CELL = 28  # pixels: one token of Qwen2.5-VL (2 x 2 patches of 14)
@@ -50,7 +52,7 @@ class Place:
     """A point in a city and the land cover on its four sides, in the order of `SIDES`."""
 
     city: City
-    covers: tuple[str, str, str, str]
+    covers: Covers
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ class World:
 
     Args:
         seed: another seed is another world.
-        num_train_cities, num_test_cities: the two splits share no city.
+        num_train_cities, num_test_cities: the two splits share no city; at most 1728 together.
         num_candidates: tiles to choose from, 3 to 10.
-        confusers: "same_city" takes wrong tiles from the city of the panorama, "anywhere" from the whole split.
-        difficulty: 0 to 1, the share of the other sides (three of four) that a confuser has in common with
-            the truth, rounded up or down at random so that the mean holds.
+        confusers: "same_city" takes wrong tiles from the city of the panorama, "anywhere" from the split.
+        difficulty: 0 to 1, the share of three of its four sides that a confuser has in common with the truth,
+            rounded up or down at random so that the mean holds (within 2 %: confusers never repeat).
 
     Raises:
         ValueError: an argument is out of range.
@@ -98,7 +100,15 @@ class World:
         if not 0 <= difficulty <= 1:
             raise ValueError(f"difficulty must be 0 to 1, got {difficulty}")
         if min(num_train_cities, num_test_cities) < 1:
-            raise ValueError("a world needs at least one training and one held-out city")
+            raise ValueError(
+                "num_train_cities and num_test_cities must be at least 1, "
+                f"got {num_train_cities} and {num_test_cities}"
+            )
+        if num_train_cities + num_test_cities > len(_SYLLABLES) ** 3:
+            raise ValueError(
+                f"num_train_cities + num_test_cities must be at most {len(_SYLLABLES) ** 3}, "
+                f"got {num_train_cities + num_test_cities}"
+            )
         self.seed = seed
         self.num_candidates = num_candidates
         self.confusers = confusers
@@ -111,8 +121,9 @@ class World:
         """The index-th question of a split ("train" or "test"); the same at every call."""
         rng = random.Random(f"{self.seed}/{split}/{index}")
         city = rng.choice(self.cities[split])
-        covers = tuple(rng.choice(COVERS) for _ in SIDES)
-        chosen, places = {covers}, []
+        covers = _four([rng.choice(COVERS) for _ in SIDES])
+        chosen = {covers}
+        places: list[Place] = []
         while len(places) < self.num_candidates - 1:
             confuser = self._confuser(covers, rng)
             if confuser not in chosen:
@@ -123,13 +134,11 @@ class World:
         places.insert(truth, Place(city, covers))
         return Pairing(f"{split}-{index}", Place(city, covers), tuple(places), truth)
 
-    def _confuser(self, covers: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
+    def _confuser(self, covers: Covers, rng: random.Random) -> Covers:
         others = len(SIDES) - 1
         shared = int(others * self.difficulty + rng.random())
         kept = set(rng.sample(range(len(SIDES)), min(shared, others)))
-        return tuple(
-            cover if side in kept else rng.choice([c for c in COVERS if c != cover]) for side, cover in enumerate(covers)
-        )
+        return _four([cover if side in kept else _other(cover, rng) for side, cover in enumerate(covers)])
 
     def images(self, pairing: Pairing) -> tuple[Image.Image, ...]:
         """The panorama [28 x 112 pixels], then each candidate's tile [56 x 56 pixels]."""
@@ -139,6 +148,15 @@ class World:
             for letter, place in zip(LETTERS, pairing.candidates, strict=False)
         )
         return (panorama, *tiles)
+
+
+def _four(covers: Sequence[str]) -> Covers:
+    nw, ne, se, sw = covers
+    return nw, ne, se, sw
+
+
+def _other(cover: str, rng: random.Random) -> str:
+    return rng.choice([c for c in COVERS if c != cover])
 
 
 def render_panorama(place: Place, rng: random.Random) -> Image.Image:
@@ -190,7 +208,10 @@ _Mask = Callable[[np.ndarray, np.ndarray, int, int], tuple[np.ndarray, np.ndarra
 _ROW, _COLUMN = np.mgrid[0:CELL, 0:CELL]
 _FROM_ABOVE: dict[str, _Mask] = {
     "water": lambda y, x, p, s: ((y + s) % p == 0, (y + s) % p == 1),
-    "woods": lambda y, x, p, s: (((y + s) % p < 2) & ((x + s) % p < 2), ((y + s) % p == 3) & ((x + s) % p == 3)),
+    "woods": lambda y, x, p, s: (
+        ((y + s) % p < 2) & ((x + s) % p < 2),
+        ((y + s) % p == 3) & ((x + s) % p == 3),
+    ),
     "sand": lambda y, x, p, s: ((y * 7 + x * 11 + s) % 29 == 0, (y * 5 + x * 3 + s) % 31 == 0),
     "roofs": lambda y, x, p, s: (((y + s) % (p + 2) < 2) | ((x + s) % (p + 2) < 2), np.zeros_like(y, bool)),
     "field": lambda y, x, p, s: ((x + s) % p == 0, (x + s) % p == 2),

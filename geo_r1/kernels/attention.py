@@ -8,6 +8,8 @@ batch, so nothing is padded and no [T, T] mask exists.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,20 +36,22 @@ def packed_attention(
         v_TKD: [T, K, D] values.
         layout: the batch's boundaries, T tokens in all.
         causal: False lets a segment's tokens see the whole segment and its prompt (vision windows).
-        scale: multiplies the scores; None means D ** -0.5.
+        scale: multiplies the scores, above 0; None means D ** -0.5.
         impl: None picks by device; see `available_impls`.
 
     Returns:
         [T, H, D], dtype of q, differentiable in q, k and v.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree with each other or with the layout, or `impl` cannot run.
+        ValueError: shapes, dtypes or devices disagree with each other or with the layout, `scale` is not
+            finite and above 0, or `impl` cannot run.
 
     Source: shared-prefix attention as in Hydragen, arXiv:2402.05099; exact, no approximation.
     """
-    _check(q_THD, k_TKD, v_TKD, layout)
+    _check(q_THD, k_TKD, v_TKD, layout, scale)
     resolve_impl("packed_attention", impl, q_THD.device)
-    return _reference(q_THD, k_TKD, v_TKD, layout, causal, q_THD.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
+    return _reference(q_THD, k_TKD, v_TKD, layout, causal, scale)
 
 
 def _reference(
@@ -64,25 +68,37 @@ def _reference(
         if causal and prefix_len:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix_len)
         out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal and not prefix_len, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            mask,
+            is_causal=causal and not prefix_len,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).index_select(0, layout.bucket_order) if outs else q_THD.clone()
+    if not outs:  # no tokens: the result is empty, the product keeps k and v in the graph
+        return q_THD * (k_TKD.sum() + v_TKD.sum())
+    return torch.cat(outs).index_select(0, layout.bucket_order)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float | None) -> None:
     tokens = layout.num_tokens
-    if q.ndim != 3 or q.shape[0] != tokens:
+    if q.ndim != 3 or q.shape[0] != tokens or 0 in q.shape[1:]:
         raise ValueError(f"q must be [{tokens}, heads, head size] for this layout, got {list(q.shape)}")
     if k.ndim != 3 or k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != q.shape[2]:
         raise ValueError(
-            f"k and v must both be [{tokens}, key heads, {q.shape[2]}], got {list(k.shape)} and {list(v.shape)}"
+            f"k and v must both be [{tokens}, key heads, {q.shape[2]}], "
+            f"got {list(k.shape)} and {list(v.shape)}"
         )
-    if q.shape[1] % k.shape[1]:
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot be shared among {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must share a float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device == layout.device:
         raise ValueError(
-            f"q, k, v and the layout must share a device, got {q.device}, {k.device}, {v.device}, {layout.device}"
+            "q, k, v and the layout must share a device, "
+            f"got {q.device}, {k.device}, {v.device}, {layout.device}"
         )
+    if scale is not None and not 0 < scale < math.inf:  # torch scales after masking: -inf would turn to NaN
+        raise ValueError(f"scale must be finite and above 0, got {scale}")

@@ -1,12 +1,10 @@
-"""The GRPO family of losses on full logits, its options, and the weights that average it.
+"""The GRPO family of losses on full logits, and the weights that average it.
 
     L = sum_t w_t * (importance_t * policy_t + beta * KL_t - entropy_coef * H_t)
 
 Source: GRPO, arXiv:2402.03300; options and names follow TRL's GRPOTrainer.
 """
 
-
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,69 +13,10 @@ import torch
 from torch import Tensor
 
 from geo_r1.kernels.impls import resolve_impl
+from geo_r1.kernels.loss_config import DEFAULT_CONFIG, GRPOLossConfig
 from geo_r1.kernels.reference import grpo_row_loss, row_statistics
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class GRPOLossConfig:
-    """Options of the loss, checked once, when it is made.
-
-    Raises:
-        ValueError: an option is out of range or does not go with another.
-    """
-
-    # Ratios are clipped to [1 - epsilon, 1 + epsilon_high].
-    epsilon: float = 0.2
-    # None: epsilon. With policy "cispo" it is the upper bound of the ratio itself, and must be given.
-    epsilon_high: float | None = None
-    # Upper bound of the ratio on the side that clipping leaves open; policy "clip" only.
-    delta: float | None = None
-    policy: Literal["clip", "cispo", "sapo"] = "clip"
-    # Sharpness of SAPO's gate where the advantage is positive, and where it is not.
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    # "sequence": one ratio a completion, the geometric mean of its tokens' (GSPO, arXiv:2507.18071).
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    # Weight of KL(policy || reference).
-    beta: float = 0.0
-    kl_estimator: Literal["k3", "k1", "k2"] = "k3"
-    # Weight of the entropy bonus.
-    entropy_coef: float = 0.0
-    # Logits are divided by it, as they were when the completions were sampled.
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("policy", ("clip", "cispo", "sapo")),
-            ("importance_sampling_level", ("token", "sequence")),
-            ("kl_estimator", ("k3", "k1", "k2")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("epsilon", "epsilon_high", "beta"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a finite number, at least 0, got {value}")
-        for name in ("delta", "sapo_temperature_pos", "sapo_temperature_neg", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a finite number above 0, got {value}")
-        if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef}")
-        if self.policy == "cispo" and self.epsilon_high is None:
-            raise ValueError("policy='cispo' needs epsilon_high, the upper bound of the ratio (e.g. 5.0)")
-        if self.policy != "clip" and self.delta is not None:
-            raise ValueError(f"delta={self.delta} goes with policy='clip' only, got policy={self.policy!r}")
-
-    @property
-    def clip_high(self) -> float:
-        """`epsilon_high`, or `epsilon` where it was not given."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-
-DEFAULT_CONFIG = GRPOLossConfig()
 
 
 @dataclass(frozen=True)

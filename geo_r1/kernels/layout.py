@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # fields are tensors, so equal means the same object
 class PackedLayout:
     """The boundaries of a packed batch, on the device for kernels and on the host for schedules.
 
@@ -50,21 +51,21 @@ class PackedLayout:
         """Lay out groups one after another.
 
         Args:
-            prompt_len: tokens of each prompt, B integers >= 0.
+            prompt_len: tokens of each prompt, B integers >= 0; numpy's are integers too.
             completion_len: B sequences with the tokens of each completion; None means no completions.
+            device: where the boundaries live.
+
+        Returns:
+            The layout.
 
         Raises:
-            ValueError: lengths are negative, not integers, or the two arguments differ in length.
+            ValueError: lengths are negative, not integers, or the two arguments differ in length; or the
+                tokens do not fit int32.
         """
-        prompts = tuple(prompt_len)
-        completions = tuple(map(tuple, completion_len)) if completion_len is not None else ((),) * len(prompts)
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts but {len(completions)} groups of completions")
-        for group, lengths in enumerate(zip(prompts, completions, strict=True)):
-            for length in (lengths[0], *lengths[1]):
-                if not isinstance(length, int) or length < 0:
-                    raise ValueError(f"group {group}: a length must be an integer >= 0, got {length!r}")
-        cu_group, cu_segment, parent = [0], [0], []
+        prompts, completions = _check_lengths(
+            prompt_len, [()] * len(prompt_len) if completion_len is None else completion_len
+        )
+        cu_group, cu_segment, parent = [0], [0], list[int]()
         for prompt, lengths in zip(prompts, completions, strict=True):
             parent += [-1] + [len(parent)] * len(lengths)
             for length in (prompt, *lengths):
@@ -72,13 +73,11 @@ class PackedLayout:
             cu_group.append(cu_segment[-1])
         if cu_group[-1] >= 2**31:
             raise ValueError(f"{cu_group[-1]} tokens do not fit int32 boundaries; plan smaller batches")
-
-        def on_device(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
-
-        return cls(
-            prompts, completions, on_device(cu_group), on_device(prompts), on_device(cu_segment), on_device(parent)
+        boundaries = (
+            torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+            for values in (cu_group, prompts, cu_segment, parent)
         )
+        return cls(prompts, completions, *boundaries)
 
     @property
     def num_tokens(self) -> int:
@@ -176,42 +175,63 @@ def plan_batches(
 ) -> PackedPlan:
     """Put groups into as few batches of at most `max_tokens` tokens as first-fit decreasing finds.
 
-    A group larger than the budget is split into sub-groups that repeat its prompt; the plan counts them.
+    A group larger than the budget is split into sub-groups that repeat its prompt, never two of them in one
+    batch; the plan counts what that costs.
+
+    Args:
+        prompt_len: tokens of each prompt, B integers >= 0.
+        completion_len: B sequences with the tokens of each completion.
+        max_tokens: the most tokens a batch may hold.
+
+    Returns:
+        The plan; the same lengths always give the same one.
 
     Raises:
-        ValueError: one prompt with one of its completions is larger than the budget; it names the group.
+        ValueError: as `PackedLayout.from_lengths`; or one prompt, alone or with one of its completions, is
+            larger than the budget: the message names the group.
     """
-    pieces: list[tuple[int, int, tuple[int, ...]]] = []
-    repeated = 0
-    for group, (prompt, lengths) in enumerate(zip(prompt_len, completion_len, strict=True)):
-        piece, size, first = [], prompt, True
-        for index, length in enumerate(lengths):
-            if prompt + length > max_tokens:
-                raise ValueError(
-                    f"group {group}: a prompt of {prompt} tokens with a completion of {length} is over the budget "
-                    f"of {max_tokens} tokens a batch"
-                )
-            if size + length > max_tokens:
-                pieces.append((size, group, tuple(piece)))
-                piece, size, first = [], prompt, False
-                repeated += prompt
-            piece.append(index)
-            size += length
-        if prompt > max_tokens:
-            raise ValueError(f"group {group}: {prompt} prompt tokens are over the budget of {max_tokens}")
-        if piece or first:
-            pieces.append((size, group, tuple(piece)))
-
-    batches: list[list[tuple[int, tuple[int, ...]]]] = []
-    free: list[int] = []
-    for size, group, piece_ids in sorted(pieces, key=lambda p: (-p[0], p[1], p[2])):
-        slot = next((i for i, room in enumerate(free) if room >= size), None)
-        if slot is None:
-            slot = len(batches)
-            batches.append([])
-            free.append(max_tokens)
-        batches[slot].append((group, piece_ids))
-        free[slot] -= size
+    prompts, completions = _check_lengths(prompt_len, completion_len)
+    pieces: list[tuple[int, tuple[int, ...]]] = []
+    sizes: list[int] = []
+    for group, (prompt, lengths) in enumerate(zip(prompts, completions, strict=True)):
+        if prompt + max(lengths, default=0) > max_tokens:
+            longest = f" with a completion of {max(lengths)}" if lengths else ""
+            raise ValueError(
+                f"group {group}: a prompt of {prompt} tokens{longest} is over the budget of {max_tokens} "
+                "tokens a batch"
+            )
+        for piece in _first_fit_decreasing(lengths, max_tokens - prompt) or [()]:
+            pieces.append((group, piece))
+            sizes.append(prompt + sum(lengths[i] for i in piece))
+    batches = _first_fit_decreasing(sizes, max_tokens)
+    needed = sum(prompts) + sum(map(sum, completions))
     return PackedPlan(
-        tuple(tuple(sorted(batch)) for batch in batches), sum(size for size, _, _ in pieces), repeated
+        tuple(tuple(pieces[i] for i in batch) for batch in batches), sum(sizes), sum(sizes) - needed
     )
+
+
+def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
+    """Indices of `sizes` in bins, ascending in each. Any two bins together are over the capacity."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        slot = next((i for i, room in enumerate(free) if room >= sizes[index]), len(bins))
+        if slot == len(bins):
+            bins.append([])
+            free.append(capacity)
+        bins[slot].append(index)
+        free[slot] -= sizes[index]
+    return [tuple(sorted(indices)) for indices in bins]
+
+
+def _check_lengths(
+    prompt_len: Sequence[int], completion_len: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The lengths as Python's own integers, whose sums cannot overflow."""
+    if len(prompt_len) != len(completion_len):
+        raise ValueError(f"{len(prompt_len)} prompts but {len(completion_len)} groups of completions")
+    for group, (prompt, lengths) in enumerate(zip(prompt_len, completion_len, strict=True)):
+        for length in (prompt, *lengths):
+            if not isinstance(length, Integral) or isinstance(length, bool) or length < 0:
+                raise ValueError(f"group {group}: a length must be an integer >= 0, got {length!r}")
+    return tuple(map(int, prompt_len)), tuple(tuple(map(int, lengths)) for lengths in completion_len)

@@ -10,13 +10,11 @@ Source: GRPO, arXiv:2402.03300; names and options follow TRL's GRPOTrainer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from geo_r1.kernels.grpo_loss import GRPOLossConfig
+from geo_r1.kernels.loss_config import GRPOLossConfig
 
 # sigmoid(40) is 1 in float64, with derivative 0: SAPO's ratio may be held there without changing a bit.
 _SAPO_SATURATED = 40.0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers import Qwen2VLForConditionalGeneration, vision_utils
@@ -32,17 +33,23 @@ class PackedVLM:
 
     Args:
         model: a Qwen2-VL or Qwen2.5-VL with its language head. Its attention is set to the packed one.
+        compute_dtype: what layers compute in (autocast); None computes in the weights' own dtype.
 
     Raises:
         ValueError: the model is of another family.
     """
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration) -> None:
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
         if model.config.model_type not in MODEL_CLASSES:
             raise ValueError(f"cannot pack a {model.config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
         model.model.language_model.config._attn_implementation = TEXT_ATTENTION
         model.model.visual.config._attn_implementation = VISION_ATTENTION
         self.model = model
+        self.compute_dtype = compute_dtype or model.dtype
 
     @property
     def device(self) -> torch.device:
@@ -50,8 +57,8 @@ class PackedVLM:
 
     @property
     def lm_head(self) -> Tensor:
-        """[V, C] weight of the language head."""
-        return self.model.lm_head.weight
+        """[V, C] weight of the language head, in the dtype that layers compute in; differentiable."""
+        return self.model.lm_head.weight.to(self.compute_dtype)
 
     @property
     def vision_token_ids(self) -> list[int]:
@@ -85,14 +92,20 @@ class PackedVLM:
 
     def run_text(self, embedded: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """[T, C] embeddings and [3, T] positions through the text layers to [T, C] final hidden states."""
-        outputs = self.model.model.language_model(
-            inputs_embeds=embedded[None],
-            position_ids=position_ids[:, None],
-            attention_mask={"full_attention": None},
-            use_cache=False,
-            attend=attend,
+        with self._autocast():
+            outputs = self.model.model.language_model(
+                inputs_embeds=embedded[None],
+                position_ids=position_ids[:, None],
+                attention_mask={"full_attention": None},
+                use_cache=False,
+                attend=attend,
+            )
+        return outputs.last_hidden_state[0].to(self.compute_dtype)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, self.compute_dtype, enabled=self.compute_dtype != self.model.dtype
         )
-        return outputs.last_hidden_state[0]
 
     def encode_images(self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """Encode pictures of any sizes in one call: [patches, patch size] to [merged patches, C].
@@ -119,40 +132,58 @@ class PackedVLM:
             (options[name], PackedLayout.from_lengths(cu.diff().tolist(), device=self.device))
             for name, cu in layouts.items()
         ]
-        outputs = visual(
-            pixel_values.to(visual.dtype),
-            grid_thw=grid,
-            max_seqlen=int(images.diff().max()),
-            **({"max_window_seqlen": int(windows.diff().max())} if "window_index" in options else {}),
-            **options,
-            vision_layouts=by_boundary,
-        )
+        # With gradient checkpointing transformers asks for gradients of the patches even of a frozen tower.
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
+        with self._autocast(), torch.set_grad_enabled(trained):
+            outputs = visual(
+                pixel_values.to(visual.dtype),
+                grid_thw=grid,
+                max_seqlen=int(images.diff().max()),
+                **({"max_window_seqlen": int(windows.diff().max())} if "window_index" in options else {}),
+                **options,
+                vision_layouts=by_boundary,
+            )
         return outputs.pooler_output
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32
+    path: str | Path, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
 ) -> tuple[PackedVLM, AutoTokenizer, Qwen2VLImageProcessorPil]:
     """Load a checkpoint, its tokenizer and its image processor from a folder or by hub name.
+
+    Args:
+        dtype: of the weights.
+        compute_dtype: see `PackedVLM`.
 
     Raises:
         ValueError: there is no such checkpoint, it is incomplete, or of an unsupported family.
     """
     try:
+        if Path(path).is_absolute() and not Path(path).is_dir():
+            raise ValueError("there is no such folder")
         config = AutoConfig.from_pretrained(path)
         if config.model_type not in MODEL_CLASSES:
-            raise ValueError(f"model {path} is a {config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
-        model = MODEL_CLASSES[config.model_type].from_pretrained(path, dtype=dtype)
+            raise ValueError(f"it is a {config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
+        # transformers fills weights it does not find with random ones, and makes up a tokenizer.
+        model, report = MODEL_CLASSES[config.model_type].from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        if unfit := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
+            raise ValueError(f"{len(unfit)} weights are missing or of another shape, the first is {unfit[0]}")
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if len(tokenizer) <= config.image_token_id:
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, but images are {config.image_token_id}")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return PackedVLM(model), tokenizer, image_processor
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model {path} cannot be loaded: {reason}") from error
+    return PackedVLM(model, compute_dtype), tokenizer, image_processor
 
 
 def _text_attention(module, query, key, value, attention_mask, *, scaling, attend: Attend, **_):
     """transformers' attention signature, [1, heads, T, D] in and [1, T, heads, D] out."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # under autocast the rotary embedding leaves q and k in float32
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     return attend(module.layer_idx, q, k, v, scaling)[None], None
 
 

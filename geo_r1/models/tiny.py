@@ -60,7 +60,7 @@ def build_tiny(
         num_layers: text layers.
     """
     tokenizer = train_tokenizer(texts)
-    token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    token = tokenizer.get_vocab()
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),

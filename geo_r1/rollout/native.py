@@ -118,12 +118,12 @@ def _generate_batch(
     ).to(vlm.device)
     position = torch.tensor([group_prompts[slot].next_position for slot, _, _ in owner], device=vlm.device)
     forbidden = torch.tensor(vlm.vision_token_ids, device=vlm.device)
-    embed = vlm.model.get_input_embeddings()
+    embed, head = vlm.model.get_input_embeddings(), vlm.lm_head.T
 
     said: list[tuple[list[int], list[float]]] = [([], []) for _ in owner]
     active = list(range(len(owner)))
     for step in range(sampling.max_new_tokens):
-        logits = (hidden @ vlm.lm_head.T).float().index_fill_(1, forbidden, -math.inf)
+        logits = (hidden @ head).float().index_fill_(1, forbidden, -math.inf)
         token, logp = draw(logits, uniform[:, step], sampling)
         kept = []
         for row, (token_id, value) in enumerate(zip(token.tolist(), logp.tolist(), strict=True)):

@@ -1,7 +1,7 @@
 """Run a recipe: `torchrun -m geo_r1.train [recipe.toml] [--section.key value ...]`.
 
-A mistake of the user's (recipe, data, rewards) is one line on stderr and exit code 2. A run that is asked to stop
-writes a checkpoint and exits with 0; the same command goes on from there.
+A mistake of the user's (recipe, data, rewards) is one line on stderr and exit code 2. A run that is asked to
+stop writes a checkpoint and exits with 0; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(recipe: Recipe) -> int:
-    from geo_r1.train.distributed import Ranks  # torch, seconds to import: only once the recipe is known to be right
+    from geo_r1.train.distributed import (
+        Ranks,
+    )  # torch, seconds to import: only once the recipe is known to be right
     from geo_r1.train.loop import Stopped
     from geo_r1.train.run import run
 

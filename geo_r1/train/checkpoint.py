@@ -1,12 +1,13 @@
 """Checkpoints and exported models: written beside, then renamed, so what exists is whole.
 
-    checkpoints/<stage>-000100/   a transformers folder (weights, tokenizer, image processor) + trainer.pt
-    models/<stage>/               the same without trainer.pt: what a finished stage leaves
+checkpoints/<stage>-000100/   a transformers folder (weights, tokenizer, image processor) + trainer.pt
+models/<stage>/               the same without trainer.pt: what a finished stage leaves
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from transformers import PreTrainedModel
 TRAINER_STATE = "trainer.pt"
 
 
-def save_folder(folder: Path, model: PreTrainedModel, companions: list[Any], state: dict[str, Any] | None = None) -> None:
+def save_folder(
+    folder: Path, model: PreTrainedModel, companions: list[Any], state: dict[str, Any] | None = None
+) -> None:
     """Write a transformers folder, with the trainer's state if given; it appears whole or not at all.
 
     Args:
         companions: tokenizer and image processor, saved beside the weights.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for piece in (model, *companions):
@@ -35,7 +38,7 @@ def save_folder(folder: Path, model: PreTrainedModel, companions: list[Any], sta
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    shutil.rmtree(folder, ignore_errors=True)
+    assert not folder.exists(), f"{folder} is there already"
     partial.rename(folder)
 
 
@@ -45,7 +48,9 @@ def checkpoint_folder(run_dir: Path, stage: str, step: int) -> Path:
 
 def newest_checkpoint(run_dir: Path, stage: str) -> Path | None:
     """The whole checkpoint of a stage with the most steps, if there is one."""
-    found = sorted((run_dir / "checkpoints").glob(f"{stage}-[0-9]*"), key=lambda p: int(p.name.split("-")[-1]))
+    found = sorted(
+        (run_dir / "checkpoints").glob(f"{stage}-[0-9]*"), key=lambda p: int(p.name.split("-")[-1])
+    )
     return found[-1] if found else None
 
 
@@ -58,13 +63,18 @@ def restore(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     try:
         loaded = type(model).from_pretrained(folder, dtype=model.dtype)
         state = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"checkpoint {folder} cannot be read: {reason}") from error
+    if not isinstance(state, dict) or not {"step", "optimizer"} <= state.keys():
+        raise ValueError(f"checkpoint {folder} cannot be read: {TRAINER_STATE} holds no trainer's state")
     own, saved = model.state_dict(), loaded.state_dict()
     for name in sorted(own.keys() | saved.keys()):
         shapes = [list(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"checkpoint {folder} is of another model: {name} is {shapes[0]} there, {shapes[1]} here")
+            raise ValueError(
+                f"checkpoint {folder} is of another model: {name} is {shapes[0]} there, {shapes[1]} here"
+            )
     model.load_state_dict(saved)
     return state
 
@@ -73,5 +83,11 @@ def prune(run_dir: Path, stage: str, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints of a stage, and what a killed run left half-written."""
     folder = run_dir / "checkpoints"
     found = sorted(folder.glob(f"{stage}-[0-9]*"), key=lambda p: int(p.name.split("-")[-1]))
-    for old in [*found[: len(found) - keep], *folder.glob(f".{stage}-*.partial")]:
-        shutil.rmtree(old)
+    for old in found[: len(found) - keep]:
+        old.rename(_partial(old))
+    for partial in folder.glob(f".{stage}-*.partial"):
+        shutil.rmtree(partial)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")

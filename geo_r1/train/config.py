@@ -45,8 +45,7 @@ class ModelConfig(Section):
     path: str = "tiny"
     """A folder or hub name of a Qwen2-VL or Qwen2.5-VL; `tiny` builds a small random one for the world."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    freeze_vision: bool = False
-    """Keep the vision tower and its projector as they are."""
+    """What layers compute in. Under bfloat16 the weights and the optimiser's state stay float32."""
     gradient_checkpointing: bool = False
     """Recompute layers in backward instead of keeping their activations."""
 
@@ -101,6 +100,8 @@ class Duration(Section):
     """`world`, or a JSONL or parquet file."""
     steps: PositiveInt | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
+    freeze_vision: bool = False
+    """Keep the vision tower and its projector as they are."""
     save_every: PositiveInt = 500
     """Steps between checkpoints."""
 
@@ -147,6 +148,12 @@ class AdvantageConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-4
 
 
+class GRPOOptimConfig(OptimConfig):
+    """AdamW and its schedule; reinforcement learning takes smaller steps."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+
+
 class GRPOConfig(Duration):
     """Group relative policy optimisation."""
 
@@ -158,7 +165,7 @@ class GRPOConfig(Duration):
     """Updates from one batch of completions."""
     loss: LossConfig = LossConfig()
     advantage: AdvantageConfig = AdvantageConfig()
-    optim: OptimConfig = OptimConfig(lr=1e-6)
+    optim: GRPOOptimConfig = GRPOOptimConfig()
 
 
 class RolloutConfig(Section):
@@ -187,8 +194,8 @@ class EvalConfig(Section):
     """Cross-view pairing on held-out samples, greedy."""
 
     data: str = "world"
-    num_samples: PositiveInt | None = 500
-    """The first so many; None takes all of a file."""
+    num_samples: Annotated[int, Field(ge=0)] = 500
+    """The first so many; 0 takes all of a file."""
     max_new_tokens: PositiveInt = 256
     max_tokens: PositiveInt = 65536
     """Cached tokens at a time."""
@@ -197,7 +204,7 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _finite(self) -> EvalConfig:
-        if self.data == "world" and self.num_samples is None:
+        if self.data == "world" and not self.num_samples:
             raise ValueError("the world never ends: set num_samples")
         return self
 
@@ -214,7 +221,9 @@ class LogConfig(Section):
 class Recipe(BaseSettings):
     """Everything that decides a run."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, cli_avoid_json=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, cli_avoid_json=True
+    )
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -229,7 +238,7 @@ class Recipe(BaseSettings):
     log: LogConfig = LogConfig()
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls, init_settings, **_):
+    def settings_customise_sources(cls, settings_cls, init_settings, *_, **__):
         """Only what `load_recipe` hands over: no environment variables, no files found by chance."""
         return (init_settings,)
 
@@ -237,7 +246,10 @@ class Recipe(BaseSettings):
     def _stages_in_order(self) -> Recipe:
         order = [STAGES.index(stage) for stage in self.run.stages]
         if not order or order != sorted(set(order)):
-            raise ValueError(f"run.stages must be some of {', '.join(STAGES)}, in this order, each once")
+            found = ", ".join(self.run.stages) or "none"
+            raise ValueError(
+                f"run.stages must be some of {', '.join(STAGES)}, in this order, each once; got {found}"
+            )
         return self
 
 
@@ -245,8 +257,8 @@ def load_recipe(argv: Sequence[str]) -> Recipe:
     """Read `[recipe.toml] [--section.key value ...]`.
 
     Raises:
-        ValueError: the file is missing or malformed, a key is unknown, or a value has the wrong type. The message
-            names the key, says what was found, and suggests the nearest known key.
+        ValueError: the file is missing or malformed, a key is unknown, or a value has the wrong type. The
+            message names the key, says what was found, and suggests the nearest known key.
     """
     arguments = list(argv)
     path = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else _default_recipe()
@@ -262,7 +274,7 @@ def load_recipe(argv: Sequence[str]) -> Recipe:
         if option.startswith("--") and key not in (*known, "help"):
             raise ValueError(f"unknown option --{key}{_nearest(key, known)}")
     try:
-        source = CliSettingsSource(
+        source: CliSettingsSource = CliSettingsSource(
             Recipe, cli_parse_args=arguments, cli_prog_name="python -m geo_r1.train", cli_exit_on_error=False
         )
         overrides = source()
@@ -289,7 +301,9 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = (
+            _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in top and other not in top:  # the command line replaces the recipe's duration
             merged.pop(other, None)

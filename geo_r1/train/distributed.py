@@ -1,6 +1,6 @@
 """Data parallel ranks: each holds the whole model and works on its share of the global batch.
 
-Gradients are summed once a step, after all micro-batches, so ranks may hold different numbers of them, or none.
+Gradients are summed once a step, after all micro-batches: ranks may hold different numbers of them, or none.
 """
 
 from __future__ import annotations

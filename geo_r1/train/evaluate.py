@@ -21,7 +21,7 @@ from geo_r1.train.loop import Engine, load_rewards
 def evaluate(engine: Engine, row: str, source: Source) -> dict[str, Any]:
     """Evaluate the engine's policy as one row of the table; writes eval/<row>/ and returns its summary."""
     config = engine.recipe.eval
-    count = min(size for size in (config.num_samples, source.size) if size is not None)
+    count = min(size for size in (config.num_samples, source.size) if size)
     samples = [source.sample(index) for index in engine.ranks.share(count)]
     what = f"eval {row}"
     engine.log.start(what, len(samples))
@@ -92,7 +92,9 @@ def _record(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _gallery(engine: Engine, samples: list[Sample], predictions: list[Prediction]) -> Iterable[dict[str, Any]]:
+def _gallery(
+    engine: Engine, samples: list[Sample], predictions: list[Prediction]
+) -> Iterable[dict[str, Any]]:
     table = score_groups(
         load_rewards(engine.recipe.rewards),
         engine.recipe.rewards.weights,

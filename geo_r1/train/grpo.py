@@ -25,7 +25,7 @@ from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM, pack
 from geo_r1.rewards import RewardTable
 from geo_r1.rollout import Completion, SamplingConfig, generate, score_groups
 from geo_r1.train.config import GRPOConfig
-from geo_r1.train.loop import Engine, Phases, Updater, load_rewards, rows_of, run_stage
+from geo_r1.train.loop import Engine, Phases, Updater, check_budget, load_rewards, rows_of, run_stage
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ def run_grpo(engine: Engine, config: GRPOConfig, source: Source) -> None:
             positions = [first + i for i in engine.ranks.share(config.prompts_per_step)]
             samples = [source.draw(position, recipe.run.seed) for position in positions]
             prompts = [engine.encoder.encode(sample) for sample in samples]
+            for prompt in prompts:
+                check_budget(prompt, sampling.max_new_tokens, recipe.rollout.max_tokens, "rollout.max_tokens")
+                check_budget(
+                    prompt, sampling.max_new_tokens, config.optim.max_tokens, "grpo.optim.max_tokens"
+                )
         with phases("rollout"):
             groups = generate(
                 engine.vlm,
@@ -83,7 +88,9 @@ def run_grpo(engine: Engine, config: GRPOConfig, source: Source) -> None:
                 max_tokens=recipe.rollout.max_tokens,
             )
         with phases("reward"):
-            rewards = score_groups(functions, recipe.rewards.weights, engine.tokenizer, samples, groups)
+            rewards = RewardTable({name: [] for name in functions}, [])
+            if groups:  # a rank may have none; a user's function need not expect that
+                rewards = score_groups(functions, recipe.rewards.weights, engine.tokenizer, samples, groups)
             scored, metrics = _advantages(engine, config, prompts, groups, rewards)
         with phases("update"):
             micro_batches, plan = _micro_batches(engine, config, scored)
@@ -123,11 +130,13 @@ def _advantages(
         scale=config.advantage.scale,
         eps=config.advantage.eps,
     )
-    by_group = reward.view(-1, config.num_completions)
+    groups_of_M = zip(reward.split(config.num_completions), valid.split(config.num_completions), strict=True)
+    scores = [values[counts] for values, counts in groups_of_M]
+    spread = [s.std().item() if len(s) and s.amin() < s.amax() else 0.0 for s in scores]
     metrics = {
         "reward": reward[valid].mean().item() if valid.any() else 0.0,
-        "reward_std": by_group.std(1).mean().item(),
-        "frac_reward_zero_std": (by_group.amax(1) == by_group.amin(1)).float().mean().item(),
+        "reward_std": statistics.fmean(spread),
+        "frac_reward_zero_std": statistics.fmean(value == 0 for value in spread),
     }
     for name in rewards.per_function:
         values = [value for _, table in shared for value in table[name] if value is not None]
@@ -141,7 +150,7 @@ def _advantages(
 
 
 def _micro_batches(engine: Engine, config: GRPOConfig, scored: Scored) -> tuple[list[MicroBatch], PackedPlan]:
-    """Pack this rank's groups under the token budget; weights count the whole step's completions and tokens."""
+    """Pack this rank's groups under the token budget; weights count the whole step's."""
     device = engine.ranks.device
     lengths = [[len(c.token_ids) for c in group] for group in scored.groups]
     num_tokens, num_sequences = engine.ranks.sum([sum(map(sum, lengths)), sum(map(len, lengths))])
@@ -235,4 +244,4 @@ def _logp(vlm: PackedVLM, batch: PackedBatch, temperature: float) -> Tensor:
 
 
 def _frozen_copy(vlm: PackedVLM) -> PackedVLM:
-    return PackedVLM(copy.deepcopy(vlm.model).requires_grad_(False).eval())
+    return PackedVLM(copy.deepcopy(vlm.model).requires_grad_(False).eval(), vlm.compute_dtype)

@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl always, TensorBoard and W&B by choice, one progress line on screen."""
+"""Where a run's figures go: metrics.jsonl always, TensorBoard and W&B by choice, and a progress line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every stage shares: the engine it runs on, the optimiser's step, and the loop that can stop and go on."""
+"""What every stage shares: the engine it runs on, the optimiser's step, the loop that can stop and go on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from geo_r1.data import PromptEncoder
-from geo_r1.models import PackedVLM
+from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.rewards import RewardFunction, load_reward
 from geo_r1.train.checkpoint import checkpoint_folder, newest_checkpoint, prune, restore, save_folder
 from geo_r1.train.config import OptimConfig, Recipe, RewardConfig
@@ -27,7 +27,7 @@ from geo_r1.train.log import Log
 KEPT_CHECKPOINTS = 2
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  # nothing went wrong
     """The run was asked to stop, and has written a checkpoint to go on from."""
 
 
@@ -68,7 +68,9 @@ class Updater:
         if step < warmup:
             return config.lr * (step + 1) / warmup
         left = 1 - (step - warmup) / max(1, self.num_steps - warmup)
-        fall = {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[config.schedule]
+        fall = {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[
+            config.schedule
+        ]
         return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
 
     def apply(self, step: int) -> dict[str, float]:
@@ -80,7 +82,9 @@ class Updater:
         self.ranks.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
         if not math.isfinite(norm):
-            raise ValueError(f"step {step}: the gradient's norm is {norm}; lower the learning rate or check the rewards")
+            raise ValueError(
+                f"step {step}: the gradient's norm is {norm}; lower the learning rate or check the rewards"
+            )
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -107,7 +111,13 @@ Step = Callable[[int, Updater, Phases], tuple[dict[str, float], int]]
 
 
 def run_stage(
-    engine: Engine, stage: str, config: OptimConfig, num_steps: int, save_every: int, step_fn: Step, headline: str
+    engine: Engine,
+    stage: str,
+    config: OptimConfig,
+    num_steps: int,
+    save_every: int,
+    step_fn: Step,
+    headline: str,
 ) -> None:
     """Run a stage from its newest checkpoint, or from the start, to its end, and export the model.
 
@@ -151,7 +161,9 @@ def run_stage(
                     prune(engine.run_dir, stage, KEPT_CHECKPOINTS)
             if stop:
                 engine.log.stop()
-                raise Stopped(f"{stage} stopped after step {step + 1} of {num_steps}; the same command goes on from there")
+                raise Stopped(
+                    f"{stage} stopped after step {step + 1} of {num_steps}; the same command goes on"
+                )
     engine.log.stop()
     engine.save(engine.run_dir / "models" / stage)
     if engine.ranks.is_main:
@@ -188,8 +200,19 @@ def load_rewards(config: RewardConfig) -> dict[str, RewardFunction]:
     for table, names in (("options", config.options), ("weights", config.weights)):
         for name in names:
             if name not in config.functions:
-                raise ValueError(f"rewards.{table} names {name}, but rewards.functions has only {', '.join(config.functions)}")
+                raise ValueError(
+                    f"rewards.{table} names {name}, but rewards.functions has {', '.join(config.functions)}"
+                )
     return {name: load_reward(name, **config.options.get(name, {})) for name in config.functions}
+
+
+def check_budget(prompt: EncodedPrompt, completion_len: int, max_tokens: int, option: str) -> None:
+    """Raise ValueError, with the sample's name, if a prompt and one completion exceed a token budget."""
+    if len(prompt.token_ids) + completion_len > max_tokens:
+        raise ValueError(
+            f"sample {prompt.sample_id}: a prompt of {len(prompt.token_ids)} tokens and {completion_len} "
+            f"more are over {option} = {max_tokens}"
+        )
 
 
 def rows_of(values_N: Tensor, completion_len: list[int]) -> Tensor:

@@ -1,6 +1,6 @@
 """A run from its first stage to its report.
 
-    <run>/recipe.toml  metrics.jsonl  checkpoints/  models/<stage>/  eval/<row>/  summary.json  report.html
+<run>/recipe.toml  metrics.jsonl  checkpoints/  models/<stage>/  eval/<row>/  summary.json  report.html
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, HTTPError
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from geo_r1.data import PromptEncoder, World, exemplars, read_samples
 from geo_r1.data.source import Source
 from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.tiny import build_tiny
+from geo_r1.train.checkpoint import prune
 from geo_r1.train.config import STAGES, Recipe, dump_recipe
 from geo_r1.train.distributed import Ranks
 from geo_r1.train.evaluate import evaluate, write_summary, write_text
 from geo_r1.train.grpo import run_grpo
 from geo_r1.train.log import Log
-from geo_r1.train.loop import Engine
+from geo_r1.train.loop import Engine, load_rewards
 from geo_r1.train.report import write_report
 from geo_r1.train.sft import run_sft
 
-# What may change when a run goes on in its folder; everything else decides the result.
+# Sections that may change when a run goes on in its folder; the others, and the seed, decide the result.
 FREE_TO_CHANGE = ("run", "eval", "log")
 TINY = "tiny"
 TOKENIZER_SAMPLES = 200
@@ -44,6 +48,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     run_dir = recipe.run.dir
     world = World(**recipe.world.model_dump(exclude={"haste", "slip"}))
     sources = {stage: open_source(recipe, world, stage) for stage in recipe.run.stages}
+    load_rewards(recipe.rewards)  # a wrong one is an error now, not when its stage comes
     engine = _start(recipe, ranks, run_dir, world)
     try:
         for stage in recipe.run.stages:
@@ -51,10 +56,13 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
                 _evaluate(engine, world, sources["eval"])
             elif not (run_dir / "models" / stage).exists():
                 engine = _at(engine, world, _start_of(recipe, stage))
+                engine.vlm.model.model.visual.requires_grad_(not getattr(recipe, stage).freeze_vision)
                 if stage == "grpo":
                     run_grpo(engine, recipe.grpo, sources[stage])
                 else:
                     run_sft(engine, stage, getattr(recipe, stage), sources[stage])
+            elif ranks.is_main:
+                prune(run_dir, stage, 0)  # what a run that was killed right after its export left
         if ranks.is_main:
             engine.log.say(f"report: {write_report(run_dir)}")
     finally:
@@ -65,7 +73,12 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
     """The samples of a stage: of the world, or of the file that its `data` names."""
     data = getattr(recipe, stage).data
     if data != "world":
-        return Source.of(read_samples(data, recipe.data.image_root))
+        samples = read_samples(data, recipe.data.image_root)
+        needed = {"pretrain": "response", "sft": "response", "eval": "answer"}.get(stage)
+        for sample in samples:
+            if needed and getattr(sample, needed) is None:
+                raise ValueError(f"sample {sample.id} of {data} has no {needed}, which {stage} needs")
+        return Source.of(samples)
     if stage == "pretrain":
         # One direct answer for every three captions: enough to learn how an answer looks, not how to find it.
         return Source(
@@ -73,7 +86,9 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
         )
     if stage == "sft":
         return Source(
-            lambda i: exemplars.chain_of_thought(world, "train", 1_000_000 + i, recipe.world.haste, recipe.world.slip),
+            lambda i: exemplars.chain_of_thought(
+                world, "train", 1_000_000 + i, recipe.world.haste, recipe.world.slip
+            ),
             None,
         )
     if stage == "grpo":
@@ -83,33 +98,40 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
 
 def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, world: World) -> Engine:
     """Take possession of the run's folder and load the model that the recipe names."""
+    _check_folder(recipe, run_dir)
+    _check_model_exists(recipe.model.path)
+    loaded = _load(recipe, world, recipe.model.path)  # before anything is written or deleted
+    ranks.barrier()  # every rank has looked
     if ranks.is_main:
-        if recipe.run.overwrite and run_dir.exists():
-            if any(run_dir.iterdir()) and not (run_dir / "recipe.toml").exists():
-                raise ValueError(f"{run_dir} is not the folder of a run; run.overwrite does not delete it")
-            shutil.rmtree(run_dir)
-        _check_same_recipe(recipe, run_dir)
-    ranks.barrier()
-    loaded = _load(recipe, world, recipe.model.path)  # before anything is written
-    if ranks.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "recipe.toml", dump_recipe(recipe))
+        if recipe.run.overwrite:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run_dir / "recipe.toml", dump_recipe(recipe))
+        except OSError as error:
+            raise ValueError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
     ranks.barrier()
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
     return _engine(recipe, ranks, run_dir, log, *loaded)
 
 
-def _check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
+def _check_folder(recipe: Recipe, run_dir: Path) -> None:
     file = run_dir / "recipe.toml"
+    if recipe.run.overwrite:
+        if run_dir.is_dir() and any(run_dir.iterdir()) and not file.exists():
+            raise ValueError(f"{run_dir} is not the folder of a run; run.overwrite does not delete it")
+        return
     if not file.exists():
         return
     before, now = tomllib.loads(file.read_text(encoding="utf-8")), tomllib.loads(dump_recipe(recipe))
-    for section in FREE_TO_CHANGE:
-        before.pop(section, None)
-        now.pop(section, None)
+    for values in (before, now):
+        seed = values["run"]["seed"]
+        for section in FREE_TO_CHANGE:
+            del values[section]
+        values["run"] = {"seed": seed}
     if changed := _first_difference(before, now, ""):
         raise ValueError(
-            f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true to start anew"
+            f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true"
         )
 
 
@@ -122,12 +144,33 @@ def _first_difference(before: Any, now: Any, key: str) -> str | None:
     return None if before == now else f"{key} = {before}, now {now}"
 
 
+def _check_model_exists(path: str) -> None:
+    """Answer a mistyped path at once; transformers would ask the hub for half a minute."""
+    if path == TINY or Path(path).is_dir():
+        return
+    try:
+        if not try_to_load_from_cache(path, "config.json"):
+            model_info(path, timeout=10)
+    except HFValidationError:
+        raise ValueError(f"model folder {path} does not exist") from None
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"model {path}: no such folder, and the hub does not answer for it: {error}"
+        ) from error
+
+
 def _load(recipe: Recipe, world: World, path: str | Path) -> tuple[PackedVLM, Any, Any]:
-    dtype = getattr(torch, recipe.model.dtype)
+    compute_dtype = getattr(torch, recipe.model.dtype)
+    # an update of 1e-6 is lost in bfloat16 weights
+    dtype = torch.float32 if compute_dtype == torch.bfloat16 else compute_dtype
     if path != TINY:
-        return load_model(path, dtype)
+        try:
+            return load_model(path, dtype, compute_dtype)
+        except SafetensorError as error:
+            raise ValueError(f"model {path} cannot be loaded: {error}") from error
     model, tokenizer, image_processor = build_tiny(_tokenizer_texts(world), recipe.run.seed)
-    return PackedVLM(model.to(dtype)), tokenizer, image_processor
+    torch.nn.Module.to(model, dtype)
+    return PackedVLM(model, compute_dtype), tokenizer, image_processor
 
 
 def _tokenizer_texts(world: World) -> list[str]:
@@ -142,8 +185,6 @@ def _tokenizer_texts(world: World) -> list[str]:
 
 def _engine(recipe, ranks, run_dir, log, vlm, tokenizer, image_processor) -> Engine:
     model = vlm.model.to(ranks.device)
-    if recipe.model.freeze_vision:
-        model.model.visual.requires_grad_(False)
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     encoder = PromptEncoder(

@@ -10,14 +10,14 @@ from geo_r1.kernels import linear_cross_entropy
 from geo_r1.kernels.layout import plan_batches
 from geo_r1.models import pack
 from geo_r1.train.config import SFTConfig
-from geo_r1.train.loop import Engine, Phases, Updater, run_stage
+from geo_r1.train.loop import Engine, Phases, Updater, check_budget, run_stage
 
 
 def run_sft(engine: Engine, stage: str, config: SFTConfig, source: Source) -> None:
     """Run a supervised stage to its end.
 
     Raises:
-        ValueError: a sample has no response, or does not fit the token budget; names it.
+        ValueError: a sample does not fit the token budget; names it.
     """
     num_steps = source.num_steps(config.steps, config.epochs, config.batch_size)
     seed = engine.recipe.run.seed
@@ -29,14 +29,20 @@ def run_sft(engine: Engine, stage: str, config: SFTConfig, source: Source) -> No
             prompts = [engine.encoder.encode(sample) for sample in samples]
             responses = [[engine.encoder.encode_response(_response(sample))] for sample in samples]
             lengths = [[len(response[0])] for response in responses]
+            for prompt, [length] in zip(prompts, lengths, strict=True):
+                check_budget(prompt, length, config.optim.max_tokens, f"{stage}.optim.max_tokens")
             plan = plan_batches([len(p.token_ids) for p in prompts], lengths, config.optim.max_tokens)
         [num_targets] = engine.ranks.sum([sum(length for [length] in lengths)])
         loss_sum = 0.0
         with phases("update"):
             for groups in plan.batches:
-                batch = pack([prompts[i] for i, _ in groups], [responses[i] for i, _ in groups], engine.ranks.device)
+                batch = pack(
+                    [prompts[i] for i, _ in groups], [responses[i] for i, _ in groups], engine.ranks.device
+                )
                 weight = torch.full((len(batch.target),), 1 / num_targets, device=engine.ranks.device)
-                loss = linear_cross_entropy(engine.vlm.loss_rows(batch), engine.vlm.lm_head, batch.target, weight)
+                loss = linear_cross_entropy(
+                    engine.vlm.loss_rows(batch), engine.vlm.lm_head, batch.target, weight
+                )
                 loss.backward()
                 loss_sum += loss.item()
             [total] = engine.ranks.sum([loss_sum])
@@ -47,6 +53,5 @@ def run_sft(engine: Engine, stage: str, config: SFTConfig, source: Source) -> No
 
 
 def _response(sample: Sample) -> str:
-    if sample.response is None:
-        raise ValueError(f"sample {sample.id} has no response to learn from")
+    assert sample.response is not None, sample.id  # checked where the data was opened
     return sample.response

@@ -1,0 +1,151 @@
+"""The teacher of the procedural world: well formed, true when it should be, wrong as set."""
+
+import re
+from itertools import pairwise
+
+import pytest
+
+from geo_r1.answers import extract_choice
+from geo_r1.data import World, exemplars
+from geo_r1.data.world import COVERS, LETTERS
+from geo_r1.rewards import accuracy, format_reward
+
+WORLD = World()
+STEPS = re.compile(
+    r"<think>Cues: (?P<cues>.+)\. Knowledge: (?P<kind>\w+)\. Evidence: (?P<evidence>.+\.) "
+    r"Conclusion: (?P<letter>[A-J])\.</think><answer>(?P<answer>[A-J])</answer>"
+)
+
+
+def thoughts(count=200, world=WORLD, **errors):
+    """(pairing, steps, comparisons); a comparison is (letter, [(cue, named)], verdict)."""
+    for index in range(count):
+        steps = STEPS.fullmatch(exemplars.chain_of_thought(world, "train", index, **errors).response)
+        comparisons = []
+        for line in re.findall(r"([A-J]) ((?:\w+ )+)(yes|no)\.", steps["evidence"]):
+            words = line[1].replace(" same", "").split()
+            comparisons.append((line[0], list(zip(words[::2], words[1::2], strict=True)), line[2]))
+        yield world.pairing("train", index), steps, comparisons
+
+
+def right_share(count=250, **errors):
+    return sum(steps["answer"] == pairing.answer for pairing, steps, _ in thoughts(count, **errors)) / count
+
+
+def test_texts_are_pinned():
+    assert exemplars.chain_of_thought(WORLD, "train", 0).response == (
+        "<think>Cues: roofs roofs woods woods. Knowledge: town. Evidence: A roofs rock no. "
+        "B roofs roofs same roofs roofs same woods woods same woods woods same yes. "
+        "Conclusion: B.</think><answer>B</answer>"
+    )
+    assert exemplars.caption(WORLD, "train", 0).response == (
+        "panorama roofs roofs woods woods. A rock roofs water woods. B roofs roofs woods woods. "
+        "C roofs water woods field. D roofs rock woods woods. E sand woods woods woods."
+    )
+    assert exemplars.direct_answer(WORLD, "train", 0).response == "<answer>B</answer>"
+    assert exemplars.question(WORLD, "train", 0).messages[0]["content"][-1]["text"] == (
+        "The first image is a panorama. Which of the tiles A to E shows the same place from above? "
+        "Think in <think> </think>, then answer in <answer> </answer>."
+    )
+
+
+@pytest.mark.parametrize("errors", [{}, {"haste": 0.6}, {"slip": 0.3}, {"haste": 1, "slip": 1}])
+def test_four_steps_well_formed(errors):
+    for pairing, steps, comparisons in thoughts(100, **errors):
+        assert format_reward([steps.string]) == [1.0]
+        assert steps["cues"].split() == list(pairing.place.covers)
+        assert steps["kind"] == exemplars.association(pairing.place.covers)
+        assert steps["letter"] == steps["answer"] == comparisons[-1][0]
+        assert [letter for letter, _, _ in comparisons] == list(LETTERS[: len(comparisons)])
+
+
+def test_without_errors_every_verdict_is_true():
+    for pairing, steps, comparisons in thoughts():
+        assert steps["answer"] == pairing.answer
+        assert accuracy([steps.string], [pairing.answer], [5]) == [1.0]
+        assert len(comparisons) == pairing.truth + 1
+        for (letter, sides, verdict), candidate in zip(comparisons, pairing.candidates, strict=False):
+            assert sides == list(zip(pairing.place.covers, candidate.covers, strict=True))[: len(sides)]
+            assert all(cue == named for cue, named in sides[:-1])
+            assert (sides[-1][0] == sides[-1][1]) == (verdict == "yes") == (letter == pairing.answer)
+            assert verdict == "no" or len(sides) == 4
+
+
+def test_haste_only_accepts_early():
+    early = 0
+    for pairing, steps, comparisons in thoughts(haste=0.6):
+        for (_, sides, verdict), candidate in zip(comparisons, pairing.candidates, strict=False):
+            assert sides == list(zip(pairing.place.covers, candidate.covers, strict=True))[: len(sides)]
+            assert verdict == ("yes" if sides[-1][0] == sides[-1][1] else "no")
+            early += verdict == "yes" and len(sides) < 4
+        assert LETTERS.index(steps["answer"]) <= pairing.truth  # it never passes over the truth
+    assert early > 100
+
+
+def test_full_haste_compares_one_side():
+    for _, _, comparisons in thoughts(50, haste=1.0):
+        assert all(len(sides) == 1 for _, sides, _ in comparisons)
+
+
+@pytest.mark.parametrize("slip", [0.05, 0.2, 1.0])
+def test_slips_misname_at_their_rate(slip):
+    wrong = total = 0
+    for pairing, _, comparisons in thoughts(400, slip=slip):
+        for (_, sides, _), candidate in zip(comparisons, pairing.candidates, strict=False):
+            assert all(named in COVERS for _, named in sides)
+            wrong += sum(named != cover for (_, named), cover in zip(sides, candidate.covers, strict=False))
+            total += len(sides)
+    assert wrong / total == pytest.approx(slip, abs=0.03)
+
+
+def test_more_errors_less_accuracy():
+    by_haste = [right_share(haste=haste) for haste in (0, 0.1, 0.3, 0.6, 1)]
+    by_slip = [right_share(slip=slip) for slip in (0, 0.05, 0.2, 0.5)]
+    for shares in (by_haste, by_slip):
+        assert shares[0] == 1.0 and all(a > b + 0.05 for a, b in pairwise(shares))
+    assert by_haste[3] == pytest.approx(0.44, abs=0.1)
+
+
+@pytest.mark.parametrize("num_candidates", [3, 10])
+def test_caption_and_direct_answer_agree_with_the_world(num_candidates):
+    world = World(num_candidates=num_candidates)
+    for index in range(30):
+        pairing = world.pairing("test", index)
+        caption = exemplars.caption(world, "test", index)
+        names = ["panorama", *LETTERS[:num_candidates]]
+        views = [pairing.place, *pairing.candidates]
+        assert caption.response.removesuffix(".").split(". ") == [
+            " ".join([name, *place.covers]) for name, place in zip(names, views, strict=True)
+        ]
+        direct = exemplars.direct_answer(world, "test", index)
+        assert extract_choice(direct.response, num_candidates) == pairing.answer == direct.answer
+        last = LETTERS[num_candidates - 1]
+        assert (
+            caption.messages[0]["content"][-1]["text"] == f"Describe the panorama and the tiles A to {last}."
+        )
+
+
+def test_samples_carry_pictures_and_metadata():
+    pairing = WORLD.pairing("test", 7)
+    kinds = (exemplars.question, exemplars.chain_of_thought, exemplars.direct_answer, exemplars.caption)
+    for sample in (kind(WORLD, "test", 7) for kind in kinds):
+        assert (sample.id, sample.answer) == ("test-7", "E")
+        assert sample.metadata == {
+            "num_choices": 5, "city": "Zanrizan", "latitude": -17.06, "longitude": -14.12
+        }  # fmt: skip
+        (message,) = sample.messages
+        assert message["role"] == "user"
+        assert [part["type"] for part in message["content"]] == ["image"] * 6 + ["text"]
+        expected = [image.tobytes() for image in WORLD.images(pairing)]
+        assert [image.tobytes() for image in sample.images] == expected
+    assert exemplars.question(WORLD, "test", 7).response is None
+
+
+@pytest.mark.parametrize(
+    ("covers", "kind"),
+    [("water sand", "coast"), ("rock sand", "desert"), ("rock roofs", "mountain"), ("roofs field", "town"),
+     ("woods field", "country")],
+)  # fmt: skip
+def test_association_prefers_the_most_telling_side(covers, kind):
+    assert exemplars.association(covers.split()) == kind
+    assert exemplars.association(covers.split()[::-1]) == kind

@@ -1,0 +1,6 @@
+"""The model tests' helpers serve here too."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "models"))

@@ -1,0 +1,51 @@
+"""Two ranks compute what one computes, whatever share of the batch each gets."""
+
+import json
+
+import pytest
+import runs
+
+# Sums over ranks are added up in another order than sums over one batch.
+RELATIVE, ABSOLUTE = 1e-4, 1e-6
+SPLITS = {
+    "even": {"sft__batch_size": 4, "grpo__prompts_per_step": 2},
+    "uneven": {"sft__batch_size": 5, "grpo__prompts_per_step": 3},
+    "a rank with nothing": {"sft__batch_size": 1, "grpo__prompts_per_step": 1, "eval__num_samples": 1},
+}
+# How many micro-batches a rank packs is its own business, and packing decides what is computed how often.
+OWN = ("num_micro_batches",)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_ranks_train_and_evaluate_as_one(split, tmp_path):
+    changes = SPLITS[split] | {"rewards__functions": ["runs:needs_completions"], "grpo__loss__entropy_coef": 0.01}
+    one = runs.train(tmp_path / "one", "sft", "grpo", "eval", **changes)
+    two = tmp_path / "two"
+    done = runs.launch(runs.arguments(two, "sft", "grpo", "eval", **changes), ranks=2)
+    assert done.returncode == 0, done.stderr
+    for stage in ("sft", "grpo"):
+        alone, together = runs.metrics(one, stage), runs.metrics(two, stage)
+        assert len(alone) == len(together) == 5
+        for expected, found in zip(alone, together, strict=True):
+            assert {*found} == {*expected}
+            for name in {*expected} - {"stage", *OWN}:
+                assert found[name] == pytest.approx(expected[name], rel=RELATIVE, abs=ABSOLUTE), (stage, name)
+            assert abs(expected["loss"]) > 1e-4
+            assert expected["grad_norm"] > 1e-3
+    for row in ("base", "sft", "grpo"):
+        for file in ("predictions.jsonl", "gallery.jsonl", "summary.json"):
+            assert (one / "eval" / row / file).read_bytes() == (two / "eval" / row / file).read_bytes()
+    assert json.loads((one / "summary.json").read_text()) == json.loads((two / "summary.json").read_text())
+
+
+def test_an_error_on_one_rank_ends_all_with_its_line(tmp_path):
+    data = runs.write_dataset(tmp_path, 4)
+    (tmp_path / "images" / "above2.png").unlink()
+    changes = {"sft__data": data, "sft__batch_size": 2, "sft__steps": 4}
+    done = runs.launch(runs.arguments(tmp_path / "run", "sft", **changes), ranks=2)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "geo_r1: " in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("geo_r1: sample row2: image ")
+    assert lines[0].endswith("above2.png does not exist")
+    assert not (tmp_path / "run" / "models").exists()
