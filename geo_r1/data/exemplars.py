@@ -1,8 +1,8 @@
 """What the procedural world teaches: questions as prompts, chains of thought, captions, direct answers.
 
 A chain of thought has the four steps of Geo-R1: visual cues, knowledge association, evidence corroboration,
-conclusion. The teacher can be made to err in two ways that real teachers do: *haste*, to accept a candidate
-before all four sides are compared, and *slips*, to misname what a tile shows.
+conclusion. The teacher can be made to err in two ways that real teachers do: to *overlook* that two sides
+differ and call them the same, and to *slip* and misname what a tile shows.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def question(world: World, split: str, index: int) -> Sample:
     return _sample(world, pairing, QUESTION, None)
 
 
-def chain_of_thought(world: World, split: str, index: int, haste: float = 0.0, slip: float = 0.0) -> Sample:
+def chain_of_thought(world: World, split: str, index: int, overlook: float = 0.0, slip: float = 0.0) -> Sample:
     """A question with a teacher's chain of thought as its response.
 
     Args:
-        haste: probability, at each side that agrees, of accepting the candidate without comparing the rest.
+        overlook: probability of calling a side that differs the same.
         slip: probability of misnaming a side of a tile.
     """
     pairing = world.pairing(split, index)
     rng = random.Random(f"{world.seed}/{pairing.id}/teacher")
-    evidence, chosen = _compare(pairing, haste, slip, rng)
+    evidence, chosen = _compare(pairing, overlook, slip, rng)
     cues = pairing.place.covers
     thought = f"Cues: {' '.join(cues)}. Knowledge: {association(cues)}. "
     thought += f"Evidence: {evidence} Conclusion: {chosen}."
@@ -65,20 +65,21 @@ def association(covers: Sequence[str]) -> str:
     return "country"
 
 
-def _compare(pairing: Pairing, haste: float, slip: float, rng: random.Random) -> tuple[str, str]:
+def _compare(pairing: Pairing, overlook: float, slip: float, rng: random.Random) -> tuple[str, str]:
     """Compare candidate by candidate and side by side until one agrees; the last is taken if none does."""
     lines = []
     for letter, candidate in zip(LETTERS, pairing.candidates, strict=False):
-        words = [letter]
-        for side, (cue, cover) in enumerate(zip(pairing.place.covers, candidate.covers, strict=True)):
+        words, verdict = [letter], "yes."
+        for cue, cover in zip(pairing.place.covers, candidate.covers, strict=True):
             named = rng.choice([c for c in COVERS if c != cover]) if rng.random() < slip else cover
             words += [cue, named]
-            if cue != named:
-                lines.append(" ".join([*words, "no."]))
+            if cue != named and rng.random() >= overlook:
+                verdict = "no."
                 break
             words.append("same")
-            if side == 3 or rng.random() < haste:
-                return " ".join([*lines, " ".join([*words, "yes."])]), letter
+        lines.append(" ".join([*words, verdict]))
+        if verdict == "yes.":
+            break
     return " ".join(lines), letter
 
 

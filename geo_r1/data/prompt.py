@@ -43,18 +43,19 @@ class PromptEncoder:
         """Encode a sample's prompt up to where the assistant's answer begins.
 
         Raises:
-            ValueError: a picture is missing or broken, the text contains image tokens of its own, or the prompt
-                is over `max_prompt_tokens`; names the sample.
+            ValueError: a picture is missing or broken, the text contains image tokens of its own, or the
+                prompt is over `max_prompt_tokens`; names the sample.
         """
         pictures = [load_image(image, sample.id) for image in sample.images]
-        pixel_values, grids = None, ()
+        pixel_values = None
+        grids: tuple[tuple[int, int, int], ...] = ()
         if pictures:
             try:
                 features = self.image_processor(pictures, return_tensors="pt")
             except ValueError as error:  # such as a picture more than 200 times as wide as high
                 raise ValueError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
             pixel_values = features["pixel_values"]
-            grids = tuple(tuple(grid) for grid in features["image_grid_thw"].tolist())
+            grids = tuple((t, h, w) for t, h, w in features["image_grid_thw"].tolist())
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
         )
@@ -62,14 +63,15 @@ class PromptEncoder:
         merge = self.image_processor.merge_size
         if token_ids.count(self.image_token_id) != len(grids):
             raise ValueError(
-                f"sample {sample.id}: {len(grids)} images but {token_ids.count(self.image_token_id)} image tokens in "
-                "the rendered prompt; the text must not contain image tokens itself"
+                f"sample {sample.id}: {len(grids)} images but {token_ids.count(self.image_token_id)} image "
+                "tokens in the rendered prompt; the text must not contain image tokens itself"
             )
         token_ids, image_rows = expand_images(token_ids, self.image_token_id, grids, merge)
         if self.max_prompt_tokens is not None and len(token_ids) > self.max_prompt_tokens:
             raise ValueError(
-                f"sample {sample.id}: the prompt has {len(token_ids)} tokens, {len(image_rows)} of them images; the "
-                f"budget is {self.max_prompt_tokens}. Raise data.max_prompt_tokens or lower data.max_pixels"
+                f"sample {sample.id}: the prompt has {len(token_ids)} tokens, {len(image_rows)} of them "
+                f"images; the budget is {self.max_prompt_tokens}. Raise data.max_prompt_tokens or lower "
+                "data.max_pixels"
             )
         positions = mrope_positions(token_ids, self.image_token_id, grids, merge)
         return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids)
@@ -82,7 +84,7 @@ class PromptEncoder:
 def expand_images(
     token_ids: Sequence[int], image_token_id: int, grids: Sequence[tuple[int, int, int]], merge: int
 ) -> tuple[list[int], list[int]]:
-    """Repeat each image token once for every merged patch; returns the tokens and the rows of the image tokens."""
+    """Repeat each image token once a merged patch; returns the tokens and the rows of the image tokens."""
     remaining = iter(grids)
     tokens: list[int] = []
     rows: list[int] = []

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers import Qwen2VLForConditionalGeneration, vision_utils
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    vision_utils,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from geo_r1.kernels import PackedLayout, packed_attention
@@ -29,7 +37,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class PackedVLM:
-    """A transformers model and the two ways through it: a packed batch, or rows with an attention of your own.
+    """A transformers model and the two ways through it: a packed batch, or rows with your own attention.
 
     Args:
         model: a Qwen2-VL or Qwen2.5-VL with its language head. Its attention is set to the packed one.
@@ -45,7 +53,9 @@ class PackedVLM:
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         if model.config.model_type not in MODEL_CLASSES:
-            raise ValueError(f"cannot pack a {model.config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
+            raise ValueError(
+                f"cannot pack a {model.config.model_type}; supported: {', '.join(MODEL_CLASSES)}"
+            )
         model.model.language_model.config._attn_implementation = TEXT_ATTENTION
         model.model.visual.config._attn_implementation = VISION_ATTENTION
         self.model = model
@@ -148,7 +158,7 @@ class PackedVLM:
 
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
-) -> tuple[PackedVLM, AutoTokenizer, Qwen2VLImageProcessorPil]:
+) -> tuple[PackedVLM, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:
     """Load a checkpoint, its tokenizer and its image processor from a folder or by hub name.
 
     Args:
@@ -165,14 +175,17 @@ def load_model(
         if config.model_type not in MODEL_CLASSES:
             raise ValueError(f"it is a {config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
         # transformers fills weights it does not find with random ones, and makes up a tokenizer.
-        model, report = MODEL_CLASSES[config.model_type].from_pretrained(
+        loaded: Any = MODEL_CLASSES[config.model_type].from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        model, report = loaded
         if unfit := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
             raise ValueError(f"{len(unfit)} weights are missing or of another shape, the first is {unfit[0]}")
         tokenizer = AutoTokenizer.from_pretrained(path)
         if len(tokenizer) <= config.image_token_id:
-            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, but images are {config.image_token_id}")
+            raise ValueError(
+                f"its tokenizer has {len(tokenizer)} tokens, but images are {config.image_token_id}"
+            )
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
@@ -187,7 +200,9 @@ def _text_attention(module, query, key, value, attention_mask, *, scaling, atten
     return attend(module.layer_idx, q, k, v, scaling)[None], None
 
 
-def _vision_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, vision_layouts, **_):
+def _vision_attention(
+    module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, vision_layouts, **_
+):
     """Windows or whole pictures: the layout belongs to the very boundary tensor that this layer was given."""
     layout = next(layout for boundaries, layout in vision_layouts if boundaries is cu_seq_lens_q)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL of a million parameters and a tokenizer trained on the spot, for machines with nothing on them."""
+"""A Qwen2.5-VL of a million parameters and a tokenizer trained on the spot; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SPECIAL_TOKENS = (
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

@@ -93,8 +93,11 @@ class GroupCache:
                     first,
                     [groups.index(group) for group in members],
                     [
-                        (torch.stack([layer[g][0] for g in groups]), torch.stack([layer[g][1] for g in groups]))
-                        for layer in self.prompts
+                        (
+                            torch.stack([pairs[g][0] for g in groups]),
+                            torch.stack([pairs[g][1] for g in groups]),
+                        )
+                        for pairs in self.prompts
                     ],
                 )
             )

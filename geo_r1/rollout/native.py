@@ -1,7 +1,7 @@
 """Sampling in process: a prompt and its pictures are computed once, for all completions of its group.
 
-Every completion draws from a random stream of its own, named by its prompt's stream and its index: what it says
-does not depend on which prompts share its batch, on the number of ranks, or on the order of work.
+Every completion draws from a random stream of its own, named by its prompt's stream and its index: what it
+says does not depend on which prompts share its batch, on the number of ranks, or on the order of work.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def _generate_batch(
     group_prompts = [prompts[group] for group, _ in batch]
     owner = [(slot, group, index) for slot, (group, indices) in enumerate(batch) for index in indices]
     cache = GroupCache([len(p.token_ids) for p in group_prompts], [slot for slot, _, _ in owner])
-    hidden = _prefill(vlm, group_prompts, cache)[torch.tensor([slot for slot, _, _ in owner], device=vlm.device)]
+    slots = torch.tensor([slot for slot, _, _ in owner], device=vlm.device)
+    hidden = _prefill(vlm, group_prompts, cache)[slots]
     uniform = torch.from_numpy(
         np.stack([_uniform(f"{streams[g]}/{i}", sampling.max_new_tokens) for _, g, i in owner])
     ).to(vlm.device)
@@ -166,8 +167,8 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Ten
         uniform: [n] float64 in [0, 1), one number a row.
 
     Returns:
-        Tokens [n] int64 and their log-probability [n] under the distribution after temperature, top-k and top-p
-        (0 for temperature 0).
+        Tokens [n] int64 and their log-probability [n] under the distribution after temperature, top-k and
+        top-p (0 for temperature 0).
     """
     if sampling.temperature == 0:
         return logits.argmax(1), torch.zeros(len(logits), device=logits.device)

@@ -17,7 +17,9 @@ def score_groups(
     samples: Sequence[Sample],
     groups: Sequence[Sequence[Completion]],
 ) -> RewardTable:
-    """Score every completion, group after group; a sample's metadata, answer and prompt reach the functions by name.
+    """Score every completion, group after group.
+
+    A sample's metadata, answer and prompt reach the functions by name.
 
     Args:
         functions, weights: as in `geo_r1.rewards.score`.

@@ -71,8 +71,8 @@ class WorldConfig(Section):
     confusers: Literal["same_city", "anywhere"] = "same_city"
     difficulty: Share = 0.8
     """Share of its other sides that a confuser has in common with the truth."""
-    haste: Share = 0.0
-    """How often the teacher accepts a candidate that agrees so far, without comparing the rest."""
+    overlook: Share = 0.0
+    """How often the teacher calls a side that differs the same."""
     slip: Share = 0.0
     """How often the teacher misnames a side of a tile."""
 

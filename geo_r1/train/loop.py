@@ -132,7 +132,10 @@ def run_stage(
     first = 0
     if (newest := newest_checkpoint(engine.run_dir, stage)) is not None:
         state = restore(newest, engine.vlm.model)
-        updater.optimizer.load_state_dict(state["optimizer"])
+        try:
+            updater.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"checkpoint {newest} is of another model: {error}") from error
         first = state["step"]
         engine.log.say(f"{stage}: going on from {newest}")
     engine.log.rewind(stage, first)

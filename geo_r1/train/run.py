@@ -46,7 +46,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     transformers_logging.disable_progress_bar()
     torch.manual_seed(recipe.run.seed)
     run_dir = recipe.run.dir
-    world = World(**recipe.world.model_dump(exclude={"haste", "slip"}))
+    world = World(**recipe.world.model_dump(exclude={"overlook", "slip"}))
     sources = {stage: open_source(recipe, world, stage) for stage in recipe.run.stages}
     load_rewards(recipe.rewards)  # a wrong one is an error now, not when its stage comes
     engine = _start(recipe, ranks, run_dir, world)
@@ -87,7 +87,7 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
     if stage == "sft":
         return Source(
             lambda i: exemplars.chain_of_thought(
-                world, "train", 1_000_000 + i, recipe.world.haste, recipe.world.slip
+                world, "train", 1_000_000 + i, recipe.world.overlook, recipe.world.slip
             ),
             None,
         )

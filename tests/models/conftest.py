@@ -12,7 +12,9 @@ def in_float64(monkeypatch):
     """Lift the casts to float32 in norms, rotary embeddings and (`.float()`) everywhere else to float64."""
 
     def rms_norm(self, hidden):
-        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     for norm in (Qwen2_5_VLRMSNorm, Qwen2VLRMSNorm):

@@ -1,4 +1,4 @@
-"""Packed with a shared prompt == each completion alone with its own copy of the prompt, by transformers itself."""
+"""Packed with a shared prompt == each completion alone with its own prompt, by transformers itself."""
 
 import copy
 from dataclasses import replace
@@ -7,7 +7,13 @@ import pytest
 import torch
 from vlm_cases import assert_equal_gradients, gradients, mixed_groups, relative_error
 
-from geo_r1.kernels import GRPOLossConfig, linear_cross_entropy, linear_grpo_loss, packed_attention, token_weights
+from geo_r1.kernels import (
+    GRPOLossConfig,
+    linear_cross_entropy,
+    linear_grpo_loss,
+    packed_attention,
+    token_weights,
+)
 from geo_r1.kernels.layout import plan_batches
 from geo_r1.models import PackedVLM, pack
 
@@ -93,6 +99,20 @@ def test_gradient_checkpointing_changes_nothing(lab, frozen_vision, use_reentran
     assert_law(rows, grads, expected[0], {name: expected[1][name] for name in trained})
 
 
+def test_computing_in_bfloat16_keeps_gradients_in_float32(lab):
+    """Weights and gradients stay in float32; each gradient points where the float64 one does."""
+    prompts, completions = mixed_groups(lab)
+    expected_rows, expected = packed_rows_and_gradients(lab.packed, prompts, completions)
+    vlm = PackedVLM(copy.deepcopy(lab.own).to(torch.float32), torch.bfloat16)
+    rows, grads = packed_rows_and_gradients(vlm, prompts, completions)
+    assert rows.dtype == vlm.lm_head.dtype == torch.bfloat16
+    assert (rows - expected_rows).norm() < 0.03 * expected_rows.norm()
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - expected[name]).norm() < 0.2 * expected[name].norm(), name
+
+
 def test_a_picture_reaches_its_own_prompt_only(lab):
     a, b, c = (lab.prompt("before", (84, 56), "after", seed=seed) for seed in range(3))
     completions = [lab.tokens(2, 3, seed=seed) for seed in range(3)]
@@ -133,7 +153,7 @@ def test_pictures_that_do_not_match_their_tokens_are_an_error(lab):
 
 
 def grpo(vlm, batch, rows):
-    """A loss with ratios on both sides of 1, a reference and entropy; every row's numbers by its global index."""
+    """A loss with ratios on both sides of 1, a reference and entropy; `rows` finds each row's numbers."""
     noise = torch.Generator().manual_seed(3)
     logp, ref = (0.3 * torch.randn(64, generator=noise, dtype=torch.float64) - 5 for _ in range(2))
     completion = torch.randn(64, generator=noise, dtype=torch.float64)
@@ -158,7 +178,7 @@ def cross_entropy(vlm, batch, rows):
 
 @pytest.mark.parametrize("loss_fn", [grpo, cross_entropy])
 def test_micro_batches_and_sub_groups_change_no_gradient(qwen2_5_vl, loss_fn):
-    """A step's loss is a sum over tokens, so how they are packed, and how often prompts repeat, is only cost."""
+    """A step's loss is a sum over tokens, so how they are packed is only a matter of cost."""
     lab = qwen2_5_vl
     prompts, completions = mixed_groups(lab)
     prompt_len = [len(prompt.token_ids) for prompt in prompts]
@@ -172,13 +192,17 @@ def test_micro_batches_and_sub_groups_change_no_gradient(qwen2_5_vl, loss_fn):
         for pieces in batches:
             chosen = [(group, index) for group, indices in pieces for index in indices]
             rows = [row_of[g][i] + t for g, i in chosen for t in range(lengths[g][i])]
-            batch = pack([prompts[g] for g, _ in pieces], [[completions[g][i] for i in ids] for g, ids in pieces])
+            batch = pack(
+                [prompts[g] for g, _ in pieces], [[completions[g][i] for i in ids] for g, ids in pieces]
+            )
             loss = loss_fn(lab.packed, batch, rows)
             loss.backward()
             total += loss.item()
         return total, gradients(lab.packed.model)
 
-    whole, tight = (plan_batches(prompt_len, lengths, max_tokens) for max_tokens in (10_000, prompt_len[2] + 5))
+    whole, tight = (
+        plan_batches(prompt_len, lengths, max_tokens) for max_tokens in (10_000, prompt_len[2] + 5)
+    )
     assert len(whole.batches) == 1 and whole.repeated_tokens == 0
     assert len(tight.batches) == 4 and tight.repeated_tokens == prompt_len[2]
     by_hand = [[(0, [4, 1]), (2, [0])], [(0, [0])], [(3, [0]), (0, [2, 3]), (2, [1])]]

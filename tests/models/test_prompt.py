@@ -148,7 +148,7 @@ def test_broken_pictures_name_the_sample_and_the_file(tmp_path):
     for source, name in ((cut, r"cut\.jpg"), (cut.read_bytes(), f"{cut.stat().st_size} bytes")):
         with pytest.raises(ValueError, match=f"sample b: image .*{name}.* cannot be read: .*truncated"):
             encoder().encode(Sample("b", message, (source,)))
-    with pytest.raises(ValueError, match="sample c: its images cannot be encoded: .*aspect ratio"):
+    with pytest.raises(ValueError, match=r"sample c: its images cannot be encoded: .*aspect ratio"):
         encoder().encode(Sample("c", message, (Image.new("RGB", (4, 1000)),)))
 
 
@@ -169,8 +169,9 @@ def test_a_checkpoint_comes_back_as_it_went(folder):
     batch = pack(prompts[:1], [[[9, 10], [11]]])
     assert torch.equal(loaded.loss_rows(batch), vlm.loss_rows(batch))
     assert loaded.lm_head.data_ptr() == loaded.model.get_input_embeddings().weight.data_ptr()
-    assert loaded.vision_token_ids == [SPECIAL_TOKENS.index(f"<|{n}|>") for n in
-                                       ("image_pad", "video_pad", "vision_start", "vision_end")]
+    assert loaded.vision_token_ids == [
+        SPECIAL_TOKENS.index(f"<|{n}|>") for n in ("image_pad", "video_pad", "vision_start", "vision_end")
+    ]
     assert (loaded_tokenizer.eos_token, loaded_tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
@@ -191,12 +192,21 @@ def test_a_checkpoint_is_an_ordinary_one_to_transformers(folder):
     [
         (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "strange"}'), "`strange`"),
-        (lambda folder: LlamaConfig().save_pretrained(folder), "it is a llama; supported: qwen2_5_vl, qwen2_vl"),
+        (
+            lambda folder: LlamaConfig().save_pretrained(folder),
+            "it is a llama; supported: qwen2_5_vl, qwen2_vl",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "header"),
-        (lambda folder: edit_weight(folder, None), "1 weights are missing or of another shape, .*1.mlp.up_proj"),
+        (
+            lambda folder: edit_weight(folder, None),
+            "1 weights are missing or of another shape, .*1.mlp.up_proj",
+        ),
         (lambda folder: edit_weight(folder, 3), "1 weights are missing or of another shape, .*1.mlp.up_proj"),
-        (lambda folder: [f.unlink() for f in folder.glob("tokenizer*")], "its tokenizer has 1 tokens, but images are 5"),
+        (
+            lambda folder: [f.unlink() for f in folder.glob("tokenizer*")],
+            "its tokenizer has 1 tokens, but images are 5",
+        ),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
     ],
     ids=["json", "unknown", "llama", "no weights", "cut", "missing", "shape", "tokenizer", "image processor"],
@@ -210,7 +220,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(folder, damage, message):
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="model .*/nowhere cannot be loaded: there is no such folder"):
+    with pytest.raises(ValueError, match=r"model .*/nowhere cannot be loaded: there is no such folder"):
         load_model(tmp_path / "nowhere")
 
 

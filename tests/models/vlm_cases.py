@@ -41,7 +41,7 @@ class Lab:
         return [draw.integers(7, len(self.tokenizer), length).tolist() for length in lengths]
 
     def own_inputs(self, prompt: EncodedPrompt, completion: list[int] = ()) -> dict[str, Tensor]:
-        """What transformers' forward takes for one prompt and one completion; it makes the positions itself."""
+        """What transformers' forward takes for a prompt and a completion; it makes the positions itself."""
         input_ids = torch.tensor([[*prompt.token_ids, *completion]])
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         inputs["mm_token_type_ids"] = (input_ids == self.own.config.image_token_id).int()

@@ -38,7 +38,9 @@ def prompts(lab):
     return made
 
 
-def sampled(lab, prompts, num_completions=3, *, streams=None, eos=NEVER, vlm=None, max_tokens=65536, **sampling):
+def sampled(
+    lab, prompts, num_completions=3, *, streams=None, eos=NEVER, vlm=None, max_tokens=65536, **sampling
+):
     return generate(
         vlm or lab.packed,
         prompts,
@@ -114,7 +116,9 @@ def test_the_same_stream_says_the_same_in_any_company(lab, prompts):
 
 
 def test_every_stream_and_every_completion_draws_its_own(lab, prompts):
-    first, second = (tokens_of(sampled(lab, prompts[:1] * 2, 4, streams=names)) for names in (["a", "b"], ["c", "a"]))
+    first, second = (
+        tokens_of(sampled(lab, prompts[:1] * 2, 4, streams=names)) for names in (["a", "b"], ["c", "a"])
+    )
     assert first[0] == second[1]
     said = [tuple(tokens) for group in (*first, second[0]) for tokens in group]
     assert len(set(said)) == len(said) == 12
@@ -139,7 +143,9 @@ def test_vision_tokens_are_never_said(lab, prompts):
 def spy_on_rows(monkeypatch, vlm):
     """Rows of every pass through the text layers."""
     rows, run_text = [], vlm.run_text
-    monkeypatch.setattr(vlm, "run_text", lambda embedded, *rest: rows.append(len(embedded)) or run_text(embedded, *rest))
+    monkeypatch.setattr(
+        vlm, "run_text", lambda embedded, *rest: rows.append(len(embedded)) or run_text(embedded, *rest)
+    )
     return rows
 
 
@@ -212,7 +218,9 @@ def test_nothing_to_say_and_too_much_to_hold(lab, prompts):
     "options", [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"max_new_tokens": 0}]
 )
 def test_sampling_config_says_what_it_needs(options):
-    with pytest.raises(ValueError, match=rf"temperature >= 0, 0 < top_p <= 1.* got .*{next(iter(options.values()))}"):
+    with pytest.raises(
+        ValueError, match=rf"temperature >= 0, 0 < top_p <= 1.* got .*{next(iter(options.values()))}"
+    ):
         SamplingConfig(**options)
 
 

@@ -70,6 +70,9 @@ def needs_completions(completion_ids, **_):
 def arguments(run_dir: Path, *stages: str, **changes) -> list[str]:
     """Command-line arguments of a small run; `changes` has option names with "__" for the dot."""
     options = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
+    for stage in ("sft", "grpo"):  # as `changes` gives epochs, it replaces the steps
+        if f"{stage}.epochs" in options:
+            del options[f"{stage}.steps"]
     options |= {"run.dir": run_dir, "run.stages": list(stages)}
     texts = {k: json.dumps(v) if isinstance(v, list | dict | bool) else str(v) for k, v in options.items()}
     return [str(empty_recipe(run_dir.parent)), *(f"--{name}={text}" for name, text in texts.items())]
@@ -91,11 +94,11 @@ def launch(argv: list[str], *, ranks: int = 1, environment: dict[str, str] | Non
     """Run `python -m geo_r1.train`, or torchrun with several ranks, in processes of its own."""
     command = [sys.executable, "-m", "geo_r1.train"]
     if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
-        command = [sys.executable, *torchrun, "-m", "geo_r1.train"]
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, "-m", *torchrun, "-m", "geo_r1.train"]
     paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | (environment or {})
-    return subprocess.run([*command, *argv], capture_output=True, text=True, env=variables, timeout=240)
+    return subprocess.run([*command, *argv], capture_output=True, text=True, env=variables, timeout=90)
 
 
 def metrics(run_dir: Path, stage: str) -> list[dict]:

@@ -1,0 +1,131 @@
+"""A recipe: a file, options on top, checked once, frozen, written back."""
+
+import pytest
+from pydantic import ValidationError
+
+from geo_r1.train.config import EvalConfig, GRPOConfig, OptimConfig, Recipe, dump_recipe, load_recipe
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text="", *options):
+        path = tmp_path / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return load_recipe([str(path), *options])
+
+    return load
+
+
+def test_an_empty_recipe_is_the_default_one(load):
+    assert load() == Recipe()
+
+
+def test_what_is_dumped_loads_equal(load):
+    recipe = load(
+        """
+        [run]
+        dir = "runs/a \\"quoted\\" name\\\\ü\\n"
+        stages = ["pretrain", "eval"]
+        [sft]
+        data = "rows.jsonl"
+        epochs = 1.5
+        optim = { lr = 1e-5, betas = [0.9, 0.95] }
+        [grpo]
+        steps = 7
+        loss = { type = "grpo", beta = 1e-3, epsilon_high = 0.28 }
+        [rewards]
+        functions = ["accuracy", "my.module:function"]
+        weights = { accuracy = 2, "my.module:function" = 0.5 }
+        options = { accuracy = { wrong_score = -0.8 }, "my.module:function" = { words = ["a", "b"], deep = { x = true } } }
+        [eval]
+        data = "rows.jsonl"
+        num_samples = 0
+        """
+    )
+    assert load(dump_recipe(recipe)) == recipe
+    assert load(dump_recipe(Recipe())) == Recipe()
+    assert recipe.sft.steps is None
+    assert recipe.rewards.options["my.module:function"] == {"words": ["a", "b"], "deep": {"x": True}}
+
+
+def test_options_replace_values_of_every_kind(load):
+    recipe = load(
+        "[sft]\nsteps = 3\nbatch_size = 4\noptim = { lr = 0.5, betas = [0.1, 0.2] }\n[rewards]\nweights = { format = 3 }",
+        "--run.stages=[\"sft\", \"eval\"]",
+        "--run.overwrite=true",
+        "--model.gradient_checkpointing", "1",
+        "--sft.optim.betas", "0.7,0.8",
+        "--sft.optim.schedule=linear",
+        "--grpo.steps", "9",
+        "--grpo.loss.beta=0.25",
+        "--rewards.functions", "[\"accuracy\",\"format\"]",
+        "--rewards.weights", '{"accuracy": 2}',
+        "--rewards.options", '{"accuracy": {"wrong_score": -1}}',
+        "--data.max_pixels", "3136",
+    )  # fmt: skip
+    assert recipe.run.stages == ("sft", "eval")
+    assert recipe.run.overwrite is True
+    assert recipe.model.gradient_checkpointing is True
+    assert recipe.sft.optim == OptimConfig(lr=0.5, betas=(0.7, 0.8), schedule="linear")
+    assert (recipe.sft.steps, recipe.sft.batch_size) == (3, 4)
+    assert recipe.grpo == GRPOConfig(steps=9, loss={"beta": 0.25})
+    assert recipe.rewards.functions == ("accuracy", "format")
+    assert recipe.rewards.weights == {"format": 3, "accuracy": 2}
+    assert recipe.rewards.options == {"accuracy": {"wrong_score": -1}}
+    assert recipe.data.max_pixels == 3136
+
+
+def test_a_duration_option_replaces_the_recipe_s(load):
+    text = '[sft]\ndata = "rows.jsonl"\nepochs = 2\n[grpo]\ndata = "rows.jsonl"\nsteps = 5'
+    recipe = load(text, "--sft.steps=4", "--grpo.epochs=0.5")
+    assert (recipe.sft.steps, recipe.sft.epochs) == (4, None)
+    assert (recipe.grpo.steps, recipe.grpo.epochs) == (None, 0.5)
+    with pytest.raises(ValueError, match="sft: set exactly one of steps and epochs"):
+        load(text, "--sft.steps=4", "--sft.epochs=1")
+
+
+def test_grpo_keeps_its_small_rate_when_another_setting_changes(load):
+    assert load("[grpo]\nsteps = 1\noptim = { schedule = 'linear' }").grpo.optim.lr == 1e-6
+    assert load().sft.optim.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[grop]\nsteps = 3", "unknown key grop; did you mean grpo?"),
+        ("[sft]\nsteps = 1\nbatchsize = 3", "unknown key sft.batchsize; did you mean sft.batch_size?"),
+        ("[grpo]\nsteps = 1\nloss = { betta = 1 }", "unknown key grpo.loss.betta; did you mean grpo.loss.beta?"),
+        ("[grpo]\nsteps = 1\ntemperature = 1", "unknown key grpo.temperature; did you mean rollout.temperature?"),
+        ("qqqq = 1", "unknown key qqqq"),
+        ("[sft]\nsteps = 'three'", "sft.steps: Input should be a valid integer, unable to parse string"),
+        ("[grpo]\nsteps = 1\nloss = { type = 'ppo' }", "grpo.loss.type: Input should be 'grpo', 'bnpo', 'dapo' or"),
+        ("sft = 3", "sft: Input should be a valid dictionary"),
+        ("[sft]\nbatch_size = 3", "sft: set exactly one of steps and epochs"),
+        ("[sft]\nepochs = 3", "sft: the world never ends: set steps, not epochs"),
+        ("[eval]\nnum_samples = 0", "eval: the world never ends: set num_samples"),
+        ("[run]\nstages = ['grpo', 'sft']", "in this order, each once; got grpo, sft"),
+        ("[run]\nstages = []", "each once; got none"),
+    ],
+)  # fmt: skip
+def test_a_mistake_names_its_key(load, text, message):
+    with pytest.raises(ValueError) as error:
+        load(text)
+    assert message in str(error.value)
+    assert "recipe.toml: " in str(error.value)
+
+
+def test_every_section_is_frozen():
+    recipe = Recipe()
+    for section, name, value in ((recipe, "run", None), (recipe.sft, "steps", 1), (recipe.sft.optim, "lr", 1.0)):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, value)
+
+
+def test_all_samples_of_a_file_can_be_asked_for():
+    assert EvalConfig(data="rows.jsonl", num_samples=0).num_samples == 0
+
+
+def test_the_environment_does_not_reach_a_recipe(monkeypatch, load):
+    monkeypatch.setenv("RUN", '{"seed": 5}')
+    monkeypatch.setenv("run__seed", "5")
+    assert load().run.seed == 0
