@@ -26,7 +26,9 @@ def question(world: World, split: str, index: int) -> Sample:
     return _sample(world, pairing, QUESTION, None)
 
 
-def chain_of_thought(world: World, split: str, index: int, overlook: float = 0.0, slip: float = 0.0) -> Sample:
+def chain_of_thought(
+    world: World, split: str, index: int, overlook: float = 0.0, slip: float = 0.0
+) -> Sample:
     """A question with a teacher's chain of thought as its response.
 
     Args:

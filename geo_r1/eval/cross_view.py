@@ -89,7 +89,7 @@ def predict(
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, mean completion length in tokens, share well formed; all samples count."""
+    """Accuracy with its 95 % interval, mean completion length in tokens, share well formed."""
     count = len(predictions)
     correct = sum(p.correct for p in predictions)
     return {

@@ -24,7 +24,7 @@ from geo_r1.kernels.layout import PackedPlan, plan_batches
 from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM, pack
 from geo_r1.rewards import RewardTable
 from geo_r1.rollout import Completion, SamplingConfig, generate, score_groups
-from geo_r1.train.config import GRPOConfig
+from geo_r1.train.config import GRPOConfig, Recipe
 from geo_r1.train.loop import Engine, Phases, Updater, check_budget, load_rewards, rows_of, run_stage
 
 
@@ -61,8 +61,7 @@ def run_grpo(engine: Engine, config: GRPOConfig, source: Source) -> None:
     sampling = SamplingConfig(
         recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.top_k, recipe.rollout.max_new_tokens
     )
-    options = config.loss.model_dump(exclude={"type"})
-    loss_config = GRPOLossConfig(**options, temperature=sampling.temperature)
+    loss_config = loss_config_of(recipe)
     functions = load_rewards(recipe.rewards)
     reference = _frozen_copy(engine.vlm) if config.loss.beta > 0 else None
 
@@ -107,6 +106,13 @@ def run_grpo(engine: Engine, config: GRPOConfig, source: Source) -> None:
         return metrics, plan.num_tokens * config.num_iterations
 
     run_stage(engine, "grpo", config.optim, num_steps, config.save_every, step, "reward")
+
+
+def loss_config_of(recipe: Recipe) -> GRPOLossConfig:
+    """The token loss that a recipe asks for; raises ValueError if its options do not go together."""
+    return GRPOLossConfig(
+        **recipe.grpo.loss.model_dump(exclude={"type"}), temperature=recipe.rollout.temperature
+    )
 
 
 def _advantages(

@@ -24,7 +24,7 @@ from geo_r1.train.checkpoint import prune
 from geo_r1.train.config import STAGES, Recipe, dump_recipe
 from geo_r1.train.distributed import Ranks
 from geo_r1.train.evaluate import evaluate, write_summary, write_text
-from geo_r1.train.grpo import run_grpo
+from geo_r1.train.grpo import loss_config_of, run_grpo
 from geo_r1.train.log import Log
 from geo_r1.train.loop import Engine, load_rewards
 from geo_r1.train.report import write_report
@@ -48,7 +48,9 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     run_dir = recipe.run.dir
     world = World(**recipe.world.model_dump(exclude={"overlook", "slip"}))
     sources = {stage: open_source(recipe, world, stage) for stage in recipe.run.stages}
-    load_rewards(recipe.rewards)  # a wrong one is an error now, not when its stage comes
+    # Wrong rewards and loss options are errors now, not when their stage comes.
+    load_rewards(recipe.rewards)
+    loss_config_of(recipe)
     engine = _start(recipe, ranks, run_dir, world)
     try:
         for stage in recipe.run.stages:

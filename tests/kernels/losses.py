@@ -1,6 +1,5 @@
 """Inputs for the loss tests, and the loss written out a second time, with loops, straight from the papers."""
 
-
 from dataclasses import dataclass, fields, replace
 
 import torch

@@ -1,5 +1,5 @@
 import pytest
-import runs
+import small_runs as runs
 
 import geo_r1.train.run
 from geo_r1.data import World, exemplars

@@ -2,7 +2,7 @@
 
     python killed_runs.py PLAN      PLAN: JSON, [[moment, [argument, ...]], ...]
 
-Prints the number of the signal that ended each. A moment is NAME:N, the N-th time that NAME is about to happen.
+Prints the number of the signal that ended each. A moment is NAME:N, the N-th time that NAME happens.
 """
 
 from __future__ import annotations

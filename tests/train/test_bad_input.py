@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-import runs
+import small_runs as runs
 import torch
 from PIL import Image
 
@@ -57,41 +57,111 @@ def reward(name, **options):
     return {"rewards__functions": [name], "rewards__options": {name: options} if options else {}}
 
 
-# what is wrong: (stage, settings or a function of the folder, the line without "geo_r1: ", does the run start)
+# what is wrong: (stage, settings or a function of the folder, how the line goes on, does the run start)
 MISTAKES = {
-    "missing image": ("sft", row_of(images=["images/none.png", "images/above1.png"]),
-                      "sample row1: image {}/images/none.png does not exist", True),
+    "missing image": (
+        "sft",
+        row_of(images=["images/none.png", "images/above1.png"]),
+        "sample row1: image {}/images/none.png does not exist",
+        True,
+    ),
     "truncated JPEG": ("sft", truncated, "sample row1: image {}/images/ground1.jpg cannot be read: ", True),
-    "more images than markers": ("sft", row_of(images=["images/ground1.png"] * 3),
-                                 "{}/data.jsonl, row 2: the prompt marks 2 images but the sample has 3",
-                                 False),
+    "more images than markers": (
+        "sft",
+        row_of(images=["images/ground1.png"] * 3),
+        "{}/data.jsonl, row 2: the prompt marks 2 images but the sample has 3",
+        False,
+    ),
     "prompt over its budget": ("sft", {"data__max_prompt_tokens": 20}, "sample train-1000000", True),
     "sample over the batch": ("sft", {"sft__optim__max_tokens": 50}, "sample train-1000000", True),
     "group over the batch": ("grpo", {"grpo__optim__max_tokens": 50}, "sample train-2000000", True),
     "group over the cache": ("grpo", {"rollout__max_tokens": 50}, "sample train-2000000", True),
-    "reward raises": ("grpo", reward("runs:raises"), "reward 'runs:raises' raised KeyError: 'heading'", True),
-    "reward returns too few": ("grpo", reward("runs:one_too_few"),
-                               "reward 'runs:one_too_few' returned 7 values, expected 8", True),
-    "unknown reward": ("grpo", reward("acuracy"), "unknown reward 'acuracy'; did you mean 'accuracy'?", False),
+    "reward raises": (
+        "grpo",
+        reward("small_runs:raises"),
+        "reward 'small_runs:raises' raised KeyError: 'heading'",
+        True,
+    ),
+    "reward returns too few": (
+        "grpo",
+        reward("small_runs:one_too_few"),
+        "reward 'small_runs:one_too_few' returned 7 values, expected 8",
+        True,
+    ),
+    "unknown reward": (
+        "grpo",
+        reward("acuracy"),
+        "unknown reward 'acuracy'; did you mean 'accuracy'?",
+        False,
+    ),
     "unknown module": ("grpo", reward("no_such:f"), "reward 'no_such:f': cannot import 'no_such'", False),
-    "unknown function": ("sft", reward("runs:nothing"), "reward 'runs:nothing': module 'runs' has no", False),
-    "unknown reward option": ("grpo", reward("accuracy", wrong=1), "reward 'accuracy' takes no option", False),
-    "option of no reward": ("grpo", {"rewards__options": {"format": {"n": 1}}},
-                            "rewards.options names format, but rewards.functions has runs:spread", False),
+    "unknown function": (
+        "sft",
+        reward("small_runs:nothing"),
+        "reward 'small_runs:nothing': module 'small_runs' has no",
+        False,
+    ),
+    "unknown reward option": (
+        "grpo",
+        reward("accuracy", wrong=1),
+        "reward 'accuracy' takes no option",
+        False,
+    ),
+    "cispo without its bound": (
+        "grpo",
+        {"grpo__loss__policy": "cispo"},
+        "policy='cispo' needs epsilon_high",
+        False,
+    ),
+    "option of no reward": (
+        "grpo",
+        {"rewards__options": {"format": {"n": 1}}},
+        "rewards.options names format, but rewards.functions has small_runs:spread",
+        False,
+    ),
     "empty dataset": ("grpo", empty_dataset, "{}/none.jsonl holds no samples", False),
     "missing dataset": ("eval", {"data": "none.jsonl"}, "data file none.jsonl does not exist", False),
-    "no response": ("sft", row_of(response=None), "sample row1 of {}/data.jsonl has no response, which sft needs",
-                    False),
-    "no answer": ("eval", row_of(answer=None), "sample row1 of {}/data.jsonl has no answer, which eval needs", False),
-    "no such folder": ("sft", {"model__path": "/no/such/model"}, "model folder /no/such/model does not exist", False),
-    "no such relative folder": ("sft", {"model__path": "./none"}, "model folder ./none does not exist", False),
+    "no response": (
+        "sft",
+        row_of(response=None),
+        "sample row1 of {}/data.jsonl has no response, which sft needs",
+        False,
+    ),
+    "no answer": (
+        "eval",
+        row_of(answer=None),
+        "sample row1 of {}/data.jsonl has no answer, which eval needs",
+        False,
+    ),
+    "no such folder": (
+        "sft",
+        {"model__path": "/no/such/model"},
+        "model folder /no/such/model does not exist",
+        False,
+    ),
+    "no such relative folder": (
+        "sft",
+        {"model__path": "./none"},
+        "model folder ./none does not exist",
+        False,
+    ),
     "another family": ("sft", other_family, "model {}/llama cannot be loaded: it is a llama; ", False),
     "broken weights": ("sft", broken_weights, "model {}/broken cannot be loaded: ", False),
     "run folder is a file": ("sft", a_file, "run.dir {}/run cannot be written: File exists", False),
     "unknown key": ("sft", {"sft__stepz": 3}, "unknown option --sft.stepz; did you mean sft.steps?", False),
-    "wrong type": ("sft", {"sft__steps": "many"}, "recipe {}/small.toml: sft.steps: Input should be a valid int", False),
-    "wrong stage": ("sftt", {}, "recipe {}/small.toml: run.stages.0: Input should be 'pretrain', 'sft', ", False),
-}  # fmt: skip
+    "wrong type": (
+        "sft",
+        {"sft__steps": "many"},
+        "recipe {}/small.toml: sft.steps: Input should be a valid int",
+        False,
+    ),
+    "wrong stage": (
+        "sftt",
+        {},
+        "recipe {}/small.toml: run.stages.0: Input should be 'pretrain', 'sft', ",
+        False,
+    ),
+}
 
 
 def one_line(capfd):
@@ -212,7 +282,9 @@ def test_a_broken_checkpoint_is_one_line(breakage, stopped, capfd):
     assert main(runs.arguments(stopped, "sft", sft__steps=4, sft__save_every=2)) == 2
     line = one_line(capfd)
     is_of_another = breakage in (another_model, another_optimizer)
-    assert line.startswith(f"checkpoint {checkpoint} {'is of another model: ' if is_of_another else 'cannot be read: '}")
+    assert line.startswith(
+        f"checkpoint {checkpoint} {'is of another model: ' if is_of_another else 'cannot be read: '}"
+    )
     assert not (stopped / "models").exists()
 
 
@@ -233,7 +305,9 @@ def test_overwrite_deletes_only_a_run_and_only_for_one_that_can_start(stopped, t
     (tmp_path / "home" / "thesis.tex").write_text("")
     capfd.readouterr()
     assert main(runs.arguments(tmp_path / "home", "sft", run__overwrite=True)) == 2
-    assert one_line(capfd) == f"{tmp_path / 'home'} is not the folder of a run; run.overwrite does not delete it"
+    assert (
+        one_line(capfd) == f"{tmp_path / 'home'} is not the folder of a run; run.overwrite does not delete it"
+    )
     assert (tmp_path / "home" / "thesis.tex").exists()
     assert main(runs.arguments(stopped, "sft", run__overwrite=True, model__path="/no/model")) == 2
     assert (stopped / "checkpoints" / "sft-000002").exists()
@@ -254,7 +328,9 @@ def test_from_a_shell_without_the_hub(tmp_path):
     done = runs.launch(argv, environment={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("geo_r1: model no/such-model: no such folder, and the hub does not answer for it: ")
+    assert done.stderr.startswith(
+        "geo_r1: model no/such-model: no such folder, and the hub does not answer for it: "
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -1,7 +1,7 @@
 """An exported stage is a transformers folder of its own."""
 
 import pytest
-import runs
+import small_runs as runs
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -16,7 +16,9 @@ def test_transformers_loads_the_trained_policy(stage, tmp_path, monkeypatch):
     trained = []
     real_save = geo_r1.train.loop.Engine.save
     monkeypatch.setattr(
-        geo_r1.train.loop.Engine, "save", lambda self, *args: (trained.append(self.vlm), real_save(self, *args))
+        geo_r1.train.loop.Engine,
+        "save",
+        lambda self, *args: (trained.append(self.vlm), real_save(self, *args)),
     )
     folder = runs.train(tmp_path / "run", stage) / "models" / stage
     tokenizer = AutoTokenizer.from_pretrained(folder)

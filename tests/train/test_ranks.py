@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import runs
+import small_runs as runs
 
 # Sums over ranks are added up in another order than sums over one batch.
 RELATIVE, ABSOLUTE = 1e-4, 1e-6
@@ -18,7 +18,10 @@ OWN = ("num_micro_batches",)
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_two_ranks_train_and_evaluate_as_one(split, tmp_path):
-    changes = SPLITS[split] | {"rewards__functions": ["runs:needs_completions"], "grpo__loss__entropy_coef": 0.01}
+    changes = SPLITS[split] | {
+        "rewards__functions": ["small_runs:needs_completions"],
+        "grpo__loss__entropy_coef": 0.01,
+    }
     one = runs.train(tmp_path / "one", "sft", "grpo", "eval", **changes)
     two = tmp_path / "two"
     done = runs.launch(runs.arguments(two, "sft", "grpo", "eval", **changes), ranks=2)

@@ -8,7 +8,7 @@ import sys
 
 import killed_runs
 import pytest
-import runs
+import small_runs as runs
 
 import geo_r1.train.checkpoint
 from geo_r1.train.__main__ import main
@@ -18,9 +18,9 @@ from geo_r1.train.log import Log
 
 FINISHED = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
 FINISHED |= {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-# (moment, what is left in checkpoints/, what is left in models/) of a run that saves at steps 1 to 5, keeping two.
-# Renames: each save's, and each old checkpoint's before it is deleted. Deletions: each save clears its own leftovers
-# first, so the fourth is the first prune's.
+# Moment: what is left in checkpoints/, what is left in models/. The run saves at steps 1 to 5 and keeps two.
+# Renames: each save's, and each old checkpoint's before it is deleted. Deletions: each save clears its own
+# leftovers first, so the fourth is the first prune's.
 KILLS = {
     "torch.save half done:2": ({".sft-000002.partial", "sft-000001"}, set()),
     "before rename:2": ({".sft-000002.partial", "sft-000001"}, set()),
@@ -92,9 +92,7 @@ def test_a_killed_run_leaves_whole_checkpoints_and_goes_on(tmp_path):
     """Killed with SIGKILL at every moment between two states of the folder."""
     whole = runs.train(tmp_path / "whole", "sft", sft__save_every=1)
     folders = {moment: tmp_path / f"run{i}" for i, moment in enumerate(KILLS)}
-    plan = [
-        (moment, runs.arguments(folder, "sft", sft__save_every=1)) for moment, folder in folders.items()
-    ]
+    plan = [(moment, runs.arguments(folder, "sft", sft__save_every=1)) for moment, folder in folders.items()]
     grpo = tmp_path / "grpo"
     plan.append(("torch.save half done:2", runs.arguments(grpo, "grpo", grpo__save_every=2)))
     driver = [sys.executable, killed_runs.__file__, json.dumps(plan)]

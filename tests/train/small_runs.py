@@ -28,7 +28,7 @@ SMALL = {
     "grpo.loss.beta": 0.1,
     "grpo.optim.lr": 1e-3,
     "rollout.max_new_tokens": 16,
-    "rewards.functions": ["runs:spread"],
+    "rewards.functions": ["small_runs:spread"],
     "rewards.options": {},
     "eval.num_samples": 6,
     "eval.max_new_tokens": 8,
