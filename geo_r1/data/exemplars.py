@@ -44,10 +44,21 @@ def chain_of_thought(
     return _sample(world, pairing, QUESTION, f"<think>{thought}</think><answer>{chosen}</answer>")
 
 
-def direct_answer(world: World, split: str, index: int) -> Sample:
-    """A question whose response is the answer alone."""
+def direct_answer(world: World, split: str, index: int, describe: bool = False) -> Sample:
+    """A question whose response is the answer alone, or after a thought that only describes the panorama."""
     pairing = world.pairing(split, index)
-    return _sample(world, pairing, QUESTION, f"<answer>{pairing.answer}</answer>")
+    thought = f"<think>Cues: {' '.join(pairing.place.covers)}.</think>" if describe else ""
+    return _sample(world, pairing, QUESTION, f"{thought}<answer>{pairing.answer}</answer>")
+
+
+def pretraining(world: World, split: str, index: int) -> Sample:
+    """In place of a pretrained model: three captions, then a direct answer, one in four of them described.
+
+    It teaches to see and what an answer looks like, but not how to find one.
+    """
+    if index % 4:
+        return caption(world, split, index)
+    return direct_answer(world, split, index, describe=index % 16 == 0)
 
 
 def caption(world: World, split: str, index: int) -> Sample:

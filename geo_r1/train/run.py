@@ -82,10 +82,7 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
                 raise ValueError(f"sample {sample.id} of {data} has no {needed}, which {stage} needs")
         return Source.of(samples)
     if stage == "pretrain":
-        # One direct answer for every three captions: enough to learn how an answer looks, not how to find it.
-        return Source(
-            lambda i: (exemplars.caption if i % 4 else exemplars.direct_answer)(world, "train", i), None
-        )
+        return Source(lambda i: exemplars.pretraining(world, "train", i), None)
     if stage == "sft":
         return Source(
             lambda i: exemplars.chain_of_thought(
