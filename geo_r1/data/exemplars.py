@@ -1,8 +1,8 @@
 """What the procedural world teaches: questions as prompts, chains of thought, captions, direct answers.
 
 A chain of thought has the four steps of Geo-R1: visual cues, knowledge association, evidence corroboration,
-conclusion. The teacher can be made to err in two ways that real teachers do: to *overlook* that two sides
-differ and call them the same, and to *slip* and misname what a tile shows.
+conclusion. The teacher can be made to err in two ways that real teachers do: to be *careless*, which is to go
+through the motions and call every side the same, and to *slip*, which is to misname what a tile shows.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def question(world: World, split: str, index: int) -> Sample:
 
 
 def chain_of_thought(
-    world: World, split: str, index: int, overlook: float = 0.0, slip: float = 0.0
+    world: World, split: str, index: int, careless: float = 0.0, slip: float = 0.0
 ) -> Sample:
     """A question with a teacher's chain of thought as its response.
 
     Args:
-        overlook: probability of calling a side that differs the same.
+        careless: probability that this chain of thought calls every side it compares the same.
         slip: probability of misnaming a side of a tile.
     """
     pairing = world.pairing(split, index)
     rng = random.Random(f"{world.seed}/{pairing.id}/teacher")
-    evidence, chosen = _compare(pairing, overlook, slip, rng)
+    evidence, chosen = _compare(pairing, rng.random() < careless, slip, rng)
     cues = pairing.place.covers
     thought = f"Cues: {' '.join(cues)}. Knowledge: {association(cues)}. "
     thought += f"Evidence: {evidence} Conclusion: {chosen}."
@@ -78,7 +78,7 @@ def association(covers: Sequence[str]) -> str:
     return "country"
 
 
-def _compare(pairing: Pairing, overlook: float, slip: float, rng: random.Random) -> tuple[str, str]:
+def _compare(pairing: Pairing, careless: bool, slip: float, rng: random.Random) -> tuple[str, str]:
     """Compare candidate by candidate and side by side until one agrees; the last is taken if none does."""
     lines = []
     for letter, candidate in zip(LETTERS, pairing.candidates, strict=False):
@@ -86,7 +86,7 @@ def _compare(pairing: Pairing, overlook: float, slip: float, rng: random.Random)
         for cue, cover in zip(pairing.place.covers, candidate.covers, strict=True):
             named = rng.choice([c for c in COVERS if c != cover]) if rng.random() < slip else cover
             words += [cue, named]
-            if cue != named and rng.random() >= overlook:
+            if cue != named and not careless:
                 verdict = "no."
                 break
             words.append("same")

@@ -71,8 +71,8 @@ class WorldConfig(Section):
     confusers: Literal["same_city", "anywhere"] = "same_city"
     difficulty: Share = 0.8
     """Share of its other sides that a confuser has in common with the truth."""
-    overlook: Share = 0.0
-    """How often the teacher calls a side that differs the same."""
+    careless: Share = 0.0
+    """Share of the teacher's chains of thought that call every side they compare the same."""
     slip: Share = 0.0
     """How often the teacher misnames a side of a tile."""
 

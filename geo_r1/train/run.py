@@ -46,7 +46,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     transformers_logging.disable_progress_bar()
     torch.manual_seed(recipe.run.seed)
     run_dir = recipe.run.dir
-    world = World(**recipe.world.model_dump(exclude={"overlook", "slip"}))
+    world = World(**recipe.world.model_dump(exclude={"careless", "slip"}))
     sources = {stage: open_source(recipe, world, stage) for stage in recipe.run.stages}
     # Wrong rewards and loss options are errors now, not when their stage comes.
     load_rewards(recipe.rewards)
@@ -86,7 +86,7 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
     if stage == "sft":
         return Source(
             lambda i: exemplars.chain_of_thought(
-                world, "train", 1_000_000 + i, recipe.world.overlook, recipe.world.slip
+                world, "train", 1_000_000 + i, recipe.world.careless, recipe.world.slip
             ),
             None,
         )
