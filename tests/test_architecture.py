@@ -146,7 +146,7 @@ def test_stages_share_the_loop_and_never_each_other(one, other):
     assert f"geo_r1.train.{other}" not in reached
 
 
-@pytest.mark.parametrize("module", ["geo_r1.train.config", "geo_r1.rewards", "geo_r1.answers"])
+@pytest.mark.parametrize("module", ["geo_r1.train.recipe", "geo_r1.rewards", "geo_r1.answers"])
 def test_recipes_and_rewards_are_read_without_torch(module):
     probe = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'triton'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)

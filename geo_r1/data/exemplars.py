@@ -21,7 +21,7 @@ CAPTION = "Describe the panorama and the tiles {labels}."
 
 
 def question(world: World, split: str, index: int) -> Sample:
-    """A cross-view pairing as a prompt with an answer and no response; images before the text."""
+    """A cross-view pairing as a prompt with an answer, no response: pictures, tiles labelled, then text."""
     pairing = world.pairing(split, index)
     return _sample(world, pairing, QUESTION, None)
 
@@ -99,7 +99,10 @@ def _compare(pairing: Pairing, careless: bool, slip: float, rng: random.Random) 
 def _sample(world: World, pairing: Pairing, text: str, response: str | None) -> Sample:
     labels = f"A to {LETTERS[world.num_candidates - 1]}"
     images = world.images(pairing)
-    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text.format(labels=labels)}]
+    content = [{"type": "image"}]
+    for letter in LETTERS[: world.num_candidates]:
+        content += [{"type": "text", "text": f" {letter}"}, {"type": "image"}]
+    content.append({"type": "text", "text": text.format(labels=labels)})
     city = pairing.place.city
     return Sample(
         id=pairing.id,

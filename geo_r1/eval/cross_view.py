@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from geo_r1.answers import extract_choice
+from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_choice
 from geo_r1.data import PromptEncoder, Sample
 from geo_r1.models import PackedVLM
 from geo_r1.rewards import format_reward
@@ -23,7 +23,7 @@ class Prediction:
     """What the model says of one sample.
 
     Attributes:
-        id, city, answer: of the sample; the answer is the true letter.
+        id, city, answer, num_choices: of the sample; the answer is the true letter.
         choice: the letter read from the completion; None where there is none or it is in doubt.
         well_formed: the whole text is a think block and an answer block.
     """
@@ -31,6 +31,7 @@ class Prediction:
     id: str
     city: str
     answer: str
+    num_choices: int
     completion: Completion
     text: str
     choice: str | None
@@ -78,18 +79,21 @@ def predict(
         )
         for sample, [completion] in zip(turn, groups, strict=True):
             text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            choice = extract_choice(text, sample.metadata.get("num_choices") or 5)
+            num_choices = sample.metadata.get("num_choices") or DEFAULT_NUM_CHOICES
+            choice = extract_choice(text, num_choices)
             city = str(sample.metadata.get("city", ""))
             well_formed = format_reward([text]) == [1.0]
             predictions.append(
-                Prediction(sample.id, city, str(sample.answer), completion, text, choice, well_formed)
+                Prediction(
+                    sample.id, city, str(sample.answer), num_choices, completion, text, choice, well_formed
+                )
             )
         progress(len(predictions))
     return predictions
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, mean completion length in tokens, share well formed."""
+    """Accuracy, its 95 % interval and chance level; mean completion length in tokens; share well formed."""
     count = len(predictions)
     correct = sum(p.correct for p in predictions)
     return {
@@ -98,6 +102,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "completion_length": statistics.fmean(len(p.completion.token_ids) for p in predictions),
         "well_formed": sum(p.well_formed for p in predictions) / count,
         "num_samples": count,
+        "chance": statistics.fmean(1 / p.num_choices for p in predictions),
     }
 
 

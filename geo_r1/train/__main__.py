@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from geo_r1.train.config import Recipe, load_recipe
+from geo_r1.train.config import Recipe
+from geo_r1.train.recipe import load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:

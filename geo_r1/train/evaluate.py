@@ -49,10 +49,10 @@ def evaluate(engine: Engine, row: str, source: Source) -> dict[str, Any]:
     return summary
 
 
-def write_summary(engine: Engine, rows: dict[str, dict[str, Any]], chance: float) -> None:
-    """Write summary.json and print the table."""
-    write_text(engine.run_dir / "summary.json", json.dumps({"chance": chance, "rows": rows}, indent=2))
-    table = Table(title=f"Cross-view pairing, held out (chance {chance:.0%})")
+def write_summary(engine: Engine, rows: dict[str, dict[str, Any]]) -> None:
+    """Write summary.json, a summary by row, and print the table."""
+    write_text(engine.run_dir / "summary.json", json.dumps(rows, indent=2))
+    table = Table(title=f"Cross-view pairing, held out (chance {rows['base']['chance']:.0%})")
     for column in ("model", "accuracy", "95 % interval", "mean length", "well formed", "samples"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, row in rows.items():

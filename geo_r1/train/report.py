@@ -88,15 +88,16 @@ def write_report(run_dir: Path) -> Path:
         raise ValueError(f"{run_dir}: expected the folder of a run, found no folder there")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     summary = _read_summary(run_dir / "summary.json")
+    chance = next((row["chance"] for row in summary.values() if "chance" in row), None)
     recipe = run_dir / "recipe.toml"
     page = _template().render(
         name=run_dir.resolve().name,
         stages={stage: max(steps) for stage, steps in metrics.items()},
-        rows=summary.get("rows") or {},
-        chance=summary.get("chance"),
+        rows=summary,
+        chance=chance,
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        plots=_save_plots(draw_plots(metrics, chance=summary.get("chance")), run_dir / "plots"),
-        samples=read_gallery(run_dir, order=[*(summary.get("rows") or {}), *STAGE_ORDER]),
+        plots=_save_plots(draw_plots(metrics, chance=chance), run_dir / "plots"),
+        samples=read_gallery(run_dir, order=[*summary, *STAGE_ORDER]),
     )
     report = run_dir / "report.html"
     partial = run_dir / f".report.{os.getpid()}.tmp"
@@ -221,8 +222,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
         summary = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object, found unreadable JSON: {error}") from error
-    if not isinstance(summary, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(summary).__name__}")
+    if not isinstance(summary, dict) or not all(isinstance(row, dict) for row in summary.values()):
+        raise ValueError(f"{path}: expected a JSON object of rows, found {str(summary)[:80]}")
     return summary
 
 

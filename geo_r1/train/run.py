@@ -21,12 +21,13 @@ from geo_r1.data.source import Source
 from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.tiny import build_tiny
 from geo_r1.train.checkpoint import prune
-from geo_r1.train.config import STAGES, Recipe, dump_recipe
+from geo_r1.train.config import STAGES, Recipe
 from geo_r1.train.distributed import Ranks
 from geo_r1.train.evaluate import evaluate, write_summary, write_text
 from geo_r1.train.grpo import loss_config_of, run_grpo
 from geo_r1.train.log import Log
 from geo_r1.train.loop import Engine, load_rewards
+from geo_r1.train.recipe import dump_recipe
 from geo_r1.train.report import write_report
 from geo_r1.train.sft import run_sft
 
@@ -218,6 +219,5 @@ def _evaluate(engine: Engine, world: World, source: Source) -> None:
         stage: folder for stage in ("sft", "grpo") if (folder := engine.run_dir / "models" / stage).exists()
     }
     summaries = {name: evaluate(_at(engine, world, path), name, source) for name, path in rows.items()}
-    chance = 1 / (source.sample(0).metadata.get("num_choices") or 5)
     if engine.ranks.is_main:
-        write_summary(engine, summaries, chance)
+        write_summary(engine, summaries)

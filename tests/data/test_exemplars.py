@@ -74,7 +74,7 @@ def test_without_errors_every_verdict_is_true():
 def test_a_careless_teacher_takes_the_first_at_its_rate():
     careless = 0
     for pairing, steps, comparisons in thoughts(400, careless=0.6):
-        letter, sides, verdict = comparisons[0]
+        _, sides, verdict = comparisons[0]
         truth = list(zip(pairing.place.covers, pairing.candidates[0].covers, strict=True))
         assert sides == truth[: len(sides)]
         if verdict == "yes" and pairing.answer != "A":

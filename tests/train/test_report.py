@@ -55,10 +55,10 @@ def run_dir(tmp_path):
     (root / "recipe.toml").write_text('[model]\nname = "tiny <qwen>"\n')
     rows = {
         row: {"accuracy": accuracy, "accuracy_interval": [accuracy - 0.03, accuracy + 0.04],
-              "completion_length": 5.25, "well_formed": 0.5, "num_samples": 1500}
+              "completion_length": 5.25, "well_formed": 0.5, "num_samples": 1500, "chance": 0.25}
         for row, accuracy in {"base": 0.2, "sft": 0.413, "grpo": 0.91}.items()
     }  # fmt: skip
-    (root / "summary.json").write_text(json.dumps({"rows": rows, "chance": 0.25}))
+    (root / "summary.json").write_text(json.dumps(rows))
     (root / "eval/images").mkdir(parents=True)
     for number in range(2):
         for i in range(4):
@@ -196,7 +196,7 @@ def test_empty_run(tmp_path):
 
 
 def test_missing_values_and_pictures(run_dir):
-    (run_dir / "summary.json").write_text(json.dumps({"rows": {"base": {"accuracy": 0.2}, "sft": {}}}))
+    (run_dir / "summary.json").write_text(json.dumps({"base": {"accuracy": 0.2}, "sft": {}}))
     (run_dir / "eval/images/0_1.png").unlink()
     (run_dir / "eval/images/0_2.png").write_bytes(b"not a picture")
     write_lines(run_dir / "metrics.jsonl", [{"stage": "grpo", "step": 1, "reward": float("nan"), "kl": 0.1}])
@@ -240,7 +240,7 @@ def test_repeated_step_keeps_the_last(tmp_path):
             "4 images, 1 labels",
         ),
         ("summary.json", '{"rows"', "unreadable JSON"),
-        ("summary.json", "[]", "found list"),
+        ("summary.json", "[]", "object of rows"),
     ],
 )
 def test_bad_files_are_named(run_dir, name, text, message):

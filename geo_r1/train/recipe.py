@@ -1,0 +1,128 @@
+"""Reading a recipe: a TOML file, and `--section.key value` on top of it.
+
+Imports no torch, so a typing mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import CliSettingsSource, SettingsError
+
+from geo_r1.train.config import Recipe
+
+
+def load_recipe(argv: Sequence[str]) -> Recipe:
+    """Read `[recipe.toml] [--section.key value ...]`.
+
+    Raises:
+        ValueError: the file is missing or malformed, a key is unknown, or a value has the wrong type. The
+            message names the key, says what was found, and suggests the nearest known key.
+    """
+    arguments = list(argv)
+    path = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else _default_recipe()
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not valid TOML: {error}") from error
+    known = _keys(Recipe)
+    for option in arguments:
+        key = option.removeprefix("--").split("=")[0]
+        if option.startswith("--") and key not in (*known, "help"):
+            raise ValueError(f"unknown option --{key}{_nearest(key, known)}")
+    try:
+        source: CliSettingsSource = CliSettingsSource(
+            Recipe, cli_parse_args=arguments, cli_prog_name="python -m geo_r1.train", cli_exit_on_error=False
+        )
+        overrides = source()
+    except SettingsError as error:
+        raise ValueError(str(error).removeprefix("error parsing CLI: ").splitlines()[0]) from error
+    try:
+        return Recipe(**_merge(values, overrides))
+    except ValidationError as error:
+        raise ValueError(_explain(error, path, known)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as TOML that `load_recipe` reads back to an equal one."""
+    return "\n".join(_toml_table(recipe.model_dump(mode="json"), ()))
+
+
+def _default_recipe() -> Path:
+    here = Path("recipes/world.toml")
+    beside = Path(__file__).parents[2] / here
+    return here if here.exists() or not beside.exists() else beside
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = (
+            _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in top and other not in top:  # the command line replaces the recipe's duration
+            merged.pop(other, None)
+    return merged
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += _keys(info.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(key, known, 1, 0.5)
+    if not found:  # a right key in the wrong section
+        found = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _explain(error: ValidationError, path: Path, known: Sequence[str]) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"recipe {path}: unknown key {key}{_nearest(key, known)}"
+    reason = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    return f"recipe {path}: {key + ': ' if key else ''}{reason}{found}"
+
+
+def _toml_table(values: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    plain = {k: v for k, v in values.items() if not isinstance(v, dict) and v is not None}
+    tables = {k: v for k, v in values.items() if isinstance(v, dict)}
+    lines = [f"[{'.'.join(map(_toml_key, path))}]"] if path else []
+    lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in plain.items()]
+    lines += [""] if lines else []
+    for key, table in tables.items():
+        lines += _toml_table(table, (*path, key))
+    return lines
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = "".join(
+            {"\\": "\\\\", '"': '\\"'}.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in value
+        )
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return repr(value)
