@@ -37,8 +37,8 @@ def chain_of_thought(
     """
     pairing = world.pairing(split, index)
     rng = random.Random(f"{world.seed}/{pairing.id}/teacher")
-    evidence, chosen = _compare(pairing, rng.random() < careless, slip, rng)
-    cues = pairing.place.covers
+    cues, tiles = pairing.place.covers, [_named(c.covers, slip, rng) for c in pairing.candidates]
+    evidence, chosen = _compare(cues, tiles, careless=rng.random() < careless)
     thought = f"Cues: {' '.join(cues)}. Knowledge: {association(cues)}. "
     thought += f"Evidence: {evidence} Conclusion: {chosen}."
     return _sample(world, pairing, QUESTION, f"<think>{thought}</think><answer>{chosen}</answer>")
@@ -64,9 +64,8 @@ def pretraining(world: World, split: str, index: int) -> Sample:
 def caption(world: World, split: str, index: int) -> Sample:
     """The same pictures, and what each of them shows as the response."""
     pairing = world.pairing(split, index)
-    views = [f"panorama {' '.join(pairing.place.covers)}."]
-    for letter, candidate in zip(LETTERS, pairing.candidates, strict=False):
-        views.append(f"{letter} {' '.join(candidate.covers)}.")
+    named = zip(("panorama", *LETTERS), (pairing.place, *pairing.candidates), strict=False)
+    views = [f"{name} {' '.join(place.covers)}." for name, place in named]
     return _sample(world, pairing, CAPTION, " ".join(views))
 
 
@@ -78,13 +77,19 @@ def association(covers: Sequence[str]) -> str:
     return "country"
 
 
-def _compare(pairing: Pairing, careless: bool, slip: float, rng: random.Random) -> tuple[str, str]:
-    """Compare candidate by candidate and side by side until one agrees; the last is taken if none does."""
-    lines = []
-    for letter, candidate in zip(LETTERS, pairing.candidates, strict=False):
+def _named(covers: Sequence[str], slip: float, rng: random.Random) -> list[str]:
+    """What the teacher calls a tile's sides."""
+    return [
+        rng.choice([c for c in COVERS if c != cover]) if rng.random() < slip else cover for cover in covers
+    ]
+
+
+def _compare(cues: Sequence[str], tiles: Sequence[Sequence[str]], careless: bool) -> tuple[str, str]:
+    """Compare every tile, side by side until one differs; the careless teacher stops at the first tile."""
+    lines, chosen = [], None
+    for letter, tile in zip(LETTERS, tiles, strict=False):
         words, verdict = [letter], "yes."
-        for cue, cover in zip(pairing.place.covers, candidate.covers, strict=True):
-            named = rng.choice([c for c in COVERS if c != cover]) if rng.random() < slip else cover
+        for cue, named in zip(cues, tile, strict=True):
             words += [cue, named]
             if cue != named and not careless:
                 verdict = "no."
@@ -92,8 +97,10 @@ def _compare(pairing: Pairing, careless: bool, slip: float, rng: random.Random) 
             words.append("same")
         lines.append(" ".join([*words, verdict]))
         if verdict == "yes.":
+            chosen = chosen or letter
+        if careless:
             break
-    return " ".join(lines), letter
+    return " ".join(lines), chosen or letter
 
 
 def _sample(world: World, pairing: Pairing, text: str, response: str | None) -> Sample:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from geo_r1.data.sample import Sample, load_image
@@ -56,9 +57,14 @@ class PromptEncoder:
                 raise ValueError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
             pixel_values = features["pixel_values"]
             grids = tuple((t, h, w) for t, h, w in features["image_grid_thw"].tolist())
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:  # such as a role that the template does not know
+            raise ValueError(
+                f"sample {sample.id}: the chat template refuses its messages: {error}"
+            ) from error
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         merge = self.image_processor.merge_size
         if token_ids.count(self.image_token_id) != len(grids):

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_choice
@@ -42,6 +43,26 @@ class Prediction:
         return self.choice == self.answer
 
 
+def question_of(sample: Sample) -> tuple[str, int]:
+    """The true letter of a sample, and how many choices it has.
+
+    Raises:
+        ValueError: they are missing, or not a letter among 2 to 26 choices; names the sample.
+    """
+    num_choices = sample.metadata.get("num_choices", DEFAULT_NUM_CHOICES)
+    if not isinstance(num_choices, int) or not 2 <= num_choices <= 26:
+        raise ValueError(
+            f"sample {sample.id}: num_choices must be an integer from 2 to 26, got {num_choices!r}"
+        )
+    answer = (sample.answer or "").strip().upper()
+    if answer not in list(ascii_uppercase[:num_choices]):
+        raise ValueError(
+            f"sample {sample.id}: the answer must be a letter from A to {ascii_uppercase[num_choices - 1]}, "
+            f"got {sample.answer!r}"
+        )
+    return answer, num_choices
+
+
 def predict(
     vlm: PackedVLM,
     tokenizer: Any,
@@ -62,31 +83,29 @@ def predict(
     Raises:
         ValueError: a sample has no answer to compare with, or cannot be encoded; names it.
     """
-    predictions = []
+    predictions: list[Prediction] = []
     for start in range(0, len(samples), PROMPTS_A_TURN):
         turn = samples[start : start + PROMPTS_A_TURN]
-        for sample in turn:
-            if sample.answer is None:
-                raise ValueError(f"sample {sample.id} has no answer to evaluate against")
+        prompts = [encoder.encode(sample) for sample in turn]
+        for prompt in prompts:
+            prompt.check_budget(max_new_tokens, max_tokens, "eval.max_tokens")
         groups = generate(
             vlm,
-            [encoder.encode(sample) for sample in turn],
+            prompts,
             1,
             sampling=SamplingConfig(temperature=0, max_new_tokens=max_new_tokens),
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id={tokenizer.eos_token_id, *vlm.end_token_ids},
             streams=[sample.id for sample in turn],
             max_tokens=max_tokens,
         )
         for sample, [completion] in zip(turn, groups, strict=True):
+            answer, num_choices = question_of(sample)
             text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            num_choices = sample.metadata.get("num_choices") or DEFAULT_NUM_CHOICES
             choice = extract_choice(text, num_choices)
             city = str(sample.metadata.get("city", ""))
             well_formed = format_reward([text]) == [1.0]
             predictions.append(
-                Prediction(
-                    sample.id, city, str(sample.answer), num_choices, completion, text, choice, well_formed
-                )
+                Prediction(sample.id, city, answer, num_choices, completion, text, choice, well_formed)
             )
         progress(len(predictions))
     return predictions

@@ -36,6 +36,14 @@ class EncodedPrompt:
         """Where every completion's positions start: the prompt's largest, plus one."""
         return int(self.position_ids.max()) + 1 if self.token_ids else 0
 
+    def check_budget(self, completion_len: int, max_tokens: int, option: str) -> None:
+        """Raise ValueError, with the sample's name, if this and one completion exceed an option's tokens."""
+        if len(self.token_ids) + completion_len > max_tokens:
+            raise ValueError(
+                f"sample {self.sample_id}: a prompt of {len(self.token_ids)} tokens and {completion_len} "
+                f"more are over {option} = {max_tokens}"
+            )
+
 
 @dataclass(frozen=True)
 class PackedBatch:

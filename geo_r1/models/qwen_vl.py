@@ -77,6 +77,12 @@ class PackedVLM:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         return [getattr(config, name) for name in names]
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end a completion, as the checkpoint's generation config names them."""
+        ends = self.model.generation_config.eos_token_id
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
     def loss_rows(self, batch: PackedBatch) -> Tensor:
         """[R, C] the hidden states that predict each completion token of the batch, in order."""
         layout = batch.layout
@@ -102,7 +108,7 @@ class PackedVLM:
 
     def run_text(self, embedded: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """[T, C] embeddings and [3, T] positions through the text layers to [T, C] final hidden states."""
-        with self._autocast():
+        with self.autocast():
             outputs = self.model.model.language_model(
                 inputs_embeds=embedded[None],
                 position_ids=position_ids[:, None],
@@ -112,7 +118,8 @@ class PackedVLM:
             )
         return outputs.last_hidden_state[0].to(self.compute_dtype)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """A context that computes in `compute_dtype`; the methods enter it themselves."""
         return torch.autocast(
             self.device.type, self.compute_dtype, enabled=self.compute_dtype != self.model.dtype
         )
@@ -144,7 +151,7 @@ class PackedVLM:
         ]
         # With gradient checkpointing transformers asks for gradients of the patches even of a frozen tower.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
-        with self._autocast(), torch.set_grad_enabled(trained):
+        with self.autocast(), torch.set_grad_enabled(trained):
             outputs = visual(
                 pixel_values.to(visual.dtype),
                 grid_thw=grid,

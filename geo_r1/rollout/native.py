@@ -1,14 +1,15 @@
 """Sampling in process: a prompt and its pictures are computed once, for all completions of its group.
 
 Every completion draws from a random stream of its own, named by its prompt's stream and its index: what it
-says does not depend on which prompts share its batch, on the number of ranks, or on the order of work.
+says does not depend on which prompts share its batch, on the number of ranks, or on the order of work, up to
+the rounding of products of other shapes: a draw that falls within it of a boundary may turn.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +68,7 @@ def generate(
     num_completions: int,
     *,
     sampling: SamplingConfig,
-    eos_token_id: int,
+    eos_token_id: int | Collection[int],
     streams: Sequence[str],
     max_tokens: int = 65536,
 ) -> list[list[Completion]]:
@@ -75,6 +76,7 @@ def generate(
 
     Args:
         prompts: encoded prompts.
+        eos_token_id: the token, or tokens, that end a completion.
         streams: names of the prompts' random streams, such as "seed/position"; the same name draws the same.
         max_tokens: cached tokens (prompts once, completions at full length) held at a time; more prompts
             than fit are sampled one batch after another, with the same result.
@@ -88,11 +90,13 @@ def generate(
     lengths = [[sampling.max_new_tokens] * num_completions for _ in prompts]
     plan = plan_batches([len(p.token_ids) for p in prompts], lengths, max_tokens)
     results: list[list[Completion | None]] = [[None] * num_completions for _ in prompts]
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     training = vlm.model.training
     vlm.model.eval()
     try:
-        for batch in plan.batches:
-            _generate_batch(vlm, prompts, batch, sampling, eos_token_id, streams, results)
+        with vlm.autocast():  # around all steps, so that weights are cast once
+            for batch in plan.batches:
+                _generate_batch(vlm, prompts, batch, sampling, ends, streams, results)
     finally:
         vlm.model.train(training)
     return results  # type: ignore[return-value]  # every slot is filled: the plan holds each completion once
@@ -103,7 +107,7 @@ def _generate_batch(
     prompts: Sequence[EncodedPrompt],
     batch: Sequence[tuple[int, Sequence[int]]],
     sampling: SamplingConfig,
-    eos_token_id: int,
+    ends: set[int],
     streams: Sequence[str],
     results: list[list[Completion | None]],
 ) -> None:
@@ -131,9 +135,9 @@ def _generate_batch(
             tokens, logps = said[active[row]]
             tokens.append(token_id)
             logps.append(value)
-            if token_id == eos_token_id or step + 1 == sampling.max_new_tokens:
+            if token_id in ends or step + 1 == sampling.max_new_tokens:
                 _, group, index = owner[active[row]]
-                results[group][index] = Completion(tokens, logps, token_id == eos_token_id)
+                results[group][index] = Completion(tokens, logps, token_id in ends)
             else:
                 kept.append(row)
         if not kept:

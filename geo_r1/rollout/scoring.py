@@ -30,8 +30,11 @@ def score_groups(
     owners = [sample for sample, group in zip(samples, groups, strict=True) for _ in group]
     names = sorted({name for sample in samples for name in sample.metadata})
     columns: dict[str, list[Any]] = {name: [owner.metadata.get(name) for owner in owners] for name in names}
+    if "prompts" in names:
+        raise ValueError("column 'prompts' has the name of an argument of reward functions; rename it")
     columns["answer"] = [owner.answer for owner in owners]
     columns["prompts"] = [list(owner.messages) for owner in owners]
     token_ids = [completion.token_ids for group in groups for completion in group]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in token_ids]
-    return score(functions, weights, texts, token_ids, columns)
+    completions = [[{"role": "assistant", "content": text}] for text in texts]  # as TRL passes them to chats
+    return score(functions, weights, completions, token_ids, columns)

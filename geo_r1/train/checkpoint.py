@@ -61,13 +61,16 @@ def restore(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
         ValueError: the checkpoint is of another model, or a file of it is missing or broken; names it.
     """
     try:
-        loaded = type(model).from_pretrained(folder, dtype=model.dtype)
+        family: Any = type(model)
+        loaded, report = family.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
         state = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"checkpoint {folder} cannot be read: {reason}") from error
     if not isinstance(state, dict) or not {"step", "optimizer"} <= state.keys():
         raise ValueError(f"checkpoint {folder} cannot be read: {TRAINER_STATE} holds no trainer's state")
+    if report["missing_keys"]:
+        raise ValueError(f"checkpoint {folder} is of another model: it has no {min(report['missing_keys'])}")
     own, saved = model.state_dict(), loaded.state_dict()
     for name in sorted(own.keys() | saved.keys()):
         shapes = [list(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]

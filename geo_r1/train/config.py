@@ -75,7 +75,7 @@ class OptimConfig(Section):
 
     lr: Annotated[float, Field(gt=0)] = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """After warm-up: stay, or fall to `min_lr_ratio` of lr at the last step."""
+    """After warm-up: stay, or fall towards `min_lr_ratio` of lr; the step after the last would reach it."""
     warmup_ratio: Share = 0.0
     """Share of the steps over which the rate rises from zero."""
     min_lr_ratio: Share = 0.0
@@ -175,7 +175,12 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     """What a completion earns."""
 
-    functions: tuple[str, ...] = ("accuracy", "format", "length", "repetition")
+    functions: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "accuracy",
+        "format",
+        "length",
+        "repetition",
+    )
     """Registry keys, or module:function of your own with TRL's signature."""
     weights: dict[str, float] = {}
     """By function; 1 where not given."""

@@ -6,13 +6,22 @@ Gradients are summed once a step, after all micro-batches: ranks may hold differ
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# One rank may write a large checkpoint, or sample longer than the others, while they wait.
+PATIENCE = timedelta(hours=2)
+
+
+class PeerLost(Exception):  # noqa: N818  # the error is the other rank's
+    """Another rank has ended in the middle of the run."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         return cls(int(os.environ.get("RANK", "0")), size, device)
 
     def stop(self) -> None:
@@ -57,8 +66,7 @@ class Ranks:
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over the ranks, in float64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(total)
+        self._all_reduce(total)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -66,7 +74,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self._together():
+            dist.all_gather_object(values, value)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -76,14 +85,15 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum gradients over the ranks; a parameter unused on some ranks counts as zero there."""
         if self.size == 1:
             return
         used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
-        dist.all_reduce(used)
+        self._all_reduce(used)
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for parameter, count in zip(parameters, used.tolist(), strict=True):
             if count:
@@ -92,7 +102,19 @@ class Ranks:
                 by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
         for gradients in by_dtype.values():
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
+            self._all_reduce(flat)
             pieces = flat.split([gradient.numel() for gradient in gradients])
             for gradient, piece in zip(gradients, pieces, strict=True):
                 gradient.copy_(piece.view_as(gradient))
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        if self.size > 1:
+            with self._together():
+                dist.all_reduce(tensor)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo and NCCL both raise it when a connection closes
+            raise PeerLost(f"rank {self.rank}: another rank has ended; what it printed says why") from error

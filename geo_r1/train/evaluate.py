@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from rich.table import Table
 
 from geo_r1.data import Sample, load_image
 from geo_r1.data.source import Source
-from geo_r1.data.world import LETTERS
 from geo_r1.eval.cross_view import Prediction, predict, summarise
 from geo_r1.rollout import score_groups
 from geo_r1.train.loop import Engine, load_rewards
@@ -92,9 +92,18 @@ def _record(prediction: Prediction) -> dict[str, Any]:
     }
 
 
+def _label(index: int, num_images: int, prediction: Prediction) -> str:
+    """What a picture is called: a panorama and as many tiles as choices, or just a number."""
+    if num_images != prediction.num_choices + 1:
+        return f"image {index + 1}"
+    return ascii_uppercase[index - 1] if index else "panorama"
+
+
 def _gallery(
     engine: Engine, samples: list[Sample], predictions: list[Prediction]
 ) -> Iterable[dict[str, Any]]:
+    if not samples:
+        return
     table = score_groups(
         load_rewards(engine.recipe.rewards),
         engine.recipe.rewards.weights,
@@ -113,6 +122,6 @@ def _gallery(
         rewards = {name: values[number] for name, values in table.per_function.items()}
         yield _record(prediction) | {
             "images": paths,
-            "labels": ["panorama", *LETTERS][: len(paths)],
+            "labels": [_label(index, len(paths), prediction) for index in range(len(paths))],
             "rewards": {name: value for name, value in rewards.items() if value is not None},
         }

@@ -25,7 +25,7 @@ from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM, pack
 from geo_r1.rewards import RewardTable
 from geo_r1.rollout import Completion, SamplingConfig, generate, score_groups
 from geo_r1.train.config import GRPOConfig, Recipe
-from geo_r1.train.loop import Engine, Phases, Updater, check_budget, load_rewards, rows_of, run_stage
+from geo_r1.train.loop import Engine, Phases, Updater, load_rewards, rows_of, run_stage
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,15 @@ def run_grpo(engine: Engine, config: GRPOConfig, source: Source) -> None:
             samples = [source.draw(position, recipe.run.seed) for position in positions]
             prompts = [engine.encoder.encode(sample) for sample in samples]
             for prompt in prompts:
-                check_budget(prompt, sampling.max_new_tokens, recipe.rollout.max_tokens, "rollout.max_tokens")
-                check_budget(
-                    prompt, sampling.max_new_tokens, config.optim.max_tokens, "grpo.optim.max_tokens"
-                )
+                prompt.check_budget(sampling.max_new_tokens, recipe.rollout.max_tokens, "rollout.max_tokens")
+                prompt.check_budget(sampling.max_new_tokens, config.optim.max_tokens, "grpo.optim.max_tokens")
         with phases("rollout"):
             groups = generate(
                 engine.vlm,
                 prompts,
                 config.num_completions,
                 sampling=sampling,
-                eos_token_id=engine.tokenizer.eos_token_id,
+                eos_token_id={engine.tokenizer.eos_token_id, *engine.vlm.end_token_ids},
                 streams=[f"{recipe.run.seed}/{position}" for position in positions],
                 max_tokens=recipe.rollout.max_tokens,
             )
@@ -159,7 +157,13 @@ def _micro_batches(engine: Engine, config: GRPOConfig, scored: Scored) -> tuple[
     """Pack this rank's groups under the token budget; weights count the whole step's."""
     device = engine.ranks.device
     lengths = [[len(c.token_ids) for c in group] for group in scored.groups]
-    num_tokens, num_sequences = engine.ranks.sum([sum(map(sum, lengths)), sum(map(len, lengths))])
+    scored_len = [
+        length
+        for group, kept in zip(lengths, scored.valid.tolist(), strict=True)
+        for length, is_valid in zip(group, kept, strict=True)
+        if is_valid
+    ]
+    num_tokens, num_sequences = (max(n, 1) for n in engine.ranks.sum([sum(scored_len), len(scored_len)]))
     plan = plan_batches([len(p.token_ids) for p in scored.prompts], lengths, config.optim.max_tokens)
     micro_batches = []
     for pieces in plan.batches:

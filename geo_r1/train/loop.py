@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from geo_r1.data import PromptEncoder
-from geo_r1.models import EncodedPrompt, PackedVLM
+from geo_r1.models import PackedVLM
 from geo_r1.rewards import RewardFunction, load_reward
 from geo_r1.train.checkpoint import checkpoint_folder, newest_checkpoint, prune, restore, save_folder
 from geo_r1.train.config import OptimConfig, Recipe, RewardConfig
@@ -33,7 +33,10 @@ class Stopped(Exception):  # noqa: N818  # nothing went wrong
 
 @dataclass
 class Engine:
-    """A policy with its tokenizer and image processor, on this rank, and where the run writes."""
+    """A policy with its tokenizer and image processor, on this rank, and where the run writes.
+
+    `holds` says which weights the policy has: the path they were loaded from, or of a stage's export.
+    """
 
     recipe: Recipe
     ranks: Ranks
@@ -43,6 +46,7 @@ class Engine:
     tokenizer: Any
     image_processor: Any
     encoder: PromptEncoder
+    holds: str | Path
 
     def save(self, folder: Path, state: dict[str, Any] | None = None) -> None:
         """Write the policy, on the main rank; the others wait."""
@@ -167,10 +171,13 @@ def run_stage(
                 raise Stopped(
                     f"{stage} stopped after step {step + 1} of {num_steps}; the same command goes on"
                 )
-    engine.log.stop()
-    engine.save(engine.run_dir / "models" / stage)
-    if engine.ranks.is_main:
-        prune(engine.run_dir, stage, 0)
+        engine.log.stop()
+        engine.holds = engine.run_dir / "models" / stage
+        engine.save(engine.holds)
+        if engine.ranks.is_main:
+            prune(engine.run_dir, stage, 0)
+        if engine.ranks.any(stop_requested()):
+            raise Stopped(f"{stage} is finished; the same command goes on")
 
 
 @contextmanager
@@ -207,15 +214,6 @@ def load_rewards(config: RewardConfig) -> dict[str, RewardFunction]:
                     f"rewards.{table} names {name}, but rewards.functions has {', '.join(config.functions)}"
                 )
     return {name: load_reward(name, **config.options.get(name, {})) for name in config.functions}
-
-
-def check_budget(prompt: EncodedPrompt, completion_len: int, max_tokens: int, option: str) -> None:
-    """Raise ValueError, with the sample's name, if a prompt and one completion exceed a token budget."""
-    if len(prompt.token_ids) + completion_len > max_tokens:
-        raise ValueError(
-            f"sample {prompt.sample_id}: a prompt of {len(prompt.token_ids)} tokens and {completion_len} "
-            f"more are over {option} = {max_tokens}"
-        )
 
 
 def rows_of(values_N: Tensor, completion_len: list[int]) -> Tensor:

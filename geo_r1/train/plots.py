@@ -44,7 +44,6 @@ def draw_plots(metrics: Metrics, *, chance: float | None = None) -> dict[str, Fi
         "entropy": _draw_lines("Entropy", "nats a token", of_grpo({"": "entropy"})),
         "no_signal": _draw_lines("Groups of equal rewards", "%", of_grpo({"": "frac_reward_zero_std"}), 100),
         "loss": _draw_lines("Loss", "nats a token", of_stages(tuning, "loss")),
-        "token_accuracy": _draw_lines("Token accuracy", "%", of_stages(tuning, "mean_token_accuracy"), 100),
         "time": _draw_stack(
             "Time of a GRPO step",
             "seconds",

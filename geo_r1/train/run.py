@@ -18,9 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from geo_r1.data import PromptEncoder, World, exemplars, read_samples
 from geo_r1.data.source import Source
+from geo_r1.eval.cross_view import question_of
 from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.tiny import build_tiny
-from geo_r1.train.checkpoint import prune
+from geo_r1.train.checkpoint import newest_checkpoint, prune
 from geo_r1.train.config import STAGES, Recipe
 from geo_r1.train.distributed import Ranks
 from geo_r1.train.evaluate import evaluate, write_summary, write_text
@@ -58,7 +59,8 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
             if stage == "eval":
                 _evaluate(engine, world, sources["eval"])
             elif not (run_dir / "models" / stage).exists():
-                engine = _at(engine, world, _start_of(recipe, stage))
+                _check_later_stages(run_dir, stage)
+                _use_model(engine, world, _start_of(recipe, stage))
                 engine.vlm.model.model.visual.requires_grad_(not getattr(recipe, stage).freeze_vision)
                 if stage == "grpo":
                     run_grpo(engine, recipe.grpo, sources[stage])
@@ -77,10 +79,11 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
     data = getattr(recipe, stage).data
     if data != "world":
         samples = read_samples(data, recipe.data.image_root)
-        needed = {"pretrain": "response", "sft": "response", "eval": "answer"}.get(stage)
         for sample in samples:
-            if needed and getattr(sample, needed) is None:
-                raise ValueError(f"sample {sample.id} of {data} has no {needed}, which {stage} needs")
+            if stage == "eval":
+                question_of(sample)
+            elif stage != "grpo" and sample.response is None:
+                raise ValueError(f"sample {sample.id} of {data} has no response, which {stage} needs")
         return Source.of(samples)
     if stage == "pretrain":
         return Source(lambda i: exemplars.pretraining(world, "train", i), None)
@@ -112,7 +115,7 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, world: World) -> Engine:
             raise ValueError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
     ranks.barrier()
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
-    return _engine(recipe, ranks, run_dir, log, *loaded)
+    return _engine(recipe, ranks, run_dir, log, recipe.model.path, *loaded)
 
 
 def _check_folder(recipe: Recipe, run_dir: Path) -> None:
@@ -183,7 +186,7 @@ def _tokenizer_texts(world: World) -> list[str]:
     return ["user\n", "assistant\n", *prompts, *(s.response or "" for s in samples)]
 
 
-def _engine(recipe, ranks, run_dir, log, vlm, tokenizer, image_processor) -> Engine:
+def _engine(recipe, ranks, run_dir, log, path, vlm, tokenizer, image_processor) -> Engine:
     model = vlm.model.to(ranks.device)
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -194,13 +197,26 @@ def _engine(recipe, ranks, run_dir, log, vlm, tokenizer, image_processor) -> Eng
         max_pixels=recipe.data.max_pixels,
         max_prompt_tokens=recipe.data.max_prompt_tokens,
     )
-    return Engine(recipe, ranks, run_dir, log, vlm, tokenizer, image_processor, encoder)
+    return Engine(recipe, ranks, run_dir, log, vlm, tokenizer, image_processor, encoder, path)
 
 
-def _at(engine: Engine, world: World, path: str | Path) -> Engine:
-    """The same run with another model: a stage's start, or a row of the table."""
-    loaded = _load(engine.recipe, world, path)
-    return _engine(engine.recipe, engine.ranks, engine.run_dir, engine.log, *loaded)
+def _use_model(engine: Engine, world: World, path: str | Path) -> None:
+    """Give the engine another model, a stage's start or a row of the table, unless it holds it already."""
+    if engine.holds != path:
+        del engine.vlm  # never two in memory
+        loaded = _load(engine.recipe, world, path)
+        fresh = _engine(engine.recipe, engine.ranks, engine.run_dir, engine.log, path, *loaded)
+        vars(engine).update(vars(fresh))
+
+
+def _check_later_stages(run_dir: Path, stage: str) -> None:
+    """A later stage that is there already did not start from this one."""
+    for later in STAGES[STAGES.index(stage) + 1 :]:
+        if (run_dir / "models" / later).exists() or newest_checkpoint(run_dir, later) is not None:
+            raise ValueError(
+                f"{run_dir} holds {later}, which did not start from the {stage} that is asked for now; "
+                "give another --run.dir, or --run.overwrite true"
+            )
 
 
 def _start_of(recipe: Recipe, stage: str) -> str | Path:
@@ -218,6 +234,9 @@ def _evaluate(engine: Engine, world: World, source: Source) -> None:
     rows |= {
         stage: folder for stage in ("sft", "grpo") if (folder := engine.run_dir / "models" / stage).exists()
     }
-    summaries = {name: evaluate(_at(engine, world, path), name, source) for name, path in rows.items()}
+    summaries = {}
+    for name, path in rows.items():
+        _use_model(engine, world, path)
+        summaries[name] = evaluate(engine, name, source)
     if engine.ranks.is_main:
         write_summary(engine, summaries)

@@ -10,7 +10,7 @@ from geo_r1.kernels import linear_cross_entropy
 from geo_r1.kernels.layout import plan_batches
 from geo_r1.models import pack
 from geo_r1.train.config import SFTConfig
-from geo_r1.train.loop import Engine, Phases, Updater, check_budget, run_stage
+from geo_r1.train.loop import Engine, Phases, Updater, run_stage
 
 
 def run_sft(engine: Engine, stage: str, config: SFTConfig, source: Source) -> None:
@@ -30,7 +30,7 @@ def run_sft(engine: Engine, stage: str, config: SFTConfig, source: Source) -> No
             responses = [[engine.encoder.encode_response(_response(sample))] for sample in samples]
             lengths = [[len(response[0])] for response in responses]
             for prompt, [length] in zip(prompts, lengths, strict=True):
-                check_budget(prompt, length, config.optim.max_tokens, f"{stage}.optim.max_tokens")
+                prompt.check_budget(length, config.optim.max_tokens, f"{stage}.optim.max_tokens")
             plan = plan_batches([len(p.token_ids) for p in prompts], lengths, config.optim.max_tokens)
         [num_targets] = engine.ranks.sum([sum(length for [length] in lengths)])
         loss_sum = 0.0

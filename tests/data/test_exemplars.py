@@ -12,7 +12,8 @@ from geo_r1.rewards import accuracy, format_reward
 
 WORLD = World()
 STEPS = re.compile(
-    r"<think>Cues: (?P<cues>.+)\. Knowledge: (?P<kind>\w+)\. Evidence: (?P<evidence>.+\.) "
+    r"<think>Cues: (?P<cues>[a-z ]+)\. "
+    r"Knowledge: (?P<kind>\w+)\. Evidence: (?P<evidence>.+\.) "
     r"Conclusion: (?P<letter>[A-J])\.</think><answer>(?P<answer>[A-J])</answer>"
 )
 
@@ -36,6 +37,7 @@ def test_texts_are_pinned():
     assert exemplars.chain_of_thought(WORLD, "train", 0).response == (
         "<think>Cues: roofs roofs woods woods. Knowledge: town. Evidence: A roofs rock no. "
         "B roofs roofs same roofs roofs same woods woods same woods woods same yes. "
+        "C roofs roofs same roofs water no. D roofs roofs same roofs rock no. E roofs sand no. "
         "Conclusion: B.</think><answer>B</answer>"
     )
     assert exemplars.caption(WORLD, "train", 0).response == (
@@ -55,17 +57,19 @@ def test_four_steps_well_formed(errors):
         assert format_reward([steps.string]) == [1.0]
         assert steps["cues"].split() == list(pairing.place.covers)
         assert steps["kind"] == exemplars.association(pairing.place.covers)
-        assert steps["letter"] == steps["answer"] == comparisons[-1][0]
-        assert [letter for letter, _, _ in comparisons] == list(LETTERS[: len(comparisons)])
+        assert steps["letter"] == steps["answer"]
+        letters = [letter for letter, _, _ in comparisons]
+        assert letters in (["A"], list("ABCDE"))
+        assert steps["letter"] == next((c[0] for c in comparisons if c[2] == "yes"), letters[-1])
 
 
 def test_without_errors_every_verdict_is_true():
     for pairing, steps, comparisons in thoughts():
         assert steps["answer"] == pairing.answer
         assert accuracy([steps.string], [pairing.answer], [5]) == [1.0]
-        assert len(comparisons) == pairing.truth + 1
-        for (letter, sides, verdict), candidate in zip(comparisons, pairing.candidates, strict=False):
-            assert sides == list(zip(pairing.place.covers, candidate.covers, strict=True))[: len(sides)]
+        for letter, sides, verdict in comparisons:
+            covers = pairing.candidates[LETTERS.index(letter)].covers
+            assert sides == list(zip(pairing.place.covers, covers, strict=True))[: len(sides)]
             assert all(cue == named for cue, named in sides[:-1])
             assert (sides[-1][0] == sides[-1][1]) == (verdict == "yes") == (letter == pairing.answer)
             assert verdict == "no" or len(sides) == 4
@@ -74,15 +78,15 @@ def test_without_errors_every_verdict_is_true():
 def test_a_careless_teacher_takes_the_first_at_its_rate():
     careless = 0
     for pairing, steps, comparisons in thoughts(400, careless=0.6):
-        _, sides, verdict = comparisons[0]
-        truth = list(zip(pairing.place.covers, pairing.candidates[0].covers, strict=True))
-        assert sides == truth[: len(sides)]
-        if verdict == "yes" and pairing.answer != "A":
-            assert (len(sides), steps["answer"], len(comparisons)) == (4, "A", 1)
+        if len(comparisons) == 1:
+            letter, sides, verdict = comparisons[0]
+            covers = pairing.candidates[0].covers
+            assert sides == list(zip(pairing.place.covers, covers, strict=True))
+            assert (letter, verdict, steps["answer"]) == ("A", "yes", "A")
             careless += 1
         else:
-            assert steps["answer"] == pairing.answer
-    assert careless / (400 * 0.8) == pytest.approx(0.6, abs=0.06)
+            assert len(comparisons) == 5 and steps["answer"] == pairing.answer
+    assert careless / 400 == pytest.approx(0.6, abs=0.06)
 
 
 @pytest.mark.parametrize("slip", [0.05, 0.2, 1.0])
@@ -133,7 +137,8 @@ def test_samples_carry_pictures_and_metadata():
         }  # fmt: skip
         (message,) = sample.messages
         assert message["role"] == "user"
-        assert [part["type"] for part in message["content"]] == ["image"] * 6 + ["text"]
+        parts = [part.get("text", "image") for part in message["content"]]
+        assert parts[:-1] == ["image", " A", "image", " B", "image", " C", "image", " D", "image", " E", "image"]
         expected = [image.tobytes() for image in WORLD.images(pairing)]
         assert [image.tobytes() for image in sample.images] == expected
     assert exemplars.question(WORLD, "test", 7).response is None
@@ -147,3 +152,12 @@ def test_samples_carry_pictures_and_metadata():
 def test_association_prefers_the_most_telling_side(covers, kind):
     assert exemplars.association(covers.split()) == kind
     assert exemplars.association(covers.split()[::-1]) == kind
+
+
+def test_pretraining_is_captions_and_direct_answers():
+    said = [exemplars.pretraining(WORLD, "train", index).response for index in range(64)]
+    answers = [text for text in said if "<answer>" in text]
+    assert len(answers) == 16
+    described = [text for text in answers if text.startswith("<think>Cues: ")]
+    assert len(described) == 4 and all(text.count(".") == 1 for text in described)  # the panorama alone
+    assert all("same" not in text and "Evidence" not in text for text in said)

@@ -11,7 +11,7 @@ from geo_r1.train.plots import draw_plots
 from geo_r1.train.report import read_gallery, read_metrics, split_completion, write_report
 
 GRPO_PLOTS = {"reward", "accuracy", "length", "kl", "entropy", "no_signal", "time", "throughput"}
-SFT_PLOTS = {"loss", "token_accuracy", "throughput"}
+SFT_PLOTS = {"loss", "throughput"}
 COMPLETIONS = {
     "base": "<script>alert('x')</script> & \"quoted\"",
     "sft": "<think>A water water same.</think>\n<answer>B</answer>",
@@ -21,7 +21,7 @@ PREDICTIONS = {"base": None, "sft": "B", "grpo": "C"}
 
 
 def sft_line(stage, step):
-    return {"stage": stage, "step": step, "loss": 3 / step, "mean_token_accuracy": 1 - 1 / step,
+    return {"stage": stage, "step": step, "loss": 3 / step,
             "learning_rate": 1e-4, "grad_norm": 1.0, "tokens_per_second": 900.0,
             "time/step": 0.5}  # fmt: skip
 
