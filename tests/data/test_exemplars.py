@@ -138,7 +138,19 @@ def test_samples_carry_pictures_and_metadata():
         (message,) = sample.messages
         assert message["role"] == "user"
         parts = [part.get("text", "image") for part in message["content"]]
-        assert parts[:-1] == ["image", " A", "image", " B", "image", " C", "image", " D", "image", " E", "image"]
+        assert parts[:-1] == [
+            "image",
+            " A",
+            "image",
+            " B",
+            "image",
+            " C",
+            "image",
+            " D",
+            "image",
+            " E",
+            "image",
+        ]
         expected = [image.tobytes() for image in WORLD.images(pairing)]
         assert [image.tobytes() for image in sample.images] == expected
     assert exemplars.question(WORLD, "test", 7).response is None

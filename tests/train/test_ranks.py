@@ -48,7 +48,8 @@ def test_an_error_on_one_rank_ends_all_with_its_line(tmp_path):
     done = runs.launch(runs.arguments(tmp_path / "run", "sft", **changes), ranks=2)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "geo_r1: " in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("geo_r1: sample row2: image ")
-    assert lines[0].endswith("above2.png does not exist")
+    [culprit] = [line for line in lines if "another rank has ended" not in line]
+    assert culprit.startswith("geo_r1: sample row2: image ")
+    assert culprit.endswith("above2.png does not exist")
+    assert len(lines) <= 2  # the other rank says at most that it was left alone
     assert not (tmp_path / "run" / "models").exists()

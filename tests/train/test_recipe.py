@@ -144,3 +144,19 @@ def test_the_environment_does_not_reach_a_recipe(monkeypatch, load):
     monkeypatch.setenv("RUN", '{"seed": 5}')
     monkeypatch.setenv("run__seed", "5")
     assert load().run.seed == 0
+
+
+def test_both_world_recipes_start_from_the_same_base():
+    ours, zero = (load_recipe([f"recipes/{name}.toml"]) for name in ("world", "world_zero"))
+    assert zero.run.stages == ("pretrain", "grpo", "eval")
+    for section in ("model", "data", "pretrain", "grpo", "rollout", "rewards", "eval"):
+        assert getattr(ours, section) == getattr(zero, section)
+    assert ours.world.model_copy(update={"careless": 0.0}) == zero.world
+
+
+def test_the_papers_recipes_differ_in_their_stages_alone():
+    full, zero = (load_recipe([f"recipes/{name}.toml"]) for name in ("geo_r1_7b", "geo_r1_zero_7b"))
+    assert (full.run.stages, zero.run.stages) == (("sft", "grpo", "eval"), ("grpo", "eval"))
+    for section in ("model", "data", "grpo", "rollout", "rewards", "eval"):
+        assert getattr(full, section) == getattr(zero, section)
+    assert full.grpo.prompts_per_step * full.grpo.num_completions == 64

@@ -131,9 +131,9 @@ def test_a_half_written_line_of_metrics_is_forgotten(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(self, stage, step, metrics)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Log, "write", write_half)
-        main(runs.arguments(run_dir, "sft", sft__save_every=2))
+        assert main(runs.arguments(run_dir, "sft", sft__save_every=2)) == 130
     assert newest_checkpoint(run_dir, "sft").name == "sft-000002"
     runs.train(run_dir, "sft", sft__save_every=2)
     same_result(run_dir, whole, "sft")
