@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -42,7 +43,12 @@ class Log:
                 import wandb
             except ImportError:
                 raise ValueError("log.wandb needs the wandb package: pip install 'geo_r1[wandb]'") from None
-            self.wandb = wandb.init(project=config.project, name=run_dir.name, config=recipe, resume="allow")
+            name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[
+                :16
+            ]  # the same when it goes on
+            self.wandb = wandb.init(
+                project=config.project, name=run_dir.name, id=name, config=recipe, resume="allow"
+            )
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget a stage's figures from `step` on, and a line that a killed run left half-written."""

@@ -11,6 +11,7 @@ import torch
 
 import geo_r1.train.grpo
 from geo_r1.eval.cross_view import wilson_interval
+from geo_r1.train.__main__ import main
 from geo_r1.train.config import OptimConfig
 from geo_r1.train.loop import Updater
 
@@ -243,3 +244,10 @@ def test_tensorboard_holds_the_figures(tmp_path):
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("sft/loss")]
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in runs.metrics(run_dir, "sft")]
+
+
+def test_a_stage_cannot_be_put_before_one_that_is_done(tmp_path, capsys):
+    run_dir = runs.train(tmp_path / "run", "grpo")
+    assert main(runs.arguments(run_dir, "sft", "grpo")) == 2
+    assert "holds grpo, which did not start from the sft" in capsys.readouterr().err
+    assert not (run_dir / "models" / "sft").exists()
