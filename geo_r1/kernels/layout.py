@@ -141,12 +141,6 @@ class PackedLayout:
         return torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
 
     @cached_property
-    def completion_row(self) -> Tensor:
-        """[R] int64, where each completion token sits in the batch."""
-        rows = [row for start, length, _, _ in self._completions for row in range(start, start + length)]
-        return torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
-
-    @cached_property
     def _completions(self) -> tuple[tuple[int, int, int, int], ...]:
         first_of_group, index = set(), 0
         for lengths in self.completion_len:
