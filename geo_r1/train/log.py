@@ -51,7 +51,7 @@ class Log:
             )
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget a stage's figures from `step` on, and a line that a killed run left half-written."""
+        """Forget a stage's figures after `step` steps, and a line that a killed run left half-written."""
         if not self.enabled or not self.path.exists():
             return
         kept = []
@@ -60,14 +60,14 @@ class Log:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if row["stage"] != stage or row["step"] < step:
+            if row["stage"] != stage or row["step"] <= step:
                 kept.append(line + "\n")
         beside = self.path.with_suffix(".partial")
         beside.write_text("".join(kept), encoding="utf-8")
         os.replace(beside, self.path)
 
     def write(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """Record one step's figures everywhere."""
+        """Record the figures of a stage's n-th step everywhere; n counts from 1."""
         if not self.enabled:
             return
         with self.path.open("a", encoding="utf-8") as file:

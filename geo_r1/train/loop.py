@@ -157,7 +157,7 @@ def run_stage(
                 "tokens_per_second": engine.ranks.sum([tokens])[0] / seconds,
                 "memory/peak_mib": peak_memory_mib(engine.ranks.device),
             }
-            engine.log.write(stage, step, metrics)
+            engine.log.write(stage, step + 1, metrics)
             figures = f"{headline} {metrics[headline]:.4f}  {seconds:.2f} s/step"
             engine.log.advance(stage, step + 1, num_steps, figures)
             stop = engine.ranks.any(stop_requested())

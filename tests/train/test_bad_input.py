@@ -312,7 +312,7 @@ def test_overwrite_deletes_only_a_run_and_only_for_one_that_can_start(stopped, t
     assert main(runs.arguments(stopped, "sft", run__overwrite=True, model__path="/no/model")) == 2
     assert (stopped / "checkpoints" / "sft-000002").exists()
     runs.train(stopped, "sft", run__overwrite=True, sft__steps=1)
-    assert [row["step"] for row in runs.metrics(stopped, "sft")] == [0]
+    assert [row["step"] for row in runs.metrics(stopped, "sft")] == [1]
     assert runs.files_under(stopped / "checkpoints") == set()
 
 

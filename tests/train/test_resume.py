@@ -37,7 +37,7 @@ KILLS = {
 def same_result(found, expected, stage):
     assert runs.weights(found, stage) == runs.weights(expected, stage)
     assert runs.metrics(found, stage) == runs.metrics(expected, stage)
-    assert [row["step"] for row in runs.metrics(found, stage)] == list(range(5))
+    assert [row["step"] for row in runs.metrics(found, stage)] == [1, 2, 3, 4, 5]
     assert runs.files_under(found / "checkpoints") == set()
     assert {path.name for path in (found / "models" / stage).iterdir()} == FINISHED
     assert {path.name for path in (found / "models").iterdir()} == {stage}
@@ -52,7 +52,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(stage, number, tmp_path, monkeypatch, 
 
     def write_and_stop(self, stage, step, metrics):
         write(self, stage, step, metrics)
-        if step == 2:
+        if step == 3:  # of five
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
@@ -78,7 +78,7 @@ def test_a_stop_at_the_last_step_leaves_only_the_export(tmp_path, monkeypatch):
             "write",
             lambda self, stage, step, metrics: (
                 write(self, stage, step, metrics),
-                step == 4 and os.kill(os.getpid(), signal.SIGTERM),
+                step == 5 and os.kill(os.getpid(), signal.SIGTERM),
             ),
         )
         assert main(runs.arguments(tmp_path / "run", "sft")) == 0
@@ -125,9 +125,9 @@ def test_a_half_written_line_of_metrics_is_forgotten(tmp_path, monkeypatch):
     write = Log.write
 
     def write_half(self, stage, step, metrics):
-        if step == 3:
+        if step == 4:
             with self.path.open("a") as file:
-                file.write('{"stage": "sft", "step": 3, "lo')
+                file.write('{"stage": "sft", "step": 4, "lo')
             raise KeyboardInterrupt
         write(self, stage, step, metrics)
 
@@ -142,11 +142,11 @@ def test_a_half_written_line_of_metrics_is_forgotten(tmp_path, monkeypatch):
 
 def test_rewinding_one_stage_leaves_the_others(tmp_path):
     log = Log(tmp_path, LogConfig(tensorboard=False), True, {})
-    for stage, step in (("sft", 0), ("sft", 1), ("grpo", 0), ("grpo", 1)):
+    for stage, step in (("sft", 1), ("sft", 2), ("grpo", 1), ("grpo", 2)):
         log.write(stage, step, {"loss": 1.0})
     log.rewind("grpo", 1)
     kept = [(row["stage"], row["step"]) for row in map(json.loads, log.path.read_text().splitlines())]
-    assert kept == [("sft", 0), ("sft", 1), ("grpo", 0)]
+    assert kept == [("sft", 1), ("sft", 2), ("grpo", 1)]
 
 
 def test_a_saved_folder_never_replaces_another(tmp_path, tiny_model):
