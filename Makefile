@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt setup.py
 	$(RUN)pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-demo: $(READY)  ## the whole recipe on the procedural world, CPU only, about ten minutes
+demo: $(READY)  ## the whole recipe on the procedural world, CPU only, about nine minutes
 	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train recipes/world.toml
 
 zero: $(READY)  ## GRPO straight from the base model, same world
