@@ -117,4 +117,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # gloo and NCCL both raise it when a connection closes
-            raise PeerLost(f"rank {self.rank}: another rank has ended; what it printed says why") from error
+            reason = str(error).splitlines()[0]
+            raise PeerLost(
+                f"rank {self.rank}: another rank has ended; what it printed says why ({reason})"
+            ) from error
