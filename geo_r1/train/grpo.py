@@ -195,7 +195,7 @@ def _update(
     engine: Engine, config: GRPOLossConfig, micro_batches: list[MicroBatch], updater: Updater, step: int
 ) -> dict[str, float]:
     """One optimiser step over all micro-batches; metrics are means over the whole step's tokens."""
-    sums = torch.zeros(7, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64, device=engine.ranks.device)  # read once, at the end
     for micro in micro_batches:
         out = linear_grpo_loss(
             engine.vlm.loss_rows(micro.batch),
@@ -214,7 +214,7 @@ def _update(
         high = out.clipped_R & (micro.advantage > 0)
         columns = (out.entropy_R, out.kl_R, out.clipped_R, low, high)
         row_sums = [(column * counted).sum().double() for column in columns]
-        sums += torch.stack([out.loss.detach().double(), counted.sum().double(), *row_sums]).cpu()
+        sums += torch.stack([out.loss.detach().double(), counted.sum().double(), *row_sums])
     loss, tokens, *totals = engine.ranks.sum(sums.tolist())
     names = ("entropy", "kl", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")
     means = {name: total / max(tokens, 1) for name, total in zip(names, totals, strict=True)}

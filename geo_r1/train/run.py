@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from geo_r1.data import PromptEncoder, World, exemplars, read_samples
@@ -167,10 +166,7 @@ def _load(recipe: Recipe, world: World, path: str | Path) -> tuple[PackedVLM, An
     # an update of 1e-6 is lost in bfloat16 weights
     dtype = torch.float32 if compute_dtype == torch.bfloat16 else compute_dtype
     if path != TINY:
-        try:
-            return load_model(path, dtype, compute_dtype)
-        except SafetensorError as error:
-            raise ValueError(f"model {path} cannot be loaded: {error}") from error
+        return load_model(path, dtype, compute_dtype)
     model, tokenizer, image_processor = build_tiny(_tokenizer_texts(world), recipe.run.seed)
     torch.nn.Module.to(model, dtype)
     return PackedVLM(model, compute_dtype), tokenizer, image_processor

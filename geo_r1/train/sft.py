@@ -33,7 +33,7 @@ def run_sft(engine: Engine, stage: str, config: SFTConfig, source: Source) -> No
                 prompt.check_budget(length, config.optim.max_tokens, f"{stage}.optim.max_tokens")
             plan = plan_batches([len(p.token_ids) for p in prompts], lengths, config.optim.max_tokens)
         [num_targets] = engine.ranks.sum([sum(length for [length] in lengths)])
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.ranks.device)  # read once, at the end
         with phases("update"):
             for groups in plan.batches:
                 batch = pack(
@@ -44,8 +44,8 @@ def run_sft(engine: Engine, stage: str, config: SFTConfig, source: Source) -> No
                     engine.vlm.loss_rows(batch), engine.vlm.lm_head, batch.target, weight
                 )
                 loss.backward()
-                loss_sum += loss.item()
-            [total] = engine.ranks.sum([loss_sum])
+                loss_sum += loss.detach()
+            [total] = engine.ranks.sum([loss_sum.item()])
             metrics = {"loss": total, **updater.apply(step)}
         return metrics | {"num_tokens": num_targets, "num_micro_batches": len(plan.batches)}, plan.num_tokens
 
