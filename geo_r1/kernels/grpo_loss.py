@@ -5,18 +5,20 @@
 Source: GRPO, arXiv:2402.03300; options and names follow TRL's GRPOTrainer.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import astuple, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from geo_r1.kernels import reference
+from geo_r1.kernels.checks import check_matrix, check_rows, refused_dtype
 from geo_r1.kernels.impls import resolve_impl
 from geo_r1.kernels.loss_config import DEFAULT_CONFIG, GRPOLossConfig
-from geo_r1.kernels.reference import grpo_row_loss, row_statistics
-
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from geo_r1.kernels.reference import LossRows, RowLoss
 
 
 @dataclass(frozen=True)
@@ -81,95 +83,140 @@ def grpo_loss(
     Source: GRPO, arXiv:2402.03300; clip higher and token averages, DAPO, arXiv:2503.14476; sequence ratios,
         GSPO, arXiv:2507.18071; cispo, arXiv:2506.13585; sapo, arXiv:2511.20347; TRL's GRPOTrainer.
     """
-    resolve_impl("grpo_loss", impl, logits_RV.device)
     check_matrix("logits_RV", logits_RV)
-    rows_R = (advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R)
-    check_rows(logits_RV, target_R, logits_RV.shape[1], config, *rows_R)
-    kept_R = token_weight_R != 0
-    # Before the softmax: its backward multiplies by probabilities, and zero times NaN is NaN.
-    logits_RV = torch.where(kept_R[:, None], logits_RV, 0.0)
-    logp_R, entropy_R = row_statistics(logits_RV, target_R, config.temperature)
-    loss_R, kl_R, ratio_R, clipped_R = grpo_row_loss(logp_R, entropy_R, *rows_R, config)
-    return loss_output(loss_R.sum(), kept_R, logp_R, entropy_R, kl_R, ratio_R, clipped_R)
+    impl = resolve_impl("grpo_loss", impl, logits_RV.device, refused_dtype(logits_RV))
+    rows = LossRows(advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R)
+    check_rows(logits_RV, target_R, logits_RV.shape[1], config, rows)
+    outputs = torch.ops.geo_r1.grpo_loss(logits_RV, target_R, *rows.detached(), *astuple(config), impl)
+    return GRPOLossOutput(*outputs[:6])
 
 
-def loss_output(
-    loss: Tensor,
-    kept_R: Tensor,
-    logp_R: Tensor,
-    entropy_R: Tensor,
-    kl_R: Tensor,
-    ratio_R: Tensor,
-    clipped_R: Tensor,
-) -> GRPOLossOutput:
-    """Bundle a loss with its rows' reports, zeros where a row took no part."""
-    logp_R = torch.where(kept_R, logp_R.detach(), 0.0)
-    entropy_R = torch.where(kept_R, entropy_R.detach(), 0.0)
-    return GRPOLossOutput(loss, logp_R, entropy_R, kl_R, ratio_R, clipped_R)
+CONFIG_SCHEMA = (
+    "float epsilon, float? epsilon_high, float? delta, str policy, float sapo_temperature_pos, "
+    "float sapo_temperature_neg, str importance_sampling_level, float beta, str kl_estimator, "
+    "float entropy_coef, float temperature"
+)
+ROWS_SCHEMA = (
+    "Tensor target_R, Tensor advantage_R, Tensor token_weight_R, Tensor? old_logp_R, Tensor? ref_logp_R, "
+    "Tensor? importance_weight_R, Tensor? sequence_R"
+)
 
 
-def check_matrix(name: str, matrix: Tensor) -> None:
-    """Raise ValueError unless `matrix` is [*, not empty] of a dtype the losses take."""
-    if matrix.dim() != 2 or matrix.shape[1] == 0 or matrix.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"{name}: expected two dimensions, the last not empty, of float16, bfloat16, float32 or float64, "
-            f"got {list(matrix.shape)} {matrix.dtype}"
-        )
+def _grpo_loss(logits_RV: Tensor, target_R: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The loss, the five reports, and for backward lse and the loss's derivatives in logp and entropy."""
+    rows_R = LossRows(*arguments[:6])
+    *fields, impl = arguments[6:]
+    config = GRPOLossConfig(*fields)
+    if impl == "triton":
+        from geo_r1.kernels import rows_triton
+
+        if config.importance_sampling_level == "token":
+            terms, logp_R, entropy_R, lse_R = rows_triton.grpo_row_loss(logits_RV, target_R, rows_R, config)
+        else:
+            logp_R, entropy_R, lse_R = rows_triton.row_statistics(logits_RV, target_R, config.temperature)
+            terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
+    else:
+        logp_R, entropy_R, lse_R = reference.row_statistics(logits_RV, target_R, config.temperature)
+        terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
+    return (
+        *loss_outputs(terms, rows_R.token_weight_R, logp_R, entropy_R),
+        lse_R,
+        terms.d_logp_R,
+        terms.d_entropy_R,
+    )
 
 
-def check_row(name: str, row_R: Tensor, like: Tensor, *, integer: bool = False) -> None:
-    """Raise ValueError unless `row_R` holds one value for each row of `like`, on its device."""
-    dtype_ok = row_R.dtype == torch.int64 if integer else row_R.dtype in FLOAT_DTYPES
-    if list(row_R.shape) != [like.shape[0]] or not dtype_ok:
-        raise ValueError(
-            f"{name}: expected [{like.shape[0]}] {'int64' if integer else 'floating'}, "
-            f"got {list(row_R.shape)} {row_R.dtype}"
-        )
-    if row_R.device != like.device:
-        raise ValueError(f"{name}: expected on {like.device}, got {row_R.device}")
+def _grpo_loss_fake(logits_RV: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return *fake_loss_outputs(logits_RV), *(fake_row(logits_RV) for _ in range(3))
 
 
-def check_target(target_R: Tensor, like: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless targets are [R] int64 and, where they live on the CPU, in [0, V)."""
-    check_row("target_R", target_R, like, integer=True)
-    if target_R.device.type == "cpu" and target_R.numel():
-        outside = (target_R < 0) | (target_R >= vocab_size)
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise ValueError(
-                f"target_R: expected values in [0, {vocab_size}), got {int(target_R[row])} at row {row}"
-            )
+def _setup_grpo_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_RV, target_R, *_ = inputs
+    _, _, entropy_R, _, _, _, lse_R, d_logp_R, d_entropy_R = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits_RV, target_R, lse_R, entropy_R, d_logp_R, d_entropy_R)
+    *_, entropy_coef, temperature, impl = inputs
+    ctx.options = (entropy_coef != 0, temperature, impl)
 
 
-def check_rows(
-    like: Tensor,
+def _grpo_loss_backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 20
+    d_logits_RV = torch.ops.geo_r1.logit_gradient(*ctx.saved_tensors, d_loss, *ctx.options)
+    return d_logits_RV, *[None] * 19
+
+
+@torch.library.custom_op(
+    "geo_r1::logit_gradient",
+    mutates_args=(),
+    schema="(Tensor logits_RV, Tensor target_R, Tensor lse_R, Tensor entropy_R, Tensor d_logp_R, "
+    "Tensor d_entropy_R, Tensor d_loss, bool entropy_term, float temperature, str impl) -> Tensor",
+)
+def _logit_gradient(
+    logits_RV: Tensor,
     target_R: Tensor,
-    vocab_size: int,
-    config: GRPOLossConfig,
-    advantage_R: Tensor,
-    token_weight_R: Tensor,
-    old_logp_R: Tensor | None,
-    ref_logp_R: Tensor | None,
-    importance_weight_R: Tensor | None,
-    sequence_R: Tensor | None,
-) -> None:
-    """Raise ValueError unless the rows of a GRPO loss fit `like` [R, *] and the options."""
-    check_target(target_R, like, vocab_size)
-    check_row("advantage_R", advantage_R, like)
-    check_row("token_weight_R", token_weight_R, like)
-    for name, row_R in (
-        ("old_logp_R", old_logp_R),
-        ("ref_logp_R", ref_logp_R),
-        ("importance_weight_R", importance_weight_R),
-    ):
-        if row_R is not None:
-            check_row(name, row_R, like)
-    if sequence_R is not None:
-        check_row("sequence_R", sequence_R, like, integer=True)
-    elif config.importance_sampling_level == "sequence":
-        raise ValueError("importance_sampling_level='sequence' needs sequence_R, got None")
-    if config.beta != 0 and ref_logp_R is None:
-        raise ValueError(f"beta={config.beta} needs ref_logp_R, got None")
+    lse_R: Tensor,
+    entropy_R: Tensor,
+    d_logp_R: Tensor,
+    d_entropy_R: Tensor,
+    d_loss: Tensor,
+    entropy_term: bool,
+    temperature: float,
+    impl: str,
+) -> Tensor:
+    """dlogits; a second derivative raises, for this has no gradient of its own."""
+    if impl == "triton":
+        from geo_r1.kernels import rows_triton
+
+        return rows_triton.logit_gradient(
+            logits_RV,
+            target_R,
+            lse_R,
+            entropy_R,
+            d_logp_R,
+            d_entropy_R if entropy_term else None,
+            temperature,
+            d_loss=d_loss,
+        )
+    return reference.logit_gradient(
+        logits_RV, target_R, entropy_R, d_logp_R * d_loss, d_entropy_R * d_loss, temperature
+    )
+
+
+@_logit_gradient.register_fake
+def _(logits_RV: Tensor, *_: Any) -> Tensor:
+    return logits_RV.new_empty(logits_RV.shape)
+
+
+_grpo_loss_op = torch.library.custom_op(
+    "geo_r1::grpo_loss",
+    _grpo_loss,
+    mutates_args=(),
+    schema=f"(Tensor logits_RV, {ROWS_SCHEMA}, {CONFIG_SCHEMA}, str impl) -> ({', '.join(['Tensor'] * 9)})",
+)
+_grpo_loss_op.register_fake(_grpo_loss_fake)
+_grpo_loss_op.register_autograd(_grpo_loss_backward, setup_context=_setup_grpo_loss)
+
+
+def loss_outputs(
+    terms: RowLoss, token_weight_R: Tensor, logp_R: Tensor, entropy_R: Tensor
+) -> tuple[Tensor, ...]:
+    """The fields of GRPOLossOutput; a row that takes no part reports zeros, whatever it holds."""
+    kept_R = token_weight_R != 0
+    logp_R, entropy_R = (torch.where(kept_R, row_R, 0.0) for row_R in (logp_R, entropy_R))
+    return terms.loss_R.sum(), logp_R, entropy_R, terms.kl_R, terms.ratio_R, terms.clipped_R
+
+
+def fake_row(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[R] of the dtype that statistics of `like` [R, *] have, or of the one given."""
+    return like.new_empty(like.shape[0], dtype=dtype or torch.promote_types(like.dtype, torch.float32))
+
+
+def fake_loss_outputs(like: Tensor) -> tuple[Tensor, ...]:
+    """Shapes and dtypes of the fields of GRPOLossOutput."""
+    rows_R = (fake_row(like) for _ in range(4))
+    return fake_row(like).new_empty(()), *rows_R, fake_row(like, torch.bool)
 
 
 def token_weights(

@@ -5,44 +5,39 @@
 
 Rows are walked in chunks whose logits live in one bounded scratch. Two ways through the vocabulary:
 
-- A loss that is one number and whose rows do not depend on each other gets its gradients in the forward
-  pass: three products in all (logits, dhidden, dlm_head), 3 * 2 R C V operations; backward only multiplies.
-- Log-probabilities that are themselves differentiated, and ratios per sequence, recompute a chunk's logits
-  in backward: four products.
+- A loss is one number, so it gets its gradients in the forward pass: three products in all (logits, dhidden,
+  dlm_head), 3 * 2 R C V operations, and backward only multiplies. With ratios per sequence no row's gradient
+  is known before the last row's log-probability: chunks are walked twice, four products.
+- Log-probabilities that are themselves differentiated recompute a chunk's logits in backward: four products.
 
 Without a gradient there is one product; a frozen head or frozen hidden states skip theirs.
 
 Source: fused linear cross-entropy, Liger-Kernel, arXiv:2410.10989; recomputation, arXiv:2411.09009.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from geo_r1.kernels.checks import check_linear, check_row, check_rows, check_target, refused_dtype
+from geo_r1.kernels.chunks import ChunkWalk
 from geo_r1.kernels.grpo_loss import (
-    DEFAULT_CONFIG,
-    GRPOLossConfig,
+    CONFIG_SCHEMA,
+    ROWS_SCHEMA,
     GRPOLossOutput,
-    check_matrix,
-    check_row,
-    check_rows,
-    check_target,
-    loss_output,
+    fake_loss_outputs,
+    fake_row,
+    loss_outputs,
 )
 from geo_r1.kernels.impls import resolve_impl
-from geo_r1.kernels.reference import ChunkWalk, grpo_row_loss
+from geo_r1.kernels.loss_config import DEFAULT_CONFIG, GRPOLossConfig
+from geo_r1.kernels.reference import LossRows, RowLoss, grpo_row_loss
 
-# All live temporaries of a chunk together. Accelerators: at V = 152064 and bfloat16 that is 600 to 700 rows,
-# enough to keep the products bound by arithmetic (not measured). CPU: the fastest of 4, 16, 64 and 256 MiB at
-# R = 384, C = 128, V = 50021 on one AMD EPYC core, in float32 and in bfloat16.
-SCRATCH_BYTES = 1 << 30
-SCRATCH_BYTES_CPU = 64 << 20
-
-# (rows, logp_r, entropy_r) -> loss_r and per-row reports
-RowLoss = Callable[[slice, Tensor, Tensor], tuple[Tensor, ...]]
+# Cross-entropy is this policy's term on data of its own: -min(ratio, 1) A logp with ratio and A of 1.
+CROSS_ENTROPY = GRPOLossConfig(policy="cispo", epsilon_high=1.0)
 
 
 def linear_grpo_loss(
@@ -79,34 +74,12 @@ def linear_grpo_loss(
 
     Source: see `grpo_loss` and this module.
     """
-    resolve_impl("linear_grpo_loss", impl, hidden_RC.device)
-    _check_linear(hidden_RC, lm_head_VC)
-    rows_R = (advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R)
-    check_rows(hidden_RC, target_R, lm_head_VC.shape[0], config, *rows_R)
-    kept_R = token_weight_R != 0
-    hidden_RC = torch.where(kept_R[:, None], hidden_RC, 0.0)  # zero times NaN is NaN, in either product
-
-    if config.importance_sampling_level == "sequence":
-        logp_R, entropy_R = _LinearLogprob.apply(hidden_RC, lm_head_VC, target_R, config.temperature)
-        loss_R, *reports = grpo_row_loss(logp_R, entropy_R, *rows_R, config)
-        return loss_output(loss_R.sum(), kept_R, logp_R, entropy_R, *reports)
-
-    unit = _weight_unit(token_weight_R)
-    weight_R = token_weight_R / unit
-    optional_R = (old_logp_R, ref_logp_R, importance_weight_R)
-
-    def row_loss(rows: slice, logp_r: Tensor, entropy_r: Tensor) -> tuple[Tensor, ...]:
-        old_r, ref_r, importance_r = (None if row_R is None else row_R[rows] for row_R in optional_R)
-        weight_r = weight_R[rows]
-        return grpo_row_loss(
-            logp_r, entropy_r, advantage_R[rows], weight_r, old_r, ref_r, importance_r, None, config
-        )
-
-    grad = torch.is_grad_enabled()
-    loss, logp_R, entropy_R, *reports = _LinearRowLoss.apply(
-        hidden_RC, lm_head_VC, target_R, config.temperature, row_loss, grad
-    )
-    return loss_output(loss * unit, kept_R, logp_R, entropy_R, *reports)
+    hidden_RC = _autocast(hidden_RC)
+    check_linear(hidden_RC, lm_head_VC)
+    impl = resolve_impl("linear_grpo_loss", impl, hidden_RC.device, refused_dtype(hidden_RC))
+    rows = LossRows(advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R)
+    check_rows(hidden_RC, target_R, lm_head_VC.shape[0], config, rows)
+    return _loss(hidden_RC, lm_head_VC, target_R, rows, config, impl)
 
 
 def linear_logprob(
@@ -139,12 +112,13 @@ def linear_logprob(
 
     Source: recomputation in backward, Cut Your Losses, arXiv:2411.09009.
     """
-    resolve_impl("linear_logprob", impl, hidden_RC.device)
-    _check_linear(hidden_RC, lm_head_VC)
+    hidden_RC = _autocast(hidden_RC)
+    check_linear(hidden_RC, lm_head_VC)
+    impl = resolve_impl("linear_logprob", impl, hidden_RC.device, refused_dtype(hidden_RC))
     check_target(target_R, hidden_RC, lm_head_VC.shape[0])
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    return _LinearLogprob.apply(hidden_RC, lm_head_VC, target_R, temperature)
+    return torch.ops.geo_r1.linear_logprob(hidden_RC, lm_head_VC, target_R, temperature, impl)
 
 
 def linear_cross_entropy(
@@ -176,109 +150,221 @@ def linear_cross_entropy(
 
     Source: gradients in the forward pass, Liger-Kernel, arXiv:2410.10989.
     """
-    resolve_impl("linear_cross_entropy", impl, hidden_RC.device)
-    _check_linear(hidden_RC, lm_head_VC)
+    hidden_RC = _autocast(hidden_RC)
+    check_linear(hidden_RC, lm_head_VC)
+    impl = resolve_impl("linear_cross_entropy", impl, hidden_RC.device, refused_dtype(hidden_RC))
     check_target(target_R, hidden_RC, lm_head_VC.shape[0])
     check_row("token_weight_R", token_weight_R, hidden_RC)
-    hidden_RC = torch.where((token_weight_R != 0)[:, None], hidden_RC, 0.0)
-    unit = _weight_unit(token_weight_R)
-    weight_R = (token_weight_R / unit).detach()
+    rows = LossRows(torch.ones_like(token_weight_R), token_weight_R, None, None, None, None)
+    return _loss(hidden_RC, lm_head_VC, target_R, rows, CROSS_ENTROPY, impl).loss
 
-    def row_loss(rows: slice, logp_r: Tensor, entropy_r: Tensor) -> tuple[Tensor, ...]:
-        return (-weight_R[rows].to(logp_r.dtype) * logp_r,)
 
+def _loss(
+    hidden_RC: Tensor,
+    lm_head_VC: Tensor,
+    target_R: Tensor,
+    rows: LossRows,
+    config: GRPOLossConfig,
+    impl: str,
+) -> GRPOLossOutput:
+    rows_R = rows.detached()
+    unit = _weight_unit(rows_R.token_weight_R)
     grad = torch.is_grad_enabled()
-    loss, *_ = _LinearRowLoss.apply(hidden_RC, lm_head_VC, target_R, 1.0, row_loss, grad)
-    return loss * unit
+    loss, *reports_R, _, _ = torch.ops.geo_r1.linear_grpo_loss(
+        hidden_RC,
+        lm_head_VC,
+        target_R,
+        *rows_R._replace(token_weight_R=rows_R.token_weight_R / unit),
+        *astuple(config),
+        grad and hidden_RC.requires_grad,
+        grad and lm_head_VC.requires_grad,
+        impl,
+    )
+    return GRPOLossOutput(loss * unit, *reports_R)
 
 
-class _LinearRowLoss(torch.autograd.Function):
-    """Sum of a loss whose rows are independent; gradients are made in the forward pass, chunk by chunk."""
+def _linear_grpo_loss(
+    hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    """The fields of GRPOLossOutput, and the gradients in hidden states and head, empty where unwanted."""
+    rows_R = LossRows(*arguments[:6])
+    *fields, needs_hidden, needs_head, impl = arguments[6:]
+    config = GRPOLossConfig(*fields)
+    # On a GPU the number of rows of weight zero is not known here, and nothing waits for it. They cost their
+    # share of the products, and are made finite: zero times NaN is NaN. On a CPU they are left out.
+    kept_R = rows_R.token_weight_R != 0
+    if hidden_RC.device.type != "cpu":
+        hidden_RC = torch.where(kept_R[:, None], hidden_RC, 0.0)
+    elif not kept_R.all():
+        return _without_dropped_rows(kept_R, hidden_RC, lm_head_VC, target_R, arguments)
+    walk = ChunkWalk(hidden_RC, lm_head_VC, impl, needs_hidden=needs_hidden, needs_head=needs_head)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_RC: Tensor,
-        lm_head_VC: Tensor,
-        target_R: Tensor,
-        temperature: float,
-        row_loss: RowLoss,
-        grad: bool,
-    ) -> tuple[Tensor, ...]:
-        needs_hidden, needs_head = (grad and needed for needed in ctx.needs_input_grad[:2])
-        walk = ChunkWalk(
-            hidden_RC,
-            lm_head_VC,
-            target_R,
-            temperature,
-            _scratch_bytes(hidden_RC),
-            needs_hidden=needs_hidden,
-            needs_head=needs_head,
-        )
-        needs_any = needs_hidden or needs_head
+    if config.importance_sampling_level == "token":
         chunks = []
         for rows in walk.chunks():
-            leaves = [row.requires_grad_(needs_any) for row in walk.statistics(rows)]
-            with torch.set_grad_enabled(needs_any):
-                loss_r, *reports = row_loss(rows, *leaves)
-                total = loss_r.sum()
-            if needs_any:
-                walk.gradients(rows, *torch.autograd.grad(total, leaves, allow_unused=True))
-            chunks.append([row.detach() for row in (loss_r, *leaves, *reports)])
-        loss_R, *reports_R = (torch.cat(rows) for rows in zip(*chunks, strict=True))
-        ctx.save_for_backward(*walk.results())
-        ctx.mark_non_differentiable(*reports_R)
-        return loss_R.sum(), *reports_R
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        def scaled(grad: Tensor | None) -> Tensor | None:
-            # [1], not a scalar: the product is rounded once, from d_loss's own dtype, and `out` saves a
-            # float32 copy of the head's gradient. Not in place: the graph may be kept.
-            return None if grad is None else torch.mul(grad, d_loss.reshape(1), out=torch.empty_like(grad))
-
-        d_hidden_RC, d_head_VC = ctx.saved_tensors
-        return scaled(d_hidden_RC), scaled(d_head_VC), None, None, None, None
+            part_terms, logp_r, entropy_r, d_logits_rV = walk.rows.loss(
+                walk.logits(rows), target_R[rows], rows_R.part(rows), config, walk.needs_any
+            )
+            if d_logits_rV is not None:
+                walk.add_gradients(rows, d_logits_rV)
+            chunks.append((*part_terms, logp_r, entropy_r))
+        *terms_R, logp_R, entropy_R = _joined(chunks, hidden_RC, 8)
+        terms = RowLoss(*terms_R)
+    else:
+        logp_R, entropy_R = _walk_statistics(walk, target_R, config.temperature)
+        terms = grpo_row_loss(logp_R, entropy_R, rows_R, config)
+        for rows in walk.chunks() if walk.needs_any else ():
+            walk.rows.statistics(walk.logits(rows), target_R[rows], config.temperature)
+            d_entropy_r = terms.d_entropy_R[rows] if config.entropy_coef != 0 else None
+            walk.add_gradients(rows, walk.rows.gradient(terms.d_logp_R[rows], d_entropy_r))
+    return *loss_outputs(terms, rows_R.token_weight_R, logp_R, entropy_R), *walk.results()
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """logp and entropy, both differentiable; backward recomputes each chunk's logits."""
+def _without_dropped_rows(
+    kept_R: Tensor, hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, arguments: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    """The op on the rows that count, its results put back in their places."""
+    index_r = kept_R.nonzero().squeeze(1)
+    rows_r = LossRows(*arguments[:6]).part(index_r)
+    loss, *reports_r, d_hidden_rC, d_head_VC = _linear_grpo_loss(
+        hidden_RC[index_r], lm_head_VC, target_R[index_r], *rows_r, *arguments[6:]
+    )
+    reports_R = [
+        torch.full(kept_R.shape, idle, dtype=row_r.dtype).index_copy_(0, index_r, row_r)
+        for row_r, idle in zip(reports_r, (0, 0, 0, 1, False), strict=True)
+    ]
+    if arguments[-3]:
+        d_hidden_rC = torch.zeros_like(hidden_RC).index_copy_(0, index_r, d_hidden_rC)
+    return loss, *reports_R, d_hidden_rC, d_head_VC
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, temperature: float
-    ) -> tuple[Tensor, ...]:
-        walk = ChunkWalk(hidden_RC, lm_head_VC, target_R, temperature, _scratch_bytes(hidden_RC))
-        chunks = [walk.statistics(rows) for rows in walk.chunks()]
-        ctx.save_for_backward(hidden_RC, lm_head_VC, target_R)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)  # an output nobody used comes as None, and skips its term
-        return tuple(torch.cat(rows) for rows in zip(*chunks, strict=True))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logp_R: Tensor | None, d_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_RC, lm_head_VC, target_R = ctx.saved_tensors
-        needs_hidden, needs_head, *_ = ctx.needs_input_grad
-        walk = ChunkWalk(
-            hidden_RC,
-            lm_head_VC,
-            target_R,
-            ctx.temperature,
-            _scratch_bytes(hidden_RC),
-            needs_hidden=needs_hidden,
-            needs_head=needs_head,
+def _walk_statistics(walk: ChunkWalk, target_R: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    chunks = [walk.rows.statistics(walk.logits(rows), target_R[rows], temperature) for rows in walk.chunks()]
+    return _joined(chunks, walk.hidden_RC, 2)
+
+
+def _joined(chunks: Sequence[tuple[Tensor, ...]], like: Tensor, num_rows: int) -> tuple[Tensor, ...]:
+    """Chunks of rows one after another; empty rows where there are no chunks."""
+    if not chunks:  # of RowLoss's fields, one is a bool
+        return tuple(
+            fake_row(like, torch.bool if i == RowLoss._fields.index("clipped_R") else None)
+            for i in range(num_rows)
         )
-        for rows in walk.chunks():
-            walk.statistics(rows)
-            d_logp_r = None if d_logp_R is None else d_logp_R[rows]
-            walk.gradients(rows, d_logp_r, None if d_entropy_R is None else d_entropy_R[rows])
-        return *walk.results(), None, None
+    return tuple(torch.cat(rows) for rows in zip(*chunks, strict=True))
 
 
-def _scratch_bytes(hidden_RC: Tensor) -> int:
-    return SCRATCH_BYTES_CPU if hidden_RC.device.type == "cpu" else SCRATCH_BYTES
+def _linear_grpo_loss_fake(hidden_RC: Tensor, lm_head_VC: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return *fake_loss_outputs(hidden_RC), *_fake_gradients(hidden_RC, lm_head_VC, *arguments[-3:-1])
+
+
+def _fake_gradients(
+    hidden_RC: Tensor, lm_head_VC: Tensor, needs_hidden: bool, needs_head: bool
+) -> tuple[Tensor, Tensor]:
+    d_hidden_RC = hidden_RC.new_empty(hidden_RC.shape if needs_hidden else 0)
+    return d_hidden_RC, lm_head_VC.new_empty(lm_head_VC.shape if needs_head else 0)
+
+
+def _setup_linear_grpo_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.needs = inputs[-3:-1]
+    ctx.save_for_backward(*output[-2:])
+
+
+def _linear_grpo_loss_backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = (
+        torch.ops.geo_r1.scaled(grad, d_loss) if needed and d_loss is not None else None
+        for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return *grads, *[None] * 21
+
+
+@torch.library.custom_op("geo_r1::scaled", mutates_args=())
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor, rounded once from the factor's own dtype; a second derivative raises.
+
+    Not in place: the graph may be kept. `out` saves a float32 copy of the head's gradient.
+    """
+    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad))
+
+
+@_scaled.register_fake
+def _(grad: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
+_linear_grpo_loss_op = torch.library.custom_op(
+    "geo_r1::linear_grpo_loss",
+    _linear_grpo_loss,
+    mutates_args=(),
+    schema=f"(Tensor hidden_RC, Tensor lm_head_VC, {ROWS_SCHEMA}, {CONFIG_SCHEMA}, "
+    f"bool needs_hidden, bool needs_head, str impl) -> ({', '.join(['Tensor'] * 8)})",
+)
+_linear_grpo_loss_op.register_fake(_linear_grpo_loss_fake)
+_linear_grpo_loss_op.register_autograd(_linear_grpo_loss_backward, setup_context=_setup_linear_grpo_loss)
+
+
+@torch.library.custom_op("geo_r1::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, temperature: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    logp_R, entropy_R = _walk_statistics(ChunkWalk(hidden_RC, lm_head_VC, impl), target_R, temperature)
+    return logp_R, entropy_R
+
+
+@_linear_logprob.register_fake
+def _(hidden_RC: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return fake_row(hidden_RC), fake_row(hidden_RC)
+
+
+@torch.library.custom_op("geo_r1::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    d_logp_R: Tensor | None,
+    d_entropy_R: Tensor | None,
+    hidden_RC: Tensor,
+    lm_head_VC: Tensor,
+    target_R: Tensor,
+    temperature: float,
+    needs_hidden: bool,
+    needs_head: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, from each chunk's logits made again; a second derivative raises."""
+    walk = ChunkWalk(hidden_RC, lm_head_VC, impl, needs_hidden=needs_hidden, needs_head=needs_head)
+    for rows in walk.chunks():
+        walk.rows.statistics(walk.logits(rows), target_R[rows], temperature)
+        d_logp_r, d_entropy_r = (None if d_R is None else d_R[rows] for d_R in (d_logp_R, d_entropy_R))
+        walk.add_gradients(rows, walk.rows.gradient(d_logp_r, d_entropy_r))
+    return walk.results()
+
+
+@_linear_logprob_backward.register_fake
+def _(_0: Any, _1: Any, hidden_RC: Tensor, lm_head_VC: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _fake_gradients(hidden_RC, lm_head_VC, *options[2:4])
+
+
+def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # an output nobody used comes as None, and skips its term
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _logprob_autograd(ctx: Any, *d_rows: Tensor | None) -> tuple[Tensor | None, ...]:
+    temperature, impl = ctx.options
+    needs = ctx.needs_input_grad[:2]
+    grads = torch.ops.geo_r1.linear_logprob_backward(*d_rows, *ctx.saved_tensors, temperature, *needs, impl)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None
+
+
+_linear_logprob.register_autograd(_logprob_autograd, setup_context=_setup_linear_logprob)
+
+
+def _autocast(hidden_RC: Tensor) -> Tensor:
+    """The states in the dtype that autocast runs products in; the head follows, with its gradient its own."""
+    device = hidden_RC.device.type
+    if torch.is_autocast_enabled(device) and hidden_RC.dtype == torch.float32:
+        return hidden_RC.to(torch.get_autocast_dtype(device))
+    return hidden_RC
 
 
 def _weight_unit(weight_R: Tensor) -> Tensor:
@@ -291,17 +377,3 @@ def _weight_unit(weight_R: Tensor) -> Tensor:
         return weight_R.new_ones((), dtype=torch.float32)
     largest = weight_R.detach().abs().amax().float()
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-
-
-def _check_linear(hidden_RC: Tensor, lm_head_VC: Tensor) -> None:
-    check_matrix("hidden_RC", hidden_RC)
-    check_matrix("lm_head_VC", lm_head_VC)
-    if lm_head_VC.shape[0] == 0 or lm_head_VC.shape[1] != hidden_RC.shape[1]:
-        raise ValueError(
-            f"lm_head_VC: expected [V, {hidden_RC.shape[1]}] to fit hidden_RC, got {list(lm_head_VC.shape)}"
-        )
-    if lm_head_VC.dtype != hidden_RC.dtype or lm_head_VC.device != hidden_RC.device:
-        raise ValueError(
-            f"lm_head_VC: expected {hidden_RC.dtype} on {hidden_RC.device} like hidden_RC, "
-            f"got {lm_head_VC.dtype} on {lm_head_VC.device}"
-        )

@@ -1,9 +1,11 @@
 """Inputs for the loss tests, and the loss written out a second time, with loops, straight from the papers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from geo_r1.kernels import GRPOLossConfig
 
@@ -110,3 +112,26 @@ def written_out(
         for name, value in values.items():
             report[name][r] = value.detach() if isinstance(value, Tensor) else value
     return loss, report
+
+
+@dataclass
+class Recorded:
+    """What the allocator and the dispatcher saw, custom ops' insides included."""
+
+    peak_bytes: int  # above what lived before
+    largest_bytes: int
+    products: int
+
+
+def recorded(run: Callable[[], object]) -> Recorded:
+    """Run once, and record every allocation and matrix product on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    live = peak = largest = products = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak, largest = max(peak, live), max(largest, event.nbytes())
+        products += event.name() in ("aten::mm", "aten::addmm_")
+    del result  # what it returned counts
+    return Recorded(peak, largest, products)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from losses import full_logits, loss_case, written_out
 
-import geo_r1.kernels.linear as linear
+import geo_r1.kernels.chunks as chunks
 from geo_r1.kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, token_weights
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
@@ -40,7 +40,7 @@ def configs():
 @pytest.mark.parametrize("config", list(configs()), ids=lambda c: f"{c.policy}-{c.importance_sampling_level}")
 def test_three_ways_agree(config, monkeypatch):
     """Fused in chunks == full logits == the formula written out: loss, gradients and reports, in float64."""
-    monkeypatch.setattr(linear, "SCRATCH_BYTES_CPU", 4 * 37 * 16)  # chunks of four rows
+    monkeypatch.setattr(chunks, "SCRATCH_BYTES_CPU", 4 * 37 * 16)  # chunks of four rows
     whole = loss_case(19, 37)
     for with_old, with_ref, with_importance in itertools.product((True, False), repeat=3):
         if config.beta and not with_ref:

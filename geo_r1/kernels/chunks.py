@@ -1,0 +1,212 @@
+"""The walk through the vocabulary in chunks of rows, whose logits live in one bounded scratch.
+
+Three products a chunk: logits = hidden lm_head^T, dhidden = dlogits lm_head, dlm_head += dlogits^T hidden.
+What happens to the logits between them is the rows' part: in plain torch here, in Triton there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from geo_r1.kernels import reference
+from geo_r1.kernels.loss_config import GRPOLossConfig
+from geo_r1.kernels.reference import LossRows, RowLoss
+
+# All live temporaries of a chunk together. Accelerators: at V = 152064 in bfloat16 that is 3,530 rows, so the
+# products are bound by arithmetic and most micro-batches are one chunk (not measured). CPU: the fastest of 4,
+# 16, 64 and 256 MiB at R = 384, C = 128, V = 50021 on one AMD EPYC core, in float32 and in bfloat16.
+SCRATCH_BYTES = 1 << 30
+SCRATCH_BYTES_CPU = 64 << 20
+
+# Up to here the head's gradient is summed over chunks in its own dtype: each sum rounds once, as the products
+# do. Beyond, roundings would pile up, and a float32 buffer of the head's size takes the sum.
+MAX_NARROW_SUMS = 4
+
+
+class ChunkWalk:
+    """Products and their sums; `rows` turns a chunk's logits into statistics and gradients.
+
+    Args:
+        hidden_RC: [R, C], the dtype that products run in.
+        lm_head_VC: [V, C] of that dtype, or float32; its gradient has its dtype.
+        impl: "reference" or "triton", what works on the rows.
+    """
+
+    def __init__(
+        self,
+        hidden_RC: Tensor,
+        lm_head_VC: Tensor,
+        impl: str,
+        *,
+        needs_hidden: bool = False,
+        needs_head: bool = False,
+    ) -> None:
+        self.hidden_RC, dtype = hidden_RC, hidden_RC.dtype
+        self.head_VC = lm_head_VC.to(dtype)
+        self.needs_any = needs_hidden or needs_head
+        (num_rows, hidden_size), vocab_size = hidden_RC.shape, lm_head_VC.shape[0]
+        scratch = SCRATCH_BYTES_CPU if hidden_RC.device.type == "cpu" else SCRATCH_BYTES
+        rows_class = TritonRows if impl == "triton" else TorchRows
+        row_bytes = vocab_size * rows_class.bytes_an_entry(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        # The head's gradient is summed where products are written, or in float32 through a block.
+        num_chunks = -(-num_rows // max(1, scratch // row_bytes))
+        self.direct = lm_head_VC.dtype == dtype and (dtype == wide or num_chunks <= MAX_NARROW_SUMS)
+        block_bytes = scratch // 8 if needs_head and not self.direct else 0
+        self.num_chunk_rows = max(1, min(num_rows, (scratch - block_bytes) // row_bytes))
+        self.rows = rows_class(hidden_RC, self.num_chunk_rows, vocab_size)
+        self.d_hidden_RC = hidden_RC.new_empty(hidden_RC.shape if needs_hidden else 0)
+        self.d_head_VC = hidden_RC.new_zeros(
+            lm_head_VC.shape if needs_head else 0, dtype=dtype if self.direct else wide
+        )
+        self.head_dtype = lm_head_VC.dtype
+        self.needs_hidden, self.needs_head = needs_hidden, needs_head
+        if block_bytes:
+            num_block_rows = max(1, min(vocab_size, block_bytes // (hidden_size * dtype.itemsize)))
+            self.block_vC = hidden_RC.new_empty(num_block_rows, hidden_size)
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of rows; none where there are no rows."""
+        num_rows = self.hidden_RC.shape[0]
+        for start in range(0, num_rows, self.num_chunk_rows):
+            yield slice(start, min(start + self.num_chunk_rows, num_rows))
+
+    def logits(self, rows: slice) -> Tensor:
+        """The first product, in the scratch."""
+        logits_rV = self.rows.scratch_rV[: rows.stop - rows.start]
+        return torch.mm(self.hidden_RC[rows], self.head_VC.t(), out=logits_rV)
+
+    def add_gradients(self, rows: slice, d_logits_rV: Tensor) -> None:
+        """The other two products, where they are wanted."""
+        if self.needs_hidden:
+            torch.mm(d_logits_rV, self.head_VC, out=self.d_hidden_RC[rows])
+        if not self.needs_head:
+            return
+        if self.direct:
+            self.d_head_VC.addmm_(d_logits_rV.t(), self.hidden_RC[rows])
+            return
+        for start in range(0, self.d_head_VC.shape[0], self.block_vC.shape[0]):
+            head_vC = self.d_head_VC[start : start + self.block_vC.shape[0]]
+            block_vC = self.block_vC[: head_vC.shape[0]]
+            torch.mm(d_logits_rV[:, start : start + head_vC.shape[0]].t(), self.hidden_RC[rows], out=block_vC)
+            head_vC.add_(block_vC)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Both gradients, in the dtypes of what they are gradients of; empty where not wanted."""
+        return self.d_hidden_RC, self.d_head_VC.to(self.head_dtype)
+
+
+class TorchRows:
+    """A chunk's rows in plain torch, in place: two wide buffers, and one for products in a narrower dtype."""
+
+    def __init__(self, like: Tensor, num_rows: int, vocab_size: int) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.exp_rV = like.new_empty(num_rows, vocab_size, dtype=wide)
+        self.logit_rV = like.new_empty(num_rows, vocab_size, dtype=wide)
+        self.narrow = like.dtype != wide
+        self.scratch_rV = like.new_empty(num_rows, vocab_size) if self.narrow else self.logit_rV
+
+    @staticmethod
+    def bytes_an_entry(dtype: torch.dtype) -> int:
+        """Scratch a logit takes."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return 2 * wide.itemsize + (dtype.itemsize if dtype != wide else 0)
+
+    def statistics(self, logits_rV: Tensor, target_r: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """logp and entropy; leaves in the buffers what `gradient` needs."""
+        num_rows = len(target_r)
+        self.logit, self.exp = self.logit_rV[:num_rows], self.exp_rV[:num_rows]
+        if self.narrow:
+            self.logit.copy_(logits_rV)
+        self.target_r, self.temperature = target_r, temperature
+        if temperature != 1:
+            self.logit.div_(temperature)
+        self.logit.sub_(self.logit.amax(-1, keepdim=True))
+        drawn_r = self.logit.gather(1, target_r[:, None]).squeeze(1)
+        torch.exp(self.logit, out=self.exp)
+        self.sum_r = self.exp.sum(-1)
+        # From here the logits' buffer holds exp(z) z: the entropy's sum, and all its gradient needs of z.
+        mean_r = self.logit.mul_(self.exp).sum(-1) / self.sum_r
+        self.lse_r = self.sum_r.log()
+        self.entropy_r = self.lse_r - mean_r
+        return drawn_r - self.lse_r, self.entropy_r
+
+    def gradient(self, d_logp_r: Tensor | None, d_entropy_r: Tensor | None) -> Tensor:
+        """dlogits in the products' dtype, right after the chunk's `statistics`, whose buffers it uses up."""
+        if d_logp_r is None:
+            d_logp_r = torch.zeros_like(self.sum_r)
+        d_logp_r = d_logp_r / self.temperature
+        coef_r = -d_logp_r
+        if d_entropy_r is not None:  # -dH p (log p + H) = -dH / sum (exp(z) z + exp(z) (H - lse))
+            d_entropy_r = d_entropy_r / self.temperature
+            coef_r = coef_r - d_entropy_r * (self.entropy_r - self.lse_r)
+        d_logit_rV = self.exp.mul_((coef_r / self.sum_r)[:, None])  # exp(z) = p sum becomes dlogits, in place
+        if d_entropy_r is not None:
+            d_logit_rV.addcmul_(self.logit, (-d_entropy_r / self.sum_r)[:, None])
+        d_logit_rV.scatter_add_(1, self.target_r[:, None], d_logp_r[:, None])
+        return self.scratch_rV[: len(d_logit_rV)].copy_(d_logit_rV) if self.narrow else d_logit_rV
+
+    def loss(
+        self,
+        logits_rV: Tensor,
+        target_r: Tensor,
+        rows_r: LossRows,
+        config: GRPOLossConfig,
+        gradient: bool,
+    ) -> tuple[RowLoss, Tensor, Tensor, Tensor | None]:
+        """Per-token loss of a chunk: terms, logp, entropy, and dlogits if asked for."""
+        logp_r, entropy_r = self.statistics(logits_rV, target_r, config.temperature)
+        terms = reference.grpo_row_loss(logp_r, entropy_r, rows_r, config)
+        if not gradient:
+            return terms, logp_r, entropy_r, None
+        d_entropy_r = terms.d_entropy_R if config.entropy_coef != 0 else None
+        return terms, logp_r, entropy_r, self.gradient(terms.d_logp_R, d_entropy_r)
+
+
+class TritonRows:
+    """A chunk's rows in Triton: one buffer, whose logits become their gradient in place."""
+
+    def __init__(self, like: Tensor, num_rows: int, vocab_size: int) -> None:
+        from geo_r1.kernels import rows_triton
+
+        self.kernels = rows_triton
+        self.scratch_rV = like.new_empty(num_rows, vocab_size)
+
+    @staticmethod
+    def bytes_an_entry(dtype: torch.dtype) -> int:
+        """Scratch a logit takes."""
+        return dtype.itemsize
+
+    def statistics(self, logits_rV: Tensor, target_r: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """logp and entropy; keeps what `gradient` needs."""
+        logp_r, entropy_r, lse_r = self.kernels.row_statistics(logits_rV, target_r, temperature)
+        self.rows = (logits_rV, target_r, lse_r, entropy_r)
+        self.temperature = temperature
+        return logp_r, entropy_r
+
+    def gradient(self, d_logp_r: Tensor | None, d_entropy_r: Tensor | None) -> Tensor:
+        """dlogits, in place, right after the chunk's `statistics`."""
+        if d_logp_r is None:
+            d_logp_r = torch.zeros_like(self.rows[2])
+        logits_rV = self.rows[0]
+        return self.kernels.logit_gradient(
+            *self.rows, d_logp_r, d_entropy_r, self.temperature, out_RV=logits_rV
+        )
+
+    def loss(
+        self,
+        logits_rV: Tensor,
+        target_r: Tensor,
+        rows_r: LossRows,
+        config: GRPOLossConfig,
+        gradient: bool,
+    ) -> tuple[RowLoss, Tensor, Tensor, Tensor | None]:
+        """Per-token loss of a chunk: terms, logp, entropy, and dlogits if asked for, in place."""
+        d_logits_rV = logits_rV if gradient else None
+        terms, logp_r, entropy_r, _ = self.kernels.grpo_row_loss(
+            logits_rV, target_r, rows_r, config, d_logits_rV
+        )
+        return terms, logp_r, entropy_r, d_logits_rV
