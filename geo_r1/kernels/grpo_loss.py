@@ -8,7 +8,7 @@ Source: GRPO, arXiv:2402.03300; options and names follow TRL's GRPOTrainer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -87,7 +87,7 @@ def grpo_loss(
     impl = resolve_impl("grpo_loss", impl, logits_RV.device, refused_dtype(logits_RV))
     rows = LossRows(advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R)
     check_rows(logits_RV, target_R, logits_RV.shape[1], config, rows)
-    outputs = torch.ops.geo_r1.grpo_loss(logits_RV, target_R, *rows.detached(), *astuple(config), impl)
+    outputs = torch.ops.geo_r1.grpo_loss(logits_RV, target_R, *rows.detached(), *config.values, impl)
     return GRPOLossOutput(*outputs[:6])
 
 

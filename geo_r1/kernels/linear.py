@@ -16,7 +16,6 @@ Source: fused linear cross-entropy, Liger-Kernel, arXiv:2410.10989; recomputatio
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -175,7 +174,7 @@ def _loss(
         lm_head_VC,
         target_R,
         *rows_R._replace(token_weight_R=rows_R.token_weight_R / unit),
-        *astuple(config),
+        *config.values,
         grad and hidden_RC.requires_grad,
         grad and lm_head_VC.requires_grad,
         impl,

@@ -61,5 +61,10 @@ class GRPOLossConfig:
         """`epsilon_high`, or `epsilon` where it was not given."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
+    @property
+    def values(self) -> tuple[float | str | None, ...]:
+        """The options in order, as the ops take them."""
+        return tuple(getattr(self, name) for name in self.__match_args__)
+
 
 DEFAULT_CONFIG = GRPOLossConfig()

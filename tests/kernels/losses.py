@@ -125,7 +125,7 @@ class Recorded:
 
 def recorded(run: Callable[[], object]) -> Recorded:
     """Run once, and record every allocation and matrix product on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = run()
     live = peak = largest = products = 0
     for event in profiler.profiler.kineto_results.events():

@@ -1,7 +1,7 @@
 """The loss kernels against the float64 reference: on the GPU where there is one, else in the interpreter."""
 
 import itertools
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -288,11 +288,6 @@ def test_autocast_runs_products_in_its_dtype():
     assert logp.dtype == torch.float32 and torch.equal(logp[kept], outside.logp_R[kept])
 
 
-def op_arguments(case, config, impl):
-    rows = tuple(case.rows().values())
-    return rows, (*astuple(config),), impl
-
-
 @pytest.mark.parametrize("config", [ALL, SEQUENCE], ids=["token", "sequence"])
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_ops_pass_opcheck(impl, config):
@@ -300,13 +295,13 @@ def test_ops_pass_opcheck(impl, config):
     rows = tuple(case.rows().values())
     logits = full_logits(case).detach().requires_grad_()
     ops = torch.ops.geo_r1
-    torch.library.opcheck(ops.grpo_loss.default, (logits, *rows, *astuple(config), impl))
+    torch.library.opcheck(ops.grpo_loss.default, (logits, *rows, *config.values, impl))
     row = torch.rand(6, device=DEVICE)
     scalar = torch.ones((), device=DEVICE)
     arguments = (logits.detach(), case.target_R, row, row, row, row, scalar, True, 0.7, impl)
     torch.library.opcheck(ops.logit_gradient.default, arguments)
     inputs = (case.hidden_RC, case.lm_head_VC)
-    torch.library.opcheck(ops.linear_grpo_loss.default, (*inputs, *rows, *astuple(config), True, True, impl))
+    torch.library.opcheck(ops.linear_grpo_loss.default, (*inputs, *rows, *config.values, True, True, impl))
     torch.library.opcheck(ops.linear_logprob.default, (*inputs, case.target_R, 0.7, impl))
     hidden, head = (x.detach() for x in inputs)
     arguments = (row, None, hidden, head, case.target_R, 0.7, True, False, impl)
