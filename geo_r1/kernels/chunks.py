@@ -56,12 +56,16 @@ class ChunkWalk:
         num_chunks = -(-num_rows // max(1, scratch // row_bytes))
         self.direct = lm_head_VC.dtype == dtype and (dtype == wide or num_chunks <= MAX_NARROW_SUMS)
         block_bytes = scratch // 8 if needs_head and not self.direct else 0
-        self.num_chunk_rows = max(1, min(num_rows, (scratch - block_bytes) // row_bytes))
+        # Chunks of nearly one size, in whole tiles of a product where there is room.
+        most = max(1, (scratch - block_bytes) // row_bytes)
+        even = -(-num_rows // max(1, -(-num_rows // most)))
+        self.num_chunk_rows = max(1, min(num_rows, most, -(-even // 128) * 128))
         self.rows = rows_class(hidden_RC, self.num_chunk_rows, vocab_size)
         self.d_hidden_RC = hidden_RC.new_empty(hidden_RC.shape if needs_hidden else 0)
-        self.d_head_VC = hidden_RC.new_zeros(
+        self.d_head_VC = hidden_RC.new_empty(
             lm_head_VC.shape if needs_head else 0, dtype=dtype if self.direct else wide
         )
+        self.summed = False  # whether d_head holds anything; the first chunk writes it, others add
         self.head_dtype = lm_head_VC.dtype
         self.needs_hidden, self.needs_head = needs_hidden, needs_head
         if block_bytes:
@@ -85,6 +89,10 @@ class ChunkWalk:
             torch.mm(d_logits_rV, self.head_VC, out=self.d_hidden_RC[rows])
         if not self.needs_head:
             return
+        first, self.summed = not self.summed, True
+        if self.direct and first:
+            torch.mm(d_logits_rV.t(), self.hidden_RC[rows], out=self.d_head_VC)
+            return
         if self.direct:
             self.d_head_VC.addmm_(d_logits_rV.t(), self.hidden_RC[rows])
             return
@@ -92,10 +100,12 @@ class ChunkWalk:
             head_vC = self.d_head_VC[start : start + self.block_vC.shape[0]]
             block_vC = self.block_vC[: head_vC.shape[0]]
             torch.mm(d_logits_rV[:, start : start + head_vC.shape[0]].t(), self.hidden_RC[rows], out=block_vC)
-            head_vC.add_(block_vC)
+            head_vC.copy_(block_vC) if first else head_vC.add_(block_vC)
 
     def results(self) -> tuple[Tensor, Tensor]:
         """Both gradients, in the dtypes of what they are gradients of; empty where not wanted."""
+        if not self.summed:  # no rows at all
+            self.d_head_VC.zero_()
         return self.d_hidden_RC, self.d_head_VC.to(self.head_dtype)
 
 
