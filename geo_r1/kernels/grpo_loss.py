@@ -116,7 +116,8 @@ def _grpo_loss(logits_RV: Tensor, target_R: Tensor, *arguments: Any) -> tuple[Te
             logp_R, entropy_R, lse_R = rows_triton.row_statistics(logits_RV, target_R, config.temperature)
             terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
     else:
-        logp_R, entropy_R, lse_R = reference.row_statistics(logits_RV, target_R, config.temperature)
+        logp_R, entropy_R = reference.row_statistics(logits_RV, target_R, config.temperature)
+        lse_R = torch.zeros_like(logp_R)  # its backward does not ask
         terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
     return (
         *loss_outputs(terms, rows_R.token_weight_R, logp_R, entropy_R),
@@ -166,22 +167,15 @@ def _logit_gradient(
     impl: str,
 ) -> Tensor:
     """dlogits; a second derivative raises, for this has no gradient of its own."""
+    wanted_R = d_entropy_R if entropy_term else None
     if impl == "triton":
         from geo_r1.kernels import rows_triton
 
         return rows_triton.logit_gradient(
-            logits_RV,
-            target_R,
-            lse_R,
-            entropy_R,
-            d_logp_R,
-            d_entropy_R if entropy_term else None,
-            temperature,
-            d_loss=d_loss,
+            logits_RV, target_R, lse_R, entropy_R, d_logp_R, wanted_R, temperature, d_loss=d_loss
         )
-    return reference.logit_gradient(
-        logits_RV, target_R, entropy_R, d_logp_R * d_loss, d_entropy_R * d_loss, temperature
-    )
+    wanted_R = None if wanted_R is None else wanted_R * d_loss
+    return reference.logit_gradient(logits_RV, target_R, entropy_R, d_logp_R * d_loss, wanted_R, temperature)
 
 
 @_logit_gradient.register_fake

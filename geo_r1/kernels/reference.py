@@ -50,10 +50,10 @@ class RowLoss(NamedTuple):
     clipped_R: Tensor  # [R] bool
 
 
-def row_statistics(logits_RV: Tensor, target_R: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each row's target, the entropy of its distribution, and what normalises it.
+def row_statistics(logits_RV: Tensor, target_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's target, and the entropy of its distribution.
 
-        z = logits / temperature;  lse = logsumexp(z);  logp = z[target] - lse;  H = -sum_v p_v log p_v
+        z = logits / temperature;  logp = z[target] - logsumexp(z);  H = -sum_v p_v log p_v
 
     Args:
         logits_RV: [R, V] floating; may hold -inf (entries that cannot be drawn).
@@ -61,13 +61,12 @@ def row_statistics(logits_RV: Tensor, target_R: Tensor, temperature: float) -> t
         temperature: divides the logits.
 
     Returns:
-        logp_R, entropy_R, lse_R: [R] float32 (float64 for float64 logits), nats.
+        logp_R, entropy_R: [R] float32 (float64 for float64 logits), nats.
     """
-    z_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) / temperature
-    logp_RV = z_RV.log_softmax(-1)
+    logp_RV = _log_softmax(logits_RV, temperature)
     p_RV = logp_RV.exp()
-    entropy_R = -(p_RV * logp_RV.masked_fill(p_RV == 0, 0.0)).sum(-1)  # 0 log 0 = 0
-    return logp_RV.gather(1, target_R[:, None]).squeeze(1), entropy_R, z_RV.logsumexp(-1)
+    entropy_R = -p_RV.mul_(_finite(logp_RV)).sum(-1)
+    return logp_RV.gather(1, target_R[:, None]).squeeze(1), entropy_R
 
 
 def logit_gradient(
@@ -75,23 +74,36 @@ def logit_gradient(
     target_R: Tensor,
     entropy_R: Tensor,
     d_logp_R: Tensor,
-    d_entropy_R: Tensor,
+    d_entropy_R: Tensor | None,
     temperature: float,
 ) -> Tensor:
     """The gradient of `row_statistics`, dlogits = (dlogp (onehot - p) - dH p (log p + H)) / temperature.
 
-    Rows whose two derivatives are zero get exactly zero, whatever their logits hold.
+    Rows whose derivatives are zero get exactly zero, whatever their logits hold.
 
     Returns:
         [R, V], dtype of the logits.
     """
-    logp_RV = (logits_RV.to(entropy_R.dtype) / temperature).log_softmax(-1)
+    logp_RV = _log_softmax(logits_RV, temperature)
     p_RV = logp_RV.exp()
-    surprise_RV = (logp_RV + entropy_R[:, None]).masked_fill(p_RV == 0, 0.0)
-    d_RV = -p_RV * (d_logp_R[:, None] + d_entropy_R[:, None] * surprise_RV)
-    d_RV.scatter_add_(1, target_R[:, None], d_logp_R[:, None])
-    idle_R = (d_logp_R == 0) & (d_entropy_R == 0)
-    return (d_RV / temperature).masked_fill(idle_R[:, None], 0.0).to(logits_RV.dtype)
+    idle_R = d_logp_R == 0
+    d_logp_R = d_logp_R / temperature
+    factor_RV = -d_logp_R[:, None]
+    if d_entropy_R is not None:
+        idle_R = idle_R & (d_entropy_R == 0)
+        factor_RV = factor_RV - (d_entropy_R / temperature)[:, None] * (_finite(logp_RV) + entropy_R[:, None])
+    d_RV = p_RV.mul_(factor_RV).scatter_add_(1, target_R[:, None], d_logp_R[:, None])
+    return d_RV.masked_fill_(idle_R[:, None], 0.0).to(logits_RV.dtype)
+
+
+def _log_softmax(logits_RV: Tensor, temperature: float) -> Tensor:
+    z_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    return (z_RV if temperature == 1 else z_RV / temperature).log_softmax(-1)
+
+
+def _finite(logp_RV: Tensor) -> Tensor:
+    """-inf as a finite number, for a product with its probability: 0 log 0 = 0."""
+    return logp_RV.clamp(min=torch.finfo(logp_RV.dtype).min)
 
 
 def grpo_row_loss(logp_R: Tensor, entropy_R: Tensor, rows: LossRows, config: GRPOLossConfig) -> RowLoss:
