@@ -104,16 +104,20 @@ def pack(
             positions.append(torch.arange(start, start + len(completion)).expand(3, -1))
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
 
-    def on_device(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
     return PackedBatch(
         layout=layout,
-        token_ids=on_device(torch.tensor(token_ids, dtype=torch.int64)),
-        position_ids=on_device(torch.cat(positions, 1)),
-        image_rows=on_device(torch.tensor(image_rows, dtype=torch.int64)),
-        pixel_values=on_device(torch.cat(pixels)) if pixels else None,
+        token_ids=to_device(torch.tensor(token_ids, dtype=torch.int64), device),
+        position_ids=to_device(torch.cat(positions, 1), device),
+        image_rows=to_device(torch.tensor(image_rows, dtype=torch.int64), device),
+        pixel_values=to_device(torch.cat(pixels), device) if pixels else None,
         image_grids=tuple(grid for p in prompts for grid in p.image_grids),
-        target=on_device(torch.tensor(target, dtype=torch.int64)),
+        target=to_device(torch.tensor(target, dtype=torch.int64), device),
         completion_len=[len(completion) for group in completions for completion in group],
     )
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Bring to a device; from the host to a GPU through pinned memory, so that nothing waits for the copy."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from geo_r1.kernels import PackedLayout, packed_attention
-from geo_r1.models.packed import PackedBatch
+from geo_r1.models.packed import PackedBatch, to_device
 
 MODEL_CLASSES = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen2_vl": Qwen2VLForConditionalGeneration,
 }
+
+LIGER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The vision tower takes its packed path only where the name contains "flash".
 TEXT_ATTENTION = "geo_r1_packed"
@@ -42,6 +45,12 @@ class PackedVLM:
     Args:
         model: a Qwen2-VL or Qwen2.5-VL with its language head. Its attention is set to the packed one.
         compute_dtype: what layers compute in (autocast); None computes in the weights' own dtype.
+        liger: let liger-kernel compute what it can, where it is installed and the model is on a GPU by now;
+            False leaves the layers as they are handed over.
+
+    Attributes:
+        fused_layers: what liger-kernel computes, such as "rms_norm"; empty where `unfused` says why.
+        unfused: why transformers computes every layer; "" where it does not.
 
     Raises:
         ValueError: the model is of another family.
@@ -51,6 +60,7 @@ class PackedVLM:
         self,
         model: Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration,
         compute_dtype: torch.dtype | None = None,
+        liger: bool = True,
     ) -> None:
         if model.config.model_type not in MODEL_CLASSES:
             raise ValueError(
@@ -60,6 +70,21 @@ class PackedVLM:
         model.model.visual.config._attn_implementation = VISION_ATTENTION
         self.model = model
         self.compute_dtype = compute_dtype or model.dtype
+        self.fused_layers: tuple[str, ...] = ()
+        self.unfused = self._why_unfused(liger)
+        if not self.unfused:
+            from geo_r1.models.liger import fuse_layers  # imports Triton
+
+            self.fused_layers = fuse_layers(model)
+
+    def _why_unfused(self, liger: bool) -> str:
+        if not liger:
+            return "it is turned off"
+        if self.device.type != "cuda":
+            return f"the model is on the {self.device.type.upper()}"
+        if not {self.model.dtype, self.compute_dtype} <= set(LIGER_DTYPES):
+            return f"it does not compute in {self.compute_dtype}"
+        return "" if find_spec("liger_kernel") else "liger-kernel is not installed"
 
     @property
     def device(self) -> torch.device:
@@ -67,8 +92,8 @@ class PackedVLM:
 
     @property
     def lm_head(self) -> Tensor:
-        """[V, C] weight of the language head, in the dtype that layers compute in; differentiable."""
-        return self.model.lm_head.weight.to(self.compute_dtype)
+        """[V, C] the language head's own weight, in the weights' dtype, which the `linear_*` ops take."""
+        return self.model.lm_head.weight
 
     @property
     def vision_token_ids(self) -> list[int]:
@@ -144,7 +169,7 @@ class PackedVLM:
             )
             options |= {"window_index": index, "cu_window_seqlens": windows}
             layouts["cu_window_seqlens"] = windows
-        options = {name: tensor.to(self.device, non_blocking=True) for name, tensor in options.items()}
+        options = {name: to_device(tensor, self.device) for name, tensor in options.items()}
         by_boundary = [
             (options[name], PackedLayout.from_lengths(cu.diff().tolist(), device=self.device))
             for name, cu in layouts.items()
@@ -164,13 +189,19 @@ class PackedVLM:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    liger: bool = True,
 ) -> tuple[PackedVLM, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:
     """Load a checkpoint, its tokenizer and its image processor from a folder or by hub name.
 
     Args:
         dtype: of the weights.
-        compute_dtype: see `PackedVLM`.
+        compute_dtype, liger: see `PackedVLM`.
+        device: where the model goes.
 
     Raises:
         ValueError: there is no such checkpoint, it is incomplete, or of an unsupported family.
@@ -197,7 +228,7 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {path} cannot be loaded: {reason}") from error
-    return PackedVLM(model, compute_dtype), tokenizer, image_processor
+    return PackedVLM(model.to(device), compute_dtype, liger), tokenizer, image_processor
 
 
 def _text_attention(module, query, key, value, attention_mask, *, scaling, attend: Attend, **_):

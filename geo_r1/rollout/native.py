@@ -123,7 +123,7 @@ def _generate_batch(
     ).to(vlm.device)
     position = torch.tensor([group_prompts[slot].next_position for slot, _, _ in owner], device=vlm.device)
     forbidden = torch.tensor(vlm.vision_token_ids, device=vlm.device)
-    embed, head = vlm.model.get_input_embeddings(), vlm.lm_head.T
+    embed, head = vlm.model.get_input_embeddings(), vlm.lm_head.to(vlm.compute_dtype).T
 
     said: list[tuple[list[int], list[float]]] = [([], []) for _ in owner]
     active = list(range(len(owner)))

@@ -41,6 +41,8 @@ class ModelConfig(Section):
     """What layers compute in. Under bfloat16 the weights and the optimiser's state stay float32."""
     gradient_checkpointing: bool = False
     """Recompute layers in backward instead of keeping their activations."""
+    liger: bool = True
+    """Norms, SwiGLU and rotary positions by liger-kernel, where it is installed and the model is on a GPU."""
 
 
 class DataConfig(Section):

@@ -22,6 +22,7 @@ from geo_r1.kernels import (
 )
 from geo_r1.kernels.layout import PackedPlan, plan_batches
 from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM, pack
+from geo_r1.models.packed import to_device
 from geo_r1.rewards import RewardTable
 from geo_r1.rollout import Completion, SamplingConfig, generate, score_groups
 from geo_r1.train.config import GRPOConfig, Recipe
@@ -99,7 +100,7 @@ def run_grpo(engine: Engine, config: GRPOConfig, source: Source) -> None:
                     micro.old_logp = _logp(engine.vlm, micro.batch, sampling.temperature)
         with phases("update"):
             for _ in range(config.num_iterations):
-                metrics |= _update(engine, loss_config, micro_batches, updater, step)
+                metrics |= _update(engine, loss_config, scored, micro_batches, updater, step)
         metrics |= _token_metrics(engine, scored, plan)
         return metrics, plan.num_tokens * config.num_iterations
 
@@ -153,48 +154,83 @@ def _advantages(
     return Scored(prompts, groups, advantage[mine].view(shape), valid[mine].view(shape)), metrics
 
 
+def _contributing(config: GRPOConfig, scored: Scored) -> Tensor:
+    """[groups, M] bool: completions that reach the gradient.
+
+    One that nothing scored weighs nothing. Without a KL or an entropy term a completion's advantage is a
+    factor of its whole loss, whatever the policy term or the level of the ratio: where it is zero, so is the
+    gradient.
+    """
+    if config.loss.beta or config.loss.entropy_coef:
+        return scored.valid
+    return scored.valid & (scored.advantage != 0)
+
+
 def _micro_batches(engine: Engine, config: GRPOConfig, scored: Scored) -> tuple[list[MicroBatch], PackedPlan]:
-    """Pack this rank's groups under the token budget; weights count the whole step's."""
+    """Pack this rank's contributing completions under the token budget; weights count the whole step's.
+
+    A group of which none contributes is left out with its prompt and pictures; there may be no batch at all.
+    """
     device = engine.ranks.device
-    lengths = [[len(c.token_ids) for c in group] for group in scored.groups]
-    scored_len = [
-        length
-        for group, kept in zip(lengths, scored.valid.tolist(), strict=True)
-        for length, is_valid in zip(group, kept, strict=True)
+    rows = zip(scored.groups, scored.valid.tolist(), strict=True)
+    valid_len = [
+        len(c.token_ids)
+        for group, valid in rows
+        for c, is_valid in zip(group, valid, strict=True)
         if is_valid
     ]
-    num_tokens, num_sequences = (max(n, 1) for n in engine.ranks.sum([sum(scored_len), len(scored_len)]))
-    plan = plan_batches([len(p.token_ids) for p in scored.prompts], lengths, config.optim.max_tokens)
+    num_tokens, num_sequences = (max(n, 1) for n in engine.ranks.sum([sum(valid_len), len(valid_len)]))
+    kept = [
+        (prompt, [group[i].token_ids for i in indices], advantage_M[indices])
+        for prompt, group, advantage_M, kept_M in zip(
+            scored.prompts, scored.groups, scored.advantage, _contributing(config, scored), strict=True
+        )
+        if (indices := kept_M.nonzero()[:, 0].tolist())
+    ]
+    plan = plan_batches(
+        [len(prompt.token_ids) for prompt, *_ in kept],
+        [[len(tokens) for tokens in group] for _, group, _ in kept],
+        config.optim.max_tokens,
+    )
     micro_batches = []
     for pieces in plan.batches:
         batch = pack(
-            [scored.prompts[group] for group, _ in pieces],
-            [[scored.groups[group][i].token_ids for i in indices] for group, indices in pieces],
+            [kept[g][0] for g, _ in pieces],
+            [[kept[g][1][i] for i in indices] for g, indices in pieces],
             device,
         )
-        advantage = torch.cat([scored.advantage[group, list(indices)] for group, indices in pieces])
-        valid = torch.cat([scored.valid[group, list(indices)] for group, indices in pieces])
+        advantage = torch.cat([kept[g][2][list(indices)] for g, indices in pieces])
         weight = token_weights(
             batch.completion_len,
             config.loss.type,
             num_items=num_tokens if config.loss.type in ("bnpo", "dapo") else num_sequences,
             max_completion_length=engine.recipe.rollout.max_new_tokens,
         )
+        sequence = torch.arange(len(batch.completion_len))
         micro_batches.append(
             MicroBatch(
                 batch,
-                rows_of(advantage, batch.completion_len).to(device),
-                (weight * rows_of(valid, batch.completion_len)).to(device),
-                rows_of(torch.arange(len(batch.completion_len)), batch.completion_len).to(device),
+                to_device(rows_of(advantage, batch.completion_len), device),
+                to_device(weight, device),
+                to_device(rows_of(sequence, batch.completion_len), device),
             )
         )
     return micro_batches, plan
 
 
 def _update(
-    engine: Engine, config: GRPOLossConfig, micro_batches: list[MicroBatch], updater: Updater, step: int
+    engine: Engine,
+    config: GRPOLossConfig,
+    scored: Scored,
+    micro_batches: list[MicroBatch],
+    updater: Updater,
+    step: int,
 ) -> dict[str, float]:
-    """One optimiser step over all micro-batches; metrics are means over the whole step's tokens."""
+    """One optimiser step over all micro-batches.
+
+    Entropy, KL and clipping are means over the tokens in them, the whole step's: those of completions that
+    reach the gradient (see `_contributing`). Where there are none, there are no means.
+    """
     sums = torch.zeros(7, dtype=torch.float64, device=engine.ranks.device)  # read once, at the end
     for micro in micro_batches:
         out = linear_grpo_loss(
@@ -209,31 +245,50 @@ def _update(
             config=config,
         )
         out.loss.backward()
-        counted = micro.weight > 0
         low = out.clipped_R & (micro.advantage < 0)
         high = out.clipped_R & (micro.advantage > 0)
-        columns = (out.entropy_R, out.kl_R, out.clipped_R, low, high)
-        row_sums = [(column * counted).sum().double() for column in columns]
-        sums += torch.stack([out.loss.detach().double(), counted.sum().double(), *row_sums])
+        columns = (torch.ones_like(low), out.entropy_R, out.kl_R, out.clipped_R, low, high)
+        sums += torch.stack([out.loss.detach().double(), *(column.sum().double() for column in columns)])
+    _zero_gradients_of_the_rest(engine.vlm, scored)
     loss, tokens, *totals = engine.ranks.sum(sums.tolist())
     names = ("entropy", "kl", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")
-    means = {name: total / max(tokens, 1) for name, total in zip(names, totals, strict=True)}
+    means = {name: total / tokens for name, total in zip(names, totals, strict=True) if tokens}
     if config.beta == 0:
-        del means["kl"]
+        means.pop("kl", None)
     return {"loss": loss, **means, **updater.apply(step)}
 
 
+def _zero_gradients_of_the_rest(vlm: PackedVLM, scored: Scored) -> None:
+    """Completions that were left out have gradients of zero, not none: Adam's averages decay all the same."""
+    if not scored.groups:
+        return
+    parts = [vlm.model.model.language_model, vlm.model.lm_head]
+    if any(prompt.pixel_values is not None for prompt in scored.prompts):
+        parts.append(vlm.model.model.visual)
+    for parameter in (p for part in parts for p in part.parameters()):
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def _token_metrics(engine: Engine, scored: Scored, plan: PackedPlan) -> dict[str, float]:
-    """Lengths of the step's completions, and the tokens that packing and sharing did not compute."""
+    """Lengths of the step's completions, and what its update computed of them, in tokens.
+
+    A step that pads every completion and its own copy of the prompt to the longest ones would compute
+    tokens/computed + saved_by_sharing + saved_by_packing + dropped_zero_advantage.
+    """
     pairs = [(len(c.token_ids), c.ended) for group in scored.groups for c in group]
     prompt_len = [len(p.token_ids) for p in scored.prompts]
     copies = sum(length * len(group) for length, group in zip(prompt_len, scored.groups, strict=True))
-    everyone = engine.ranks.gather((pairs, prompt_len, copies, plan.num_tokens, plan.repeated_tokens))
+    packed = sum(len(indices) for batch in plan.batches for _, indices in batch)
+    own = (len(pairs) - packed, plan.num_tokens, plan.repeated_tokens)
+    everyone = engine.ranks.gather((pairs, prompt_len, copies, *own))
     lengths = [length for pairs, *_ in everyone for length, _ in pairs]
     ended = [length for pairs, *_ in everyone for length, done in pairs if done]
     longest_prompt = max(length for _, prompt_len, *_ in everyone for length in prompt_len)
-    unshared = sum(lengths) + sum(copies for _, _, copies, _, _ in everyone)
-    computed = sum(tokens for _, _, _, tokens, _ in everyone)
+    unshared = sum(lengths) + sum(copies for _, _, copies, *_ in everyone)
+    dropped, computed, repeated = (sum(counts) for counts in list(zip(*everyone, strict=True))[3:])
+    # left out: completions that do not reach the gradient, and the prompts of groups that have no others
+    left_out = sum(lengths) + sum(sum(prompt_len) for _, prompt_len, *_ in everyone) - (computed - repeated)
     metrics = {
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": min(lengths),
@@ -241,10 +296,12 @@ def _token_metrics(engine: Engine, scored: Scored, plan: PackedPlan) -> dict[str
         "completions/clipped_ratio": 1 - len(ended) / len(lengths),
         "completions/mean_terminated_length": statistics.fmean(ended) if ended else 0.0,
         "num_tokens": sum(lengths),
+        "completions/dropped_zero_advantage": dropped,
+        "tokens/dropped_zero_advantage": left_out,
         "tokens/computed": computed,
-        "tokens/saved_by_sharing": unshared - computed,
+        "tokens/saved_by_sharing": unshared - left_out - computed,
         "tokens/saved_by_packing": len(lengths) * (longest_prompt + max(lengths)) - unshared,
-        "tokens/repeated_prompt": sum(repeated for *_, repeated in everyone),
+        "tokens/repeated_prompt": repeated,
     }
     return {name: float(value) for name, value in metrics.items()}
 
@@ -254,4 +311,6 @@ def _logp(vlm: PackedVLM, batch: PackedBatch, temperature: float) -> Tensor:
 
 
 def _frozen_copy(vlm: PackedVLM) -> PackedVLM:
-    return PackedVLM(copy.deepcopy(vlm.model).requires_grad_(False).eval(), vlm.compute_dtype)
+    frozen = copy.deepcopy(vlm)
+    frozen.model.requires_grad_(False).eval()
+    return frozen

@@ -102,7 +102,7 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, world: World) -> Engine:
     """Take possession of the run's folder and load the model that the recipe names."""
     _check_folder(recipe, run_dir)
     _check_model_exists(recipe.model.path)
-    loaded = _load(recipe, world, recipe.model.path)  # before anything is written or deleted
+    loaded = _load(recipe, world, recipe.model.path, ranks.device)  # before anything is written or deleted
     ranks.barrier()  # every rank has looked
     if ranks.is_main:
         if recipe.run.overwrite:
@@ -114,6 +114,9 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, world: World) -> Engine:
             raise ValueError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
     ranks.barrier()
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
+    vlm = loaded[0]
+    fused = ", ".join(vlm.fused_layers) or f"none ({vlm.unfused})"
+    log.say(f"layers that liger-kernel computes: {fused}")
     return _engine(recipe, ranks, run_dir, log, recipe.model.path, *loaded)
 
 
@@ -161,15 +164,15 @@ def _check_model_exists(path: str) -> None:
         ) from error
 
 
-def _load(recipe: Recipe, world: World, path: str | Path) -> tuple[PackedVLM, Any, Any]:
+def _load(recipe: Recipe, world: World, path: str | Path, device: torch.device) -> tuple[PackedVLM, Any, Any]:
     compute_dtype = getattr(torch, recipe.model.dtype)
     # an update of 1e-6 is lost in bfloat16 weights
     dtype = torch.float32 if compute_dtype == torch.bfloat16 else compute_dtype
     if path != TINY:
-        return load_model(path, dtype, compute_dtype)
+        return load_model(path, dtype, compute_dtype, device=device, liger=recipe.model.liger)
     model, tokenizer, image_processor = build_tiny(_tokenizer_texts(world), recipe.run.seed)
-    torch.nn.Module.to(model, dtype)
-    return PackedVLM(model, compute_dtype), tokenizer, image_processor
+    torch.nn.Module.to(model, device, dtype)
+    return PackedVLM(model, compute_dtype, recipe.model.liger), tokenizer, image_processor
 
 
 def _tokenizer_texts(world: World) -> list[str]:
@@ -183,7 +186,7 @@ def _tokenizer_texts(world: World) -> list[str]:
 
 
 def _engine(recipe, ranks, run_dir, log, path, vlm, tokenizer, image_processor) -> Engine:
-    model = vlm.model.to(ranks.device)
+    model = vlm.model
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     encoder = PromptEncoder(
@@ -200,7 +203,7 @@ def _use_model(engine: Engine, world: World, path: str | Path) -> None:
     """Give the engine another model, a stage's start or a row of the table, unless it holds it already."""
     if engine.holds != path:
         del engine.vlm  # never two in memory
-        loaded = _load(engine.recipe, world, path)
+        loaded = _load(engine.recipe, world, path, engine.ranks.device)
         fresh = _engine(engine.recipe, engine.ranks, engine.run_dir, engine.log, path, *loaded)
         vars(engine).update(vars(fresh))
 

@@ -50,6 +50,13 @@ def first_group_constant(completion_ids, **_):
     return [1.0 if i < 4 else value for i, value in enumerate(spread(completion_ids))]
 
 
+def same_for_some_answers(completion_ids, answer, **_):
+    """A reward that is equal within about every second group."""
+    return [
+        1.0 if letter in "AB" else value for letter, value in zip(answer, spread(completion_ids), strict=True)
+    ]
+
+
 def never_scores(completion_ids, **_):
     return [None] * len(completion_ids)
 

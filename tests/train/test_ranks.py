@@ -41,6 +41,22 @@ def test_two_ranks_train_and_evaluate_as_one(split, tmp_path):
     assert json.loads((one / "summary.json").read_text()) == json.loads((two / "summary.json").read_text())
 
 
+def test_a_rank_whose_rewards_are_equal_has_nothing_to_pack(tmp_path):
+    changes = {"rewards__functions": ["small_runs:same_for_some_answers"], "grpo__loss__beta": 0.0}
+    changes |= {"grpo__steps": 6, "model__dtype": "float64"}
+    one = runs.train(tmp_path / "one", "grpo", **changes)
+    two = tmp_path / "two"
+    done = runs.launch(runs.arguments(two, "grpo", **changes), ranks=2)
+    assert done.returncode == 0, done.stderr
+    alone, together = runs.metrics(one, "grpo"), runs.metrics(two, "grpo")
+    # two prompts a step: one on each rank
+    assert {row["frac_reward_zero_std"] for row in together} == {0, 0.5, 1}
+    for expected, found in zip(alone, together, strict=True):
+        assert {*found} == {*expected}
+        for name in {*expected} - {"stage"}:
+            assert found[name] == pytest.approx(expected[name], rel=RELATIVE, abs=ABSOLUTE), name
+
+
 def test_an_error_on_one_rank_ends_all_with_its_line(tmp_path):
     data = runs.write_dataset(tmp_path, 4)
     (tmp_path / "images" / "above2.png").unlink()

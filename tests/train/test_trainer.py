@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import small_runs as runs
 import torch
+from safetensors.torch import load_file
 
 import geo_r1.train.grpo
 from geo_r1.eval.cross_view import wilson_interval
@@ -22,6 +23,7 @@ GRPO_FIGURES = {
     "clip_ratio/high_mean", "grad_norm", "learning_rate", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length", "num_tokens",
     "tokens/computed", "tokens/saved_by_sharing", "tokens/saved_by_packing", "tokens/repeated_prompt",
+    "completions/dropped_zero_advantage", "tokens/dropped_zero_advantage",
 }  # fmt: skip
 LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")
 POLICIES = ("clip", "cispo", "sapo")
@@ -109,7 +111,7 @@ def test_groups_without_signal_are_counted(tmp_path):
 
 
 def test_a_completion_that_nothing_scores_takes_no_part(tmp_path, monkeypatch):
-    """It has weight and advantage zero, and no place in the reward's figures."""
+    """It is not packed, and has no place in the reward's figures."""
     seen = []
     real = geo_r1.train.grpo._micro_batches
 
@@ -124,9 +126,11 @@ def test_a_completion_that_nothing_scores_takes_no_part(tmp_path, monkeypatch):
     [(scored, [micro])] = seen
     assert scored.valid.tolist() == [[False, True, True, True]] * 2
     assert scored.advantage[:, 0].tolist() == [0, 0]
-    owner_R = micro.sequence % 4
-    assert micro.weight[owner_R == 0].count_nonzero() == 0
-    assert bool((micro.weight[owner_R != 0] > 0).all())
+    lengths = [[len(completion.token_ids) for completion in group] for group in scored.groups]
+    assert micro.batch.completion_len == [length for group in lengths for length in group[1:]]
+    assert bool((micro.weight > 0).all())
+    assert row["completions/dropped_zero_advantage"] == 2
+    assert row["tokens/dropped_zero_advantage"] == sum(group[0] for group in lengths)
     rewards = torch.tensor([runs.spread([c.token_ids for c in group])[1:] for group in scored.groups])
     assert row["reward"] == pytest.approx(rewards.mean().item())
     assert row["reward_std"] == pytest.approx(rewards.std(1).mean().item())
@@ -138,8 +142,43 @@ def test_a_step_that_nothing_scores_changes_only_by_the_kl(tmp_path):
     run_dir = runs.train(tmp_path / "run", "grpo", **changes)
     for row in runs.metrics(run_dir, "grpo"):
         assert (row["reward"], row["reward_std"], row["frac_reward_zero_std"]) == (0, 0, 1)
-        assert (row["loss"], row["grad_norm"]) == (0, 0)
+        assert (row["loss"], row["grad_norm"], row["tokens/computed"]) == (0, 0, 0)
+        assert row["completions/dropped_zero_advantage"] == 8
+        assert "entropy" not in row  # there is nothing to take the mean of
         assert "rewards/small_runs:never_scores/mean" not in row
+
+
+def test_equal_rewards_cost_nothing_and_change_nothing(tmp_path, monkeypatch):
+    """Groups without signal are left out; with them the weights, Adam's averages among them, end the same."""
+    changes = {
+        "rewards__functions": ["small_runs:same_for_some_answers"],
+        "model__dtype": "float64",
+        "grpo__steps": 6,
+        "grpo__loss__beta": 0.0,
+        "grpo__optim__weight_decay": 0.1,
+    }
+    without = runs.train(tmp_path / "without", "grpo", **changes)
+    monkeypatch.setattr(geo_r1.train.grpo, "_contributing", lambda config, scored: scored.valid)
+    packed = runs.train(tmp_path / "packed", "grpo", **changes)
+    rows = [*zip(runs.metrics(without, "grpo"), runs.metrics(packed, "grpo"), strict=True)]
+    assert {row["frac_reward_zero_std"] for row, _ in rows} == {0, 0.5, 1}
+    for found, expected in rows:
+        same = found["frac_reward_zero_std"]
+        assert found["completions/dropped_zero_advantage"] == 8 * same
+        for name in ("loss", "grad_norm", "learning_rate", "reward", "tokens/saved_by_packing"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-12), name
+        assert found["tokens/saved_by_sharing"] == expected["tokens/saved_by_sharing"]
+        left = expected["tokens/computed"] - found["tokens/computed"]
+        assert found["tokens/dropped_zero_advantage"] == left and (left > 0) == (same > 0)
+        assert ("entropy" in found) == (same < 1)
+    ends = [load_file(run_dir / "models" / "grpo" / "model.safetensors") for run_dir in (without, packed)]
+    for name, expected in ends[1].items():
+        torch.testing.assert_close(ends[0][name], expected, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_run_says_who_computes_its_layers(tmp_path, capsys):
+    runs.train(tmp_path / "run", "sft", sft__steps=1)
+    assert "layers that liger-kernel computes: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
