@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN     = $(VENV)/bin/
 READY   = $(VENV)/.ready
 
-.PHONY: demo zero test check format clean
+.PHONY: demo zero test check aot format bench gpu results clean
 
 $(READY): pyproject.toml constraints.txt setup.py
 	@echo "Making $(VENV) and installing; about a minute on a fast connection."
@@ -22,14 +22,27 @@ zero: $(READY)  ## GRPO straight from the base model, same world
 test: $(READY)  ## every test, warnings as errors
 	$(RUN)pytest
 
-check: $(READY)  ## formatting, lint, types
+check: $(READY)  ## formatting, lint, types, kernels built
 	$(RUN)ruff format --check .
 	$(RUN)ruff check .
 	$(RUN)mypy
+	@$(MAKE) --no-print-directory aot
+
+aot: $(READY)  ## every Triton kernel built for sm_80 and sm_90 and judged, without a GPU
+	$(RUN)python -m geo_r1.kernels.aot
 
 format: $(READY)
 	$(RUN)ruff format .
 	$(RUN)ruff check --fix .
+
+bench: $(READY)  ## every op and the training step against their peers, on this machine
+	$(RUN)pytest benchmarks --benchmark-columns=median,min,max,rounds
+
+gpu:  ## on a machine with a GPU: tests, benchmarks, a run; one record, eight minutes, nothing installed
+	$(PYTHON) -m benchmarks.gpu
+
+results: $(READY)  ## the README's tables and plots from the records
+	$(RUN)python -m benchmarks.results
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

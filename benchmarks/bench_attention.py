@@ -1,0 +1,310 @@
+"""Attention over packed batches, forward and backward, against library kernels.
+
+Operations: 4 H D for each visible (query, key) pair forward, 2.5 times that backward. A library kernel has no
+shared prompt: it is given every completion with its own copy of the prompt, as trainers do today, while
+operations are counted once a shared prompt. Errors are of the output and the gradients of q, k and v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.measure import Case, Provider, Tensors
+from benchmarks.peers import our_names, ours, why_missing, why_not_compiled
+from geo_r1.kernels import PackedLayout, packed_attention
+
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
+PEERS = (
+    "torch flash varlen",
+    "torch SDPA",
+    "torch SDPA, cuDNN",
+    "flex_attention, compiled",
+    "flash-attn 2",
+    "flash-attn 3",
+)
+
+
+@dataclass(frozen=True)
+class AttentionSize:
+    name: str
+    prompts: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...] | None
+    heads: int
+    kv_heads: int
+    head_size: int
+    causal: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def sequences(self) -> list[tuple[range, range]]:
+        """(prompt rows, own rows) of each sequence that a kernel without shared prompts has to be given."""
+        found, start = [], 0
+        for prompt, lengths in zip(self.prompts, self.completions or [()] * len(self.prompts), strict=True):
+            rows = range(start, start + prompt)
+            start += prompt
+            if not lengths:
+                found.append((range(0), rows))
+            for length in lengths:
+                found.append((rows, range(start, start + length)))
+                start += length
+        return found
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.prompts) + sum(map(sum, self.completions or ()))
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(prompt) + len(own) for prompt, own in self.sequences]
+
+    @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs, a shared prompt's once."""
+        total = sum(map(self._within, self.prompts))
+        for prompt, lengths in zip(self.prompts, self.completions or (), strict=False):
+            total += sum(prompt * length + self._within(length) for length in lengths)
+        return total
+
+    @property
+    def repeated_pairs(self) -> int:
+        return sum(map(self._within, self.lengths))
+
+    def _within(self, length: int) -> int:
+        return length * (length + 1) // 2 if self.causal else length * length
+
+
+def windows(images: list[tuple[int, int]]) -> tuple[int, ...]:
+    """Patches of each vision window: 4 x 4 merged patches of 2 x 2, fewer at an image's right and bottom."""
+
+    def split(size: int) -> list[int]:
+        return [min(4, size - start) for start in range(0, size, 4)]
+
+    return tuple(4 * h * w for height, width in images for h in split(height) for w in split(width))
+
+
+# A panorama of 1036 x 504 and five satellite tiles of 756 x 756 pixels, in merged patches of 28.
+IMAGES = [(18, 37), *[(27, 27)] * 5]
+VISION = {"completions": None, "heads": 16, "kv_heads": 16, "head_size": 80, "causal": False}
+TEXT = {"heads": 28, "kv_heads": 4, "head_size": 128}
+if ON_GPU:
+    SIZES = [
+        AttentionSize("causal 4 x 4096", (4096,) * 4, None, **TEXT),
+        AttentionSize("causal 16K ragged", (6500, 4100, 2900, 1700, 900, 284), None, **TEXT),
+        AttentionSize("shared prompt 4300 + 8 x 400", (4300,), ((400,) * 8,), **TEXT),
+        AttentionSize("vision windows", windows(IMAGES), **VISION),
+        AttentionSize("vision whole images", tuple(4 * h * w for h, w in IMAGES), **VISION),
+    ]
+else:
+    small = {"heads": 4, "kv_heads": 2, "head_size": 32}
+    SIZES = [
+        AttentionSize("causal 2 x 256", (256,) * 2, None, **small),
+        AttentionSize("shared prompt 256 + 8 x 24", (256,), ((24,) * 8,), **small),
+        AttentionSize("vision windows", windows([(6, 9)]), **VISION),
+    ]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Packed leaves and the gradient of the output; and the same with prompts repeated."""
+
+    size: AttentionSize
+    device: torch.device
+
+    @cached_property
+    def packed(self) -> Tensors:
+        g = torch.Generator(self.device).manual_seed(0)
+        size, T = self.size, self.size.num_tokens
+        shapes = [
+            (T, heads, size.head_size) for heads in (size.heads, size.kv_heads, size.kv_heads, size.heads)
+        ]
+        q, k, v, d_out = (torch.randn(*shape, generator=g, device=self.device).to(DTYPE) for shape in shapes)
+        return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), d_out
+
+    @cached_property
+    def source(self) -> Tensor:
+        """The packed row behind each row with prompts repeated."""
+        rows = [row for prompt, own in self.size.sequences for row in (*prompt, *own)]
+        return torch.tensor(rows, device=self.device)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """For each packed row, the first of its copies."""
+        first: dict[int, int] = {}
+        for copy, row in enumerate(self.source.tolist()):
+            first.setdefault(row, copy)
+        return torch.tensor([first[row] for row in range(len(first))], device=self.device)
+
+    @cached_property
+    def repeated(self) -> Tensors:
+        """Copies; only the first copy of a prompt has an output gradient, or it would count several times."""
+        q, k, v, d_out = self.packed
+        leaves = [x.detach().index_select(0, self.source).requires_grad_() for x in (q, k, v)]
+        d_repeated = torch.zeros_like(leaves[0]).index_copy_(0, self.first, d_out)
+        return (*leaves, d_repeated)
+
+    def merge(self, results: Tensors) -> list[Tensor]:
+        """Results of the repeated rows as those of the packed rows."""
+        out, *grads = results
+        merged = [out.index_select(0, self.first)]
+        for grad in grads:
+            total = torch.zeros(
+                self.size.num_tokens, *grad.shape[1:], dtype=torch.float64, device=self.device
+            )
+            merged.append(total.index_add_(0, self.source, grad.double()))
+        return merged
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        lengths = torch.tensor([0, *self.size.lengths], device=self.device)
+        return lengths.cumsum(0, dtype=torch.int32)
+
+
+def gradients(out: Tensor, inputs: Tensors) -> Tensors:
+    q, k, v, d_out = inputs
+    return (out.detach(), *torch.autograd.grad(out, (q, k, v), d_out))
+
+
+def truth(inputs: Inputs, layout: PackedLayout) -> list[Tensor]:
+    """The reference in float64, a query head at a time; tests hold it to the definition."""
+    q, k, v, d_out = (x.detach().double() for x in inputs.packed)
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    shared = inputs.size.heads // inputs.size.kv_heads
+    for h in range(inputs.size.heads):
+        kv = h // shared
+        leaves = [x.contiguous().requires_grad_() for x in (q[:, h, None], k[:, kv, None], v[:, kv, None])]
+        out_head = packed_attention(*leaves, layout, causal=inputs.size.causal, impl="reference")
+        grads = torch.autograd.grad(out_head, leaves, d_out[:, h, None])
+        out[:, h], dq[:, h] = out_head.detach()[:, 0], grads[0][:, 0]
+        dk[:, kv] += grads[1][:, 0]
+        dv[:, kv] += grads[2][:, 0]
+    return [out, dq, dk, dv]
+
+
+def flash_varlen(inputs: Inputs):
+    """The flash kernels inside torch, as `torch.nn.attention.varlen` calls them."""
+    q, k, v, _ = inputs.repeated
+    longest = max(inputs.size.lengths)
+
+    def run():
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, inputs.cu_seqlens, inputs.cu_seqlens, longest, longest, 0.0, inputs.size.causal, False
+        )
+        return gradients(out, inputs.repeated)
+
+    return run
+
+
+def flash_attn(inputs: Inputs, module: str):
+    """The flash-attn package: version 2, or the module that version 3 installs."""
+    q, k, v, _ = inputs.repeated
+    function = __import__(module, fromlist=["flash_attn_varlen_func"]).flash_attn_varlen_func
+    longest = max(inputs.size.lengths)
+
+    def run():
+        cu = inputs.cu_seqlens
+        out = function(q, k, v, cu, cu, longest, longest, causal=inputs.size.causal)
+        return gradients(out[0] if isinstance(out, tuple) else out, inputs.repeated)
+
+    return run
+
+
+def sdpa(inputs: Inputs, backend: SDPBackend | None):
+    """Sequences of one length as a dense batch."""
+    q, k, v, _ = inputs.repeated
+    length = inputs.size.lengths[0]
+
+    def attend() -> Tensor:
+        dense = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        grouped = inputs.size.heads != inputs.size.kv_heads
+        out = F.scaled_dot_product_attention(*dense, is_causal=inputs.size.causal, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def run():
+        if backend is None:
+            return gradients(attend(), inputs.repeated)
+        with sdpa_kernel(backend):
+            return gradients(attend(), inputs.repeated)
+
+    return run
+
+
+def flex(inputs: Inputs):
+    """flex_attention on the packed rows themselves: its block mask knows shared prompts."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    size, T = inputs.size, inputs.size.num_tokens
+    q, k, v, _ = inputs.packed
+    group, own = [], []  # of each row: its group, and its segment (-1 for a prompt)
+    completions = size.completions or [()] * len(size.prompts)
+    for index, (prompt, lengths) in enumerate(zip(size.prompts, completions, strict=True)):
+        group += [index] * (prompt + sum(lengths))
+        own += [-1] * prompt + [i for i, length in enumerate(lengths) for _ in range(length)]
+    group_T, own_T = (torch.tensor(x, device=inputs.device) for x in (group, own))
+
+    def visible(batch, head, i, j):
+        seen = (group_T[i] == group_T[j]) & ((own_T[j] == -1) | (own_T[i] == own_T[j]))
+        return seen & (j <= i) if size.causal else seen
+
+    mask = create_block_mask(visible, None, None, T, T, device=str(inputs.device))
+    function = torch.compile(flex_attention, dynamic=False)
+
+    def run():
+        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = function(*rows, block_mask=mask, enable_gqa=size.heads != size.kv_heads)
+        return gradients(out[0].transpose(0, 1), inputs.packed)
+
+    return run
+
+
+def peers(inputs: Inputs) -> list[Provider]:
+    unequal = None if len(set(inputs.size.lengths)) == 1 else "sequences differ in length"
+    no_gpu = None if ON_GPU else "torch's flash and cuDNN kernels need a GPU"
+    makers = (
+        (lambda: flash_varlen(inputs), no_gpu),
+        (lambda: sdpa(inputs, None), unequal),
+        (lambda: sdpa(inputs, SDPBackend.CUDNN_ATTENTION), unequal or no_gpu),
+        (lambda: flex(inputs), why_not_compiled()),
+        (lambda: flash_attn(inputs, "flash_attn"), why_missing("flash_attn")),
+        (lambda: flash_attn(inputs, "flash_attn_interface"), why_missing("flash_attn_interface")),
+    )
+    return [
+        Provider(name, build, missing=missing, unpack=list if name.startswith("flex") else inputs.merge)
+        for name, (build, missing) in zip(PEERS, makers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("provider", [*our_names("packed_attention"), *PEERS])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_packed_attention(report, device, size, provider):
+    def make():
+        inputs = Inputs(size, device)
+        layout = PackedLayout.from_lengths(size.prompts, size.completions, device)
+
+        def build(impl):
+            q, k, v, _ = inputs.packed
+            return lambda: gradients(
+                packed_attention(q, k, v, layout, causal=size.causal, impl=impl), inputs.packed
+            )
+
+        case = Case(
+            "packed_attention",
+            str(size),
+            DTYPE,
+            TOLERANCE[DTYPE],
+            flops=3.5 * 4.0 * size.heads * size.head_size * size.pairs,
+            facts={"operations_saved": size.repeated_pairs / size.pairs},
+        )
+        return case, [*ours("packed_attention", build), *peers(inputs)], lambda: truth(inputs, layout)
+
+    report(make)

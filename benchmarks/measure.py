@@ -1,0 +1,350 @@
+"""Measure several ways to compute the same thing, side by side.
+
+    TFLOP/s = operations / seconds / 1e12;  GB/s = bytes / seconds / 1e9;  share = rate / ceiling of this run
+
+Operations and bytes are those that the work needs (each input read once), the same for every provider, so a
+provider that recomputes is slower, not busier. Each provider is first run once and compared with a float64
+truth: one that is wrong is not timed. The rest take turns, one repetition each a round, so that clocks and
+heat are shared; the median counts. On a GPU, events time the stream alone: before each repetition the L2
+cache is overwritten and the stream is held back for as long as the host needs to enqueue the work.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
+ROUNDS_SECONDS = {"cuda": 2.0, "cpu": 1.0}  # of rounds for all providers of a case together
+MAX_HOLD_MS = 20.0  # the stream is not held back for longer: a step that enqueues for a second hides nothing
+MIB = 2**20
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reached in this run, on random data."""
+
+    matmul_tflops: float
+    copy_gbps: float  # read + write
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work.
+
+    Attributes:
+        op: name of the op.
+        size: says the sizes; a case's name within its op.
+        dtype: of the inputs.
+        tolerance: the largest relative error, by norm, of any result.
+        flops: operations the work needs, 0 where bytes are what counts.
+        bytes: each input and result counted once.
+        hold: hold the stream back while the host enqueues; False for a step, whose host time counts.
+        rounds: repetitions of each provider; None for as many as fit ROUNDS_SECONDS.
+        facts: further figures of the work, carried into every measurement.
+    """
+
+    op: str
+    size: str
+    dtype: torch.dtype
+    tolerance: float
+    flops: float = 0.0
+    bytes: float = 0.0
+    hold: bool = True
+    rounds: int | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do a case's work.
+
+    Attributes:
+        name: in tables.
+        build: makes the function that is measured; imports what it needs. The function returns its results.
+        kind: "ours", "peer", or "floor": a part of the work that nothing can go below, whose results are
+            not compared.
+        missing: why it cannot run here, None if it can.
+        unpack: turns results into what the truth holds; not timed. They may be fewer than the truth's.
+    """
+
+    name: str
+    build: Callable[[], Callable[[], Tensors]]
+    kind: str = "peer"
+    missing: str | None = None
+    unpack: Callable[[Tensors], Sequence[Tensor]] = tuple
+
+
+@dataclass
+class Measurement:
+    """What was found out about one provider in one case. Fields that do not apply are None.
+
+    `status` is "measured", "missing", "wrong" or "failed", the last three with a `reason`.
+    """
+
+    op: str
+    size: str
+    dtype: str
+    provider: str
+    kind: str
+    status: str = "measured"
+    reason: str | None = None
+    error: float | None = None  # largest relative error of `errors`
+    errors: list[float] = field(default_factory=list)  # by norm, of each result, against float64
+    ms: float | None = None  # median
+    ms_of_rounds: list[float] = field(default_factory=list, repr=False)
+    host_ms: float | None = None  # until the call returned, without waiting for the device
+    tflops: float | None = None
+    gbps: float | None = None
+    share: float | None = None  # of the ceiling that bounds the work
+    peak_mib: float | None = None  # above inputs and results
+    facts: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: six digits, what does not apply left out, and of the rounds their number and range."""
+        fields = asdict(self) | {"rounds": len(self.ms_of_rounds) or None}
+        if times := fields.pop("ms_of_rounds"):
+            fields["ms_range"] = [min(times), max(times)]
+        return {name: _short(value) for name, value in fields.items() if value not in (None, [], {})}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)  # JSON has no NaN
+    if isinstance(value, list):
+        return [_short(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _short(entry) for name, entry in value.items()}
+    return value
+
+
+def compare(
+    case: Case,
+    providers: Sequence[Provider],
+    truth: Callable[[], Sequence[Tensor]] | None,
+    device: torch.device,
+    ceilings: Ceilings,
+) -> dict[str, Measurement]:
+    """Check every provider against the truth, then time those that are right in turns.
+
+    Args:
+        truth: makes the float64 results, with inputs of the same values; None compares nothing.
+
+    Returns:
+        One measurement a provider, by name.
+    """
+    meter: CudaMeter | CpuMeter = CudaMeter(device, case.hold) if device.type == "cuda" else CpuMeter()
+    found = {
+        p.name: Measurement(
+            case.op, case.size, str(case.dtype).removeprefix("torch."), p.name, p.kind, facts=dict(case.facts)
+        )
+        for p in providers
+    }
+    expected: Sequence[Tensor] | None = None
+    running: dict[str, Callable[[], Tensors]] = {}
+    for provider in providers:
+        measurement = found[provider.name]
+        if provider.missing is not None:
+            measurement.status, measurement.reason = "missing", provider.missing
+            continue
+        if truth is not None and provider.kind != "floor" and expected is None:
+            expected = truth()
+        try:
+            function = provider.build()
+            results = function()
+            if expected is not None and provider.kind != "floor":
+                measurement.errors = relative_errors(provider.unpack(results), expected)
+                measurement.error = max(measurement.errors, key=lambda e: math.inf if math.isnan(e) else e)
+            del results
+            if measurement.error is not None and not measurement.error <= case.tolerance:
+                measurement.status = "wrong"
+                measurement.reason = f"error {measurement.error:.1e} is over {case.tolerance:.0e}"
+                continue
+            measurement.peak_mib = meter.peak_bytes(function) / MIB
+        except Exception as error:  # code of others may raise anything; it is reported, and the rest go on
+            _fail(measurement, error)
+            continue
+        running[provider.name] = function
+    del expected
+    for name, times in _in_turns(running, meter, found, case.rounds).items():
+        _fill(found[name], times, case, ceilings)
+    if device.type == "cuda":
+        running.clear()
+        torch.cuda.empty_cache()  # the next case starts from an unbroken memory
+    return found
+
+
+def _in_turns(
+    running: dict[str, Callable[[], Tensors]],
+    meter: CudaMeter | CpuMeter,
+    found: dict[str, Measurement],
+    num_rounds: int | None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each repetition of each provider."""
+    times: dict[str, list[float]] = {}
+    for name, function in running.items():
+        if num_rounds is not None:  # a long step: its first runs, to compare and for memory, warmed it up
+            times[name] = []
+            continue
+        try:
+            found[name].host_ms, first = meter.warm_up(function)
+            times[name] = [first]
+        except Exception as error:  # as in `compare`
+            _fail(found[name], error)
+    if num_rounds is None:
+        num_rounds = rounds_for(sum(ms for (ms,) in times.values()), ROUNDS_SECONDS[meter.device_type])
+    times = {name: [] for name in times}
+    for _ in range(num_rounds):
+        pending = {}
+        for name in times:
+            try:
+                pending[name] = meter.repeat(running[name], found[name].host_ms or 0.0)
+            except Exception as error:  # likewise
+                _fail(found[name], error)
+        for name, repetition in pending.items():
+            try:
+                times[name].append(meter.read(repetition))
+            except Exception as error:  # likewise
+                _fail(found[name], error)
+        times = {name: values for name, values in times.items() if found[name].status == "measured"}
+    return times
+
+
+def rounds_for(round_ms: float, seconds: float) -> int:
+    """As many rounds as fit the time, at least MIN_ROUNDS and at most MAX_ROUNDS."""
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds * 1e3 / max(round_ms, 1e-3))))
+
+
+def relative_errors(results: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Norm of the difference over norm of the truth, for each result; NaN where a result is not finite."""
+    errors = []
+    for result, truth in zip(results, expected, strict=False):
+        if result.shape != truth.shape:
+            raise ValueError(f"a result is {list(result.shape)}, the truth {list(truth.shape)}")
+        norm = torch.linalg.vector_norm(truth)
+        errors.append((torch.linalg.vector_norm(result.double() - truth) / norm).item())
+    return errors
+
+
+def _fill(measurement: Measurement, times: list[float], case: Case, ceilings: Ceilings) -> None:
+    measurement.ms_of_rounds = times
+    measurement.ms = statistics.median(times)
+    seconds = measurement.ms / 1e3
+    if case.flops:
+        measurement.tflops = case.flops / seconds / 1e12
+        measurement.share = measurement.tflops / ceilings.matmul_tflops
+    if case.bytes:
+        measurement.gbps = case.bytes / seconds / 1e9
+        if not case.flops:
+            measurement.share = measurement.gbps / ceilings.copy_gbps
+
+
+def _fail(measurement: Measurement, error: Exception) -> None:
+    text = str(error).strip()
+    measurement.status = "failed"
+    measurement.reason = f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"
+
+
+class CudaMeter:
+    """Times by events with a cold L2; a repetition is only read once its round is over."""
+
+    device_type = "cuda"
+
+    def __init__(self, device: torch.device, hold: bool = True) -> None:
+        self.device, self.hold = device, hold
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device=device)
+        self.cycles_per_ms = self._cycles_per_ms()
+
+    def _cycles_per_ms(self) -> float:
+        cycles = 1_000_000
+        times = []
+        for _ in range(3):
+            start, end = self._event(), self._event()
+            start.record()
+            torch.cuda._sleep(cycles)
+            end.record()
+            times.append(self.read((start, end)))
+        return cycles / statistics.median(times)
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    def warm_up(self, function: Callable[[], Tensors]) -> tuple[float, float]:
+        """Milliseconds for the host to enqueue the work, and for the device to do it."""
+        function()
+        torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        function()
+        host_ms = (time.perf_counter() - begin) * 1e3
+        torch.cuda.synchronize(self.device)
+        return host_ms, self.read(self.repeat(function, host_ms))
+
+    def repeat(self, function: Callable[[], Tensors], host_ms: float) -> Any:
+        """Enqueue one repetition; `read` waits for it."""
+        start, end = self._event(), self._event()
+        self.flush.zero_()
+        if self.hold:
+            torch.cuda._sleep(int(min(1.5 * host_ms, MAX_HOLD_MS) * self.cycles_per_ms))
+        start.record()
+        function()
+        end.record()
+        return start, end
+
+    def read(self, events: Any) -> float:
+        start, end = events
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def peak_bytes(self, function: Callable[[], Tensors]) -> int:
+        """Bytes allocated at the peak, above what was there before and what is returned."""
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        results = function()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before - bytes_of(results)
+
+
+class CpuMeter:
+    """Times by the wall clock; memory is what torch's own allocator was asked for."""
+
+    device_type = "cpu"
+
+    def warm_up(self, function: Callable[[], Tensors]) -> tuple[float, float]:
+        ms = self.repeat(function, 0.0)
+        return ms, ms
+
+    def repeat(self, function: Callable[[], Tensors], host_ms: float) -> float:
+        begin = time.perf_counter()
+        function()
+        return (time.perf_counter() - begin) * 1e3
+
+    def read(self, ms: float) -> float:
+        return ms
+
+    def peak_bytes(self, function: Callable[[], Tensors]) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            results = function()
+        live = peak = 0
+        for event in trace.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+        return peak - bytes_of(results)
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the storages behind some tensors, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,197 @@
+"""The numbers to reach, and whether a record reaches them. All are ratios within one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]  # a measurement, as a record holds it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One condition of a target: what was measured, and whether that reaches it; None if it could not be."""
+
+    text: str
+    met: bool | None
+
+
+@dataclass(frozen=True)
+class Target:
+    work: str
+    reach: str
+    device: str  # "cuda" or "cpu"
+    judge: Callable[[Sequence[Row]], list[Finding]]
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """yes, no, or what is missing for a yes."""
+    if any(finding.met is False for finding in findings):
+        return "no"
+    if all(finding.met for finding in findings):
+        return "yes"
+    return "not fully measured" if any(finding.met for finding in findings) else "not measured"
+
+
+def of_case(rows: Sequence[Row], op: str, size: str) -> list[Row]:
+    return [row for row in rows if row["op"] == op and row["size"] == size]
+
+
+def default(rows: Sequence[Row]) -> Row | None:
+    """The implementation of ours that users get: providers are measured in the order of preference."""
+    return next((row for row in rows if row["kind"] == "ours"), None)
+
+
+def untimed(ours: Row | None) -> list[Finding]:
+    """What there is to say where ours has no time."""
+    return [] if ours is None else [Finding(f"{ours['provider']} {ours['status']}: {ours['reason']}", False)]
+
+
+def fastest(rows: Sequence[Row], *kinds: str) -> Row | None:
+    timed = [row for row in rows if row["kind"] in kinds and "ms" in row]
+    return min(timed, key=lambda row: row["ms"], default=None)
+
+
+def named(rows: Sequence[Row], provider: str) -> Row | None:
+    return next((row for row in rows if row["provider"] == provider), None)
+
+
+def times_as_long(ours: Row, other: Row | None, most: float, what: str) -> Finding:
+    """Ours may take at most `most` times as long as another."""
+    if other is None or "ms" not in other:
+        return Finding(f"{what}: {_why(other)}", None)
+    ratio = ours["ms"] / other["ms"]
+    return Finding(f"{ratio:.2f} × {what}", ratio <= most)
+
+
+def times_as_fast(ours: Row, other: Row | None, least: float, what: str = "") -> Finding:
+    """Ours has to be at least `least` times as fast as another."""
+    if other is None or "ms" not in other:
+        return Finding(f"{what or 'library kernels'}: {_why(other)}", None)
+    ratio = other["ms"] / ours["ms"]
+    return Finding(f"{ratio:.2f} × as fast as {other['provider']}", ratio >= least)
+
+
+def _why(row: Row | None) -> str:
+    return "not measured" if row is None else row.get("reason", "not measured")
+
+
+def linear_grpo(rows: Sequence[Row]) -> list[Finding]:
+    rows = of_case(rows, "linear_grpo_loss", "R=8192 C=3584 V=152064")
+    if (ours := default(rows)) is None or "ms" not in ours:
+        return untimed(ours)
+    gib = ours["peak_mib"] / 1024
+    return [
+        times_as_long(ours, named(rows, "bare products"), 1.10, "the bare products"),
+        Finding(f"{gib:.2f} GiB", gib <= 1.25),
+        times_as_fast(ours, named(rows, "Liger fused-linear GRPO"), 3.0, "Liger"),
+    ]
+
+
+def linear_logprob(rows: Sequence[Row]) -> list[Finding]:
+    rows = of_case(rows, "linear_logprob", "R=8192 C=3584 V=152064")
+    if (ours := default(rows)) is None or "ms" not in ours:
+        return untimed(ours)
+    return [times_as_long(ours, named(rows, "bare products"), 1.05, "the bare product")]
+
+
+def against_library(*sizes: str, least: float) -> Callable[[Sequence[Row]], list[Finding]]:
+    """Ours against the fastest library kernel of each size."""
+
+    def judge(rows: Sequence[Row]) -> list[Finding]:
+        findings = []
+        for size in sizes:
+            case = of_case(rows, "packed_attention", size)
+            if (ours := default(case)) is None or "ms" not in ours:
+                found = untimed(ours)
+            else:
+                found = [times_as_fast(ours, fastest(case, "peer"), least)]
+            findings += [Finding(f"{size}: {finding.text}", finding.met) for finding in found]
+        return findings
+
+    return judge
+
+
+def shared_prompt(rows: Sequence[Row]) -> list[Finding]:
+    """flex_attention is left out: its mask knows the shared prompt, so it repeats nothing."""
+    rows = of_case(rows, "packed_attention", "shared prompt 4300 + 8 x 400")
+    ours = default(rows)
+    repeating = fastest([row for row in rows if not row["provider"].startswith("flex")], "peer")
+    if ours is None or "ms" not in ours:
+        return untimed(ours)
+    if repeating is None:
+        return [Finding("library kernels: not measured", None)]
+    saved = ours["facts"]["operations_saved"]
+    speed = repeating["ms"] / ours["ms"]
+    text = f"{speed:.2f} × as fast as {repeating['provider']}: {speed / saved:.2f} of the {saved:.2f} × saved"
+    return [Finding(text, speed / saved >= 0.85)]
+
+
+def training_step(rows: Sequence[Row]) -> list[Finding]:
+    rows = of_case(rows, "training step", "Qwen2.5-VL-7B, 6 images, 8 completions")
+    ours, padded = fastest(rows, "ours"), fastest(rows, "peer")
+    if ours is None:
+        return untimed(default(rows))
+    facts = ours["facts"]
+    layers, tokens_per_second = int(facts["layers"]), facts["tokens"] / ours["ms"] * 1e3
+    speed = times_as_fast(ours, padded, 4.0, "the padded step")
+    findings = [
+        Finding(f"{ours['provider']}: {tokens_per_second:,.0f} tokens/s, {speed.text}", speed.met),
+        Finding(f"MFU {ours['share']:.0%} ({facts['teraflop']:.0f} TFLOP)", ours["share"] >= 0.45),
+    ]
+    if padded is not None:
+        text = f"{ours['peak_mib'] / 1024:.1f} GiB against {padded['peak_mib'] / 1024:.1f} above the weights"
+        findings.append(Finding(text, ours["peak_mib"] < padded["peak_mib"]))
+    if layers != 28:
+        findings.append(Finding(f"with {layers} of 28 text layers", None))
+    return findings
+
+
+def cpu_loss(rows: Sequence[Row]) -> list[Finding]:
+    rows = of_case(rows, "linear_grpo_loss", "R=384 C=128 V=50021")
+    if (ours := default(rows)) is None or "ms" not in ours:
+        return untimed(ours)
+    return [times_as_long(ours, named(rows, "eager torch"), 1.3, "plain torch with full logits")]
+
+
+TARGETS = (
+    Target(
+        "`linear_grpo_loss` forward + backward, R = 8192, C = 3584, V = 152064",
+        "≤ 1.10 × the three bare products; ≤ 1.25 GiB above inputs and gradients; "
+        "≥ 3 × Liger's fused-linear GRPO",
+        "cuda",
+        linear_grpo,
+    ),
+    Target("`linear_logprob`, no gradient", "≤ 1.05 × one bare product", "cuda", linear_logprob),
+    Target(
+        "`packed_attention`, plain varlen causal, D = 128, 28/4 heads, 16 K tokens",
+        "≥ 0.95 × the best library kernel present",
+        "cuda",
+        against_library("causal 4 x 4096", "causal 16K ragged", least=0.95),
+    ),
+    Target(
+        "`packed_attention`, prompt 4.3 K, 8 completions of 400",
+        "≥ 0.85 × (operations saved) faster than the best library kernel on repeated prompts",
+        "cuda",
+        shared_prompt,
+    ),
+    Target(
+        "vision windows (64 tokens, D = 80), full images",
+        "≥ 1.3 × the best library kernel present",
+        "cuda",
+        against_library("vision windows", "vision whole images", least=1.3),
+    ),
+    Target(
+        "training step, Qwen2.5-VL-7B (random weights), 6 images, M = 8",
+        "≥ 4 × tokens/s of the padded, repeated-prompt step; MFU ≥ 45 %; peak memory below it",
+        "cuda",
+        training_step,
+    ),
+    Target(
+        "`linear_grpo_loss` on a CPU, R = 384, C = 128, V = 50021, float32",
+        "≤ 1.3 × plain torch with full logits",
+        "cpu",
+        cpu_loss,
+    ),
+)

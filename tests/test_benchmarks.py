@@ -1,0 +1,394 @@
+"""The benchmarks' own arithmetic and honesty: what is timed, what is recorded, what the README then says."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu, results
+from benchmarks.bench_attention import IMAGES, AttentionSize, windows
+from benchmarks.conftest import table
+from benchmarks.measure import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    Case,
+    Ceilings,
+    Measurement,
+    Provider,
+    bytes_of,
+    compare,
+    relative_errors,
+    rounds_for,
+)
+from benchmarks.targets import TARGETS, Finding, verdict
+
+CEILINGS = Ceilings(matmul_tflops=100.0, copy_gbps=1000.0)
+CPU = torch.device("cpu")
+
+
+def case(**changes):
+    return Case(**{"op": "sum", "size": "3", "dtype": torch.float32, "tolerance": 1e-3} | changes)
+
+
+def run(providers, truth=None, **changes):
+    return compare(case(rounds=3, **changes), providers, truth, CPU, CEILINGS)
+
+
+def gives(*results):
+    return lambda: lambda: tuple(torch.tensor(result) for result in results)
+
+
+def test_rates_and_shares(monkeypatch):
+    clock = iter(0.002 * i for i in range(100))  # every repetition takes 2 ms
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    by_flops = run([Provider("p", gives(1.0))], flops=5e10, bytes=1e9)["p"]
+    assert by_flops.ms == pytest.approx(2.0)
+    assert by_flops.tflops == pytest.approx(25.0)
+    assert by_flops.gbps == pytest.approx(500.0)
+    assert by_flops.share == pytest.approx(0.25)  # of the matrix products' ceiling
+    by_bytes = run([Provider("p", gives(1.0))], bytes=1e9)["p"]
+    assert by_bytes.tflops is None
+    assert by_bytes.share == pytest.approx(0.5)  # of the copy's
+
+
+def test_rounds_fit_the_time():
+    assert rounds_for(100.0, 1.0) == 10
+    assert rounds_for(10_000.0, 1.0) == MIN_ROUNDS
+    assert rounds_for(0.0, 1.0) == MAX_ROUNDS
+
+
+def test_providers_take_turns():
+    calls = []
+    providers = [Provider(name, lambda name=name: lambda: (calls.append(name), ())[1]) for name in "ab"]
+    run(providers)
+    assert calls[-6:] == ["a", "b"] * 3
+
+
+def test_errors_are_relative_by_norm():
+    truth = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
+    assert relative_errors([torch.tensor([3.0, 4.5])], truth) == [pytest.approx(0.1)]
+    assert math.isnan(relative_errors([torch.tensor([3.0, math.nan])], truth)[0])
+    with pytest.raises(ValueError, match=r"a result is \[1\], the truth \[2\]"):
+        relative_errors([torch.tensor([3.0])], truth)
+
+
+@pytest.mark.parametrize("result", [[3.0, 5.0], [math.nan, 4.0]])
+def test_a_wrong_provider_is_not_timed(result):
+    calls = []
+
+    def wrong():
+        calls.append(1)
+        return (torch.tensor(result),)
+
+    found = run(
+        [Provider("wrong", lambda: wrong), Provider("right", gives([3.0, 4.0]))],
+        lambda: [torch.tensor([3.0, 4.0], dtype=torch.float64)],
+    )
+    assert found["wrong"].status == "wrong" and "is over 1e-03" in found["wrong"].reason
+    assert found["wrong"].ms is None and len(calls) == 1
+    assert found["right"].status == "measured" and found["right"].error == 0
+    assert len(found["right"].ms_of_rounds) == 3
+    json.dumps(found["wrong"].as_dict(), allow_nan=False)
+
+
+def test_a_missing_provider_gives_its_reason_and_one_that_fails_takes_no_other_with_it():
+    def raises():
+        raise RuntimeError("out of memory\nand a long trace")
+
+    fails_later = iter([(torch.tensor(1.0),)] * 3)
+    found = run(
+        [
+            Provider("missing", gives(1.0), missing="liger_kernel is not installed"),
+            Provider("failing", lambda: raises),
+            Provider("failing later", lambda: lambda: next(fails_later)),
+            Provider("right", gives(1.0)),
+        ]
+    )
+    assert (found["missing"].status, found["missing"].reason) == ("missing", "liger_kernel is not installed")
+    assert (found["failing"].status, found["failing"].reason) == ("failed", "RuntimeError: out of memory")
+    assert (found["failing later"].status, found["failing later"].ms) == ("failed", None)
+    assert found["right"].status == "measured"
+
+
+def test_a_floor_is_timed_but_not_compared():
+    def truth():
+        raise AssertionError("nothing to compare")
+
+    assert run([Provider("floor", gives([7.0]), kind="floor")], truth)["floor"].ms is not None
+
+
+def test_memory_is_what_is_above_the_results():
+    def function():
+        scratch = torch.ones(2**20)  # 4 MiB
+        return (scratch[:1].clone().expand(1), scratch.sum())
+
+    peak = run([Provider("p", lambda: function)])["p"].peak_mib
+    assert 3.9 < peak < 4.1
+    x = torch.zeros(4)
+    assert bytes_of([x, x[:2]]) == 16
+
+
+def test_the_table_says_why_there_is_no_time():
+    rows = [
+        Measurement("op", "s", "float32", "geo_r1 reference", "ours", ms=2.0, share=0.5, error=1e-3),
+        Measurement("op", "s", "float32", "peer", "peer", ms=3.0),
+        Measurement("op", "s", "float32", "gone", "peer", status="missing", reason="not installed"),
+    ]
+    lines = [line.split() for line in table(rows)]
+    assert lines[1] == ["geo_r1", "reference", "2.000", "1.00", "50%", "1.0e-03"]
+    assert lines[2] == ["peer", "3.000", "1.50"]
+    assert lines[3] == ["gone", "missing:", "not", "installed"]
+
+
+def test_pairs_are_counted_once_a_shared_prompt():
+    size = AttentionSize("", (3,), ((2, 1),), 1, 1, 8)
+    assert size.pairs == 6 + (3 * 2 + 3) + (3 + 1)
+    assert size.repeated_pairs == 15 + 10
+    assert [(list(prompt), list(own)) for prompt, own in size.sequences] == [
+        ([0, 1, 2], [3, 4]),
+        ([0, 1, 2], [5]),
+    ]
+
+
+def test_windows_are_those_of_the_vision_tower():
+    vision_utils = pytest.importorskip("transformers.vision_utils")
+    grid = torch.tensor([(1, 2 * height, 2 * width) for height, width in IMAGES])
+    _, boundaries = vision_utils.get_vision_window_index(grid, 2, 112, 14)
+    assert list(windows(IMAGES)) == [n for n in boundaries.diff().tolist() if n]
+
+
+# What make gpu does, with parts that are a line of Python each.
+def part(name, code, seconds=20.0, reads="tests", needs=()):
+    return gpu.Part(name, ("-c", code, "{record}"), seconds, needs, reads)
+
+
+def line_writer(**line):
+    return f"import sys; open(sys.argv[1], 'a').write({json.dumps(line)!r} + '\\n')"
+
+
+FACTS = {
+    "type": "cuda",
+    "name": "NVIDIA H200",
+    "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+    "driver": "580",
+    "ceilings": {"matmul_tflops": 800.0, "copy_gbps": 4300.0},
+}
+FACTS_PART = part("device", line_writer(**FACTS), reads="facts")
+PASSED = line_writer(test="t", outcome="passed", measurement={"op": "sum", "ms": 1.0})
+FAILED = line_writer(test="t", outcome="failed", reason="1 != 2")
+
+
+def record_of(tmp_path, *parts):
+    code = gpu.main(["--commit", "abc1234", "--out", str(tmp_path)], parts)
+    (path,) = tmp_path.iterdir()
+    assert path.name == "nvidia-h200-abc1234.json"
+    return code, json.loads(path.read_text())
+
+
+def test_every_part_ends_up_in_the_record(tmp_path):
+    code, record = record_of(
+        tmp_path, FACTS_PART, part("one", PASSED), part("two", "", needs=("no_such_package",))
+    )
+    assert code == 0
+    assert record["ceilings"]["copy_gbps"] == 4300.0 and record["device"]["name"] == "NVIDIA H200"
+    assert record["measurements"] == [{"op": "sum", "ms": 1.0}]
+    assert record["parts"]["one"]["tests"] == {"passed": 1}
+    assert record["parts"]["two"]["reason"] == "not installed: no_such_package"
+
+
+def test_a_part_that_fails_is_recorded_with_its_output_and_the_rest_goes_on(tmp_path):
+    failing = part("tests", f"{FAILED}; print('the end'); sys.exit(1)")
+    code, record = record_of(tmp_path, FACTS_PART, failing, part("after", PASSED))
+    assert code == 1
+    assert record["parts"]["tests"]["status"] == "failed"
+    assert record["parts"]["tests"]["failures"] == {"t": "1 != 2"}
+    assert record["parts"]["tests"]["output"] == ["the end"]
+    assert record["parts"]["after"]["status"] == "ok"
+
+
+def test_a_part_that_outlasts_its_time_keeps_what_it_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.2)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    stuck = part("stuck", f"{deaf}; {PASSED}; time.sleep(60)", seconds=1.5)
+    begin = time.monotonic()
+    code, record = record_of(tmp_path, part("device", FACTS_PART.arguments[1], 0, "facts"), stuck)
+    assert code == 1 and time.monotonic() - begin < 10
+    assert record["parts"]["stuck"]["status"] == "out of time"
+    assert record["parts"]["stuck"]["tests"] == {"passed": 1} and len(record["measurements"]) == 1
+
+
+def test_the_record_is_whole_after_each_part(tmp_path):
+    """What the second part sees is what a kill at that moment would leave."""
+    path = tmp_path / "nvidia-h200-abc1234.json"
+    seen = (
+        f"import json; r = json.load(open({str(path)!r})); assert r['parts']['this']['status'] == 'not run'"
+    )
+    code, record = record_of(tmp_path, FACTS_PART, part("this", seen))
+    assert code == 0, record["parts"]
+
+
+def test_no_gpu_is_one_line_and_exit_code_2(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path)], [part("device", "import sys; sys.exit(2)", reads="facts")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("make gpu needs a GPU")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    file = tmp_path / "lines"
+    file.write_text('{"a": 1}\n{"b": ')
+    assert gpu.read_lines(file) == [{"a": 1}]
+    assert gpu.read_lines(tmp_path / "none") == []
+
+
+def test_times_of_all_parts_fit_eight_minutes():
+    assert sum(part.seconds for part in gpu.PARTS) <= 480
+
+
+# The README.
+def row(op, size, provider, kind, ms=None, **more):
+    return (
+        {"op": op, "size": size, "provider": provider, "kind": kind, "status": "measured"}
+        | ({"ms": ms, "share": 0.5, "peak_mib": 1024.0, "error": 1e-3} if ms else {})
+        | more
+    )
+
+
+LINEAR = ("linear_grpo_loss", "R=8192 C=3584 V=152064")
+STEP = ("training step", "Qwen2.5-VL-7B, 6 images, 8 completions")
+ROWS = [
+    row(*LINEAR, "geo_r1 triton", "ours", 11.0),
+    row(*LINEAR, "geo_r1 reference", "ours", 10.5),
+    row(*LINEAR, "bare products", "floor", 10.0),
+    row(*LINEAR, "Liger fused-linear GRPO", "peer", status="missing", reason="liger_kernel is not installed"),
+    row("packed_attention", "causal 4 x 4096", "geo_r1 triton", "ours", 2.0),
+    row("packed_attention", "causal 4 x 4096", "torch SDPA, cuDNN", "peer", 1.0),
+    row(
+        *("packed_attention", "shared prompt 4300 + 8 x 400", "geo_r1 triton", "ours", 1.0),
+        facts={"operations_saved": 4.0},
+    ),
+    row("packed_attention", "shared prompt 4300 + 8 x 400", "torch flash varlen", "peer", 3.6),
+    row("packed_attention", "shared prompt 4300 + 8 x 400", "flex_attention, compiled", "peer", 0.5),
+    row("packed_attention", "vision windows", "geo_r1 triton", "ours", status="wrong", reason="error 1"),
+    row(
+        *STEP,
+        "geo_r1 packed",
+        "ours",
+        100.0,
+        facts={"layers": 28, "tokens": 5000, "teraflop": 407.0},
+        peak_mib=2048.0,
+    ),
+    row(*STEP, "transformers SDPA, padded", "peer", 500.0, peak_mib=4096.0),
+]
+RECORD = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "commit": "abc1234",
+    "dirty": False,
+    "device": {name: value for name, value in FACTS.items() if name != "ceilings"},
+    "ceilings": FACTS["ceilings"],
+    "parts": {
+        "tests of the kernels": {"status": "ok", "tests": {"passed": 9, "skipped": 1}},
+        "world run": {"status": "skipped", "reason": "not installed: rich"},
+    },
+    "measurements": ROWS,
+}
+
+
+def make_results(tmp_path, *records, readme=f"# top\n{results.BEGIN}\nold\n{results.END}\nend\n"):
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for index, record in enumerate(records):
+        (folder / f"{index}.json").write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text(readme)
+    arguments = {"--records": folder, "--readme": tmp_path / "README.md", "--plots": tmp_path / "docs"}
+    code = results.main([str(text) for pair in arguments.items() for text in pair])
+    return code, (tmp_path / "README.md").read_text()
+
+
+def test_without_records_nothing_is_measured(tmp_path):
+    code, text = make_results(tmp_path)
+    assert (
+        code == 0
+        and text.startswith(f"# top\n{results.BEGIN}\n| work |")
+        and text.endswith(f"{results.END}\nend\n")
+    )
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(TARGETS) and all(line.endswith("| not measured | – |") for line in rows)
+    assert "old" not in text
+
+
+def test_targets_are_judged_from_the_newest_record_of_a_device(tmp_path):
+    older = RECORD | {"date": "2025-01-01T00:00:00+00:00", "commit": "0ld", "measurements": []}
+    code, text = make_results(tmp_path, RECORD, older)
+    assert code == 0 and "0ld" not in text
+    assert "**NVIDIA H200, commit abc1234.** 2026-01-02; driver 580; torch 2.11.0; triton 3.6.0; " in text
+    assert "9 passed, 1 skipped" in text and "world run (skipped: not installed: rich)" in text
+    line = {target.work: next(x for x in text.splitlines() if target.work in x) for target in TARGETS}
+    ends = [x.split(" | ", 2)[2] for x in line.values()]
+    assert ends == [
+        "1.10 × the bare products; 1.00 GiB; Liger: liger_kernel is not installed | not fully measured |",
+        "not measured | – |",
+        "causal 4 x 4096: 0.50 × as fast as torch SDPA, cuDNN | no |",
+        "3.60 × as fast as torch flash varlen: 0.90 of the 4.00 × saved | yes |",
+        "vision windows: geo_r1 triton wrong: error 1 | no |",
+        "geo_r1 packed: 50,000 tokens/s, 5.00 × as fast as transformers SDPA, padded; MFU 50% (407 TFLOP); "
+        "2.0 GiB against 4.0 above the weights | yes |",
+        "not measured | – |",
+    ]
+    assert (
+        "| linear_grpo_loss | R=8192 C=3584 V=152064 | triton | 11 | 50% | 1,024 | 1e-03 | none |  |" in text
+    )
+    assert "![Times of every provider on NVIDIA H200, commit abc1234](docs/results-nvidia-h200.png)" in text
+    assert (tmp_path / "docs" / "results-nvidia-h200.png").stat().st_size > 10_000
+
+
+def test_a_verdict_needs_every_condition():
+    yes, no, unknown = Finding("", True), Finding("", False), Finding("", None)
+    assert verdict([yes, yes]) == "yes"
+    assert verdict([yes, unknown, no]) == "no"
+    assert verdict([yes, unknown]) == "not fully measured"
+    assert verdict([unknown]) == "not measured"
+
+
+@pytest.mark.parametrize("readme", ["no markers", f"{results.END} {results.BEGIN}"])
+def test_a_readme_without_its_markers_is_left_alone(tmp_path, capsys, readme):
+    assert make_results(tmp_path, RECORD, readme=readme) == (2, readme)
+    assert "the README needs one <!-- results:begin -->" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path, capsys):
+    assert make_results(tmp_path, {"date": "2026"})[0] == 2
+    assert "0.json is not a record: KeyError('device')" in capsys.readouterr().err
+
+
+# pytest benchmarks, as a user runs it.
+def test_every_benchmark_is_collected_and_one_runs(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks"]
+    listed = subprocess.run([*command, "--collect-only"], cwd=gpu.ROOT, capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    for path in (gpu.ROOT / "benchmarks").glob("bench_*.py"):
+        assert f"benchmarks/{path.name}::" in listed.stdout
+    lines, stored = tmp_path / "lines", tmp_path / "stored.json"
+    options = ["-p", "benchmarks.recorder", "--record", str(lines), f"--benchmark-json={stored}"]
+    test = "benchmarks/bench_group_advantage.py::test_group_advantage"
+    tests = [f"{test}[G=8 M=8-{name}]" for name in ("geo_r1 reference", "copy of the rewards", "eager torch")]
+    ran = subprocess.run(
+        [*command[:-1], *tests, *options],
+        cwd=gpu.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = {line["measurement"]["provider"]: line for line in gpu.read_lines(lines)}
+    assert found.keys() == {"geo_r1 reference", "copy of the rewards", "eager torch"}
+    assert found["geo_r1 reference"]["measurement"]["error"] < 1e-5
+    assert "error" not in found["copy of the rewards"]["measurement"]
+    kept = {b["params"]["provider"]: b for b in json.loads(stored.read_text())["benchmarks"]}
+    for provider, entry in kept.items():  # pytest-benchmark tells what was measured, not what replaying took
+        assert entry["stats"]["median"] * 1e3 == pytest.approx(found[provider]["measurement"]["ms"], rel=1e-4)
+        assert entry["group"] == "group_advantage G=8 M=8"
+    assert kept.keys() == found.keys()
