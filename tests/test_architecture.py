@@ -27,7 +27,16 @@ _LOSS_OPTIONS = {
 OPS = {
     "group_advantage": (
         "reward_N cu_group",
-        {"valid_N": None, "baseline": "mean", "scale": "group", "eps": 1e-4, "correction": 1, "impl": None},
+        {
+            "valid_N": None,
+            "baseline": "mean",
+            "scale": "group",
+            "eps": 1e-4,
+            "correction": 1,
+            "cu_completion": None,
+            "num_rows": None,
+            "impl": None,
+        },
     ),
     "grpo_loss": ("logits_RV target_R advantage_R token_weight_R", _LOSS_OPTIONS),
     "linear_grpo_loss": ("hidden_RC lm_head_VC target_R advantage_R token_weight_R", _LOSS_OPTIONS),

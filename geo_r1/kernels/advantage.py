@@ -25,6 +25,8 @@ def group_advantage(
     scale: Literal["group", "batch", "none"] = "group",
     eps: float = 1e-4,
     correction: int = 1,
+    cu_completion: Tensor | None = None,
+    num_rows: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Score each completion against the others that answer the same prompt.
@@ -44,19 +46,64 @@ def group_advantage(
             nothing ("none").
         eps: task units, added to the standard deviation; keeps nearly equal rewards finite.
         correction: 1 for the sample standard deviation (Bessel's correction), 0 for the population's.
+        cu_completion: [N + 1] int32 or int64, where each completion's loss rows start; starts at 0, ends at
+            R. With it each completion's advantage is repeated for all of its rows. None: one value each.
+        num_rows: R, given if and only if `cu_completion` is, so that nothing waits for the device.
         impl: implementation, see `available_impls()`.
 
     Returns:
-        [N] float32 (float64 for float64 rewards), no unit, no gradient.
+        [N], or [R] with `cu_completion`; float32 (float64 for float64 rewards), no unit, no gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or option is wrong; or, where `cu_group` lives on the CPU,
-            boundaries do not start at 0, fall, or do not end at N.
+        ValueError: a shape, dtype, device or option is wrong; or boundaries that live on the CPU do not
+            start at 0, fall, or do not end at N or R.
 
     Source: GRPO, arXiv:2402.03300.
     """
-    resolve_impl("group_advantage", impl, reward_N.device)
-    _check(reward_N, cu_group, valid_N, baseline, scale, eps, correction)
+    _check(reward_N, cu_group, valid_N, baseline, scale, eps, correction, cu_completion, num_rows)
+    chosen = resolve_impl("group_advantage", impl, reward_N.device, _refused(reward_N.dtype))
+    if chosen == "triton":
+        rows = reward_N.numel() if num_rows is None else num_rows
+        return _triton_op(reward_N, cu_group, valid_N, cu_completion, rows, baseline, scale, eps, correction)
+    advantage_N = _reference(reward_N, cu_group, valid_N, baseline, scale, eps, correction)
+    if cu_completion is None:
+        return advantage_N
+    return advantage_N.repeat_interleave(cu_completion.diff(), output_size=num_rows)
+
+
+def _refused(dtype: torch.dtype) -> dict[str, str]:
+    taken = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return {} if dtype in taken else {"triton": f"{dtype} rewards"}
+
+
+@torch.library.custom_op(
+    "geo_r1::group_advantage",
+    mutates_args=(),
+    schema="(Tensor reward_N, Tensor cu_group, Tensor? valid_N, Tensor? cu_completion, SymInt num_rows, "
+    "str baseline, str scale, float eps, int correction) -> Tensor",
+)
+def _triton_op(reward_N, cu_group, valid_N, cu_completion, num_rows, baseline, scale, eps, correction):
+    from geo_r1.kernels.advantage_triton import group_advantage_triton
+
+    return group_advantage_triton(
+        reward_N, cu_group, valid_N, cu_completion, num_rows, baseline, scale, eps, correction
+    )
+
+
+@_triton_op.register_fake
+def _(reward_N, cu_group, valid_N, cu_completion, num_rows, baseline, scale, eps, correction):
+    return reward_N.new_empty(num_rows, dtype=torch.promote_types(reward_N.dtype, torch.float32))
+
+
+def _reference(
+    reward_N: Tensor,
+    cu_group: Tensor,
+    valid_N: Tensor | None,
+    baseline: str,
+    scale: str,
+    eps: float,
+    correction: int,
+) -> Tensor:
     dtype = torch.promote_types(reward_N.dtype, torch.float32)
     num_groups, num_members = cu_group.numel() - 1, reward_N.numel()
     if num_members == 0:
@@ -109,6 +156,8 @@ def _check(
     scale: str,
     eps: float,
     correction: int,
+    cu_completion: Tensor | None,
+    num_rows: int | None,
 ) -> None:
     if reward_N.dim() != 1 or not reward_N.is_floating_point():
         raise ValueError(
@@ -122,7 +171,20 @@ def _check(
         raise ValueError(
             f"valid_N: expected {list(reward_N.shape)} bool, got {list(valid_N.shape)} {valid_N.dtype}"
         )
-    for name, tensor in (("cu_group", cu_group), ("valid_N", valid_N)):
+    if (cu_completion is None) != (num_rows is None):
+        given, missing = ("cu_completion", "num_rows") if num_rows is None else ("num_rows", "cu_completion")
+        raise ValueError(f"{missing}: expected beside {given}, got None; give both or neither")
+    if cu_completion is not None and (
+        cu_completion.shape != (reward_N.numel() + 1,)
+        or cu_completion.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"cu_completion: expected [{reward_N.numel() + 1}] int32 or int64, "
+            f"got {list(cu_completion.shape)} {cu_completion.dtype}"
+        )
+    if num_rows is not None and num_rows < 0:
+        raise ValueError(f"num_rows: expected at least 0, got {num_rows}")
+    for name, tensor in (("cu_group", cu_group), ("valid_N", valid_N), ("cu_completion", cu_completion)):
         if tensor is not None and tensor.device != reward_N.device:
             raise ValueError(f"{name}: expected on {reward_N.device} like reward_N, got {tensor.device}")
     if baseline not in ("mean", "leave_one_out"):
@@ -133,13 +195,20 @@ def _check(
         raise ValueError(f"eps: expected at least 0, got {eps}")
     if correction not in (0, 1):
         raise ValueError(f"correction: expected 0 or 1, got {correction}")
-    if cu_group.device.type == "cpu":
-        boundaries = cu_group.tolist()
-        if boundaries[0] != 0 or boundaries[-1] != reward_N.numel():
-            raise ValueError(
-                f"cu_group: expected to start at 0 and end at N = {reward_N.numel()}, "
-                f"got {boundaries[0]} and {boundaries[-1]}"
-            )
-        for g, (start, stop) in enumerate(pairwise(boundaries)):
-            if stop < start:
-                raise ValueError(f"cu_group: group {g} ends at {stop}, before its start at {start}")
+    # Values on a GPU are not waited for, and a traced graph has none.
+    if cu_group.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_boundaries("cu_group", "group", cu_group, "N", reward_N.numel())
+        if cu_completion is not None and num_rows is not None:
+            _check_boundaries("cu_completion", "completion", cu_completion, "num_rows", num_rows)
+
+
+def _check_boundaries(name: str, part: str, boundary: Tensor, end_name: str, end: int) -> None:
+    boundaries = boundary.tolist()
+    if boundaries[0] != 0 or boundaries[-1] != end:
+        raise ValueError(
+            f"{name}: expected to start at 0 and end at {end_name} = {end}, "
+            f"got {boundaries[0]} and {boundaries[-1]}"
+        )
+    for i, (start, stop) in enumerate(pairwise(boundaries)):
+        if stop < start:
+            raise ValueError(f"{name}: {part} {i} ends at {stop}, before its start at {start}")

@@ -265,7 +265,7 @@ def row_statistics(logits_RV: Tensor, target_R: Tensor, temperature: float) -> t
     """logp_R, entropy_R, lse_R in one read of the logits; see `reference.row_statistics`."""
     num_rows, vocab_size = logits_RV.shape
     logp_R, entropy_R, lse_R = (_new_row(logits_RV) for _ in range(3))
-    if num_rows:
+    with torch.cuda.device_of(logits_RV):  # Triton launches on the current device
         _statistics_kernel[(num_rows,)](
             logits_RV, target_R.contiguous(), logp_R, entropy_R, lse_R,
             vocab_size, *logits_RV.stride(), 1 / temperature, **_row(PASS_ROWS, logits_RV),
@@ -293,7 +293,7 @@ def grpo_row_loss(
         _new_row(logits_RV) for _ in range(8)
     )
     clipped_R = torch.empty(num_rows, dtype=torch.int8, device=logits_RV.device)
-    if num_rows:
+    with torch.cuda.device_of(logits_RV):
         _loss_kernel[(num_rows,)](
             logits_RV, d_logits_RV,
             *(None if row_R is None else row_R.contiguous() for row_R in (target_R, *rows[:5])),
@@ -330,7 +330,7 @@ def logit_gradient(
     """
     num_rows, vocab_size = logits_RV.shape
     out_RV = logits_RV.new_empty(num_rows, vocab_size) if out_RV is None else out_RV
-    if num_rows:
+    with torch.cuda.device_of(logits_RV):
         _gradient_kernel[(num_rows,)](
             logits_RV, out_RV, target_R.contiguous(), lse_R, entropy_R, d_logp_R.contiguous(),
             None if d_entropy_R is None else d_entropy_R.contiguous(), d_loss,
