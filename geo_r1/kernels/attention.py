@@ -2,7 +2,8 @@
 
     out_i = softmax_j(scale * q_i . k_j) v_j,   j visible from i (see `PackedLayout`)
 
-Operations: 4 * H * D for each visible (i, j) pair forward. The reference runs segments of one shape as one
+Operations: 4 * H * D for each visible (i, j) pair forward. Kernels: `attention_triton.py`, and
+`attention_flash.py` on top of library kernels. The reference runs segments of one shape as one
 batch, so nothing is padded and no [T, T] mask exists.
 """
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from geo_r1.kernels.impls import resolve_impl
 from geo_r1.kernels.layout import PackedLayout
+
+TRITON_HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 
 
 def packed_attention(
@@ -33,25 +36,60 @@ def packed_attention(
     Args:
         q_THD: [T, H, D] queries, any float dtype.
         k_TKD: [T, K, D] keys; K divides H (grouped heads).
-        v_TKD: [T, K, D] values.
+        v_TKD: [T, K, D] values. Under autocast the three are cast to its dtype, as torch's attention casts.
         layout: the batch's boundaries, T tokens in all.
         causal: False lets a segment's tokens see the whole segment and its prompt (vision windows).
         scale: multiplies the scores, above 0; None means D ** -0.5.
-        impl: None picks by device; see `available_impls`.
+        impl: None picks by device; see `available_impls`. "triton" takes float16, bfloat16 and float32 with D
+            of 16, 32, 64, 80, 96 or 128; "flash" float16 and bfloat16 with D a multiple of 8, at most 256.
 
     Returns:
-        [T, H, D], dtype of q, differentiable in q, k and v.
+        [T, H, D], dtype of q, differentiable in q, k and v; with "triton" once.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree with each other or with the layout, `scale` is not
-            finite and above 0, or `impl` cannot run.
+            finite and above 0, or `impl` cannot run or does not take these inputs.
 
-    Source: shared-prefix attention as in Hydragen, arXiv:2402.05099; exact, no approximation.
+    Source: shared-prefix attention as in Hydragen, arXiv:2402.05099; exact, no approximation. Kernels:
+        FlashAttention-2, arXiv:2307.08691.
     """
+    device_type = q_THD.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        q_THD, k_TKD, v_TKD = _autocast(q_THD, k_TKD, v_TKD)
     _check(q_THD, k_TKD, v_TKD, layout, scale)
-    resolve_impl("packed_attention", impl, q_THD.device)
+    name = resolve_impl("packed_attention", impl, q_THD.device, _refused(q_THD))
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
+    # Imported here: neither triton nor flash-attn is needed where it does not run.
+    if name == "triton":
+        from geo_r1.kernels.attention_triton import attend
+
+        return attend(q_THD, k_TKD, v_TKD, layout, causal=causal, scale=scale)
+    if name == "flash":
+        from geo_r1.kernels.attention_flash import flash_attention
+
+        return flash_attention(q_THD, k_TKD, v_TKD, layout, causal=causal, scale=scale)
     return _reference(q_THD, k_TKD, v_TKD, layout, causal, scale)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """What autocast does to the inputs of `scaled_dot_product_attention`: it leaves float64 alone."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
+
+
+def _refused(q: Tensor) -> dict[str, str]:
+    """Implementations that do not take inputs like q, and why."""
+    refused = {}
+    head_size = q.shape[2]
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        refused["triton"] = f"{q.dtype} inputs"
+    elif head_size not in TRITON_HEAD_SIZES:
+        refused["triton"] = f"head size {head_size}, only {', '.join(map(str, TRITON_HEAD_SIZES))}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        refused["flash"] = f"{q.dtype} inputs"
+    elif head_size > 256 or head_size % 8:
+        refused["flash"] = f"head size {head_size}, only multiples of 8 up to 256"
+    return refused
 
 
 def _reference(

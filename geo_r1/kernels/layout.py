@@ -10,13 +10,16 @@ is in the prompt or in i's own completion. A vision tower's windows are prompts 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from geo_r1.kernels.schedule import TILE_ROWS, tile_tables
 
 
 @dataclass(frozen=True, eq=False)  # fields are tensors, so equal means the same object
@@ -32,6 +35,8 @@ class PackedLayout:
         prefix_len: [B] tokens of each group's prompt.
         cu_segment: [S + 1] where each segment starts; ends at T.
         segment_parent: [S] the segment that holds the prompt of this completion; -1 for a prompt.
+        num_tokens: T, tokens in the batch.
+        max_segment_len: tokens of the longest prompt or completion.
     """
 
     prompt_len: tuple[int, ...]
@@ -40,6 +45,18 @@ class PackedLayout:
     prefix_len: Tensor
     cu_segment: Tensor
     segment_parent: Tensor
+    # Counted once: compiled code is then guarded by these numbers, not by the length of every segment.
+    num_tokens: int = field(init=False, repr=False)
+    max_segment_len: int = field(init=False, repr=False)
+    _num_tiles: dict[int, int] = field(init=False, repr=False)
+    _tiles: dict[int, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = [*self.prompt_len, *itertools.chain.from_iterable(self.completion_len)]
+        object.__setattr__(self, "num_tokens", sum(lengths))
+        object.__setattr__(self, "max_segment_len", max(lengths, default=0))
+        num_tiles = {rows: sum(-(-length // rows) for length in lengths) for rows in TILE_ROWS}
+        object.__setattr__(self, "_num_tiles", num_tiles)
 
     @classmethod
     def from_lengths(
@@ -80,13 +97,18 @@ class PackedLayout:
         return cls(prompts, completions, *boundaries)
 
     @property
-    def num_tokens(self) -> int:
-        """T, tokens in the batch."""
-        return sum(self.prompt_len) + sum(map(sum, self.completion_len))
-
-    @property
     def device(self) -> torch.device:
         return self.cu_group.device
+
+    def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Query tiles and key tiles of at most `rows` tokens, one of TILE_ROWS, as `tile_tables` makes them.
+
+        Made on first use and kept, by means that `torch.compile` can follow.
+        """
+        if rows not in self._tiles:
+            boundaries = (self.cu_group, self.prefix_len, self.cu_segment, self.segment_parent)
+            self._tiles[rows] = tile_tables(*boundaries, rows, self._num_tiles[rows])
+        return self._tiles[rows]
 
     @cached_property
     def segments(self) -> tuple[tuple[int, int, int, int], ...]:

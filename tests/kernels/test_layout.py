@@ -6,6 +6,7 @@ import torch
 
 from geo_r1.kernels import PackedLayout
 from geo_r1.kernels.layout import plan_batches
+from geo_r1.kernels.schedule import TILE_ROWS
 
 RAGGED = ((4, 0, 3, 0, 1), ((2, 0, 3), (), (1,), (0, 0), ()))
 LAYOUTS = {
@@ -221,3 +222,34 @@ def test_plans_keep_their_promises(seed):
         assert list(indices) == sorted(indices)
     for group, n in enumerate(times):  # split only where it must be
         assert n == 1 or prompts[group] + sum(completions[group]) > budget
+
+
+@pytest.mark.parametrize("rows", TILE_ROWS)
+@pytest.mark.parametrize("name", [*LAYOUTS, "long"])
+def test_tiles_equal_a_loop(name, rows):
+    lengths = LAYOUTS.get(name, ((150, 64, 0, 17), ((0, 1, 63, 64, 65, 130), (), (16,), (300,))))
+    layout = PackedLayout.from_lengths(*lengths)
+    queries, keys = [], []
+    for start, length, prefix, prefix_len in layout.segments:
+        group = (
+            max(i for i, first in enumerate(layout.cu_group[:-1].tolist()) if first <= start) if length else 0
+        )
+        is_prompt = start == layout.cu_group[group]
+        query_end = int(layout.cu_group[group + 1]) if is_prompt else start + length
+        for first in range(start, start + length, rows):
+            queries.append((first, start, start + length, prefix, prefix + prefix_len))
+            keys.append((first, start + length, start, query_end))
+    query_tiles, key_tiles = layout.tiles(rows)
+    assert query_tiles.dtype == key_tiles.dtype == torch.int32
+    assert query_tiles.shape == (len(queries), 5) and key_tiles.shape == (len(keys), 4)
+    assert sorted(map(tuple, query_tiles.tolist())) == sorted(queries)
+    assert sorted(map(tuple, key_tiles.tolist())) == sorted(keys)
+    query_work = [end - prefix + first - start for first, start, _, prefix, end in query_tiles.tolist()]
+    key_work = [query_end - first for first, _, _, query_end in key_tiles.tolist()]
+    for work in (query_work, key_work):  # a long tile that starts last would keep the whole device waiting
+        assert work == sorted(work, reverse=True)
+    assert layout.tiles(rows)[0] is query_tiles
+
+
+def test_longest_segment():
+    assert [PackedLayout.from_lengths(*x).max_segment_len for x in LAYOUTS.values()] == [4, 1, 5, 0, 3]

@@ -1,0 +1,252 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attention import CASES, dense, make_inputs, run, visible
+
+from geo_r1.kernels import PackedLayout, available_impls, packed_attention
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter multiplies bfloat16 wrongly. Its NumPy remarks on NaN, and on rows of keys past the end of a
+# tile, which may overflow and are not stored: tests with such values filter that.
+DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
+# Segments around and over a tile of 128, and around its two blocks of 64.
+LONG = ((150, 3), ((0, 1, 63, 64, 65, 130), (7,)))
+# Vision windows: full ones, some cut at the picture's edge, an empty one.
+WINDOWS = ((64, 64, 48, 0, 64, 16, 1), None)
+
+
+def inputs(case, *args, **kwargs):
+    """`make_inputs` on the device that kernels run on."""
+    lengths = (case[0], case[1] or [()] * len(case[0]))
+    _, qkv, grad = make_inputs(lengths, *args, **kwargs)
+    layout = PackedLayout.from_lengths(*lengths, device=DEVICE)
+    return layout, [x.to(DEVICE) for x in qkv], grad.to(DEVICE), visible(*lengths).to(DEVICE), lengths
+
+
+def plain_torch(q, k, v, seen, scale):
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+
+def triton(layout, **options):
+    return lambda *qkv: packed_attention(*qkv, layout, impl="triton", **options)
+
+
+def check(case, dtype, heads=(1, 1), head_dim=16, causal=True, scale=None):
+    """Output and gradients against float64, beside plain torch in the same dtype."""
+    layout, qkv, grad, _, lengths = inputs(case, *heads, head_dim, dtype=dtype)
+    seen = visible(*lengths, causal).to(DEVICE)
+    actual = run(triton(layout, causal=causal, scale=scale), qkv, grad)
+    plain = run(lambda *x: plain_torch(*x, seen, scale), qkv, grad)
+    truth = run(lambda *x: dense(*x, seen, scale), [x.double() for x in qkv], grad.double())
+    for name, a, p, t in zip(("out", "dq", "dk", "dv"), actual, plain, truth, strict=True):
+        assert a.dtype == dtype and a.shape == t.shape
+        # Of one visible key the scores have no gradient, and plain torch no error: hence the floor.
+        floor = torch.finfo(dtype).eps * t.numel() ** 0.5 / 4
+        error, allowed = ((x.double() - t).norm() for x in (a, p))
+        assert error <= 2 * allowed + floor, f"{name}: {error:.2e}, plain torch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_small_groups(name, dtype, causal):
+    check(CASES[name], dtype, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_sizes(dtype, head_dim, causal):
+    check(((20, 3), ((0, 35), (2,))), dtype, head_dim=head_dim, causal=causal)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
+def test_heads_that_share_keys(heads):
+    check(CASES["twins"], torch.float16, heads)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+def test_segments_longer_than_a_tile(head_dim, causal):
+    check(LONG, torch.float16, (2, 1) if head_dim == 16 else (1, 1), head_dim, causal)
+
+
+def test_segments_longer_than_a_tile_in_float32():
+    check(((40, 3), ((0, 1, 31, 33), (5,))), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_windows(dtype):
+    check(WINDOWS, dtype, (2, 2), 80 if dtype == torch.float16 else 16, causal=False)
+
+
+@pytest.mark.parametrize("scale", [0.03, 3.0])
+def test_scale(scale):
+    check(CASES["ragged"], torch.float32, scale=scale)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_large_scores_stay_finite():
+    # Scores of several hundreds, some of their rows all far below zero: exp alone would overflow or vanish.
+    layout, (q, k, v), grad, seen, _ = inputs(CASES["ragged"], 2, 1, dtype=torch.float32)
+    q, k = 10 * q, 10 * k.abs()
+    q[::2] = -q[::2].abs()
+    actual = run(triton(layout, scale=1.0), (q, k, v), grad)
+    truth = run(lambda *x: dense(*x, seen, 1.0), [x.double() for x in (q, k, v)], grad.double())
+    for a, t in zip(actual, truth, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.double(), t, rtol=1e-3, atol=1e-3 * t.abs().max().item())
+
+
+def test_non_contiguous_inputs():
+    layout, (q, k, v), grad, _, _ = inputs(CASES["twins"], 2, 2, dtype=torch.float32)
+    fused = torch.cat([q, k], 2)  # one projection cut in two: rows far apart, heads side by side
+    strided = (
+        fused[..., :16],
+        k.transpose(0, 1).contiguous().transpose(0, 1),  # heads before tokens
+        v.transpose(1, 2).contiguous().transpose(1, 2),  # a head's numbers apart: copied
+    )
+    assert not any(x.is_contiguous() for x in strided)
+    actual = run(triton(layout), strided, grad.transpose(0, 1).contiguous().transpose(0, 1))
+    expected = run(triton(layout), (q, k, v), grad)
+    assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
+    expanded = run(triton(layout), (q, k[:, :1].expand(-1, 2, -1), v), torch.ones(()).to(q).expand_as(grad))
+    written = run(triton(layout), (q, k[:, :1].repeat(1, 2, 1), v), torch.ones_like(grad))
+    assert all(a.equal(e) for a, e in zip(expanded, written, strict=True))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("case", [CASES["zero lengths"], LONG], ids=["short", "long"])
+def test_every_element_is_written(case, heads, monkeypatch):
+    layout, qkv, grad, *_ = inputs(case, *heads, dtype=torch.float16)
+    expected = run(triton(layout), qkv, grad)
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
+    assert torch.empty(1).isnan()
+    actual = run(triton(layout), qkv, grad)
+    assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad"])
+def test_nan_stays_in_its_group(poisoned):
+    layout, qkv, grad, *_ = inputs(((4, 4, 4), ((3, 3), (3, 3), (3, 3))), 2, 1, dtype=torch.float32)
+    clean = run(triton(layout), qkv, grad)
+    tensors = dict(zip(("q", "k", "v", "grad"), (*qkv, grad), strict=True))
+    tensors[poisoned][10:20] = torch.nan
+    poison = run(triton(layout), qkv, grad)
+    others = torch.tensor([*range(10), *range(20, 30)], device=DEVICE)
+    assert all(p[others].equal(c[others]) for p, c in zip(poison, clean, strict=True))
+    assert any(p[10:20].isnan().any() for p in poison)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_nan_in_a_completion_stays_out_of_its_siblings():
+    layout, (q, k, v), *_ = inputs(((4,), ((3, 3),)), dtype=torch.float32)
+    clean = packed_attention(q, k, v, layout, impl="triton")
+    k[4:7] = torch.nan
+    out = packed_attention(q, k, v, layout, impl="triton")
+    others = torch.tensor([0, 1, 2, 3, 7, 8, 9], device=DEVICE)
+    assert out[4:7].isnan().all() and out[others].equal(clean[others])
+
+
+def test_the_same_gradients_every_time():
+    layout, qkv, grad, *_ = inputs(LONG, 2, 1, dtype=torch.float16)
+    first, second = (run(triton(layout), qkv, grad) for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, True, True)])
+def test_gradients_of_some_inputs(wanted):
+    layout, qkv, grad, *_ = inputs(CASES["twins"], 2, 1, dtype=torch.float32)
+    expected = run(triton(layout), qkv, grad)[1:]
+    leaves = [x.clone().requires_grad_(w) for x, w in zip(qkv, wanted, strict=True)]
+    triton(layout)(*leaves).backward(grad)
+    for leaf, e in zip(leaves, expected, strict=True):
+        assert leaf.grad.equal(e) if leaf.requires_grad else leaf.grad is None
+
+
+@pytest.mark.parametrize("case", [((), ()), ((0, 0), ((0,), ()))], ids=["no groups", "empty groups"])
+def test_empty_batch(case):
+    layout, qkv, grad, *_ = inputs(case, dtype=torch.float32)
+    shapes = [list(x.shape) for x in run(triton(layout), qkv, grad)]
+    assert shapes == [[0, 4, 16], [0, 4, 16], [0, 2, 16], [0, 2, 16]]
+
+
+def test_second_derivatives_are_an_error():
+    layout, qkv, grad, *_ = inputs(CASES["ragged"], dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in qkv]
+    (dq,) = torch.autograd.grad(triton(layout)(*leaves), leaves[0], grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("case", [((3,), ((2, 1),)), ((), ())], ids=["group", "empty"])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
+def test_opcheck(heads, case):
+    from geo_r1.kernels import attention_triton as module
+
+    layout, qkv, grad, *_ = inputs(case, *heads, dtype=torch.float32)
+    tiles, short = module._tiles(qkv[0], layout)
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    torch.library.opcheck(module._packed_attention, (*leaves, *tiles, short, True, 0.25))
+    out, lse = module._packed_attention(*qkv, *tiles, short, True, 0.25)
+    saved = (grad, *qkv, out, lse, *tiles[1:], short, True, 0.25)
+    torch.library.opcheck(module._packed_attention_backward, saved)
+
+
+@pytest.mark.parametrize("how", ["closure", "argument"])
+def test_compiles_as_one_graph(how):
+    cases = [CASES["ragged"], CASES["twins"]]
+    by_argument = torch.compile(
+        lambda q, k, v, layout: packed_attention(q, k, v, layout, impl="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for case in cases:
+        layout, qkv, grad, *_ = inputs(case, 2, 1, dtype=torch.float32)
+        expected = run(triton(layout), qkv, grad)
+        fresh = PackedLayout.from_lengths(*case, device=DEVICE)  # never used, so its tiles are not there yet
+        if how == "closure":
+            op = torch.compile(triton(fresh), fullgraph=True, backend="aot_eager")
+        else:
+            op = lambda q, k, v, layout=fresh: by_argument(q, k, v, layout)  # noqa: E731
+        for _ in range(2):
+            actual = run(op, qkv, grad)
+            assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_autocast_casts_as_torch_attention_does():
+    layout, (q, k, v), *_ = inputs(CASES["ragged"], dtype=torch.float32)
+    expected = packed_attention(q.half(), k.half(), v.half(), layout, impl="triton")
+    with torch.autocast(DEVICE.type, torch.float16):
+        out = packed_attention(q, k.half(), v, layout, impl="triton")
+        plain = F.scaled_dot_product_attention(q, q, q)
+    assert out.dtype == plain.dtype == torch.float16 and out.equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "message"),
+    [
+        (torch.float64, 16, "impl='triton' does not take torch.float64 inputs; use None"),
+        (
+            torch.float32,
+            48,
+            "impl='triton' does not take head size 48, only 16, 32, 64, 80, 96, 128; use None",
+        ),
+    ],
+)
+def test_inputs_that_triton_does_not_take(dtype, head_dim, message):
+    assert "triton" in available_impls()["packed_attention"]
+    layout, qkv, grad, seen, _ = inputs(CASES["ragged"], head_dim=head_dim, dtype=dtype)
+    with pytest.raises(ValueError) as error:
+        packed_attention(*qkv, layout, impl="triton")
+    assert message in str(error.value)
+    default = run(lambda *x: packed_attention(*x, layout), qkv, grad)
+    expected = run(lambda *x: dense(*x, seen), qkv, grad)
+    for a, e in zip(default, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
