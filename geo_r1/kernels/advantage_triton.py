@@ -85,6 +85,8 @@ def _group_advantage_kernel(
     valid_ptr,
     cu_group_ptr,
     cu_completion_ptr,
+    num_members,
+    num_rows,
     stride_reward_n,
     stride_valid_n,
     LEAVE_ONE_OUT: tl.constexpr,
@@ -95,7 +97,8 @@ def _group_advantage_kernel(
 ):
     i_group = tl.program_id(0)
     start = tl.load(cu_group_ptr + i_group).to(tl.int64)
-    stop = tl.load(cu_group_ptr + i_group + 1).to(tl.int64)
+    # Boundaries on a GPU were not read by the host: wrong ones must not reach beyond the tensors.
+    stop = tl.minimum(tl.load(cu_group_ptr + i_group + 1).to(tl.int64), num_members)
     count, low, high, mean, squares = _statistics(
         reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, start, stop, BLOCK
     )
@@ -107,7 +110,7 @@ def _group_advantage_kernel(
         divisor = tl.sqrt(squares / tl.maximum(count - CORRECTION, 1.0)) + EPS
     elif SCALE == "batch":
         first = tl.load(cu_group_ptr).to(tl.int64)
-        last = tl.load(cu_group_ptr + tl.num_programs(0)).to(tl.int64)
+        last = tl.minimum(tl.load(cu_group_ptr + tl.num_programs(0)).to(tl.int64), num_members)
         count_all, _, _, _, squares_all = _statistics(
             reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, first, last, BLOCK
         )
@@ -130,7 +133,7 @@ def _group_advantage_kernel(
             reward, valid = _members(reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, i_member, stop)
             advantage = tl.where(valid, (reward - low - mean) * gain, 0.0)
             first_row = tl.load(cu_completion_ptr + i_member).to(tl.int64)
-            last_row = tl.load(cu_completion_ptr + i_member + 1).to(tl.int64)
+            last_row = tl.minimum(tl.load(cu_completion_ptr + i_member + 1).to(tl.int64), num_rows)
             for i_row in range(first_row, last_row, BLOCK):
                 # [BLOCK]
                 o_row = i_row + o_block
@@ -161,6 +164,8 @@ def group_advantage_triton(
             valid_ptr=valid_N,
             cu_group_ptr=cu_group.contiguous(),
             cu_completion_ptr=None if cu_completion is None else cu_completion.contiguous(),
+            num_members=reward_N.numel(),
+            num_rows=num_rows,
             stride_reward_n=reward_N.stride(0),
             stride_valid_n=0 if valid_N is None else valid_N.stride(0),
             LEAVE_ONE_OUT=baseline == "leave_one_out",

@@ -33,7 +33,9 @@ class GRPOLossOutput:
     entropy_R: Tensor  # [R] nats
     kl_R: Tensor  # [R] nats, by the chosen estimator; zeros without ref_logp_R
     ratio_R: Tensor  # [R] policy / old policy, before any clipping; one a sequence with level "sequence"
-    clipped_R: Tensor  # [R] bool, the bound took the row's gradient (never with "sapo")
+    # [R] bool: outside [1 - epsilon, 1 + epsilon_high] on the side that the advantage pushes to; with "cispo"
+    # above epsilon_high with a positive advantage; never with "sapo"
+    clipped_R: Tensor
 
 
 def grpo_loss(
@@ -56,7 +58,8 @@ def grpo_loss(
         cispo: policy = -stop_gradient(min(ratio, epsilon_high)) A logp
         sapo:  policy = -4 / tau sigmoid(tau (ratio - 1)) A
 
-    Differentiable in `logits_RV` only. A row of weight zero contributes exactly zero, whatever it holds.
+    Differentiable in `logits_RV` only. A row of weight zero contributes exactly zero, whatever it holds. With
+    old_logp_R=None NaN logits show in logp_R and the gradient; the ratio is 1, so the loss may be finite.
 
     Args:
         logits_RV: [R, V] float16, bfloat16, float32 or float64. R = 0 is legal, and its loss is 0.
@@ -174,8 +177,7 @@ def _logit_gradient(
         return rows_triton.logit_gradient(
             logits_RV, target_R, lse_R, entropy_R, d_logp_R, wanted_R, temperature, d_loss=d_loss
         )
-    wanted_R = None if wanted_R is None else wanted_R * d_loss
-    return reference.logit_gradient(logits_RV, target_R, entropy_R, d_logp_R * d_loss, wanted_R, temperature)
+    return reference.logit_gradient(logits_RV, target_R, entropy_R, d_logp_R, wanted_R, temperature, d_loss)
 
 
 @_logit_gradient.register_fake

@@ -7,7 +7,8 @@ Rows are walked in chunks whose logits live in one bounded scratch. Two ways thr
 
 - A loss is one number, so it gets its gradients in the forward pass: three products in all (logits, dhidden,
   dlm_head), 3 * 2 R C V operations, and backward only multiplies. With ratios per sequence no row's gradient
-  is known before the last row's log-probability: chunks are walked twice, four products.
+  is known before the last row's log-probability: if there are several chunks they are walked twice, four
+  products.
 - Log-probabilities that are themselves differentiated recompute a chunk's logits in backward: four products.
 
 Without a gradient there is one product; a frozen head or frozen hidden states skip theirs.
@@ -56,11 +57,12 @@ def linear_grpo_loss(
     """GRPO's loss from hidden states: `grpo_loss(hidden_RC @ lm_head_VC.T, ...)` without the logits.
 
     Differentiable, once, in `hidden_RC` and `lm_head_VC`. Products run in the inputs' dtype, statistics in
-    float32 (float64 for float64 inputs); the head's gradient is summed over chunks in float32.
+    float32 (float64 for float64 inputs). The head's gradient is summed over chunks in the head's dtype for up
+    to four chunks, in float32 beyond. Autocast casts float32 states, and so the products, to its dtype.
 
     Args:
         hidden_RC: [R, C] float16, bfloat16, float32 or float64, each the state that predicts its target.
-        lm_head_VC: [V, C] same dtype and device; may be the embedding's own tensor.
+        lm_head_VC: [V, C] same dtype and device, or float32 beside narrow states; may be the embedding's own.
         target_R, advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R,
             config: see `grpo_loss`.
         impl: implementation, see `available_impls()`.
@@ -97,7 +99,7 @@ def linear_logprob(
 
     Args:
         hidden_RC: [R, C] float16, bfloat16, float32 or float64, each the state that predicts its target.
-        lm_head_VC: [V, C] same dtype and device; may be the embedding's own tensor.
+        lm_head_VC: [V, C] same dtype and device, or float32 beside narrow states; may be the embedding's own.
         target_R: [R] int64 in [0, V).
         temperature: divides the logits.
         impl: implementation, see `available_impls()`.
@@ -136,7 +138,7 @@ def linear_cross_entropy(
 
     Args:
         hidden_RC: [R, C] float16, bfloat16, float32 or float64, each the state that predicts its target.
-        lm_head_VC: [V, C] same dtype and device; may be the embedding's own tensor.
+        lm_head_VC: [V, C] same dtype and device, or float32 beside narrow states; may be the embedding's own.
         target_R: [R] int64 in [0, V), also where the weight is zero.
         token_weight_R: [R] floating, e.g. 1 / tokens of the step.
         impl: implementation, see `available_impls()`.
@@ -173,7 +175,7 @@ def _loss(
         hidden_RC,
         lm_head_VC,
         target_R,
-        *rows_R._replace(token_weight_R=rows_R.token_weight_R / unit),
+        *rows_R._replace(token_weight_R=_wide(rows_R.token_weight_R) / unit),
         *config.values,
         grad and hidden_RC.requires_grad,
         grad and lm_head_VC.requires_grad,
@@ -212,8 +214,10 @@ def _linear_grpo_loss(
     else:
         logp_R, entropy_R = _walk_statistics(walk, target_R, config.temperature)
         terms = grpo_row_loss(logp_R, entropy_R, rows_R, config)
+        again = len(hidden_RC) > walk.num_chunk_rows  # one chunk is still where its statistics were made
         for rows in walk.chunks() if walk.needs_any else ():
-            walk.rows.statistics(walk.logits(rows), target_R[rows], config.temperature)
+            if again:
+                walk.rows.statistics(walk.logits(rows), target_R[rows], config.temperature)
             d_entropy_r = terms.d_entropy_R[rows] if config.entropy_coef != 0 else None
             walk.add_gradients(rows, walk.rows.gradient(terms.d_logp_R[rows], d_entropy_r))
     return *loss_outputs(terms, rows_R.token_weight_R, logp_R, entropy_R), *walk.results()
@@ -233,7 +237,7 @@ def _without_dropped_rows(
         for row_r, idle in zip(reports_r, (0, 0, 0, 1, False), strict=True)
     ]
     if arguments[-3]:
-        d_hidden_rC = torch.zeros_like(hidden_RC).index_copy_(0, index_r, d_hidden_rC)
+        d_hidden_rC = hidden_RC.new_zeros(hidden_RC.shape).index_copy_(0, index_r, d_hidden_rC)
     return loss, *reports_R, d_hidden_rC, d_head_VC
 
 
@@ -366,6 +370,10 @@ def _autocast(hidden_RC: Tensor) -> Tensor:
     return hidden_RC
 
 
+def _wide(row_R: Tensor) -> Tensor:
+    return row_R.to(torch.promote_types(row_R.dtype, torch.float32))
+
+
 def _weight_unit(weight_R: Tensor) -> Tensor:
     """A power of two near the largest weight: weights are divided by it and the loss multiplied, exactly.
 
@@ -374,5 +382,7 @@ def _weight_unit(weight_R: Tensor) -> Tensor:
     """
     if weight_R.numel() == 0:
         return weight_R.new_ones((), dtype=torch.float32)
-    largest = weight_R.detach().abs().amax().float()
+    size_R = weight_R.detach().abs().float()
+    # Nor may they grow past it: rows that agree on a token add up in the head's gradient.
+    largest = torch.maximum(size_R.amax(), size_R.sum() / 256)
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)

@@ -76,8 +76,10 @@ def logit_gradient(
     d_logp_R: Tensor,
     d_entropy_R: Tensor | None,
     temperature: float,
+    d_loss: Tensor | float = 1.0,
 ) -> Tensor:
-    """The gradient of `row_statistics`, dlogits = (dlogp (onehot - p) - dH p (log p + H)) / temperature.
+    """The gradient of `row_statistics`, dlogits = (dlogp (onehot - p) - dH p (log p + H)) / temperature,
+    times `d_loss`.
 
     Rows whose derivatives are zero get exactly zero, whatever their logits hold.
 
@@ -87,11 +89,13 @@ def logit_gradient(
     logp_RV = _log_softmax(logits_RV, temperature)
     p_RV = logp_RV.exp()
     idle_R = d_logp_R == 0
-    d_logp_R = d_logp_R / temperature
+    d_logp_R = d_logp_R * d_loss / temperature
     factor_RV = -d_logp_R[:, None]
     if d_entropy_R is not None:
         idle_R = idle_R & (d_entropy_R == 0)
-        factor_RV = factor_RV - (d_entropy_R / temperature)[:, None] * (_finite(logp_RV) + entropy_R[:, None])
+        factor_RV = factor_RV - (d_entropy_R * d_loss / temperature)[:, None] * (
+            _finite(logp_RV) + entropy_R[:, None]
+        )
     d_RV = p_RV.mul_(factor_RV).scatter_add_(1, target_R[:, None], d_logp_R[:, None])
     return d_RV.masked_fill_(idle_R[:, None], 0.0).to(logits_RV.dtype)
 
@@ -149,12 +153,16 @@ def grpo_row_loss(logp_R: Tensor, entropy_R: Tensor, rows: LossRows, config: GRP
 def _sequence_mean(value_R: Tensor, kept_R: Tensor, sequence_R: Tensor) -> Tensor:
     """Mean over the kept rows of each row's sequence; the ids need be neither sorted nor dense."""
     # Dense ids by sorting: R of them at most, and no host sync as torch.unique would need.
-    ordered, order = sequence_R.sort()
+    ordered, order = sequence_R.sort(stable=True)
     rank = torch.zeros_like(ordered)
     rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     slot = torch.empty_like(rank).scatter_(0, order, rank)
-    count = value_R.new_zeros(value_R.shape).index_add(0, slot, kept_R.to(value_R.dtype))
-    total = torch.zeros_like(value_R).index_add(0, slot, value_R)
+    lengths = torch.zeros_like(rank).scatter_add_(0, rank, torch.ones_like(rank))
+    # Segments, not index_add, whose order of addition is not fixed on a GPU.
+    total, count = (
+        torch.segment_reduce(x[order], "sum", lengths=lengths, unsafe=True)
+        for x in (value_R, kept_R.to(value_R.dtype))
+    )
     return (total / count.clamp(min=1))[slot]
 
 

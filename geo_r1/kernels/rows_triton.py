@@ -64,11 +64,13 @@ def _statistics(
         new_top = tl.maximum(top, tl.max(b_z, 0))
         # A row may begin with blocks of -inf alone; a NaN stays in b_z and reaches the sums.
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        shift = tl.where(top == -float("inf"), 0.0, top - base)
+        shift = tl.where(top == -float("inf"), 0.0, tl.maximum(top - base, -1e30))  # 0 * -inf is NaN
         decay = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
         b_above = b_z - base
         b_exp = tl.exp(b_above)
-        moment = decay * (moment + shift * total) + tl.where(b_z == -float("inf"), 0.0, b_exp * b_above)
+        moment = (
+            decay * moment + (decay * shift) * total + tl.where(b_z == -float("inf"), 0.0, b_exp * b_above)
+        )
         total = decay * total + b_exp
         top = new_top
     log_sum = tl.log(tl.sum(total, 0))
@@ -197,7 +199,7 @@ def _loss_kernel(
             d_kl = -d
         else:
             kl = _expm1_less(d)
-            d_kl = -(kl + d)
+            d_kl = tl.where(tl.abs(d) < 0.25, -(kl + d), 1 - tl.exp(d))  # -expm1(d), also where d is -inf
         if beta != 0:
             term += beta * kl
             d_logp += beta * d_kl

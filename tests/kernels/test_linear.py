@@ -179,7 +179,7 @@ def test_memory_law(dtype, config):
     assert gradients < seen.peak_bytes <= chunks.SCRATCH_BYTES_CPU + gradients + rows
 
 
-def test_products_that_nobody_needs_are_skipped():
+def test_products_that_nobody_needs_are_skipped(monkeypatch):
     case = loss_case(12, 31)
     rows = case.rows()
 
@@ -198,9 +198,13 @@ def test_products_that_nobody_needs_are_skipped():
     assert products(hidden, fresh.lm_head_VC) == 2 and fresh.lm_head_VC.grad.any()
     fresh = case.leaves()
     assert products(fresh.hidden_RC, fresh.lm_head_VC) == 3
-    assert products(fresh.hidden_RC, fresh.lm_head_VC, LEVELS[1]) == 4
+    assert (
+        products(fresh.hidden_RC, fresh.lm_head_VC, LEVELS[1]) == 3
+    )  # one chunk: its logits are still there
     with torch.no_grad():
         assert products(fresh.hidden_RC, fresh.lm_head_VC) == 1
+    monkeypatch.setattr(chunks, "SCRATCH_BYTES_CPU", 5 * 31 * 16)  # two chunks of the ten rows that count
+    assert products(fresh.hidden_RC, fresh.lm_head_VC, LEVELS[1]) == 2 * 4
 
 
 @pytest.mark.parametrize("config", LEVELS, ids=LEVEL_IDS)

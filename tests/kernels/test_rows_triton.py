@@ -163,6 +163,33 @@ def test_shifted_and_sharply_peaked_logits(shift):
     torch.testing.assert_close(grads[0].double(), truth[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e38, -1e4])
+def test_entries_masked_with_a_finite_number(fill):
+    g = torch.Generator().manual_seed(2)
+    logits = torch.randn(3, 20_000, generator=g).to(DEVICE)
+    logits[:, :17_000] = fill
+    target, weight = torch.full((3,), 18_000, device=DEVICE), torch.ones(3, device=DEVICE)
+    found = []
+    for x, impl in ((logits.double(), "reference"), (logits, "triton")):
+        leaf = x.requires_grad_()
+        out = grpo_loss(leaf, target, weight, weight, config=GRPOLossConfig(entropy_coef=0.1), impl=impl)
+        found.append((out.loss, out.entropy_R, out.logp_R, *torch.autograd.grad(out.loss, leaf)))
+    for right, got in zip(*found, strict=True):
+        close(got, right, 1e-5)
+
+
+def test_references_that_rule_a_token_out():
+    """ref_logp = -inf: the loss is infinite, the gradient is not."""
+    case = on_device(loss_case(4, 9), torch.float32)
+    case.ref_logp_R[1] = -torch.inf
+    config = GRPOLossConfig(beta=0.1)
+    found = [
+        results(x, config, impl=i, linear=False) for x, i in ((wide(case), "reference"), (case, "triton"))
+    ]
+    assert all(values["loss"] == torch.inf and grads[0].isfinite().all() for values, grads in found)
+    close(found[1][1][0], found[0][1][0], 1e-5)
+
+
 def test_entries_that_cannot_be_drawn_rows_of_weight_zero_and_strides():
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(6, 3000, generator=g).to(DEVICE)
@@ -276,6 +303,26 @@ def test_a_float32_head_gets_a_float32_gradient_from_narrow_products():
         assert (grad.double() - truth).norm() < 4e-3 * truth.norm()
 
 
+@pytest.mark.parametrize("head_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_float16_gradients_survive_many_rows_that_agree(impl, head_dtype):
+    """Kept scaled too far up, the head's gradient would overflow: a sum over rows, where each is small."""
+    num_rows = 2500
+    hidden_RC, head_VC = (
+        torch.zeros(num_rows, 4, device=DEVICE).half(),
+        torch.zeros(7, 4).to(DEVICE, head_dtype),
+    )
+    head_VC.requires_grad_()
+    hidden_RC[:, 0] = 128.0
+    target_R = torch.zeros(num_rows, dtype=torch.int64, device=DEVICE)
+    weight_R = torch.full((num_rows,), 1 / num_rows, device=DEVICE)
+    loss = linear_cross_entropy(hidden_RC, head_VC, target_R, weight_R, impl=impl)
+    (d_head_VC,) = torch.autograd.grad(loss, head_VC)
+    expected = torch.full((7,), 128 / 7, device=DEVICE)
+    expected[0] -= 128
+    torch.testing.assert_close(d_head_VC[:, 0].float(), expected, rtol=2e-3, atol=0)
+
+
 def test_autocast_runs_products_in_its_dtype():
     dtype = torch.bfloat16 if GPU else torch.float16
     case = on_device(loss_case(9, 31), torch.float32)
@@ -301,7 +348,10 @@ def test_ops_pass_opcheck(impl, config):
     arguments = (logits.detach(), case.target_R, row, row, row, row, scalar, True, 0.7, impl)
     torch.library.opcheck(ops.logit_gradient.default, arguments)
     inputs = (case.hidden_RC, case.lm_head_VC)
-    torch.library.opcheck(ops.linear_grpo_loss.default, (*inputs, *rows, *config.values, True, True, impl))
+    strided = case.hidden_RC.detach().t().contiguous().t().requires_grad_()  # as its gradient is not
+    for hidden in (case.hidden_RC, strided):
+        arguments = (hidden, case.lm_head_VC, *rows, *config.values, True, True, impl)
+        torch.library.opcheck(ops.linear_grpo_loss.default, arguments)
     torch.library.opcheck(ops.linear_logprob.default, (*inputs, case.target_R, 0.7, impl))
     hidden, head = (x.detach() for x in inputs)
     arguments = (row, None, hidden, head, case.target_R, 0.7, True, False, impl)
