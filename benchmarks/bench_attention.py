@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import Case, Provider, Tensors
+from benchmarks.measure import Case, Provider
+from benchmarks.meters import Tensors
 from benchmarks.peers import our_names, ours, why_missing, why_not_compiled
 from geo_r1.kernels import PackedLayout, packed_attention
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.device import default_device, measure_ceilings
-from benchmarks.measure import Case, Ceilings, Measurement, Provider, compare
+from benchmarks.measure import Case, Ceilings, DeviceLostError, Measurement, Provider, compare
 
 REPORTED = pytest.StashKey[list[Measurement]]()
 
@@ -83,13 +83,19 @@ def report(request, device, ceilings, measured, record_property):
         if key not in measured:
             measured[key] = f"{test}, {key[1]}: inputs or truth failed, see the first provider's test"
             chosen = {
-                item.callspec.params["provider"]
+                item.callspec.params["provider"]: item.nodeid
                 for item in request.session.items
                 if getattr(item, "originalname", None) == test
                 and item.callspec.params["size"] == params["size"]
             }
             case, providers, truth = make_case()
-            measured[key] = compare(case, [p for p in providers if p.name in chosen], truth, device, ceilings)
+            providers = [p for p in providers if p.name in chosen]
+            try:
+                measured[key] = compare(case, providers, truth, device, ceilings)
+            except DeviceLostError as error:  # the recorder ends this process, another goes on without it
+                record_property("measurement", error.measurement.as_dict())
+                record_property("culprit", chosen[error.measurement.provider])
+                pytest.fail(str(error), pytrace=False)
         measurement = measured[key][params["provider"]]
         record_property("measurement", measurement.as_dict())
         request.config.stash[REPORTED].append(measurement)

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Ceilings, CpuMeter, CudaMeter
+from benchmarks.measure import Ceilings
+from benchmarks.meters import CpuMeter, CudaMeter
 
 PACKAGES = (
     "torch",

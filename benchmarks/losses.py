@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Tensors
+from benchmarks.meters import Tensors
 from geo_r1.kernels import GRPOLossConfig
 
 CONFIG = GRPOLossConfig(epsilon=0.2, beta=0.04)

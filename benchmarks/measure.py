@@ -6,28 +6,36 @@ Operations and bytes are those that the work needs (each input read once), the s
 provider that recomputes is slower, not busier. Each provider is first run once and compared with a float64
 truth: one that is wrong is not timed. The rest take turns, one repetition each a round, so that clocks and
 heat are shared; the median counts. On a GPU, events time the stream alone: before each repetition the L2
-cache is overwritten and the stream is held back for as long as the host needs to enqueue the work.
+cache is overwritten and the stream is held back for as long as the host needs to enqueue the work. A provider
+that fails, of memory or otherwise, is reported with the reason and the rest go on; one that leaves the GPU
+unusable ends the process, and `gpu.py` starts another without it.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.meters import CpuMeter, CudaMeter, Tensors, device_lost
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 ROUNDS_SECONDS = {"cuda": 2.0, "cpu": 1.0}  # of rounds for all providers of a case together
-MAX_HOLD_MS = 20.0  # the stream is not held back for longer: a step that enqueues for a second hides nothing
 MIB = 2**20
 
-Tensors = tuple[Tensor, ...]
+
+class DeviceLostError(Exception):
+    """After an error of a provider's, an illegal address say, the GPU does nothing more for this process."""
+
+    def __init__(self, measurement: Measurement) -> None:
+        super().__init__(f"{measurement.provider} left the GPU unusable: {measurement.reason}")
+        self.measurement = measurement
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,9 @@ def compare(
 
     Returns:
         One measurement a provider, by name.
+
+    Raises:
+        DeviceLostError: a provider left the GPU unusable.
     """
     meter: CudaMeter | CpuMeter = CudaMeter(device, case.hold) if device.type == "cuda" else CpuMeter()
     found = {
@@ -160,21 +171,12 @@ def compare(
         if truth is not None and provider.kind != "floor" and expected is None:
             expected = truth()
         try:
-            function = provider.build()
-            results = function()
-            if expected is not None and provider.kind != "floor":
-                measurement.errors = relative_errors(provider.unpack(results), expected)
-                measurement.error = max(measurement.errors, key=lambda e: math.inf if math.isnan(e) else e)
-            del results
-            if measurement.error is not None and not measurement.error <= case.tolerance:
-                measurement.status = "wrong"
-                measurement.reason = f"error {measurement.error:.1e} is over {case.tolerance:.0e}"
-                continue
-            measurement.peak_mib = meter.peak_bytes(function) / MIB
+            running[provider.name] = _try(provider, measurement, expected, case, meter)
         except Exception as error:  # code of others may raise anything; it is reported, and the rest go on
             _fail(measurement, error)
-            continue
-        running[provider.name] = function
+        if measurement.status != "measured":
+            running.pop(provider.name, None)
+            _recover()
     del expected
     for name, times in _in_turns(running, meter, found, case.rounds).items():
         _fill(found[name], times, case, ceilings)
@@ -182,6 +184,35 @@ def compare(
         running.clear()
         torch.cuda.empty_cache()  # the next case starts from an unbroken memory
     return found
+
+
+def _try(
+    provider: Provider,
+    measurement: Measurement,
+    expected: Sequence[Tensor] | None,
+    case: Case,
+    meter: CudaMeter | CpuMeter,
+) -> Callable[[], Tensors]:
+    """The function to be timed, after its results were compared and its memory was measured."""
+    function = provider.build()
+    if case.rounds is None:  # the first run compiles, and asks for memory that later ones do not
+        function()
+    results, peak_bytes = meter.run_for_peak(function)
+    measurement.peak_mib = peak_bytes / MIB
+    if expected is not None and provider.kind != "floor":
+        measurement.errors = relative_errors(provider.unpack(results), expected)
+        measurement.error = max(measurement.errors, key=lambda e: math.inf if math.isnan(e) else e)
+        if not measurement.error <= case.tolerance:
+            measurement.status = "wrong"
+            measurement.reason = f"error {measurement.error:.1e} is over {case.tolerance:.0e}"
+    return function
+
+
+def _recover() -> None:
+    """Give back what a provider that is not timed has left in memory."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _in_turns(
@@ -193,7 +224,7 @@ def _in_turns(
     """Milliseconds of each repetition of each provider."""
     times: dict[str, list[float]] = {}
     for name, function in running.items():
-        if num_rounds is not None:  # a long step: its first runs, to compare and for memory, warmed it up
+        if num_rounds is not None:  # a long step: its first run, to compare and for memory, warmed it up
             times[name] = []
             continue
         try:
@@ -216,7 +247,9 @@ def _in_turns(
                 times[name].append(meter.read(repetition))
             except Exception as error:  # likewise
                 _fail(found[name], error)
-        times = {name: values for name, values in times.items() if found[name].status == "measured"}
+        if any(found[name].status != "measured" for name in times):
+            times = {name: values for name, values in times.items() if found[name].status == "measured"}
+            _recover()
     return times
 
 
@@ -253,98 +286,5 @@ def _fail(measurement: Measurement, error: Exception) -> None:
     text = str(error).strip()
     measurement.status = "failed"
     measurement.reason = f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"
-
-
-class CudaMeter:
-    """Times by events with a cold L2; a repetition is only read once its round is over."""
-
-    device_type = "cuda"
-
-    def __init__(self, device: torch.device, hold: bool = True) -> None:
-        self.device, self.hold = device, hold
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device=device)
-        self.cycles_per_ms = self._cycles_per_ms()
-
-    def _cycles_per_ms(self) -> float:
-        cycles = 1_000_000
-        times = []
-        for _ in range(3):
-            start, end = self._event(), self._event()
-            start.record()
-            torch.cuda._sleep(cycles)
-            end.record()
-            times.append(self.read((start, end)))
-        return cycles / statistics.median(times)
-
-    @staticmethod
-    def _event() -> torch.cuda.Event:
-        return torch.cuda.Event(enable_timing=True)
-
-    def warm_up(self, function: Callable[[], Tensors]) -> tuple[float, float]:
-        """Milliseconds for the host to enqueue the work, and for the device to do it."""
-        function()
-        torch.cuda.synchronize(self.device)
-        begin = time.perf_counter()
-        function()
-        host_ms = (time.perf_counter() - begin) * 1e3
-        torch.cuda.synchronize(self.device)
-        return host_ms, self.read(self.repeat(function, host_ms))
-
-    def repeat(self, function: Callable[[], Tensors], host_ms: float) -> Any:
-        """Enqueue one repetition; `read` waits for it."""
-        start, end = self._event(), self._event()
-        self.flush.zero_()
-        if self.hold:
-            torch.cuda._sleep(int(min(1.5 * host_ms, MAX_HOLD_MS) * self.cycles_per_ms))
-        start.record()
-        function()
-        end.record()
-        return start, end
-
-    def read(self, events: Any) -> float:
-        start, end = events
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def peak_bytes(self, function: Callable[[], Tensors]) -> int:
-        """Bytes allocated at the peak, above what was there before and what is returned."""
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        results = function()
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - before - bytes_of(results)
-
-
-class CpuMeter:
-    """Times by the wall clock; memory is what torch's own allocator was asked for."""
-
-    device_type = "cpu"
-
-    def warm_up(self, function: Callable[[], Tensors]) -> tuple[float, float]:
-        ms = self.repeat(function, 0.0)
-        return ms, ms
-
-    def repeat(self, function: Callable[[], Tensors], host_ms: float) -> float:
-        begin = time.perf_counter()
-        function()
-        return (time.perf_counter() - begin) * 1e3
-
-    def read(self, ms: float) -> float:
-        return ms
-
-    def peak_bytes(self, function: Callable[[], Tensors]) -> int:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            results = function()
-        live = peak = 0
-        for event in trace.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                peak = max(peak, live)
-        return peak - bytes_of(results)
-
-
-def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the storages behind some tensors, each counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    if device_lost():
+        raise DeviceLostError(measurement) from error

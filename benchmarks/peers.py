@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Provider, Tensors
+from benchmarks.measure import Provider
+from benchmarks.meters import Tensors
 from geo_r1.kernels import available_impls
 
 

@@ -1,29 +1,49 @@
 """A pytest plugin, `-p benchmarks.recorder --record FILE`: one JSON line a test, written as soon as it ends.
 
-So what a run found out is there even if the run is killed.
+So what a run found out is there even if the run is killed. Given a file that has lines, a run goes on where
+the one that wrote them stopped: every test that was begun is left out. A run whose GPU no longer does
+anything ends at once, with exit code LOST. `--share 2/8` takes every eighth test, from the third on.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.lines import LOST, begun, read_lines
+
 
 def pytest_addoption(parser):
     parser.addoption("--record", type=Path, help="append a JSON line a test to this file")
+    parser.addoption(
+        "--share", default="0/1", help="i/n: of n processes that share the tests, this is number i"
+    )
 
 
 def pytest_configure(config):
     if config.getoption("record") is not None:
-        config.pluginmanager.register(Recorder(config.getoption("record")))
+        config.pluginmanager.register(Recorder(config.getoption("record")), "recorder")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    index, count = map(int, config.getoption("share").split("/"))
+    recorder = config.pluginmanager.get_plugin("recorder")
+    before = set() if recorder is None else recorder.before
+    chosen = [item for item in items[index::count] if item.nodeid not in before]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 class Recorder:
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.touch()
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * (path.stat().st_size > 0))  # a killed run's last line may have no end
+        self.before = begun(read_lines(path))
 
     def write(self, **line: object) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -35,6 +55,10 @@ class Recorder:
             self.write(test=report.nodeid, outcome="failed", reason=last_line(report.longreprtext))
 
     @pytest.hookimpl
+    def pytest_runtest_logstart(self, nodeid):
+        self.write(begun=nodeid)
+
+    @pytest.hookimpl
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.passed:
             return  # setting up and tearing down are reported where they fail or skip
@@ -43,8 +67,26 @@ class Recorder:
             line["reason"] = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
             line["reason"] = last_line(report.longreprtext)
-        line |= {name: value for name, value in report.user_properties if name == "measurement"}
+        properties = dict(report.user_properties)
+        if "measurement" in properties:
+            line["measurement"] = properties["measurement"]
+        if (
+            properties.get("culprit", report.nodeid) != report.nodeid
+        ):  # it is what failed: this one has a rerun
+            self.write(again=report.nodeid)
+            line["test"] = properties["culprit"]
+            self.write(begun=line["test"])
         self.write(**line)
+        if not report.passed and lost():
+            pytest.exit("the GPU does nothing more for this process", LOST)
+
+
+def lost() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from benchmarks.meters import device_lost
+
+    return device_lost()
 
 
 def last_line(text: str) -> str:

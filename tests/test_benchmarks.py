@@ -1,10 +1,13 @@
 """The benchmarks' own arithmetic and honesty: what is timed, what is recorded, what the README then says."""
 
+import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 from benchmarks import gpu, results
 from benchmarks.bench_attention import IMAGES, AttentionSize, windows
 from benchmarks.conftest import table
+from benchmarks.lines import read_lines
 from benchmarks.measure import (
     MAX_ROUNDS,
     MIN_ROUNDS,
@@ -19,11 +23,12 @@ from benchmarks.measure import (
     Ceilings,
     Measurement,
     Provider,
-    bytes_of,
     compare,
     relative_errors,
     rounds_for,
 )
+from benchmarks.meters import bytes_of
+from benchmarks.parts import PARTS, Part, pytest_part
 from benchmarks.targets import TARGETS, Finding, verdict
 
 CEILINGS = Ceilings(matmul_tflops=100.0, copy_gbps=1000.0)
@@ -114,6 +119,23 @@ def test_a_missing_provider_gives_its_reason_and_one_that_fails_takes_no_other_w
     assert found["right"].status == "measured"
 
 
+def test_a_provider_that_fails_gives_its_memory_back():
+    held = []
+
+    def raises():
+        scratch = torch.ones(4)
+        held.append(weakref.ref(scratch))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def build():
+        assert held[0]() is None
+        return lambda: ()
+
+    found = run([Provider("large", lambda: raises), Provider("next", build)])
+    assert found["large"].reason == "OutOfMemoryError: CUDA out of memory"
+    assert found["next"].status == "measured"
+
+
 def test_a_floor_is_timed_but_not_compared():
     def truth():
         raise AssertionError("nothing to compare")
@@ -163,7 +185,7 @@ def test_windows_are_those_of_the_vision_tower():
 
 # What make gpu does, with parts that are a line of Python each.
 def part(name, code, seconds=20.0, reads="tests", needs=()):
-    return gpu.Part(name, ("-c", code, "{record}"), seconds, needs, reads)
+    return Part(name, ("-c", code, "{record}"), seconds, needs, reads)
 
 
 def line_writer(**line):
@@ -221,6 +243,85 @@ def test_a_part_that_outlasts_its_time_keeps_what_it_wrote(tmp_path, monkeypatch
     assert record["parts"]["stuck"]["tests"] == {"passed": 1} and len(record["measurements"]) == 1
 
 
+SUITE = """
+import os, pytest
+def test_before(): pass
+def test_dies(): os.abort()
+def test_behind(): pass
+def test_fails(): assert 1 == 2
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_test_that_kills_its_process_takes_no_other_with_it(tmp_path, processes):
+    (tmp_path / "suite").mkdir()
+    suite = tmp_path / "suite" / "test_suite.py"
+    suite.write_text(SUITE)
+    tests = pytest_part("tests", 60.0, str(suite))
+    code, record = record_of(tmp_path / "out", FACTS_PART, dataclasses.replace(tests, processes=processes))
+    found = record["parts"]["tests"]
+    assert code == 1 and found["status"] == "failed"
+    assert found["tests"] == {"passed": 2, "failed": 2}
+    assert {name.split("::")[1]: reason for name, reason in found["failures"].items()} == {
+        "test_dies": "did not end",
+        "test_fails": "assert 1 == 2",
+    }
+
+
+BENCHMARK = """
+import pytest, torch
+from benchmarks import measure, meters
+from benchmarks.measure import Case, Provider
+
+LOST = []
+measure.device_lost = meters.device_lost = lambda: bool(LOST)
+
+def lose():
+    LOST.append(1)
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+@pytest.mark.parametrize("provider", ["good", "bad", "other"])
+@pytest.mark.parametrize("size", [1])
+def test_sum(report, device, size, provider):
+    def make():
+        fine = lambda: lambda: (torch.ones(1),)
+        kinds = {"good": ("ours", fine), "bad": ("peer", lambda: lose), "other": ("peer", fine)}
+        providers = [Provider(name, build, kind=kind) for name, (kind, build) in kinds.items()]
+        return Case("sum", "1", torch.float32, 1e-3), providers, None
+    report(make)
+"""
+
+
+def test_a_provider_that_leaves_the_gpu_unusable_takes_no_other_with_it(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "suite").mkdir()
+    suite = tmp_path / "suite" / "bench_suite.py"
+    suite.write_text(BENCHMARK)
+    part = pytest_part("tests", 60.0, "-p", "benchmarks.conftest", str(suite))
+    code, record = record_of(tmp_path / "out", FACTS_PART, part)
+    found = record["parts"]["tests"]
+    assert code == 1 and found["tests"] == {"failed": 1, "passed": 2}, found
+    (reason,) = found["failures"].values()
+    assert reason.startswith("bad left the GPU unusable: RuntimeError: CUDA error: an illegal")
+    rows = {row["provider"]: row["status"] for row in record["measurements"]}
+    assert rows == {"bad": "failed", "good": "measured", "other": "measured"}
+
+
+def test_a_record_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert gpu.main(["--out", str(tmp_path / "file")], [FACTS_PART]) == 2
+    assert "cannot write its record" in capsys.readouterr().err
+
+
+def test_a_copy_within_another_repository_has_no_commit(tmp_path, monkeypatch):
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "copy")
+    assert gpu.git_state() == ("unknown", None)
+
+
 def test_the_record_is_whole_after_each_part(tmp_path):
     """What the second part sees is what a kill at that moment would leave."""
     path = tmp_path / "nvidia-h200-abc1234.json"
@@ -240,12 +341,12 @@ def test_no_gpu_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     file = tmp_path / "lines"
     file.write_text('{"a": 1}\n{"b": ')
-    assert gpu.read_lines(file) == [{"a": 1}]
-    assert gpu.read_lines(tmp_path / "none") == []
+    assert read_lines(file) == [{"a": 1}]
+    assert read_lines(tmp_path / "none") == []
 
 
 def test_times_of_all_parts_fit_eight_minutes():
-    assert sum(part.seconds for part in gpu.PARTS) <= 480
+    assert sum(part.seconds for part in PARTS) <= 480
 
 
 # The README.
@@ -281,7 +382,7 @@ ROWS = [
         facts={"layers": 28, "tokens": 5000, "teraflop": 407.0},
         peak_mib=2048.0,
     ),
-    row(*STEP, "transformers SDPA, padded", "peer", 500.0, peak_mib=4096.0),
+    row(*STEP, "transformers, padded", "peer", 500.0, peak_mib=4096.0),
 ]
 RECORD = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -334,7 +435,7 @@ def test_targets_are_judged_from_the_newest_record_of_a_device(tmp_path):
         "causal 4 x 4096: 0.50 × as fast as torch SDPA, cuDNN | no |",
         "3.60 × as fast as torch flash varlen: 0.90 of the 4.00 × saved | yes |",
         "vision windows: geo_r1 triton wrong: error 1 | no |",
-        "geo_r1 packed: 50,000 tokens/s, 5.00 × as fast as transformers SDPA, padded; MFU 50% (407 TFLOP); "
+        "geo_r1 packed: 50,000 tokens/s, 5.00 × as fast as transformers, padded; MFU 50% (407 TFLOP); "
         "2.0 GiB against 4.0 above the weights | yes |",
         "not measured | – |",
     ]
@@ -383,7 +484,8 @@ def test_every_benchmark_is_collected_and_one_runs(tmp_path):
         text=True,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    found = {line["measurement"]["provider"]: line for line in gpu.read_lines(lines)}
+    written = read_lines(lines)
+    found = {line["measurement"]["provider"]: line for line in written if "measurement" in line}
     assert found.keys() == {"geo_r1 reference", "copy of the rewards", "eager torch"}
     assert found["geo_r1 reference"]["measurement"]["error"] < 1e-5
     assert "error" not in found["copy of the rewards"]["measurement"]

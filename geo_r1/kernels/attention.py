@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geo_r1.kernels.impls import resolve_impl
+from geo_r1.kernels.impls import autocast_dtype, resolve_impl
 from geo_r1.kernels.layout import PackedLayout
 
 TRITON_HEAD_SIZES = (16, 32, 64, 80, 96, 128)
@@ -53,9 +53,11 @@ def packed_attention(
     Source: shared-prefix attention as in Hydragen, arXiv:2402.05099; exact, no approximation. Kernels:
         FlashAttention-2, arXiv:2307.08691.
     """
-    device_type = q_THD.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        q_THD, k_TKD, v_TKD = _autocast(q_THD, k_TKD, v_TKD)
+    if (dtype := autocast_dtype(q_THD.device)) is not None:  # as for scaled_dot_product_attention
+        q_THD, k_TKD, v_TKD = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (q_THD, k_TKD, v_TKD)
+        )
     _check(q_THD, k_TKD, v_TKD, layout, scale)
     name = resolve_impl("packed_attention", impl, q_THD.device, _refused(q_THD))
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
@@ -69,12 +71,6 @@ def packed_attention(
 
         return flash_attention(q_THD, k_TKD, v_TKD, layout, causal=causal, scale=scale)
     return _reference(q_THD, k_TKD, v_TKD, layout, causal, scale)
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """What autocast does to the inputs of `scaled_dot_product_attention`: it leaves float64 alone."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 def _refused(q: Tensor) -> dict[str, str]:

@@ -77,3 +77,13 @@ def _runs_on(op: str, device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu" and _INTERPRETED:
         return ("reference", "triton")
     return ("reference",)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast runs products in on a device, None where it is off.
+
+    Only the devices that implementations run on are asked: `torch.amp.is_autocast_available` cannot be traced.
+    """
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None

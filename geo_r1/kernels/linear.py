@@ -32,7 +32,7 @@ from geo_r1.kernels.grpo_loss import (
     fake_row,
     loss_outputs,
 )
-from geo_r1.kernels.impls import resolve_impl
+from geo_r1.kernels.impls import autocast_dtype, resolve_impl
 from geo_r1.kernels.loss_config import DEFAULT_CONFIG, GRPOLossConfig
 from geo_r1.kernels.reference import LossRows, RowLoss, grpo_row_loss
 
@@ -364,10 +364,8 @@ _linear_logprob.register_autograd(_logprob_autograd, setup_context=_setup_linear
 
 def _autocast(hidden_RC: Tensor) -> Tensor:
     """The states in the dtype that autocast runs products in; the head follows, with its gradient its own."""
-    device = hidden_RC.device.type
-    if torch.is_autocast_enabled(device) and hidden_RC.dtype == torch.float32:
-        return hidden_RC.to(torch.get_autocast_dtype(device))
-    return hidden_RC
+    dtype = autocast_dtype(hidden_RC.device)
+    return hidden_RC if dtype is None or hidden_RC.dtype != torch.float32 else hidden_RC.to(dtype)
 
 
 def _wide(row_R: Tensor) -> Tensor:
