@@ -269,6 +269,8 @@ def build(modules: list[str], arches: list[int], num_jobs: int) -> tuple[list[Bu
             faults.append(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}")
             continue
         result = job.result()
+        if not result.built:
+            faults.append(f"{place}: launched no kernel")
         kernels = result.built | kernels  # the first case keeps a kernel that several build
         rows[arch] |= result.rows
         faults += [f"{place}: launched with a row that LAUNCHES lacks: {row}" for row in result.unlisted]

@@ -59,7 +59,7 @@ def packed_attention(
             for x in (q_THD, k_TKD, v_TKD)
         )
     _check(q_THD, k_TKD, v_TKD, layout, scale)
-    name = resolve_impl("packed_attention", impl, q_THD.device, _refused(q_THD))
+    name = resolve_impl("packed_attention", impl, q_THD.device, _refused(q_THD, layout, impl))
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
     # Imported here: neither triton nor flash-attn is needed where it does not run.
     if name == "triton":
@@ -73,18 +73,19 @@ def packed_attention(
     return _reference(q_THD, k_TKD, v_TKD, layout, causal, scale)
 
 
-def _refused(q: Tensor) -> dict[str, str]:
-    """Implementations that do not take inputs like q, and why."""
+def _refused(q: Tensor, layout: PackedLayout, impl: str | None) -> dict[str, str]:
+    """Implementations that do not take these inputs, and why; "flash", never a default, only if named."""
     refused = {}
     head_size = q.shape[2]
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         refused["triton"] = f"{q.dtype} inputs"
     elif head_size not in TRITON_HEAD_SIZES:
         refused["triton"] = f"head size {head_size}, only {', '.join(map(str, TRITON_HEAD_SIZES))}"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        refused["flash"] = f"{q.dtype} inputs"
-    elif head_size > 256 or head_size % 8:
-        refused["flash"] = f"head size {head_size}, only multiples of 8 up to 256"
+    if impl == "flash":
+        from geo_r1.kernels.attention_flash import refusal
+
+        if reason := refusal(q, layout):
+            refused["flash"] = reason
     return refused
 
 

@@ -69,7 +69,10 @@ class FlashPlan(NamedTuple):
         """The layout's plan, made at the first call and kept with it."""
         plan = layout.__dict__.get("_flash_plan")
         if plan is None:
-            plan = layout.__dict__["_flash_plan"] = cls._from_layout(layout)
+            plan = cls._from_layout(layout)
+            made = [x for x in plan if isinstance(x, Tensor)]
+            if all(type(x) is type(layout.cu_group) for x in made):  # what a tracer makes must not outlive it
+                layout.__dict__["_flash_plan"] = plan
         return plan
 
     @classmethod

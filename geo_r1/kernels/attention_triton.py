@@ -91,9 +91,10 @@ def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tenso
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, _, d_query_tiles, key_tiles, *ctx.options = inputs
+    q, k, v, _, *ctx.tiles_and_options = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, d_query_tiles, key_tiles)
+    # The tiles are not among the saved: made in inference mode they could not be, and nobody writes to them.
+    ctx.save_for_backward(q, k, v, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
@@ -101,7 +102,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if d_out is not None:
-        grads = _packed_attention_backward(d_out, *ctx.saved_tensors, *ctx.options)
+        grads = _packed_attention_backward(d_out, *ctx.saved_tensors, *ctx.tiles_and_options)
     return *grads, *[None] * 6
 
 

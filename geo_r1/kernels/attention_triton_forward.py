@@ -33,18 +33,26 @@ PRECISION = tl.constexpr("tf32x3")
 # segment. SPLIT: blocks that need no mask have a loop of their own. Registers: the most, sm_90 / sm_80.
 FORWARD = {
     ("long", 32): launch(
-        "91/138 registers; three stages spill on sm_80; not measured",
+        "128 registers; more stages spill on sm_80; not measured",
         BM=128,
         BN=64,
         SPLIT=1,
         num_warps=8,
-        num_stages=2,
+        num_stages=1,
     ),
     ("long", 128): launch(
         "225/222 registers, 128 KiB; not measured", BM=128, BN=64, SPLIT=1, num_warps=8, num_stages=3
     ),
     ("short", 32): launch(
         "92/127 registers; two stages spill on sm_80; not measured",
+        BM=64,
+        BN=64,
+        SPLIT=0,
+        num_warps=4,
+        num_stages=1,
+    ),
+    ("short", 80): launch(
+        "136/240 registers, three windows an SM on sm_90; two stages leave room for two; not measured",
         BM=64,
         BN=64,
         SPLIT=0,

@@ -15,7 +15,7 @@ _PREFERRED: dict[str, tuple[str, ...]] = {
     "linear_grpo_loss": ("triton", "reference"),
     "linear_logprob": ("triton", "reference"),
     "linear_cross_entropy": ("triton", "reference"),
-    "packed_attention": ("triton", "flash", "reference"),
+    "packed_attention": ("triton", "reference", "flash"),
 }
 _KNOWN = ("reference", "triton", "cuda", "flash")
 
@@ -82,7 +82,7 @@ def _runs_on(op: str, device: torch.device) -> tuple[str, ...]:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast runs products in on a device, None where it is off.
 
-    Only the devices that implementations run on are asked: `torch.amp.is_autocast_available` cannot be traced.
+    Only devices that implementations run on are asked: torch cannot trace `is_autocast_available`.
     """
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)

@@ -103,12 +103,16 @@ class PackedLayout:
     def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
         """Query tiles and key tiles of at most `rows` tokens, one of TILE_ROWS, as `tile_tables` makes them.
 
-        Made on first use and kept, by means that `torch.compile` can follow.
+        Made on first use and kept, by means that `torch.compile` can follow. Under CUDA graph capture the
+        layout must have been used once before: what capture records is not there until the replay.
         """
-        if rows not in self._tiles:
-            boundaries = (self.cu_group, self.prefix_len, self.cu_segment, self.segment_parent)
-            self._tiles[rows] = tile_tables(*boundaries, rows, self._num_tiles[rows])
-        return self._tiles[rows]
+        if rows in self._tiles:
+            return self._tiles[rows]
+        boundaries = (self.cu_group, self.prefix_len, self.cu_segment, self.segment_parent)
+        tables = tile_tables(*boundaries, rows, self._num_tiles[rows])
+        if type(tables[0]) is type(self.cu_group):  # what a tracer makes must not outlive it
+            self._tiles[rows] = tables
+        return tables
 
     @cached_property
     def segments(self) -> tuple[tuple[int, int, int, int], ...]:
