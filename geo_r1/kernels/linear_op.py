@@ -1,4 +1,4 @@
-"""The linear losses as torch ops: one walk through the vocabulary, its gradients saved or made again backward.
+"""The linear losses as torch ops: a walk through the vocabulary, gradients saved or made again in backward.
 
 `linear.py` states what they compute and checks what they are given.
 """
