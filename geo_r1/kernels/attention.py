@@ -2,8 +2,8 @@
 
     out_i = softmax_j(scale * q_i . k_j) v_j,   j visible from i (see `PackedLayout`)
 
-Operations: 4 * H * D for each visible (i, j) pair forward. Kernels: `attention_triton.py`, and
-`attention_flash.py` on top of library kernels. The reference runs segments of one shape as one
+Operations: 4 * H * D for each visible (i, j) pair forward. Kernels: `attention_triton.py`,
+`attention_cuda.py`, and `attention_flash.py` on top of library kernels. The reference runs segments of one shape as one
 batch, so nothing is padded and no [T, T] mask exists.
 """
 
@@ -18,7 +18,12 @@ from torch import Tensor
 from geo_r1.kernels.impls import autocast_dtype, resolve_impl
 from geo_r1.kernels.layout import PackedLayout
 
-TRITON_HEAD_SIZES = (16, 32, 64, 80, 96, 128)
+# What our own kernels take.
+HEAD_SIZES = (16, 32, 64, 80, 96, 128)
+DTYPES = {
+    "triton": (torch.float16, torch.bfloat16, torch.float32),
+    "cuda": (torch.float16, torch.bfloat16),
+}
 
 
 def packed_attention(
@@ -40,11 +45,12 @@ def packed_attention(
         layout: the batch's boundaries, T tokens in all.
         causal: False lets a segment's tokens see the whole segment and its prompt (vision windows).
         scale: multiplies the scores, above 0; None means D ** -0.5.
-        impl: None picks by device; see `available_impls`. "triton" takes float16, bfloat16 and float32 with D
-            of 16, 32, 64, 80, 96 or 128; "flash" float16 and bfloat16 with D a multiple of 8, at most 256.
+        impl: None picks by device; see `available_impls`. "triton" takes float16, bfloat16 and float32, "cuda"
+            the first two, with D of 16, 32, 64, 80, 96 or 128; "flash" these two with D a multiple of 8, at
+            most 256.
 
     Returns:
-        [T, H, D], dtype of q, differentiable in q, k and v; with "triton" once.
+        [T, H, D], dtype of q, differentiable in q, k and v; but for "reference" once.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree with each other or with the layout, `scale` is not
@@ -61,11 +67,11 @@ def packed_attention(
     _check(q_THD, k_TKD, v_TKD, layout, scale)
     name = resolve_impl("packed_attention", impl, q_THD.device, _refused(q_THD, layout, impl))
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
-    # Imported here: neither triton nor flash-attn is needed where it does not run.
-    if name == "triton":
-        from geo_r1.kernels.attention_triton import attend
+    # Imported here: the one imports what is here, the other may look for a library.
+    if name in ("triton", "cuda"):
+        from geo_r1.kernels.attention_op import attend
 
-        return attend(q_THD, k_TKD, v_TKD, layout, causal=causal, scale=scale)
+        return attend(q_THD, k_TKD, v_TKD, layout, causal=causal, scale=scale, impl=name)
     if name == "flash":
         from geo_r1.kernels.attention_flash import flash_attention
 
@@ -77,10 +83,11 @@ def _refused(q: Tensor, layout: PackedLayout, impl: str | None) -> dict[str, str
     """Implementations that do not take these inputs, and why; "flash", never a default, only if named."""
     refused = {}
     head_size = q.shape[2]
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        refused["triton"] = f"{q.dtype} inputs"
-    elif head_size not in TRITON_HEAD_SIZES:
-        refused["triton"] = f"head size {head_size}, only {', '.join(map(str, TRITON_HEAD_SIZES))}"
+    for name, dtypes in DTYPES.items():
+        if q.dtype not in dtypes:
+            refused[name] = f"{q.dtype} inputs"
+        elif head_size not in HEAD_SIZES:
+            refused[name] = f"head size {head_size}, only {', '.join(map(str, HEAD_SIZES))}"
     if impl == "flash":
         from geo_r1.kernels.attention_flash import refusal
 

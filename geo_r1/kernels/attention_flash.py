@@ -215,7 +215,7 @@ def flash_kernels() -> FlashKernels:
     return PackageKernels() if (int(major), int(minor)) >= (2, 7) else TorchKernels()
 
 
-def _loadable(x: Tensor) -> Tensor:
+def loadable(x: Tensor) -> Tensor:
     """x, or a copy whose rows can be loaded in the libraries' steps."""
     step = LOAD_BYTES // x.element_size()
     fits = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1])
@@ -240,7 +240,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *field
     if not q.numel():  # the libraries refuse a batch without sequences
         return _forward_fake(q)
     plan, kernels = FlashPlan(*fields), flash_kernels()
-    q, k, v = map(_loadable, (q, k, v))
+    q, k, v = map(loadable, (q, k, v))
     out, lse = kernels.forward(q, k, v, plan.own, causal, scale)
     out = out.contiguous()  # the libraries give it the strides of q
     if plan.shared is not None:
@@ -271,7 +271,7 @@ def _backward(d_out, q, k, v, out, lse, causal, scale, *fields):
     if not q.numel():
         return _backward_fake(d_out, q, k, v)
     plan, kernels = FlashPlan(*fields), flash_kernels()
-    d_out, q, k, v = map(_loadable, (d_out, q, k, v))
+    d_out, q, k, v = map(loadable, (d_out, q, k, v))
     dq, dk, dv = kernels.backward(d_out, q, k, v, out, lse, plan.own, causal, scale)
     grads = (dq.contiguous(), dk.contiguous(), dv.contiguous())
     if plan.shared is not None:

@@ -240,8 +240,8 @@ def backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, and dk and dv of every query head, all [T, H, D]."""
     (num_tokens, num_heads, head_size), num_shared = q_THD.shape, q_THD.shape[1] // k_TKD.shape[1]
-    # One dk and dv a query head; torch then sums over the heads that share a key head.
     dq_THD, dk_THD, dv_THD = (torch.empty_like(out_THD) for _ in range(3))
     delta_HT = torch.empty_like(lse_HT)
     if num_tokens:
@@ -258,7 +258,4 @@ def backward(
             *strides(q, k, v, do, dk_THD, dv_THD),
             **constants, **choose_row(D_KEY, q.dtype, head_size, short).options,
         )  # fmt: skip
-    if num_shared == 1:
-        return dq_THD, dk_THD, dv_THD
-    dk_TKD, dv_TKD = (x.unflatten(1, (-1, num_shared)).sum(2) for x in (dk_THD, dv_THD))
-    return dq_THD, dk_TKD, dv_TKD
+    return dq_THD, dk_THD, dv_THD

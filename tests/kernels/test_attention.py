@@ -247,7 +247,7 @@ def test_default_is_the_first_available_implementation():
 @pytest.mark.parametrize(
     ("impl", "message"),
     [
-        ("cuda", r"packed_attention: impl='cuda' cannot run here \(device cpu\); available: .*reference"),
+        ("flash", r"packed_attention: impl='flash' cannot run here \(device cpu\); available: .*reference"),
         ("fast", r"packed_attention: impl='fast' is not known \(device cpu\); available: .*reference"),
     ],
 )

@@ -1,0 +1,306 @@
+// Tiles of [T, heads, D] tensors on compute capability 9.0: how they lie in shared memory, how bulk copies bring
+// them there, how products read them.
+//
+// A tile is some tokens of one head, 16-bit numbers. Its D columns are cut into panels of 64 and one of the rest
+// (80 = 64 + 16). A panel is stored token after token, 2 bytes a number, and swizzled within each token's 128, 64
+// or 32 bytes, as both the copies and the products know it. So a tile of `rows` tokens takes 2 D rows bytes, and
+// rows that are zeroed are zeroed whatever the swizzle.
+//
+// Source: PTX ISA, "Asynchronous warpgroup level matrix instructions" and "Tensor swizzling modes"; the canonical
+// layouts of operands as in CUTLASS's mma_sm90_desc.hpp.
+#pragma once
+
+#include <ptx.cuh>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "common.cuh"
+
+namespace geo_r1 {
+
+constexpr int kPanel = 64;             // columns of a whole panel
+constexpr int kWarpgroup = 128;        // threads that make a product together
+constexpr int kProductRows = 64;       // and its rows
+constexpr int kTileAlignment = 1024;   // bytes after which a swizzle repeats
+constexpr int kSharedLimit = 227 * 1024;
+
+// The columns of a head: whole panels, and what is left.
+template <int D>
+struct Head {
+  static constexpr int whole = D / kPanel * kPanel;
+  static constexpr int rest = D % kPanel;
+  static_assert(whole == 0 || whole == kPanel || whole == 2 * kPanel, "a product is 64 or 128 columns wide");
+  static_assert(rest == 0 || rest == 16 || rest == 32, "a panel is 16, 32 or 64 columns wide");
+};
+
+template <int D>
+__host__ __device__ constexpr int tile_bytes(int rows) {
+  return 2 * D * rows;
+}
+
+__device__ __forceinline__ unsigned char* align_tile(unsigned char* shared) {
+  return shared + (kTileAlignment - shared_address(shared) % kTileAlignment) % kTileAlignment;
+}
+
+// Calls function(std::integral_constant<int, D>{}) with a head size that kernels are built for.
+template <typename Function>
+void with_head_size(std::int64_t head_size, const char* launcher, Function&& function) {
+  const auto is = [&](auto size) { return head_size == decltype(size)::value && (function(size), true); };
+  const auto any = [&](auto... sizes) { return (is(sizes) || ...); };
+  if (!any(std::integral_constant<int, 16>{}, std::integral_constant<int, 32>{}, std::integral_constant<int, 64>{},
+           std::integral_constant<int, 80>{}, std::integral_constant<int, 96>{}, std::integral_constant<int, 128>{})) {
+    throw std::runtime_error(std::string(launcher) + ": no kernel for heads of " + std::to_string(head_size));
+  }
+}
+
+// ---- copies
+
+// What copies need to know of a [T, heads, D] tensor.
+struct HeadMaps {
+  CUtensorMap whole, rest;
+};
+
+// Describes boxes of `rows` tokens of one head and `columns` columns. Throws where the driver refuses.
+inline CUtensorMap box_map(const char* launcher, DType dtype, void* address, std::int64_t num_tokens,
+                           std::int64_t num_heads, std::int64_t head_size, std::int64_t stride_t,
+                           std::int64_t stride_h, int columns, int rows) {
+  static const auto encode = [launcher] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          launcher);
+    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(head_size), static_cast<cuuint64_t>(num_heads),
+                               static_cast<cuuint64_t>(num_tokens)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(2 * stride_h), static_cast<cuuint64_t>(2 * stride_t)};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(rows)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = encode(
+      &map, dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, address,
+      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+      : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                      : CU_TENSOR_MAP_SWIZZLE_32B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error(std::string(launcher) + ": cuTensorMapEncodeTiled failed with " +
+                             std::to_string(static_cast<int>(result)));
+  }
+  return map;
+}
+
+// For tiles of `rows` tokens, at most 256.
+template <int D>
+HeadMaps head_maps(const char* launcher, DType dtype, Pointer x, std::int64_t num_tokens, std::int64_t num_heads,
+                   std::int64_t stride_t, std::int64_t stride_h, int rows) {
+  HeadMaps maps = {};
+  if constexpr (Head<D>::whole != 0) {
+    maps.whole =
+        box_map(launcher, dtype, x.address, num_tokens, num_heads, D, stride_t, stride_h, kPanel, rows);
+  }
+  if constexpr (Head<D>::rest != 0) {
+    maps.rest =
+        box_map(launcher, dtype, x.address, num_tokens, num_heads, D, stride_t, stride_h, Head<D>::rest, rows);
+  }
+  return maps;
+}
+
+template <int D>
+__device__ __forceinline__ void prefetch_maps(const HeadMaps& maps) {
+  if constexpr (Head<D>::whole != 0) prefetch_map(&maps.whole);
+  if constexpr (Head<D>::rest != 0) prefetch_map(&maps.rest);
+}
+
+// One thread: tokens [token, token + rows) of a head, zeros behind the tensor's last.
+template <int D, int rows>
+__device__ __forceinline__ void copy_tile(unsigned char* tile, const HeadMaps& maps, Barrier* full, int head,
+                                          int token) {
+#pragma unroll
+  for (int column = 0; column < Head<D>::whole; column += kPanel) {
+    copy_box(tile + tile_bytes<kPanel>(rows) * (column / kPanel), &maps.whole, full, column, head, token);
+  }
+  if constexpr (Head<D>::rest != 0) {
+    copy_box(tile + tile_bytes<Head<D>::whole>(rows), &maps.rest, full, Head<D>::whole, head, token);
+  }
+}
+
+// `num_threads` threads together: zeros in rows [first, rows) of a tile. What stands there belongs to other
+// sequences: it is hidden by probabilities of zero, and zero times NaN is NaN.
+template <int D, int rows>
+__device__ __forceinline__ void zero_rows(unsigned char* tile, int first, int i_thread, int num_threads) {
+  const auto zero_panel = [=](unsigned char* panel, int row_bytes) {
+    for (int at = first * row_bytes + 16 * i_thread; at < rows * row_bytes; at += 16 * num_threads) {
+      *reinterpret_cast<uint4*>(panel + at) = uint4{0, 0, 0, 0};
+    }
+  };
+#pragma unroll
+  for (int column = 0; column < Head<D>::whole; column += kPanel) {
+    zero_panel(tile + tile_bytes<kPanel>(rows) * (column / kPanel), 2 * kPanel);
+  }
+  if constexpr (Head<D>::rest != 0) zero_panel(tile + tile_bytes<Head<D>::whole>(rows), 2 * Head<D>::rest);
+}
+
+// ---- products
+
+// The descriptor of an operand in a panel of `columns`. `group_bytes` lies between groups of 8 tokens;
+// `panel_bytes` between panels, where the operand reads columns side by side from more than one.
+template <int columns>
+__device__ __forceinline__ std::uint64_t operand(const unsigned char* start, int panel_bytes) {
+  constexpr std::uint64_t swizzle = columns == 64 ? 1 : columns == 32 ? 2 : 3;  // 128, 64, 32 bytes
+  constexpr std::uint64_t group_bytes = 8 * 2 * columns;
+  return (shared_address(start) & 0x3ffff) >> 4 | static_cast<std::uint64_t>(panel_bytes >> 4) << 16 |
+         (group_bytes >> 4) << 32 | swizzle << 62;
+}
+
+// d [64, N] = a b transposed, over D columns: 64 tokens of tile a from `a_row` on, N tokens of tile b.
+template <typename T, int D, int N, int a_rows, int b_rows>
+__device__ __forceinline__ void multiply_transposed(float (&d)[N / 2], const unsigned char* a, int a_row,
+                                                    const unsigned char* b) {
+#pragma unroll
+  for (int column = 0; column < Head<D>::whole; column += 16) {
+    const int panel = column / kPanel, inside = 2 * (column % kPanel);
+    Product<T, N>::shared(
+        d, operand<kPanel>(a + tile_bytes<kPanel>(a_rows) * panel + tile_bytes<kPanel>(a_row) + inside, 16),
+        operand<kPanel>(b + tile_bytes<kPanel>(b_rows) * panel + inside, 16), column != 0);
+  }
+  if constexpr (Head<D>::rest != 0) {
+#pragma unroll
+    for (int column = 0; column < Head<D>::rest; column += 16) {
+      Product<T, N>::shared(
+          d,
+          operand<Head<D>::rest>(
+              a + tile_bytes<Head<D>::whole>(a_rows) + tile_bytes<Head<D>::rest>(a_row) + 2 * column, 16),
+          operand<Head<D>::rest>(b + tile_bytes<Head<D>::whole>(b_rows) + 2 * column, 16),
+          Head<D>::whole != 0 || column != 0);
+    }
+  }
+}
+
+// A sum [64, D] in the registers of a warpgroup, see `Product`.
+template <int D>
+struct Sums {
+  float whole[Head<D>::whole == 0 ? 1 : Head<D>::whole / 2];
+  float rest[Head<D>::rest == 0 ? 1 : Head<D>::rest / 2];
+
+  // function(number, its row among the thread's two, its column among the first of 8 and its pair)
+  template <typename Function>
+  __device__ __forceinline__ void for_each(Function&& function) {
+    if constexpr (Head<D>::whole != 0) {
+#pragma unroll
+      for (int i = 0; i < Head<D>::whole / 2; ++i) function(whole[i], i % 4 / 2);
+    }
+    if constexpr (Head<D>::rest != 0) {
+#pragma unroll
+      for (int i = 0; i < Head<D>::rest / 2; ++i) function(rest[i], i % 4 / 2);
+    }
+  }
+
+  __device__ __forceinline__ void pin_all() {
+    if constexpr (Head<D>::whole != 0) pin(whole);
+    if constexpr (Head<D>::rest != 0) pin(rest);
+  }
+};
+
+// sum [64, D] += p [64, N] x, for N tokens of tile x.
+template <typename T, int D, int N, int x_rows>
+__device__ __forceinline__ void multiply_add(Sums<D>& sum, const std::uint32_t (&p)[N / 16][4],
+                                             const unsigned char* x) {
+#pragma unroll
+  for (int i = 0; i < N / 16; ++i) {
+    if constexpr (Head<D>::whole != 0) {
+      Product<T, Head<D>::whole>::registers(
+          sum.whole, p[i], operand<kPanel>(x + tile_bytes<kPanel>(16 * i), tile_bytes<kPanel>(x_rows)));
+    }
+    if constexpr (Head<D>::rest != 0) {
+      Product<T, Head<D>::rest>::registers(
+          sum.rest, p[i],
+          operand<Head<D>::rest>(x + tile_bytes<Head<D>::whole>(x_rows) + tile_bytes<Head<D>::rest>(16 * i), 16));
+    }
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void pin_all(std::uint32_t (&p)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) pin(p[i]);
+}
+
+// A product's result [64, N], rounded to T, as the left operand of the next.
+template <typename T, int N>
+__device__ __forceinline__ void round_to(std::uint32_t (&p)[N / 16][4], const float (&d)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) p[i / 4][i % 4] = pack<T>(d[2 * i], d[2 * i + 1]);
+}
+
+// Where a thread's numbers of a product stand: its two rows, the second 8 below the first, and in each 8 columns
+// the first of its two.
+struct Place {
+  int row, column;
+
+  __device__ __forceinline__ explicit Place(int i_thread)
+      : row(i_thread % kWarpgroup / kWarp * 16 + i_thread % kWarp / 4), column(i_thread % 4 * 2) {}
+};
+
+// Writes the rows of a sum [64, D] that stand before `end`, the first of them token `first`, times a number a row.
+template <typename T, int D>
+__device__ __forceinline__ void store_sum(T* x, std::int64_t stride_t, const Sums<D>& sum, Place place, int first,
+                                          int end, float scale_0, float scale_1) {
+  const auto store = [&](const auto& numbers, int columns, int from) {
+#pragma unroll
+    for (int i = 0; i < columns / 8; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int token = first + place.row + 8 * r;
+        const float scale = r == 0 ? scale_0 : scale_1;
+        if (token < end) {
+          *reinterpret_cast<std::uint32_t*>(x + token * stride_t + from + 8 * i + place.column) =
+              pack<T>(numbers[4 * i + 2 * r] * scale, numbers[4 * i + 2 * r + 1] * scale);
+        }
+      }
+    }
+  };
+  if constexpr (Head<D>::whole != 0) store(sum.whole, Head<D>::whole, 0);
+  if constexpr (Head<D>::rest != 0) store(sum.rest, Head<D>::rest, Head<D>::whole);
+}
+
+// ---- the blocks of keys that a tile of queries sees, see schedule.py and attention_triton_forward.py
+
+// First the blocks that need no mask, of the prefix and then of the segment, then what is left of both.
+template <int tile_rows, int block_rows>
+struct KeyBlocks {
+  int first, start, end;  // first query, its segment
+  int prefix, prefix_end, key_end, rest, num_prefix, num_full, num_prefix_rest, count;
+
+  __device__ __forceinline__ KeyBlocks(const int* tile, bool causal)
+      : first(tile[0]), start(tile[1]), end(tile[2]), prefix(tile[3]), prefix_end(tile[4]) {
+    static_assert(tile_rows % block_rows == 0, "blocks that need no mask end where the tile starts");
+    key_end = causal ? min(first + tile_rows, end) : end;
+    rest = causal ? first : end - (end - start) % block_rows;
+    num_prefix = (prefix_end - prefix) / block_rows;
+    num_full = num_prefix + (rest - start) / block_rows;
+    num_prefix_rest = (prefix_end - prefix) % block_rows != 0;
+    count = num_full + num_prefix_rest + (key_end - rest + block_rows - 1) / block_rows;
+  }
+
+  __device__ __forceinline__ bool masked(int i) const { return i >= num_full; }
+
+  __device__ __forceinline__ int block_start(int i) const {
+    if (i < num_prefix) return prefix + i * block_rows;
+    if (i < num_full) return start + (i - num_prefix) * block_rows;
+    i -= num_full;
+    return i < num_prefix_rest ? prefix + num_prefix * block_rows : rest + (i - num_prefix_rest) * block_rows;
+  }
+
+  // Where a masked block's keys end.
+  __device__ __forceinline__ int block_end(int i) const {
+    return i - num_full < num_prefix_rest ? prefix_end : key_end;
+  }
+};
+
+}  // namespace geo_r1
