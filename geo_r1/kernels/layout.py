@@ -11,6 +11,7 @@ is in the prompt or in i's own completion. A vision tower's windows are prompts 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -55,7 +56,9 @@ class PackedLayout:
         lengths = [*self.prompt_len, *itertools.chain.from_iterable(self.completion_len)]
         object.__setattr__(self, "num_tokens", sum(lengths))
         object.__setattr__(self, "max_segment_len", max(lengths, default=0))
-        num_tiles = {rows: sum(-(-length // rows) for length in lengths) for rows in TILE_ROWS}
+        # Of one length there are often many.
+        counts = Counter(lengths)
+        num_tiles = {rows: sum(n * -(-length // rows) for length, n in counts.items()) for rows in TILE_ROWS}
         object.__setattr__(self, "_num_tiles", num_tiles)
 
     @classmethod
@@ -85,8 +88,7 @@ class PackedLayout:
         cu_group, cu_segment, parent = [0], [0], list[int]()
         for prompt, lengths in zip(prompts, completions, strict=True):
             parent += [-1] + [len(parent)] * len(lengths)
-            for length in (prompt, *lengths):
-                cu_segment.append(cu_segment[-1] + length)
+            cu_segment += itertools.accumulate(lengths, initial=cu_segment[-1] + prompt)
             cu_group.append(cu_segment[-1])
         if cu_group[-1] >= 2**31:
             raise ValueError(f"{cu_group[-1]} tokens do not fit int32 boundaries; plan smaller batches")
@@ -159,12 +161,18 @@ class PackedLayout:
         Raises:
             ValueError: a group has completion tokens and an empty prompt, so nothing predicts the first.
         """
-        rows = []
-        for start, length, prefix, prefix_len in self._completions:
-            if length and not prefix_len:
+        kept = [row for row in self._completions if row[1]]
+        for start, _, _, prefix_len in kept:
+            if not prefix_len:
                 raise ValueError(f"the completion at token {start} has no prompt to predict its first token")
-            rows += [prefix + prefix_len - 1, *range(start, start + length - 1)] if length else []
-        return torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
+        start_N, length_N, prefix_N, prefix_len_N = torch.tensor(kept, dtype=torch.int64).view(-1, 4).T
+        first_N = length_N.cumsum(0) - length_N  # each completion's first row
+        num_rows = sum(length for _, length, _, _ in kept)
+        row_R = torch.arange(num_rows) + (start_N - 1 - first_N).repeat_interleave(
+            length_N, output_size=num_rows
+        )
+        row_R[first_N] = prefix_N + prefix_len_N - 1
+        return row_R.to(self.device, non_blocking=True)
 
     @cached_property
     def _completions(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -220,7 +228,11 @@ def plan_batches(
                 f"group {group}: a prompt of {prompt} tokens{longest} is over the budget of {max_tokens} "
                 "tokens a batch"
             )
-        for piece in _first_fit_decreasing(lengths, max_tokens - prompt) or [()]:
+        if prompt + sum(lengths) <= max_tokens:  # as nearly always
+            pieces.append((group, tuple(range(len(lengths)))))
+            sizes.append(prompt + sum(lengths))
+            continue
+        for piece in _first_fit_decreasing(lengths, max_tokens - prompt):
             pieces.append((group, piece))
             sizes.append(prompt + sum(lengths[i] for i in piece))
     batches = _first_fit_decreasing(sizes, max_tokens)
@@ -250,6 +262,11 @@ def _check_lengths(
     """The lengths as Python's own integers, whose sums cannot overflow."""
     if len(prompt_len) != len(completion_len):
         raise ValueError(f"{len(prompt_len)} prompts but {len(completion_len)} groups of completions")
+    flat = [*prompt_len, *itertools.chain.from_iterable(completion_len)]
+    if (
+        set(map(type, flat)) <= {int} and min(flat, default=0) >= 0
+    ):  # thousands of lengths, soon looked through
+        return tuple(prompt_len), tuple(map(tuple, completion_len))
     for group, (prompt, lengths) in enumerate(zip(prompt_len, completion_len, strict=True)):
         for length in (prompt, *lengths):
             if not isinstance(length, Integral) or isinstance(length, bool) or length < 0:
