@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN     = $(VENV)/bin/
 READY   = $(VENV)/.ready
 
-.PHONY: demo zero test check aot format bench gpu results clean
+.PHONY: demo zero test check aot extension format bench gpu results clean
 
 $(READY): pyproject.toml constraints.txt setup.py
 	@echo "Making $(VENV) and installing; about a minute on a fast connection."
@@ -19,7 +19,10 @@ demo: $(READY)  ## the whole recipe on the procedural world, CPU only, about nin
 zero: $(READY)  ## GRPO straight from the base model, same world
 	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train recipes/world_zero.toml
 
-test: $(READY)  ## every test, warnings as errors
+extension: $(READY)  ## geo_r1._C brought up to date with csrc/, where nvcc is; it knows better than dates what changed
+	@$(RUN)python -m csrc.nvcc
+
+test: extension  ## every test, warnings as errors
 	$(RUN)pytest
 
 check: $(READY)  ## formatting, lint, types, kernels built
@@ -28,14 +31,15 @@ check: $(READY)  ## formatting, lint, types, kernels built
 	$(RUN)mypy
 	@$(MAKE) --no-print-directory aot
 
-aot: $(READY)  ## every Triton kernel built for sm_80 and sm_90 and judged, without a GPU
+aot: $(READY)  ## every kernel built for each chip and judged, without a GPU; those of csrc/ where nvcc is
 	$(RUN)python -m geo_r1.kernels.aot
+	$(RUN)python -m csrc.gate
 
 format: $(READY)
 	$(RUN)ruff format .
 	$(RUN)ruff check --fix .
 
-bench: $(READY)  ## every op and the training step against their peers, on this machine
+bench: extension  ## every op and the training step against their peers, on this machine
 	$(RUN)pytest benchmarks --benchmark-columns=median,min,max,rounds
 
 gpu:  ## on a machine with a GPU: tests, benchmarks, a run; one record, eight minutes, nothing installed
@@ -45,4 +49,4 @@ results: $(READY)  ## the README's tables and plots from the records
 	$(RUN)python -m benchmarks.results
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -32,7 +32,7 @@ struct Queue {
 // How many CUDA devices there are; throws with CUDA's reason where it finds none.
 int device_count();
 
-// advantage.cuh's formula. out [num_rows] is float64 for float64 rewards, else float32.
+// advantage.py's formula. out [num_rows] is float64 for float64 rewards, else float32.
 struct GroupAdvantage {
   DType dtype;            // of the rewards
   Pointer out, reward;    // reward [N]

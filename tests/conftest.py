@@ -1,8 +1,45 @@
-"""Kernels are tested where they can run: on the GPU where there is one, else in Triton's interpreter."""
+"""Kernels are tested where they can run: on the GPU where there is one.
+
+Elsewhere on the CPU: Triton's by its interpreter, those of csrc/ by an emulator that they are compiled for.
+"""
 
 import os
+import sys
 
+import pytest
 import torch
+from emulator import build
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+NO_CUDA = None  # why nothing here can stand in for a GPU
+SKIPPED = pytest.StashKey[str]()
+
+if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
+    NO_CUDA = build.why_not()
+    # In the place of the build for GPUs, if there is one; None makes its import fail.
+    sys.modules["geo_r1._C"] = build.load() if NO_CUDA is None else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip tests with an `impl` of "cuda" where that cannot run."""
+    cuda = [item for item in items if hasattr(item, "callspec") and of_cuda(item.callspec.params.get("impl"))]
+    if not cuda:
+        return
+    from geo_r1.kernels import extension
+
+    reason = NO_CUDA or extension.why_not(torch.device("cuda" if GPU else "cpu"))
+    if reason is None:
+        return
+    for item in cuda:
+        item.add_marker(pytest.mark.skip(reason=reason))
+    config.stash[SKIPPED] = f"{len(cuda)} tests of impl='cuda' skipped: {reason}"
+
+
+def of_cuda(impl):
+    return isinstance(impl, str) and impl.startswith("cuda")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if SKIPPED in config.stash:
+        terminalreporter.write_line(config.stash[SKIPPED], yellow=True)

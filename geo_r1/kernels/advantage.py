@@ -62,9 +62,10 @@ def group_advantage(
     """
     _check(reward_N, cu_group, valid_N, baseline, scale, eps, correction, cu_completion, num_rows)
     chosen = resolve_impl("group_advantage", impl, reward_N.device, _refused(reward_N.dtype))
-    if chosen == "triton":
+    if chosen != "reference":
         rows = reward_N.numel() if num_rows is None else num_rows
-        return _triton_op(reward_N, cu_group, valid_N, cu_completion, rows, baseline, scale, eps, correction)
+        options = (baseline, scale, eps, correction, chosen)
+        return _kernel_op(reward_N, cu_group, valid_N, cu_completion, rows, *options)
     advantage_N = _reference(reward_N, cu_group, valid_N, baseline, scale, eps, correction)
     if cu_completion is None:
         return advantage_N
@@ -73,25 +74,26 @@ def group_advantage(
 
 def _refused(dtype: torch.dtype) -> dict[str, str]:
     taken = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return {} if dtype in taken else {"triton": f"{dtype} rewards"}
+    return {} if dtype in taken else dict.fromkeys(("triton", "cuda"), f"{dtype} rewards")
 
 
 @torch.library.custom_op(
     "geo_r1::group_advantage",
     mutates_args=(),
     schema="(Tensor reward_N, Tensor cu_group, Tensor? valid_N, Tensor? cu_completion, SymInt num_rows, "
-    "str baseline, str scale, float eps, int correction) -> Tensor",
+    "str baseline, str scale, float eps, int correction, str impl) -> Tensor",
 )
-def _triton_op(reward_N, cu_group, valid_N, cu_completion, num_rows, baseline, scale, eps, correction):
-    from geo_r1.kernels.advantage_triton import group_advantage_triton
+def _kernel_op(reward_N, cu_group, valid_N, cu_completion, num_rows, *options_and_impl):
+    *options, impl = options_and_impl
+    if impl == "cuda":
+        from geo_r1.kernels.advantage_cuda import group_advantage_cuda as kernel
+    else:
+        from geo_r1.kernels.advantage_triton import group_advantage_triton as kernel
+    return kernel(reward_N, cu_group, valid_N, cu_completion, num_rows, *options)
 
-    return group_advantage_triton(
-        reward_N, cu_group, valid_N, cu_completion, num_rows, baseline, scale, eps, correction
-    )
 
-
-@_triton_op.register_fake
-def _(reward_N, cu_group, valid_N, cu_completion, num_rows, baseline, scale, eps, correction):
+@_kernel_op.register_fake
+def _(reward_N, cu_group, valid_N, cu_completion, num_rows, *_):
     return reward_N.new_empty(num_rows, dtype=torch.promote_types(reward_N.dtype, torch.float32))
 
 

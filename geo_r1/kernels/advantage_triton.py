@@ -96,8 +96,8 @@ def _group_advantage_kernel(
     BLOCK: tl.constexpr,
 ):
     i_group = tl.program_id(0)
-    start = tl.load(cu_group_ptr + i_group).to(tl.int64)
-    # Boundaries on a GPU were not read by the host: wrong ones must not reach beyond the tensors.
+    # Boundaries on a GPU were not read by the host: wrong ones must not reach outside of the tensors.
+    start = tl.maximum(tl.load(cu_group_ptr + i_group).to(tl.int64), 0)
     stop = tl.minimum(tl.load(cu_group_ptr + i_group + 1).to(tl.int64), num_members)
     count, low, high, mean, squares = _statistics(
         reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, start, stop, BLOCK
@@ -109,7 +109,7 @@ def _group_advantage_kernel(
     if SCALE == "group":
         divisor = tl.sqrt(squares / tl.maximum(count - CORRECTION, 1.0)) + EPS
     elif SCALE == "batch":
-        first = tl.load(cu_group_ptr).to(tl.int64)
+        first = tl.maximum(tl.load(cu_group_ptr).to(tl.int64), 0)
         last = tl.minimum(tl.load(cu_group_ptr + tl.num_programs(0)).to(tl.int64), num_members)
         count_all, _, _, _, squares_all = _statistics(
             reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, first, last, BLOCK
@@ -132,7 +132,7 @@ def _group_advantage_kernel(
         for i_member in range(start, stop):
             reward, valid = _members(reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, i_member, stop)
             advantage = tl.where(valid, (reward - low - mean) * gain, 0.0)
-            first_row = tl.load(cu_completion_ptr + i_member).to(tl.int64)
+            first_row = tl.maximum(tl.load(cu_completion_ptr + i_member).to(tl.int64), 0)
             last_row = tl.minimum(tl.load(cu_completion_ptr + i_member + 1).to(tl.int64), num_rows)
             for i_row in range(first_row, last_row, BLOCK):
                 # [BLOCK]

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -303,8 +303,12 @@ def table(kernels: Iterable[Built]) -> str:
         numbers = (built.num_warps, built.num_stages, built.registers, f"{built.shared / 1024:.1f}")
         after = (built.programs_per_sm, "+".join(built.matrix) or "-")
         lines.append(tuple(map(str, (built.kernel, built.case, f"sm_{built.arch}", *numbers, *after))))
+    return align_columns(lines, "<<>>>>>><")
+
+
+def align_columns(lines: Sequence[Sequence[str]], aligns: str) -> str:
+    """Lines of cells as text; `aligns` has a "<" for each column of words, a ">" for one of numbers."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligns = "<<>>>>>><"
     return "\n".join(
         "  ".join(f"{text:{align}{width}}" for text, align, width in zip(line, aligns, widths, strict=True))
         for line in lines
@@ -313,9 +317,14 @@ def table(kernels: Iterable[Built]) -> str:
 
 def write_json(path: Path, kernels: Iterable[Built], faults: list[str]) -> None:
     records = [asdict(built) | {"programs_per_sm": built.programs_per_sm} for built in kernels]
-    text = json.dumps({"triton": triton.__version__, "kernels": records, "faults": faults}, indent=1)
+    record = {"triton": triton.__version__, "kernels": records, "faults": faults}
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename, so that what exists is whole."""
     beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 

@@ -3,8 +3,8 @@
     out_i = softmax_j(scale * q_i . k_j) v_j,   j visible from i (see `PackedLayout`)
 
 Operations: 4 * H * D for each visible (i, j) pair forward. Kernels: `attention_triton.py`,
-`attention_cuda.py`, and `attention_flash.py` on top of library kernels. The reference runs segments of one shape as one
-batch, so nothing is padded and no [T, T] mask exists.
+`attention_cuda.py`, and `attention_flash.py` on top of library kernels. The reference runs segments of one
+shape as one batch, so nothing is padded and no [T, T] mask exists.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def packed_attention(
         layout: the batch's boundaries, T tokens in all.
         causal: False lets a segment's tokens see the whole segment and its prompt (vision windows).
         scale: multiplies the scores, above 0; None means D ** -0.5.
-        impl: None picks by device; see `available_impls`. "triton" takes float16, bfloat16 and float32, "cuda"
-            the first two, with D of 16, 32, 64, 80, 96 or 128; "flash" these two with D a multiple of 8, at
-            most 256.
+        impl: None picks by device; see `available_impls`. "triton" takes float16, bfloat16 and float32 with D
+            of 16, 32, 64, 80, 96 or 128; "cuda" the same heads and "flash" D a multiple of 8, at most 256, in
+            float16 and bfloat16.
 
     Returns:
         [T, H, D], dtype of q, differentiable in q, k and v; but for "reference" once.

@@ -81,4 +81,4 @@ def check_linear(hidden_RC: Tensor, lm_head_VC: Tensor) -> None:
 
 def refused_dtype(matrix: Tensor) -> dict[str, str]:
     """What `resolve_impl` is told: the kernels compute in float32."""
-    return {"triton": "float64 inputs"} if matrix.dtype == torch.float64 else {}
+    return dict.fromkeys(("triton", "cuda"), "float64 inputs") if matrix.dtype == torch.float64 else {}

@@ -1,12 +1,14 @@
 """The walk through the vocabulary in chunks of rows, whose logits live in one bounded scratch.
 
 Three products a chunk: logits = hidden lm_head^T, dhidden = dlogits lm_head, dlm_head += dlogits^T hidden.
-What happens to the logits between them is the rows' part: in plain torch here, in Triton there.
+What happens to the logits between them is the rows' part: in plain torch, or by kernels.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ class ChunkWalk:
     Args:
         hidden_RC: [R, C], the dtype that products run in.
         lm_head_VC: [V, C] of that dtype, or float32; its gradient has its dtype.
-        impl: "reference" or "triton", what works on the rows.
+        impl: "reference", "triton" or "cuda", what works on the rows.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class ChunkWalk:
         self.needs_any = needs_hidden or needs_head
         (num_rows, hidden_size), vocab_size = hidden_RC.shape, lm_head_VC.shape[0]
         scratch = SCRATCH_BYTES_CPU if hidden_RC.device.type == "cpu" else SCRATCH_BYTES
-        rows_class = TritonRows if impl == "triton" else TorchRows
-        row_bytes = vocab_size * rows_class.bytes_an_entry(dtype)
+        rows_class = TorchRows if impl == "reference" else KernelRows
+        row_bytes = rows_class.row_bytes(vocab_size, dtype)
         wide = torch.promote_types(dtype, torch.float32)
         # The head's gradient is summed where products are written, or in float32 through a block.
         num_chunks = -(-num_rows // max(1, scratch // row_bytes))
@@ -61,7 +63,7 @@ class ChunkWalk:
         most = max(1, (scratch - block_bytes) // row_bytes)
         even = -(-num_rows // max(1, -(-num_rows // most)))
         self.num_chunk_rows = max(1, min(num_rows, most, -(-even // 128) * 128))
-        self.rows = rows_class(hidden_RC, self.num_chunk_rows, vocab_size)
+        self.rows = rows_class(hidden_RC, self.num_chunk_rows, vocab_size, impl)
         self.d_hidden_RC = hidden_RC.new_empty(hidden_RC.shape if needs_hidden else 0)
         self.d_head_VC = hidden_RC.new_empty(
             lm_head_VC.shape if needs_head else 0, dtype=dtype if self.direct else wide
@@ -113,7 +115,7 @@ class ChunkWalk:
 class TorchRows:
     """A chunk's rows in plain torch, in place: two wide buffers, and one for products in a narrower dtype."""
 
-    def __init__(self, like: Tensor, num_rows: int, vocab_size: int) -> None:
+    def __init__(self, like: Tensor, num_rows: int, vocab_size: int, impl: str) -> None:
         wide = torch.promote_types(like.dtype, torch.float32)
         self.exp_rV = like.new_empty(num_rows, vocab_size, dtype=wide)
         self.logit_rV = like.new_empty(num_rows, vocab_size, dtype=wide)
@@ -121,10 +123,10 @@ class TorchRows:
         self.scratch_rV = like.new_empty(num_rows, vocab_size) if self.narrow else self.logit_rV
 
     @staticmethod
-    def bytes_an_entry(dtype: torch.dtype) -> int:
-        """Scratch a logit takes."""
+    def row_bytes(vocab_size: int, dtype: torch.dtype) -> int:
+        """Scratch a row takes."""
         wide = torch.promote_types(dtype, torch.float32)
-        return 2 * wide.itemsize + (dtype.itemsize if dtype != wide else 0)
+        return vocab_size * (2 * wide.itemsize + (dtype.itemsize if dtype != wide else 0))
 
     def statistics(self, logits_rV: Tensor, target_r: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """logp and entropy; leaves in the buffers what `gradient` needs."""
@@ -179,19 +181,28 @@ class TorchRows:
         return terms, logp_r, entropy_r, self.gradient(terms.d_logp_R, d_entropy_r)
 
 
-class TritonRows:
-    """A chunk's rows in Triton: one buffer, whose logits become their gradient in place."""
+def row_kernels(impl: str) -> ModuleType:
+    """The kernels that work on rows of logits, "triton" or "cuda": two modules with the same functions."""
+    return importlib.import_module(f"geo_r1.kernels.rows_{impl}")  # Triton may be missing where CUDA runs
 
-    def __init__(self, like: Tensor, num_rows: int, vocab_size: int) -> None:
-        from geo_r1.kernels import rows_triton
 
-        self.kernels = rows_triton
-        self.scratch_rV = like.new_empty(num_rows, vocab_size)
+class KernelRows:
+    """A chunk's rows by kernels: one buffer, whose logits become their gradient in place.
 
-    @staticmethod
-    def bytes_an_entry(dtype: torch.dtype) -> int:
-        """Scratch a logit takes."""
-        return dtype.itemsize
+    Each row of it begins at a multiple of ALIGNMENT, whatever the vocabulary's size.
+    """
+
+    ALIGNMENT = 16  # bytes: what a thread loads at once, and what cuBLAS asks of its fastest products
+
+    def __init__(self, like: Tensor, num_rows: int, vocab_size: int, impl: str) -> None:
+        self.kernels = row_kernels(impl)
+        stride_r = self.row_bytes(vocab_size, like.dtype) // like.element_size()
+        self.scratch_rV = like.new_empty(num_rows, stride_r)[:, :vocab_size]
+
+    @classmethod
+    def row_bytes(cls, vocab_size: int, dtype: torch.dtype) -> int:
+        """Scratch a row takes."""
+        return -(-vocab_size * dtype.itemsize // cls.ALIGNMENT) * cls.ALIGNMENT
 
     def statistics(self, logits_rV: Tensor, target_r: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """logp and entropy; keeps what `gradient` needs."""

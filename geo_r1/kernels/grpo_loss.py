@@ -16,6 +16,7 @@ from torch import Tensor
 
 from geo_r1.kernels import reference
 from geo_r1.kernels.checks import check_matrix, check_rows, refused_dtype
+from geo_r1.kernels.chunks import row_kernels
 from geo_r1.kernels.impls import resolve_impl
 from geo_r1.kernels.loss_config import DEFAULT_CONFIG, GRPOLossConfig
 from geo_r1.kernels.reference import LossRows, RowLoss
@@ -110,17 +111,15 @@ def _grpo_loss(logits_RV: Tensor, target_R: Tensor, *arguments: Any) -> tuple[Te
     rows_R = LossRows(*arguments[:6])
     *fields, impl = arguments[6:]
     config = GRPOLossConfig(*fields)
-    if impl == "triton":
-        from geo_r1.kernels import rows_triton
-
-        if config.importance_sampling_level == "token":
-            terms, logp_R, entropy_R, lse_R = rows_triton.grpo_row_loss(logits_RV, target_R, rows_R, config)
-        else:
-            logp_R, entropy_R, lse_R = rows_triton.row_statistics(logits_RV, target_R, config.temperature)
-            terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
-    else:
+    if impl == "reference":
         logp_R, entropy_R = reference.row_statistics(logits_RV, target_R, config.temperature)
         lse_R = torch.zeros_like(logp_R)  # its backward does not ask
+        terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
+    elif config.importance_sampling_level == "token":
+        terms, logp_R, entropy_R, lse_R = row_kernels(impl).grpo_row_loss(logits_RV, target_R, rows_R, config)
+    else:
+        kernels = row_kernels(impl)
+        logp_R, entropy_R, lse_R = kernels.row_statistics(logits_RV, target_R, config.temperature)
         terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
     return (
         *loss_outputs(terms, rows_R.token_weight_R, logp_R, entropy_R),
@@ -171,13 +170,12 @@ def _logit_gradient(
 ) -> Tensor:
     """dlogits; a second derivative raises, for this has no gradient of its own."""
     wanted_R = d_entropy_R if entropy_term else None
-    if impl == "triton":
-        from geo_r1.kernels import rows_triton
-
-        return rows_triton.logit_gradient(
-            logits_RV, target_R, lse_R, entropy_R, d_logp_R, wanted_R, temperature, d_loss=d_loss
-        )
-    return reference.logit_gradient(logits_RV, target_R, entropy_R, d_logp_R, wanted_R, temperature, d_loss)
+    if impl == "reference":
+        options = (wanted_R, temperature, d_loss)
+        return reference.logit_gradient(logits_RV, target_R, entropy_R, d_logp_R, *options)
+    return row_kernels(impl).logit_gradient(
+        logits_RV, target_R, lse_R, entropy_R, d_logp_R, wanted_R, temperature, d_loss=d_loss
+    )
 
 
 @_logit_gradient.register_fake

@@ -4,37 +4,60 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 
-# Op -> implementations, the preferred first. A device takes the first that runs on it; a CPU the reference.
-_PREFERRED: dict[str, tuple[str, ...]] = {
-    "group_advantage": ("triton", "reference"),
-    "grpo_loss": ("triton", "reference"),
-    "linear_grpo_loss": ("triton", "reference"),
-    "linear_logprob": ("triton", "reference"),
-    "linear_cross_entropy": ("triton", "reference"),
-    "packed_attention": ("triton", "reference", "flash"),
+from geo_r1.kernels import extension
+
+# Op -> implementations. A GPU takes the first that runs on it, unless a record says otherwise; a CPU the
+# reference, since what else runs there is an interpreter.
+_IMPLS: dict[str, tuple[str, ...]] = {
+    "group_advantage": ("triton", "reference", "cuda"),
+    "grpo_loss": ("triton", "reference", "cuda"),
+    "linear_grpo_loss": ("triton", "reference", "cuda"),
+    "linear_logprob": ("triton", "reference", "cuda"),
+    "linear_cross_entropy": ("triton", "reference", "cuda"),
+    "packed_attention": ("triton", "reference", "cuda", "flash"),
 }
 _KNOWN = ("reference", "triton", "cuda", "flash")
+# Ops whose CUDA kernels are written for one architecture.
+_CUDA_ONLY = {"packed_attention": "90a"}
+
+# (op, device as torch.cuda.get_device_name gives it) -> (what is fastest of ours, the record in
+# benchmarks/results/ that shows it). Empty: nothing was measured on a GPU yet.
+_FASTEST: dict[tuple[str, str], tuple[str, str]] = {}
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton's own switch, which it reads when a kernel is first imported: kernels run on CPU tensors, slowly.
 _INTERPRETED = _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def _constant(function: _F) -> _F:
+    """Let a tracer call the function and keep its result: what it asks of a device cannot be traced.
+
+    This is torch.compiler.assume_constant_result without its import of torch._dynamo, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 def available_impls() -> dict[str, tuple[str, ...]]:
     """List, for each op, the implementations that can run on this machine, the default first.
 
-    On a GPU "triton" is the default; dtypes and sizes that it does not take (see docs/kernels.md) run as
-    "reference" unless `impl=` names one, and then raise. On a CPU "triton" runs only in Triton's interpreter.
+    On a GPU the default is "triton", or what a benchmark record of that GPU shows to be faster; dtypes and
+    sizes that it does not take (see docs/kernels.md) run as the next one unless `impl=` names one, and then
+    raise. "cuda" needs a build for the GPU at hand, and is otherwise taken only by name, as "flash" is. On a
+    CPU "triton" runs only in Triton's interpreter. `python -m geo_r1.kernels` prints this with the reasons.
 
     Returns:
         A new dict from op name to names accepted by that op's `impl=`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {op: _runs_on(op, device) for op in _PREFERRED}
+    return {op: runs_on(op, device) for op in _IMPLS}
 
 
 def resolve_impl(
@@ -54,29 +77,53 @@ def resolve_impl(
     Raises:
         ValueError: no such op, no such implementation, or it cannot run here or with these inputs.
     """
-    if op not in _PREFERRED:
-        raise ValueError(f"no op {op!r}; ops are {', '.join(_PREFERRED)}")
-    available = _runs_on(op, device)
+    if op not in _IMPLS:
+        raise ValueError(f"no op {op!r}; ops are {', '.join(_IMPLS)}")
+    available = runs_on(op, device)
     refused = refused or {}
     if impl is None:
         return next(name for name in available if name not in refused)
     if impl not in available:
         problem = "cannot run here" if impl in _KNOWN else "is not known"
         raise ValueError(
-            f"{op}: impl={impl!r} {problem} (device {device}); available: {', '.join(available)}, "
-            "or None for the default"
+            f"{op}: impl={impl!r} {problem} ({why_not(op, impl, device)}); "
+            f"available: {', '.join(available)}, or None for the default"
         )
     if impl in refused:
         raise ValueError(f"{op}: impl={impl!r} does not take {refused[impl]}; use None for the default")
     return impl
 
 
-def _runs_on(op: str, device: torch.device) -> tuple[str, ...]:
-    if device.type == "cuda" and _HAS_TRITON:
-        return _PREFERRED[op]
-    if device.type == "cpu" and _INTERPRETED:
-        return ("reference", "triton")
-    return ("reference",)
+def implementations(op: str) -> tuple[str, ...]:
+    """Implementations of an op, whether they can run here or not."""
+    return _IMPLS[op]
+
+
+@_constant
+def runs_on(op: str, device: torch.device) -> tuple[str, ...]:
+    """Implementations of an op that can run on a device, the default first."""
+    names = [name for name in _IMPLS[op] if why_not(op, name, device) is None]
+    fastest, _ = fastest_on(op, device) or (names[0], "")
+    first = "reference" if device.type == "cpu" else fastest
+    return tuple(sorted(names, key=lambda name: name != first))
+
+
+@_constant
+def why_not(op: str, impl: str, device: torch.device) -> str | None:
+    """Say why an implementation of an op cannot run on a device; None where it can."""
+    if impl not in _IMPLS[op]:
+        return f"{op} has none" if impl in _KNOWN else f"device {device}"
+    if impl == "cuda":
+        return extension.why_not(device, only=_CUDA_ONLY.get(op))
+    if impl == "triton" and not _HAS_TRITON:
+        return "triton is not installed"
+    interpreted = impl == "triton" and device.type == "cpu" and _INTERPRETED
+    return None if impl == "reference" or device.type == "cuda" or interpreted else f"device {device}"
+
+
+def fastest_on(op: str, device: torch.device) -> tuple[str, str] | None:
+    """What a record shows to be fastest on a device, and the record's name; None where there is none."""
+    return _FASTEST.get((op, torch.cuda.get_device_name(device))) if device.type == "cuda" else None
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

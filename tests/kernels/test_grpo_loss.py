@@ -164,7 +164,7 @@ def test_bad_options_are_named(options, message):
             "sequence_R, got None",
         ),
         ({"ref_logp_R": None, "config": GRPOLossConfig(beta=0.1)}, "beta=0.1 needs ref_logp_R"),
-        ({"impl": "cuda"}, "grpo_loss: impl='cuda' cannot run here"),
+        ({"impl": "flash"}, "grpo_loss: impl='flash' cannot run here"),
     ],
 )
 def test_mistakes_are_named(fused, change, message):

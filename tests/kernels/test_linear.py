@@ -13,6 +13,7 @@ from geo_r1.kernels import (
     linear_logprob,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 CONFIG = GRPOLossConfig(beta=0.04, entropy_coef=0.1, temperature=0.9)
 LEVELS = [CONFIG, replace(CONFIG, importance_sampling_level="sequence")]
@@ -179,6 +180,50 @@ def test_memory_law(dtype, config):
     gradients = (vocab + num_rows) * hidden * dtype.itemsize
     rows = 64 * num_rows * 8
     assert gradients < seen.peak_bytes <= chunks.SCRATCH_BYTES_CPU + gradients + rows
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def impl(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(1009, torch.float32), (1009, torch.float16), (1, torch.half)])
+def test_each_row_of_the_kernels_logits_begins_at_16_bytes(vocab, dtype, impl, monkeypatch):
+    """What a thread loads at once; the products read and write such rows where they stand."""
+    for name in ("SCRATCH_BYTES", "SCRATCH_BYTES_CPU"):
+        monkeypatch.setattr(chunks, name, 12 * 1010 * dtype.itemsize)
+    case = loss_case(96, vocab, 16, dtype=dtype)
+    hidden_RC, lm_head_VC = case.hidden_RC.to(DEVICE), case.lm_head_VC.to(DEVICE)
+    walk = chunks.ChunkWalk(hidden_RC, lm_head_VC, impl, needs_hidden=True, needs_head=True)
+    logits_RV = hidden_RC @ lm_head_VC.T
+    for rows in walk.chunks():
+        logits_rV = walk.logits(rows)
+        assert logits_rV.data_ptr() % 16 == logits_rV.stride(0) * dtype.itemsize % 16 == 0
+        torch.testing.assert_close(logits_rV, logits_RV[rows])
+        walk.add_gradients(rows, logits_rV)
+    wide = logits_RV.double()
+    truth = wide @ lm_head_VC.double(), wide.T @ hidden_RC.double()
+    for got, right in zip(walk.results(), truth, strict=True):
+        assert (got.double() - right).norm() < 2e-3 * right.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the CPU's allocations are counted")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which interprets, warns of meant infinities
+@pytest.mark.parametrize("config", LEVELS, ids=LEVEL_IDS)
+def test_full_logits_of_the_kernels_never_exist(config, impl, monkeypatch):
+    num_rows, vocab, hidden = 96, 1009, 16
+    scratch = 25 * 1012 * 4
+    monkeypatch.setattr(chunks, "SCRATCH_BYTES_CPU", scratch)
+    case = loss_case(num_rows, vocab, hidden, dtype=torch.float32)
+    leaves = case.leaves()
+    inputs = (leaves.hidden_RC, leaves.lm_head_VC)
+    seen = recorded(
+        lambda: linear_grpo_loss(*inputs, **case.rows(), config=config, impl=impl).loss.backward()
+    )
+    assert leaves.lm_head_VC.grad.any()
+    assert 0 < seen.largest_bytes <= scratch < num_rows * vocab * 4
 
 
 def test_products_that_nobody_needs_are_skipped(monkeypatch):

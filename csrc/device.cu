@@ -1,0 +1,13 @@
+#include "common.cuh"
+
+namespace geo_r1 {
+
+int device_count() {
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count == 0) error = cudaErrorNoDevice;
+  check(error, "no CUDA device");  // a driver that is missing or too old is an error of its own
+  return count;
+}
+
+}  // namespace geo_r1

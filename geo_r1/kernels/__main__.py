@@ -1,0 +1,84 @@
+"""Prints which kernels are built here, and what runs by default on each device and why.
+
+python -m geo_r1.kernels
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from geo_r1.kernels import available_impls, extension, impls
+from geo_r1.kernels.attention_flash import PackageKernels, flash_kernels
+
+HEADINGS = ("op", "default", "because", "by name", "cannot run")
+
+
+def main() -> None:
+    lines = aligned(built())
+    for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:
+        lines += ["", title(device), *(f"  {line}" for line in report(device))]
+    print("\n".join(lines))
+
+
+def built() -> list[tuple[str, str]]:
+    """What implementations need, and which of it is here."""
+    archs, place = extension.built()
+    packaged = isinstance(flash_kernels(), PackageKernels)
+    return [
+        ("CUDA kernels", f"built for {archs}: {place}" if archs else f"none: {place}"),
+        ("Triton", version("triton")),
+        ("flash", f"flash-attn {version('flash-attn')}" if packaged else f"inside torch {torch.__version__}"),
+    ]
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def title(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device}: {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+
+
+def report(device: torch.device) -> list[str]:
+    """A table of the ops, and why some implementations cannot run."""
+    rows: list[Sequence[str]] = [HEADINGS]
+    reasons: dict[str, None] = {}  # each once, in order
+    for op in available_impls():
+        default, *others = impls.runs_on(op, device)
+        missing = [name for name in impls.implementations(op) if name not in (default, *others)]
+        rows.append((op, default, because(op, device, default), listed(others), listed(missing)))
+        reasons |= dict.fromkeys(f"no {name}: {impls.why_not(op, name, device)}" for name in missing)
+    return [*aligned(rows), *reasons]
+
+
+def because(op: str, device: torch.device, default: str) -> str:
+    """Why it is the default."""
+    name, record = impls.fastest_on(op, device) or ("", "")
+    if name == default:
+        return f"fastest in benchmarks/results/{record}"
+    return "always on a CPU" if device.type == "cpu" else "first that runs; no record says otherwise"
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "-"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    main()

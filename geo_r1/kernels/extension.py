@@ -1,0 +1,81 @@
+"""The CUDA kernels of csrc/: the module geo_r1._C, which is there where the package was built with nvcc."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or why there is none."""
+    try:
+        return importlib.import_module("geo_r1._C"), ""
+    except ModuleNotFoundError:
+        return None, "geo_r1 was installed without nvcc, so without CUDA kernels; see README"
+    except ImportError as error:  # built for another Python or C library
+        return None, f"geo_r1's CUDA kernels do not load: {error}"
+
+
+_C, _absent = _load()
+
+
+def built() -> tuple[str, str]:
+    """Architectures, as nvcc was told ("80;90a"), and the file; "" and the reason where there is none."""
+    return (_C.archs, str(_C.__file__)) if _C is not None else ("", _absent)
+
+
+def why_not(device: torch.device, *, only: str | None = None) -> str | None:
+    """Say why CUDA kernels do not run on a device; None where they do.
+
+    Args:
+        device: of the inputs.
+        only: the one architecture that a kernel is written for ("90a"); None: any that was built.
+    """
+    if _C is None:
+        return _absent
+    if device.type != getattr(_C, "runs_on", "cuda"):  # a test may put a build in place that runs elsewhere
+        return f"device {device}"
+    if device.type != "cuda":
+        return None
+    major, minor = capability = torch.cuda.get_device_capability(device)
+    gpu = f"this GPU is {major}.{minor}"
+    if only is not None and not _fits(only, capability):
+        return f"written for compute capability {'.'.join(map(str, _capability(only)))}, {gpu}"
+    if not any(_fits(arch, capability) for arch in _C.archs.split(";") if only in (None, arch)):
+        wanted = "90a" if capability == (9, 0) else f"{major}{minor}"
+        return f"built for {_C.archs}, {gpu}; GEO_R1_CUDA_ARCHS={wanted} builds for it"
+    return None
+
+
+def launch(name: str, like: Tensor, **arguments: Tensor | torch.dtype | str | float | None) -> None:
+    """Start a launcher of csrc/ops.h on the device and the current stream of `like`.
+
+    Tensors, all on that device, become their addresses and dtypes their names. Nothing waits: memory that
+    torch frees after the launch is used again on the same stream only, so after the kernel.
+    """
+    device, stream = 0, 0
+    if like.device.type == "cuda":
+        device, stream = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
+    getattr(_C, name)(device=device, stream=stream, **{k: _plain(x) for k, x in arguments.items()})
+
+
+def _plain(argument: Tensor | torch.dtype | str | float | None) -> str | float | None:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, torch.dtype):
+        return str(argument).removeprefix("torch.")
+    return argument
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    major, minor = divmod(int(arch.rstrip("af")), 10)
+    return major, minor
+
+
+def _fits(arch: str, capability: tuple[int, int]) -> bool:
+    """Code for "80" runs on 8.0 and every later 8.x; code for "90a" on 9.0 alone."""
+    built = _capability(arch)
+    return built == capability if arch.endswith("a") else built[0] == capability[0] and built <= capability
