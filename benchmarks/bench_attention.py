@@ -1,12 +1,15 @@
-"""Attention over packed batches, forward and backward, against library kernels.
+"""Attention over packed batches, forward and backward and forward alone, against library kernels.
 
 Operations: 4 H D for each visible (query, key) pair forward, 2.5 times that backward. A library kernel has no
 shared prompt: it is given every completion with its own copy of the prompt, as trainers do today, while
 operations are counted once a shared prompt. Errors are of the output and the gradients of q, k and v.
+Forward alone, nothing is kept for a backward pass where a library can do without; flex_attention is left
+out, which would be compiled for a second time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +35,12 @@ PEERS = (
     "flash-attn 2",
     "flash-attn 3",
 )
+FORWARD_PEERS = tuple(name for name in PEERS if not name.startswith("flex"))
+
+# Makes the output.
+Attend = Callable[[], Tensor]
+# Makes what is timed of it, given the inputs that gradients are of.
+Timed = Callable[[Attend, Tensors], Callable[[], Tensors]]
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ else:
         AttentionSize("shared prompt 256 + 8 x 24", (256,), ((24,) * 8,), **small),
         AttentionSize("vision windows", windows([(6, 9)]), **VISION),
     ]
+FORWARD_SIZES = [size for size in SIZES if size.causal]  # text, whose prompts are scored with no gradient
 
 
 @dataclass(frozen=True)
@@ -171,9 +181,22 @@ class Inputs:
         return lengths.cumsum(0, dtype=torch.int32)
 
 
-def gradients(out: Tensor, inputs: Tensors) -> Tensors:
+def with_gradients(attend: Attend, inputs: Tensors) -> Callable[[], Tensors]:
     q, k, v, d_out = inputs
-    return (out.detach(), *torch.autograd.grad(out, (q, k, v), d_out))
+
+    def run() -> Tensors:
+        out = attend()
+        return (out.detach(), *torch.autograd.grad(out, (q, k, v), d_out))
+
+    return run
+
+
+def forward_alone(attend: Attend, inputs: Tensors) -> Callable[[], Tensors]:
+    @torch.no_grad()
+    def run() -> Tensors:
+        return (attend(),)
+
+    return run
 
 
 def truth(inputs: Inputs, layout: PackedLayout) -> list[Tensor]:
@@ -192,35 +215,35 @@ def truth(inputs: Inputs, layout: PackedLayout) -> list[Tensor]:
     return [out, dq, dk, dv]
 
 
-def flash_varlen(inputs: Inputs):
+def flash_varlen(inputs: Inputs) -> Attend:
     """The flash kernels inside torch, as `torch.nn.attention.varlen` calls them."""
     q, k, v, _ = inputs.repeated
     longest = max(inputs.size.lengths)
+    cu = inputs.cu_seqlens
 
-    def run():
-        out, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, inputs.cu_seqlens, inputs.cu_seqlens, longest, longest, 0.0, inputs.size.causal, False
-        )
-        return gradients(out, inputs.repeated)
+    def attend() -> Tensor:
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, cu, cu, longest, longest, 0.0, inputs.size.causal, False
+        )[0]
 
-    return run
+    return attend
 
 
-def flash_attn(inputs: Inputs, module: str):
+def flash_attn(inputs: Inputs, module: str) -> Attend:
     """The flash-attn package: version 2, or the module that version 3 installs."""
     q, k, v, _ = inputs.repeated
     function = __import__(module, fromlist=["flash_attn_varlen_func"]).flash_attn_varlen_func
     longest = max(inputs.size.lengths)
+    cu = inputs.cu_seqlens
 
-    def run():
-        cu = inputs.cu_seqlens
+    def attend() -> Tensor:
         out = function(q, k, v, cu, cu, longest, longest, causal=inputs.size.causal)
-        return gradients(out[0] if isinstance(out, tuple) else out, inputs.repeated)
+        return out[0] if isinstance(out, tuple) else out
 
-    return run
+    return attend
 
 
-def sdpa(inputs: Inputs, backend: SDPBackend | None):
+def sdpa(inputs: Inputs, backend: SDPBackend | None) -> Attend:
     """Sequences of one length as a dense batch."""
     q, k, v, _ = inputs.repeated
     length = inputs.size.lengths[0]
@@ -231,16 +254,14 @@ def sdpa(inputs: Inputs, backend: SDPBackend | None):
         out = F.scaled_dot_product_attention(*dense, is_causal=inputs.size.causal, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
 
-    def run():
-        if backend is None:
-            return gradients(attend(), inputs.repeated)
+    def attend_by_backend() -> Tensor:
         with sdpa_kernel(backend):
-            return gradients(attend(), inputs.repeated)
+            return attend()
 
-    return run
+    return attend if backend is None else attend_by_backend
 
 
-def flex(inputs: Inputs):
+def flex(inputs: Inputs) -> Attend:
     """flex_attention on the packed rows themselves: its block mask knows shared prompts."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -260,15 +281,16 @@ def flex(inputs: Inputs):
     mask = create_block_mask(visible, None, None, T, T, device=str(inputs.device))
     function = torch.compile(flex_attention, dynamic=False)
 
-    def run():
+    def attend() -> Tensor:
         rows = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = function(*rows, block_mask=mask, enable_gqa=size.heads != size.kv_heads)
-        return gradients(out[0].transpose(0, 1), inputs.packed)
+        return out[0].transpose(0, 1)
 
-    return run
+    return attend
 
 
-def peers(inputs: Inputs) -> list[Provider]:
+def peers(inputs: Inputs, timed: Timed) -> list[Provider]:
+    """All that there are; the tests' parameters say which are measured."""
     unequal = None if len(set(inputs.size.lengths)) == 1 else "sequences differ in length"
     no_gpu = None if ON_GPU else "torch's flash and cuDNN kernels need a GPU"
     makers = (
@@ -279,33 +301,45 @@ def peers(inputs: Inputs) -> list[Provider]:
         (lambda: flash_attn(inputs, "flash_attn"), why_missing("flash_attn")),
         (lambda: flash_attn(inputs, "flash_attn_interface"), why_missing("flash_attn_interface")),
     )
-    return [
-        Provider(name, build, missing=missing, unpack=list if name.startswith("flex") else inputs.merge)
-        for name, (build, missing) in zip(PEERS, makers, strict=True)
-    ]
+    found = []
+    for name, (make, missing) in zip(PEERS, makers, strict=True):
+        packed = name.startswith("flex")
+
+        def build(make=make, packed=packed):
+            return timed(make(), inputs.packed if packed else inputs.repeated)
+
+        found.append(Provider(name, build, missing=missing, unpack=list if packed else inputs.merge))
+    return found
+
+
+def comparison(op: str, size: AttentionSize, device: torch.device, timed: Timed, forwards: float):
+    """Case, providers and truth; operations are those of that many forward passes."""
+    inputs = Inputs(size, device)
+    layout = PackedLayout.from_lengths(size.prompts, size.completions, device)
+
+    def build(impl: str) -> Callable[[], Tensors]:
+        q, k, v, _ = inputs.packed
+        return timed(lambda: packed_attention(q, k, v, layout, causal=size.causal, impl=impl), inputs.packed)
+
+    case = Case(
+        op,
+        str(size),
+        DTYPE,
+        TOLERANCE[DTYPE],
+        flops=forwards * 4.0 * size.heads * size.head_size * size.pairs,
+        facts={"operations_saved": size.repeated_pairs / size.pairs},
+    )
+    providers = [*ours("packed_attention", build), *peers(inputs, timed)]
+    return case, providers, lambda: truth(inputs, layout)
 
 
 @pytest.mark.parametrize("provider", [*our_names("packed_attention"), *PEERS])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_packed_attention(report, device, size, provider):
-    def make():
-        inputs = Inputs(size, device)
-        layout = PackedLayout.from_lengths(size.prompts, size.completions, device)
+    report(lambda: comparison("packed_attention", size, device, with_gradients, 3.5))
 
-        def build(impl):
-            q, k, v, _ = inputs.packed
-            return lambda: gradients(
-                packed_attention(q, k, v, layout, causal=size.causal, impl=impl), inputs.packed
-            )
 
-        case = Case(
-            "packed_attention",
-            str(size),
-            DTYPE,
-            TOLERANCE[DTYPE],
-            flops=3.5 * 4.0 * size.heads * size.head_size * size.pairs,
-            facts={"operations_saved": size.repeated_pairs / size.pairs},
-        )
-        return case, [*ours("packed_attention", build), *peers(inputs)], lambda: truth(inputs, layout)
-
-    report(make)
+@pytest.mark.parametrize("provider", [*our_names("packed_attention"), *FORWARD_PEERS])
+@pytest.mark.parametrize("size", FORWARD_SIZES, ids=str)
+def test_packed_attention_forward(report, device, size, provider):
+    report(lambda: comparison("packed_attention forward", size, device, forward_alone, 1.0))

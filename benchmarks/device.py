@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.measure import Ceilings
 from benchmarks.meters import CpuMeter, CudaMeter
+from geo_r1.kernels import extension
 
 PACKAGES = (
     "torch",
@@ -42,7 +43,8 @@ def default_device() -> torch.device:
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Name, sizes and versions, as a record holds them."""
-    found: dict[str, Any] = {"type": device.type, "versions": versions()}
+    archs, _ = extension.built()  # "" where it is not built; the part of that name may build it yet
+    found: dict[str, Any] = {"type": device.type, "versions": versions(), "extension": archs}
     if device.type == "cpu":
         return found | {"name": "cpu", "processor": processor(), "threads": torch.get_num_threads()}
     properties = torch.cuda.get_device_properties(device)

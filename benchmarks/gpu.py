@@ -1,8 +1,10 @@
-"""Everything a machine with a GPU can tell, in eight minutes: `make gpu`, or `python3 -m benchmarks.gpu`.
+"""Everything a machine with a GPU can tell, in ten minutes: `make gpu`, or `python3 -m benchmarks.gpu`.
 
-Tests of the kernels, every benchmark and a run of the trainer, each in processes of its own, write one record
-`benchmarks/results/<device>-<commit>.json`, or into the folder that `--out` names. It runs from the checkout,
-with nothing installed but torch, triton, pytest and pytest-benchmark; what needs more is skipped by name.
+Tests of the kernels, every benchmark, compute-sanitizer and a run of the trainer, each in processes of its
+own, write one record `benchmarks/results/<device>-<commit>.json`, or into the folder that `--out` names. It
+runs from the checkout, with nothing installed but torch, triton, pytest and pytest-benchmark; what needs more
+is skipped by name. Where nvcc and pybind11 are, the CUDA kernels are first built into the checkout, for the
+GPU at hand.
 
 What the targets need comes first; peers that take long to get going come last, with the time that is left.
 The record is written anew after each part, so it is there whatever happens to the next. A part that fails or
@@ -115,16 +117,18 @@ def run_part(part: Part, device: str, stem: Path, seconds: float, record: dict[s
         left, done_before = died if part.reads == "tests" else [], done
     result: dict[str, Any] = {"status": "ok"}
     bad = [code for code in codes if code not in (0, None)]
-    if None in codes:
+    skipped = [line["skipped"] for file in files for line in read_lines(file) if "skipped" in line]
+    if skipped and not bad:
+        result = {"status": "skipped", "reason": skipped[0]}
+    elif None in codes:
         result = {"status": "out of time", "reason": f"stopped after {seconds:.0f} s"}
     elif bad:
         result = {"status": "failed", "reason": f"exit code {bad[0]}", "exit_code": bad[0]}
-    read = {"facts": read_facts, "tests": read_tests, "run": read_run}[part.reads]
-    result |= read(files, record)
+    result |= READERS[part.reads](files, record)
     if result["status"] == "ok" and "failures" in result:  # of a process that died, another having ended well
         result |= {"status": "failed", "reason": "a process died"}
     outputs = [log.read_text(encoding="utf-8", errors="replace").splitlines() for log in logs]
-    if result["status"] != "ok":
+    if result["status"] in ("failed", "out of time"):
         worst = next((i for i, code in enumerate(codes) if code != 0), 0)
         result["output"] = outputs[worst][-TAIL_LINES:]
     print(*(line for output in outputs for line in output), sep="\n", flush=True)
@@ -193,6 +197,15 @@ def read_facts(files: Sequence[Path], record: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def read_extension(files: Sequence[Path], record: dict[str, Any]) -> dict[str, Any]:
+    """What the CUDA kernels are built for, and by which nvcc."""
+    for line in read_lines(files[0]):
+        if "extension" in line:
+            record["device"]["extension"] = line["extension"]
+            record["device"].setdefault("versions", {})["nvcc"] = line["nvcc"]
+    return {}
+
+
 def read_tests(files: Sequence[Path], record: dict[str, Any]) -> dict[str, Any]:
     """Counts, what failed, and why what was skipped was; measurements go to the record's own list."""
     lines = [line for file in files for line in read_lines(file)]
@@ -211,6 +224,9 @@ def read_run(files: Sequence[Path], record: dict[str, Any]) -> dict[str, Any]:
     """The last metrics of each stage of a run of the trainer."""
     lines = read_lines(Path(f"{files[0]}.run") / "metrics.jsonl")
     return {"metrics": {line["stage"]: line for line in lines if "stage" in line}}
+
+
+READERS = {"facts": read_facts, "extension": read_extension, "tests": read_tests, "run": read_run}
 
 
 def git_state() -> tuple[str, bool | None]:

@@ -1,4 +1,4 @@
-"""The lines that `recorder.py` writes and `gpu.py` reads; imports nothing that has to be installed."""
+"""The lines that a part writes and `gpu.py` reads; imports nothing that has to be installed."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def read_lines(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return found
+
+
+def write_line(path: Path, **line: object) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

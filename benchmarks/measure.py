@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.meters import CpuMeter, CudaMeter, Tensors, device_lost
+from benchmarks.meters import CpuMeter, CudaMeter, Prepare, Tensors, device_lost, nothing
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 ROUNDS_SECONDS = {"cuda": 2.0, "cpu": 1.0}  # of rounds for all providers of a case together
@@ -84,6 +84,7 @@ class Provider:
             not compared.
         missing: why it cannot run here, None if it can.
         unpack: turns results into what the truth holds; not timed. They may be fewer than the truth's.
+        prepare: called before each repetition, not timed: puts back inputs that are written over.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Provider:
     kind: str = "peer"
     missing: str | None = None
     unpack: Callable[[Tensors], Sequence[Tensor]] = tuple
+    prepare: Prepare = nothing
 
 
 @dataclass
@@ -178,7 +180,8 @@ def compare(
             running.pop(provider.name, None)
             _recover()
     del expected
-    for name, times in _in_turns(running, meter, found, case.rounds).items():
+    prepare = {p.name: p.prepare for p in providers}
+    for name, times in _in_turns(running, prepare, meter, found, case.rounds).items():
         _fill(found[name], times, case, ceilings)
     if device.type == "cuda":
         running.clear()
@@ -196,7 +199,9 @@ def _try(
     """The function to be timed, after its results were compared and its memory was measured."""
     function = provider.build()
     if case.rounds is None:  # the first run compiles, and asks for memory that later ones do not
+        provider.prepare()
         function()
+    provider.prepare()
     results, peak_bytes = meter.run_for_peak(function)
     measurement.peak_mib = peak_bytes / MIB
     if expected is not None and provider.kind != "floor":
@@ -217,6 +222,7 @@ def _recover() -> None:
 
 def _in_turns(
     running: dict[str, Callable[[], Tensors]],
+    prepare: Mapping[str, Prepare],
     meter: CudaMeter | CpuMeter,
     found: dict[str, Measurement],
     num_rounds: int | None,
@@ -228,7 +234,7 @@ def _in_turns(
             times[name] = []
             continue
         try:
-            found[name].host_ms, first = meter.warm_up(function)
+            found[name].host_ms, first = meter.warm_up(function, prepare[name])
             times[name] = [first]
         except Exception as error:  # as in `compare`
             _fail(found[name], error)
@@ -239,7 +245,7 @@ def _in_turns(
         pending = {}
         for name in times:
             try:
-                pending[name] = meter.repeat(running[name], found[name].host_ms or 0.0)
+                pending[name] = meter.repeat(running[name], found[name].host_ms or 0.0, prepare[name])
             except Exception as error:  # likewise
                 _fail(found[name], error)
         for name, repetition in pending.items():

@@ -13,6 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 MAX_HOLD_MS = 20.0  # the stream is not held back for longer: a step that enqueues for a second hides nothing
 
 Tensors = tuple[Tensor, ...]
+Prepare = Callable[[], object]  # what a repetition needs first, not timed
+
+
+def nothing() -> None:
+    """For a function that finds its inputs as it left them."""
 
 
 def device_lost() -> bool:
@@ -53,19 +58,22 @@ class CudaMeter:
     def _event() -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)
 
-    def warm_up(self, function: Callable[[], Tensors]) -> tuple[float, float]:
+    def warm_up(self, function: Callable[[], Tensors], prepare: Prepare = nothing) -> tuple[float, float]:
         """Milliseconds for the host to enqueue the work, and for the device to do it."""
+        prepare()
         function()
+        prepare()
         torch.cuda.synchronize(self.device)
         begin = time.perf_counter()
         function()
         host_ms = (time.perf_counter() - begin) * 1e3
         torch.cuda.synchronize(self.device)
-        return host_ms, self.read(self.repeat(function, host_ms))
+        return host_ms, self.read(self.repeat(function, host_ms, prepare))
 
-    def repeat(self, function: Callable[[], Tensors], host_ms: float) -> Any:
+    def repeat(self, function: Callable[[], Tensors], host_ms: float, prepare: Prepare = nothing) -> Any:
         """Enqueue one repetition; `read` waits for it."""
         start, end = self._event(), self._event()
+        prepare()
         self.flush.zero_()
         if self.hold:
             torch.cuda._sleep(int(min(1.5 * host_ms, MAX_HOLD_MS) * self.cycles_per_ms))
@@ -94,11 +102,12 @@ class CpuMeter:
 
     device_type = "cpu"
 
-    def warm_up(self, function: Callable[[], Tensors]) -> tuple[float, float]:
-        ms = self.repeat(function, 0.0)
+    def warm_up(self, function: Callable[[], Tensors], prepare: Prepare = nothing) -> tuple[float, float]:
+        ms = self.repeat(function, 0.0, prepare)
         return ms, ms
 
-    def repeat(self, function: Callable[[], Tensors], host_ms: float) -> float:
+    def repeat(self, function: Callable[[], Tensors], host_ms: float, prepare: Prepare = nothing) -> float:
+        prepare()
         begin = time.perf_counter()
         function()
         return (time.perf_counter() - begin) * 1e3

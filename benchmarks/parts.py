@@ -1,4 +1,4 @@
-"""What `make gpu` runs, in which order, and for how long: the times are a GPU's and fit eight minutes."""
+"""What `make gpu` runs, in which order, and for how long: the times are a GPU's and fit ten minutes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class Part:
         arguments: after the interpreter; {record} is the file it writes, {device} cuda or cpu, {share} the
             process's number and how many there are.
         seconds: its time. What earlier parts left over is added.
-        needs: packages without which it is skipped.
-        reads: what it writes: "facts" (device.py), "tests" (recorder.py), or "run" (the trainer's metrics).
+        needs: packages without which it is skipped. Whatever else it lacks it says itself, in a line
+            {"skipped": reason}.
+        reads: what it writes: "facts" (device.py), "extension" (extension.py), "tests" (recorder.py), or
+            "run" (the trainer's metrics).
         processes: how many share it, at most one a core.
     """
 
@@ -66,9 +68,16 @@ PARTS = (
     Part(  # the first to import torch, from a cold disk
         "device",
         ("-m", "benchmarks.device", "{record}", "--device", "{device}"),
-        50,
+        40,
         ("torch", "triton"),
         reads="facts",
+    ),
+    Part(  # before all that takes the kernels if they are there
+        "extension",
+        ("-m", "benchmarks.extension", "{record}", "--device", "{device}"),
+        60,
+        ("pybind11",),
+        reads="extension",
     ),
     # The gate's own tests need no GPU; its build of every kernel is `make aot`.
     pytest_part(
@@ -78,10 +87,10 @@ PARTS = (
         processes=MAX_PROCESSES,
     ),
     benchmark("bench_linear", 65),
-    benchmark("bench_attention", 55),
-    benchmark("bench_step", 105, needs=MODEL),
-    benchmark("bench_grpo_loss", 20),
-    benchmark("bench_group_advantage", 15),
+    benchmark("bench_attention", 60),
+    benchmark("bench_step", 100, needs=MODEL),
+    benchmark("bench_grpo_loss, bench_group_advantage", 40, "bench_grpo_loss", "bench_group_advantage"),
+    Part("compute-sanitizer", ("-m", "benchmarks.sanitizer", "{record}", "--device", "{device}"), 40),
     pytest_part("tests of the models", 20, "tests/models", needs=(*MODEL, "pyarrow", "jinja2"), processes=4),
     Part(
         "world run",
@@ -93,9 +102,9 @@ PARTS = (
         TRAINER,
         reads="run",
     ),
-    benchmark(
+    benchmark(  # and what the others have left over
         "slow peers",
-        40,
+        20,
         *("bench_attention", "bench_linear", "bench_step", "bench_grpo_loss", "bench_group_advantage"),
         chosen=SLOW,
     ),

@@ -7,13 +7,12 @@ anything ends at once, with exit code LOST. `--share 2/8` takes every eighth tes
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.lines import LOST, begun, read_lines
+from benchmarks.lines import LOST, begun, read_lines, write_line
 
 
 def pytest_addoption(parser):
@@ -46,8 +45,7 @@ class Recorder:
         self.before = begun(read_lines(path))
 
     def write(self, **line: object) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        write_line(self.path, **line)
 
     @pytest.hookimpl
     def pytest_collectreport(self, report):

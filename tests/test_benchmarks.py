@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic and honesty: what is timed, what is recorded, what the README then says."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -12,10 +13,13 @@ import weakref
 import pytest
 import torch
 
-from benchmarks import gpu, results
-from benchmarks.bench_attention import IMAGES, AttentionSize, windows
+from benchmarks import extension, gpu, results, sanitizer
+from benchmarks.bench_attention import IMAGES, AttentionSize, comparison, forward_alone, windows
+from benchmarks.bench_grpo_loss import loss_rows, row_statistics
 from benchmarks.conftest import table
+from benchmarks.device import default_device
 from benchmarks.lines import read_lines
+from benchmarks.losses import LossSize
 from benchmarks.measure import (
     MAX_ROUNDS,
     MIN_ROUNDS,
@@ -30,6 +34,8 @@ from benchmarks.measure import (
 from benchmarks.meters import bytes_of
 from benchmarks.parts import PARTS, Part, pytest_part
 from benchmarks.targets import TARGETS, Finding, verdict
+from csrc import nvcc
+from geo_r1.kernels import available_impls
 
 CEILINGS = Ceilings(matmul_tflops=100.0, copy_gbps=1000.0)
 CPU = torch.device("cpu")
@@ -71,6 +77,28 @@ def test_providers_take_turns():
     providers = [Provider(name, lambda name=name: lambda: (calls.append(name), ())[1]) for name in "ab"]
     run(providers)
     assert calls[-6:] == ["a", "b"] * 3
+
+
+def test_inputs_that_are_written_over_are_put_back_untimed(monkeypatch):
+    clock = itertools.count(0.0, 0.002)  # each look at it is 2 ms after the one before
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    x = torch.zeros(1)
+
+    def put_back():
+        time.perf_counter()
+        x.fill_(3.0)
+
+    def square_in_place():
+        x.square_()
+        return ()
+
+    provider = Provider("p", lambda: square_in_place, unpack=lambda _: (x,), prepare=put_back)
+    for rounds in (None, 3):
+        found = compare(
+            case(rounds=rounds), [provider], lambda: [torch.tensor([9.0]).double()], CPU, CEILINGS
+        )
+        assert found["p"].error == 0 and found["p"].ms == pytest.approx(2.0)
+        assert x == 9
 
 
 def test_errors_are_relative_by_norm():
@@ -183,6 +211,43 @@ def test_windows_are_those_of_the_vision_tower():
     assert list(windows(IMAGES)) == [n for n in boundaries.diff().tolist() if n]
 
 
+def rehearse(comparison):
+    case, providers, truth = comparison
+    found = compare(dataclasses.replace(case, rounds=2), providers, truth, default_device(), CEILINGS)
+    return case, found
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which interprets Triton's kernels
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_rows_are_compared_where_kernels_run(impl):
+    if impl not in available_impls()["grpo_loss"]:
+        pytest.skip(f"{impl} does not run here")
+    size, logits_mib = LossSize(8, 16, 1003), 8 * 1003 * 4 / 2**20
+    case, found = rehearse(loss_rows(size, torch.float32, default_device(), [impl]))
+    assert case.bytes == 2 * 8 * 1003 * 4 and case.flops == 0
+    assert found.keys() == {f"geo_r1 {impl}, out of place", f"geo_r1 {impl}, in place", "copy of the logits"}
+    for name, measurement in found.items():
+        assert measurement.status == "measured", measurement.reason
+        assert 0 <= measurement.peak_mib < logits_mib  # neither logits nor gradients are made anew
+        assert len(measurement.errors) == (2 if name.startswith("geo_r1") else 0)
+        assert all(error < 1e-5 for error in measurement.errors)
+    case, found = rehearse(row_statistics(size, torch.float32, default_device(), [impl]))
+    assert case.bytes == 8 * 1003 * 4
+    assert found.keys() == {f"geo_r1 {impl}", "eager torch"}
+    for measurement in found.values():
+        assert measurement.status == "measured" and len(measurement.errors) == 2
+        assert measurement.error < 1e-5
+
+
+def test_attention_forward_alone_is_compared_and_counted_once():
+    size = AttentionSize("small", (5, 3), ((3, 3), ()), 2, 1, 16)
+    case, providers, truth = comparison("attention", size, default_device(), forward_alone, 1.0)
+    chosen = [p for p in providers if p.name == "geo_r1 reference"]
+    assert case.flops == 4 * 2 * 16 * size.pairs
+    found = rehearse((case, chosen, truth))[1]["geo_r1 reference"]
+    assert found.status == "measured" and len(found.errors) == 1 and found.error < 1e-2
+
+
 # What make gpu does, with parts that are a line of Python each.
 def part(name, code, seconds=20.0, reads="tests", needs=()):
     return Part(name, ("-c", code, "{record}"), seconds, needs, reads)
@@ -197,6 +262,7 @@ FACTS = {
     "name": "NVIDIA H200",
     "versions": {"torch": "2.11.0", "triton": "3.6.0"},
     "driver": "580",
+    "extension": "90a",
     "ceilings": {"matmul_tflops": 800.0, "copy_gbps": 4300.0},
 }
 FACTS_PART = part("device", line_writer(**FACTS), reads="facts")
@@ -220,6 +286,139 @@ def test_every_part_ends_up_in_the_record(tmp_path):
     assert record["measurements"] == [{"op": "sum", "ms": 1.0}]
     assert record["parts"]["one"]["tests"] == {"passed": 1}
     assert record["parts"]["two"]["reason"] == "not installed: no_such_package"
+
+
+def test_a_part_says_itself_what_it_lacks(tmp_path):
+    lacking = part("lacking", line_writer(skipped="no nvcc"))
+    code, record = record_of(tmp_path, FACTS_PART, lacking, part("after", PASSED))
+    assert code == 0 and record["parts"]["after"]["status"] == "ok"
+    found = record["parts"]["lacking"]
+    assert (found["status"], found["reason"]) == ("skipped", "no nvcc") and "output" not in found
+    assert "skipped" not in record["device"]
+
+
+def test_the_record_says_what_the_extension_is_built_for(tmp_path):
+    built = line_writer(extension="", nvcc="13.0") + "; " + line_writer(extension="90a", nvcc="13.0")
+    code, record = record_of(tmp_path, FACTS_PART, part("extension", built, reads="extension"))
+    assert code == 0 and record["device"]["extension"] == "90a"
+    assert record["device"]["versions"] == {"torch": "2.11.0", "triton": "3.6.0", "nvcc": "13.0"}
+
+
+TOOLCHAIN = nvcc.Toolchain("nvcc", (13, 0), "release 13.0", ("90a",))
+
+
+@pytest.fixture
+def build_extension(tmp_path, monkeypatch):
+    """Run the part on an H200 that is not there, over an extension that is left from before."""
+    (tmp_path / "geo_r1").mkdir()
+    place = tmp_path / "geo_r1" / nvcc.EXTENSION
+    place.write_text("old")
+    monkeypatch.setattr(nvcc, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.delenv("GEO_R1_CUDA_ARCHS", raising=False)
+
+    def run(find_toolchain, build=None, device="cuda"):
+        monkeypatch.setattr(nvcc, "find_toolchain", find_toolchain)
+        monkeypatch.setattr(nvcc, "build", build)
+        record = tmp_path / "record"
+        return extension.main([str(record), "--device", device]), read_lines(record), place
+
+    return run
+
+
+def test_the_extension_is_built_for_the_gpu_at_hand(build_extension, tmp_path, monkeypatch):
+    (tmp_path / "new").write_text("new")
+    asked = []
+
+    def find_toolchain(environ):
+        asked.append(environ["GEO_R1_CUDA_ARCHS"])
+        return TOOLCHAIN
+
+    monkeypatch.setattr("geo_r1.kernels.extension.built", lambda: ("90a", "/x/_C.so"))
+    monkeypatch.setattr("geo_r1.kernels.extension.why_not", lambda device: None)
+    code, lines, place = build_extension(find_toolchain, lambda toolchain: tmp_path / "new")
+    assert code == 0 and asked == ["90a"] and place.read_text() == "new"
+    assert lines[-1] == {"extension": "90a", "nvcc": "13.0"}
+    monkeypatch.setenv("GEO_R1_CUDA_ARCHS", "80;90a")
+    monkeypatch.setattr("geo_r1.kernels.extension.why_not", lambda device: "does not load")
+    code, _, _ = build_extension(find_toolchain, lambda toolchain: tmp_path / "new")
+    assert code == 1 and asked == ["90a", "80;90a"]
+
+
+def test_an_extension_that_cannot_be_built_leaves_no_older_one(build_extension, capsys):
+    def fails(toolchain):
+        raise nvcc.BuildError("nvcc fails")
+
+    code, lines, place = build_extension(lambda environ: TOOLCHAIN, fails)
+    assert code == 1 and lines == [{"extension": "", "nvcc": "13.0"}] and not place.exists()
+    assert capsys.readouterr().err == "nvcc fails\n"
+
+
+def test_without_nvcc_or_a_gpu_nothing_is_built(build_extension):
+    def unavailable(environ):
+        raise nvcc.UnavailableError("there is no nvcc")
+
+    code, lines, place = build_extension(unavailable)
+    assert code == 0 and lines == [{"skipped": "there is no nvcc"}] and place.read_text() == "old"
+    code, lines, _ = build_extension(unavailable, device="cpu")
+    assert code == 0 and lines[-1] == {"skipped": "no GPU to build for"}
+
+
+SANITIZER = """#!/bin/sh
+echo "========= COMPUTE-SANITIZER"
+echo "$@"
+test $2 = racecheck && exit 0
+echo "========= {finding}"
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("finding", "outcome", "reason", "code"),
+    [
+        ("Invalid __global__ read of size 4 bytes", "failed", "Invalid __global__ read of size 4 bytes", 1),
+        ("Error: Device not supported", "skipped", "compute-sanitizer: Device not supported", 0),
+    ],
+)
+def test_what_the_sanitizer_finds_is_recorded(tmp_path, capsys, finding, outcome, reason, code):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER.format(finding=finding))
+    program.chmod(0o755)
+    assert sanitizer.watch(str(program), tmp_path / "record") == code
+    said = capsys.readouterr().out
+    assert "--tool memcheck --kernel-name kns=geo_r1" in said and "work('cuda')" in said
+    record = {"measurements": []}
+    found = gpu.read_tests([tmp_path / "record"], record)
+    assert found["tests"] == {outcome: 1, "passed": 1} and not record["measurements"]
+    assert found.get("failures", {}) == ({"memcheck": reason} if code else {})
+    assert found.get("skipped", {}) == ({} if code else {reason: 1})
+
+
+def test_the_sanitizer_is_looked_for_where_cuda_is(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.write_text(SANITIZER)
+    program.chmod(0o755)
+    for name in sanitizer.HOMES:
+        monkeypatch.setenv(name, str(tmp_path))
+        monkeypatch.setenv("PATH", "")
+        assert sanitizer.find_program() == str(program)
+        monkeypatch.delenv(name)
+    record = tmp_path / "record"
+    assert sanitizer.main([str(record), "--device", "cpu"]) == 0
+    assert read_lines(record) == [{"skipped": "no GPU to run on"}]
+    monkeypatch.setattr(sanitizer, "find_program", lambda: None)
+    assert sanitizer.main([str(record)]) == 0
+    assert read_lines(record)[1] == {"skipped": "no compute-sanitizer on PATH nor where CUDA is"}
+
+
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_the_sanitizer_watches_every_kernel(impl, capsys):
+    device = default_device()
+    sanitizer.work(device.type)
+    available = available_impls()
+    watched = [op for op in ("group_advantage", "grpo_loss", "packed_attention") if impl in available[op]]
+    assert capsys.readouterr().out.splitlines() == [f"{op} ran" for op in watched]
 
 
 def test_a_part_that_fails_is_recorded_with_its_output_and_the_rest_goes_on(tmp_path):
@@ -345,8 +544,8 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert read_lines(tmp_path / "none") == []
 
 
-def test_times_of_all_parts_fit_eight_minutes():
-    assert sum(part.seconds for part in PARTS) <= 480
+def test_times_of_all_parts_fit_ten_minutes():
+    assert sum(part.seconds for part in PARTS) <= 555  # and the rest is for what lies between them
 
 
 # The README.
@@ -359,12 +558,22 @@ def row(op, size, provider, kind, ms=None, **more):
 
 
 LINEAR = ("linear_grpo_loss", "R=8192 C=3584 V=152064")
+FORWARD = ("packed_attention forward", "causal 4 x 4096")
+LOSS_ROWS = ("grpo_loss rows", "R=4096 V=152064")
 STEP = ("training step", "Qwen2.5-VL-7B, 6 images, 8 completions")
 ROWS = [
-    row(*LINEAR, "geo_r1 triton", "ours", 11.0),
-    row(*LINEAR, "geo_r1 reference", "ours", 10.5),
+    row(*LINEAR, "geo_r1 triton", "ours", 11.5),
+    row(*LINEAR, "geo_r1 reference", "ours", 20.0),
+    row(*LINEAR, "geo_r1 cuda", "ours", 11.0),  # not the default, but the fastest
     row(*LINEAR, "bare products", "floor", 10.0),
     row(*LINEAR, "Liger fused-linear GRPO", "peer", status="missing", reason="liger_kernel is not installed"),
+    row(*LOSS_ROWS, "geo_r1 triton, out of place", "ours", 1.2, share=0.8),
+    row(*LOSS_ROWS, "geo_r1 triton, in place", "ours", 1.1, share=0.86),
+    row(*LOSS_ROWS, "geo_r1 cuda, out of place", "ours", 1.0, share=0.9),
+    row(*LOSS_ROWS, "geo_r1 cuda, in place", "ours", status="wrong", reason="error 1"),
+    row(*FORWARD, "geo_r1 triton", "ours", 2.0),
+    row(*FORWARD, "geo_r1 cuda", "ours", 1.0),
+    row(*FORWARD, "flash-attn 3", "peer", 0.96),
     row("packed_attention", "causal 4 x 4096", "geo_r1 triton", "ours", 2.0),
     row("packed_attention", "causal 4 x 4096", "torch SDPA, cuDNN", "peer", 1.0),
     row(
@@ -374,6 +583,7 @@ ROWS = [
     row("packed_attention", "shared prompt 4300 + 8 x 400", "torch flash varlen", "peer", 3.6),
     row("packed_attention", "shared prompt 4300 + 8 x 400", "flex_attention, compiled", "peer", 0.5),
     row("packed_attention", "vision windows", "geo_r1 triton", "ours", status="wrong", reason="error 1"),
+    row("packed_attention", "vision whole images", "geo_r1 cuda", "ours", status="missing", reason="no nvcc"),
     row(
         *STEP,
         "geo_r1 packed",
@@ -392,6 +602,7 @@ RECORD = {
     "ceilings": FACTS["ceilings"],
     "parts": {
         "tests of the kernels": {"status": "ok", "tests": {"passed": 9, "skipped": 1}},
+        "compute-sanitizer": {"status": "ok", "tests": {"passed": 2}},
         "world run": {"status": "skipped", "reason": "not installed: rich"},
     },
     "measurements": ROWS,
@@ -426,22 +637,26 @@ def test_targets_are_judged_from_the_newest_record_of_a_device(tmp_path):
     code, text = make_results(tmp_path, RECORD, older)
     assert code == 0 and "0ld" not in text
     assert "**NVIDIA H200, commit abc1234.** 2026-01-02; driver 580; torch 2.11.0; triton 3.6.0; " in text
-    assert "9 passed, 1 skipped" in text and "world run (skipped: not installed: rich)" in text
+    assert "; CUDA kernels for 90a; " in text
+    assert "geo_r1 cuda, in place (wrong: error 1)" in text  # what is not the fastest is not passed over
+    assert "; tests of the kernels: 9 passed, 1 skipped; compute-sanitizer: 2 passed." in text
+    assert "world run (skipped: not installed: rich)" in text
     line = {target.work: next(x for x in text.splitlines() if target.work in x) for target in TARGETS}
     ends = [x.split(" | ", 2)[2] for x in line.values()]
     assert ends == [
-        "1.10 × the bare products; 1.00 GiB; Liger: liger_kernel is not installed | not fully measured |",
+        "cuda: 1.10 × the bare products; 1.00 GiB; Liger: liger_kernel is not installed | not fully measured "
+        "|",
         "not measured | – |",
-        "causal 4 x 4096: 0.50 × as fast as torch SDPA, cuDNN | no |",
-        "3.60 × as fast as torch flash varlen: 0.90 of the 4.00 × saved | yes |",
-        "vision windows: geo_r1 triton wrong: error 1 | no |",
-        "geo_r1 packed: 50,000 tokens/s, 5.00 × as fast as transformers, padded; MFU 50% (407 TFLOP); "
+        "triton, in place: 86.0%; cuda, out of place: 90.0% | yes |",
+        "causal 4 x 4096, triton: 0.50 × as fast as torch SDPA, cuDNN | no |",
+        "causal 4 x 4096, cuda: 0.96 × as fast as flash-attn 3 | yes |",
+        "triton: 3.60 × as fast as torch flash varlen: 0.90 of the 4.00 × saved | yes |",
+        "vision windows, triton: wrong (error 1); vision whole images, cuda: missing (no nvcc) | no |",
+        "packed: 50,000 tokens/s, 5.00 × as fast as transformers, padded; MFU 50% (407 TFLOP); "
         "2.0 GiB against 4.0 above the weights | yes |",
         "not measured | – |",
     ]
-    assert (
-        "| linear_grpo_loss | R=8192 C=3584 V=152064 | triton | 11 | 50% | 1,024 | 1e-03 | none |  |" in text
-    )
+    assert "| linear_grpo_loss | R=8192 C=3584 V=152064 | cuda | 11 | 50% | 1,024 | 1e-03 | none |  |" in text
     assert "![Times of every provider on NVIDIA H200, commit abc1234](docs/results-nvidia-h200.png)" in text
     assert (tmp_path / "docs" / "results-nvidia-h200.png").stat().st_size > 10_000
 
