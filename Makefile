@@ -42,7 +42,7 @@ format: $(READY)
 bench: extension  ## every op and the training step against their peers, on this machine
 	$(RUN)pytest benchmarks --benchmark-columns=median,min,max,rounds
 
-gpu:  ## on a machine with a GPU: tests, benchmarks, a run; one record, eight minutes, nothing installed
+gpu:  ## on a machine with a GPU: kernels built for it, tests, benchmarks, a run; one record, ten minutes, nothing installed
 	$(PYTHON) -m benchmarks.gpu
 
 results: $(READY)  ## the README's tables and plots from the records

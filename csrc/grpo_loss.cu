@@ -1,0 +1,425 @@
+// Rows of logits: statistics, the GRPO loss with its gradient, and the gradient alone.
+//
+//     z = logits / temperature;  lse = logsumexp(z);  logp = z[target] - lse;  H = -sum_v p_v log p_v
+//     dlogits = (dlogp (onehot - p) - dH p (log p + H)) / temperature
+//
+// Bytes moved for R rows of V logits of b bytes: statistics R V b; the gradient alone 2 R V b; loss and
+// gradient 2 R V b where a row fits on a multiprocessor; what does not fit is read twice. All arithmetic is
+// in float32, and exponents are in base 2.
+//
+// For the loss a block works on one row at a time and keeps it, see rows.cuh: with 8 vectors in registers and
+// 18 slots, 768 threads keep 312 KiB on an H200 (252 KiB on an A100), and 152064 logits in bfloat16 are 297
+// KiB. A place whose vector was used for the last time is filled from the next row at once, so that the next
+// row is read while this one's gradient is written. A row has one barrier. No speed was measured.
+//
+// Source: online softmax, arXiv:1805.02867; the loss, arXiv:2402.03300, see reference.py.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common.cuh"
+#include "rows.cuh"
+
+namespace geo_r1 {
+namespace {
+
+// The largest block takes a multiprocessor for itself. 1024 threads have 64 registers, with which ptxas
+// spilled on sm_80 and sm_100; 512 would hide less of the time of exponentials and shared memory. Speed not
+// measured.
+constexpr int kMostThreads = 768;
+// Blocks get smaller, and a multiprocessor works on more rows at once, where threads would otherwise have
+// fewer columns than this. Not measured.
+constexpr int kColumnsPerThread = 32;
+// The gradient alone streams: nothing is kept, a thread has this many vectors in flight. Not measured.
+constexpr int kStreamThreads = 256;
+constexpr int kStreamLoads = 4;
+
+// ---- what kernels are told
+
+enum class Policy { clip, cispo, sapo };
+enum class Kl { k1, k2, k3 };
+
+// The rows of RowLoss, [R] each; statistics have the last three alone.
+struct Reports {
+  const float *advantage, *token_weight, *old_logp, *ref_logp, *importance_weight;
+  float *loss, *d_logp, *d_entropy, *kl, *ratio;
+  bool* clipped;
+  float *logp, *entropy, *lse;
+};
+
+struct Options {
+  Policy policy;
+  Kl kl_estimator;
+  bool has_delta;
+  float epsilon, clip_high, delta, tau_pos, tau_neg, sapo_saturated, beta, entropy_coef;
+};
+
+// ---- the loss of one row
+
+// exp(d) - 1 - d without cancelling: a series where |d| < 1/4, right to 1e-8 of its value.
+__device__ float expm1_less(float d) {
+  if (fabsf(d) >= 0.25f || isnan(d)) return expf(d) - 1 - d;
+  constexpr float a = 1.0f / 2, b = 1.0f / 6, c = 1.0f / 24, e = 1.0f / 120, f = 1.0f / 720, g = 1.0f / 5040;
+  return d * d * (a + d * (b + d * (c + d * (e + d * (f + d * g)))));
+}
+
+struct Term {
+  float value, d_logp;
+  bool clipped;  // whether a bound took the gradient
+};
+
+// reference._policy_term. Bounds are written so that a NaN ratio stays NaN.
+__device__ Term policy_term(const Options& options, float logp, float ratio, float advantage) {
+  switch (options.policy) {
+    case Policy::cispo: {
+      const float bounded = ratio > options.clip_high ? options.clip_high : ratio;
+      return {-bounded * advantage * logp, -bounded * advantage, ratio > options.clip_high && advantage > 0};
+    }
+    case Policy::sapo: {
+      const float tau = advantage > 0 ? options.tau_pos : options.tau_neg;
+      const float bound = 1 + options.sapo_saturated / tau;
+      const bool held = ratio > bound;
+      const float gate = 1 / (1 + expf(-tau * ((held ? bound : ratio) - 1)));
+      return {-advantage * gate * 4 / tau, -advantage * 4 * gate * (1 - gate) * (held ? 0.0f : ratio), false};
+    }
+    default: {
+      const float low = 1 - options.epsilon, high = 1 + options.clip_high;
+      const float bounded = ratio < low ? low : ratio > high ? high : ratio;
+      const float open = options.has_delta && ratio > options.delta ? options.delta : ratio;
+      const float chosen = open * advantage <= bounded * advantage ? open : bounded;
+      const bool held = chosen < ratio || chosen > ratio;
+      return {-chosen * advantage, -(held ? 0.0f : ratio) * advantage,
+              (ratio < low && advantage < 0) || (ratio > high && advantage > 0)};
+    }
+  }
+}
+
+// What the loss takes of a row besides its logits.
+struct Given {
+  float advantage, weight, old_logp, ref_logp, importance;
+};
+
+__device__ Given given_of(const Reports& rows, std::int64_t i_r) {
+  return {rows.advantage[i_r], rows.token_weight[i_r], rows.old_logp != nullptr ? rows.old_logp[i_r] : 0.0f,
+          rows.ref_logp != nullptr ? rows.ref_logp[i_r] : 0.0f,
+          rows.importance_weight != nullptr ? rows.importance_weight[i_r] : 1.0f};
+}
+
+struct Derivatives {
+  float logp, entropy;
+};
+
+// reference.grpo_row_loss for one row. Every thread computes it, the first writes it.
+__device__ Derivatives row_loss(const Reports& rows, const Options& options, std::int64_t i_r,
+                                const Given& given, float logp, float entropy) {
+  const float ratio = rows.old_logp != nullptr ? expf(logp - given.old_logp) : 1.0f;
+  Term term = policy_term(options, logp, ratio, given.advantage);
+  term.value *= given.importance;
+  term.d_logp *= given.importance;
+  float kl = 0;
+  if (rows.ref_logp != nullptr) {
+    const float d = given.ref_logp - logp;
+    float d_kl;
+    if (options.kl_estimator == Kl::k1) {
+      kl = -d;
+      d_kl = 1;
+    } else if (options.kl_estimator == Kl::k2) {
+      kl = d * d / 2;
+      d_kl = -d;
+    } else {
+      kl = expm1_less(d);
+      d_kl = -expm1f(d);
+    }
+    if (options.beta != 0) {
+      term.value += options.beta * kl;
+      term.d_logp += options.beta * d_kl;
+    }
+  }
+  if (options.entropy_coef != 0) term.value -= options.entropy_coef * entropy;
+  const float weight = given.weight;
+  const Derivatives d = {weight * term.d_logp, -options.entropy_coef * weight};
+  if (threadIdx.x == 0) {
+    rows.loss[i_r] = weight * term.value;
+    rows.d_logp[i_r] = d.logp;
+    rows.d_entropy[i_r] = d.entropy;
+    rows.kl[i_r] = kl;
+    rows.ratio[i_r] = ratio;
+    rows.clipped[i_r] = term.clipped;
+  }
+  return d;
+}
+
+// The report of a row of weight zero, of which nothing is read.
+__device__ void report_idle(const Reports& rows, std::int64_t i_r) {
+  if (threadIdx.x != 0) return;
+  rows.loss[i_r] = rows.d_logp[i_r] = rows.d_entropy[i_r] = rows.kl[i_r] = 0;
+  rows.ratio[i_r] = 1;
+  rows.clipped[i_r] = false;
+  rows.logp[i_r] = rows.entropy[i_r] = rows.lse[i_r] = 0;
+}
+
+// ---- kernels
+
+alignas(16) extern __shared__ unsigned char shared_memory[];
+
+// Statistics of rows, and, where `has_loss`, their loss, and with `has_gradient` that of the logits.
+template <typename T, bool has_loss, bool has_gradient>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    rows_kernel(const Matrix<T> in, const Output<T> out, const Reports rows, const Options options,
+                int num_slots) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const std::int64_t vectors_end = static_cast<std::int64_t>(in.num_vectors) * kWidth<T>;
+  // A row's sums, of each warp: two rows take turns, so that one barrier a row is enough.
+  Sums(*const sums_of)[kWarp] = reinterpret_cast<Sums(*)[kWarp]>(shared_memory);
+  Vectors<T> vectors(reinterpret_cast<uint4*>(sums_of + 2), num_slots, in.num_vectors);
+
+  // The first row from one on that weighs something; those before it are done with.
+  const auto next_row = [&](std::int64_t i_r) {
+    if constexpr (has_loss) {
+      for (; i_r < in.num_rows && rows.token_weight[i_r] == 0; i_r += gridDim.x) {
+        report_idle(rows, i_r);
+        if constexpr (has_gradient) write_zeros(out.row(i_r), 0, vectors_end, in.num_cols);
+      }
+    }
+    return i_r;
+  };
+
+  std::int64_t i_r = next_row(blockIdx.x);
+  if (i_r < in.num_rows) vectors.fill(in.row(i_r));
+  for (int turn = 0; i_r < in.num_rows; turn ^= 1) {
+    const std::int64_t i_next = next_row(i_r + gridDim.x);
+    const T* const p_row = in.row(i_r);
+    const T* const p_next = i_next < in.num_rows ? in.row(i_next) : nullptr;
+    const std::int64_t target = in.target[i_r];
+
+    Sums sums;
+    vectors.walk(p_row, 0, has_gradient ? nullptr : p_next, [&](const uint4& bits, int) {
+      float x[kWidth<T>];
+      unpack<T>(bits, x);
+      sums.add(x, in.scale);
+    });
+    each_column(p_row, in.stride_v, vectors_end, in.num_cols,
+                [&](const float (&x)[4], std::int64_t) { sums.add(x, in.scale); });
+    // Numbers of the row, on their way while sums are merged. A target out of range gives NaN, not a read
+    // outside of the row; the barrier keeps this read ahead of a gradient that is written over the logits.
+    [[maybe_unused]] Given given;
+    if constexpr (has_loss) given = given_of(rows, i_r);
+    const float drawn = in.has(target) ? to_float(p_row[target * in.stride_v]) : NAN;
+    sums.merge(in.scale);
+    if (lane == 0) sums_of[turn][warp] = sums;
+    __syncthreads();
+    sums = lane * kWarp < static_cast<int>(blockDim.x) ? sums_of[turn][lane] : Sums{};
+    sums.merge(in.scale);
+
+    const float log_total = logf(sums.total), mean = sums.moment / sums.total;
+    const float logp = (drawn - sums.top) * in.inv_temperature - log_total;
+    const float entropy = fmaf(-mean, kLn2, log_total);
+    if (threadIdx.x == 0) {
+      rows.logp[i_r] = logp;
+      rows.entropy[i_r] = entropy;
+      rows.lse[i_r] = fmaf(sums.top, in.inv_temperature, log_total);
+    }
+    if constexpr (has_loss) {
+      const Derivatives d = row_loss(rows, options, i_r, given, logp, entropy);
+      if constexpr (has_gradient) {
+        T* const p_out = out.row(i_r);
+        const Slope slope(in.scale, sums.top, sums.total, mean, d.logp,
+                          options.entropy_coef != 0 ? d.entropy : 0.0f, in.inv_temperature);
+        // Whoever writes the target's column writes it a second time: its sum with onehot is rounded once.
+        const bool writes_target = in.has(target) && writes<T>(target, 0, vectors_end);
+        const T at_target = from_float<T>(slope(drawn) + d.logp * in.inv_temperature);
+        vectors.walk(p_row, vectors.last(), p_next, [&](const uint4& bits, int number) {
+          *vector_at(p_out, number) = slope.template of_vector<T>(bits);
+        });
+        write_columns(p_row, in.stride_v, p_out, vectors_end, in.num_cols, slope);
+        if (writes_target) p_out[target] = at_target;
+      }
+    }
+    i_r = i_next;
+  }
+}
+
+// The rows that `logit_gradient` takes; see LogitGradient.
+struct GradientRows {
+  const float *lse, *entropy, *d_logp, *d_entropy, *d_loss;
+};
+
+// A block works on a piece of a row.
+template <typename T>
+__global__ void __launch_bounds__(kStreamThreads)
+    gradient_kernel(const Matrix<T> in, const Output<T> out, const GradientRows rows, int num_pieces) {
+  constexpr int kPiece = kStreamThreads * kStreamLoads * kWidth<T>;
+  const std::int64_t i_r = blockIdx.x / num_pieces;
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x % num_pieces) * kPiece;
+  const std::int64_t end = begin + kPiece < in.num_cols ? begin + kPiece : in.num_cols;
+  const std::int64_t aligned_end = static_cast<std::int64_t>(in.num_vectors) * kWidth<T>;
+  const std::int64_t vectors_end = aligned_end < begin ? begin : aligned_end < end ? aligned_end : end;
+  const T* const p_row = in.row(i_r);
+  T* const p_out = out.row(i_r);
+
+  float d_logp = rows.d_logp[i_r], d_entropy = rows.d_entropy != nullptr ? rows.d_entropy[i_r] : 0.0f;
+  if (d_logp == 0 && d_entropy == 0) {  // an idle row is not read: it may hold anything
+    write_zeros(p_out, begin, vectors_end, end);
+    return;
+  }
+  if (rows.d_loss != nullptr) {
+    d_logp *= *rows.d_loss;
+    d_entropy *= *rows.d_loss;
+  }
+  // The logit whose z is the log-sum-exp, and what its rounding leaves: all of p would be off by that.
+  const float lse = rows.lse[i_r], base = lse / in.inv_temperature;
+  const float rest = fmaf(-base, in.inv_temperature, lse);
+  const Slope slope(in.scale, base, expf(rest), (rest - rows.entropy[i_r]) / kLn2, d_logp, d_entropy,
+                    in.inv_temperature);
+  // Read before the logits may be overwritten, by the thread that does it.
+  const std::int64_t target = in.target[i_r];
+  const bool has_target = target >= begin && target < end && writes<T>(target, begin, vectors_end);
+  const float drawn = has_target ? to_float(p_row[target * in.stride_v]) : 0.0f;
+
+  const int first = static_cast<int>(begin / kWidth<T>), last = static_cast<int>(vectors_end / kWidth<T>);
+  uint4 bits[kStreamLoads];
+#pragma unroll
+  for (int k = 0; k < kStreamLoads; ++k) {
+    const int number = first + static_cast<int>(threadIdx.x) + k * kStreamThreads;
+    if (number < last) bits[k] = *vector_at(p_row, number);
+  }
+#pragma unroll
+  for (int k = 0; k < kStreamLoads; ++k) {
+    const int number = first + static_cast<int>(threadIdx.x) + k * kStreamThreads;
+    if (number < last) *vector_at(p_out, number) = slope.template of_vector<T>(bits[k]);
+  }
+  write_columns(p_row, in.stride_v, p_out, vectors_end, end, slope);
+  if (has_target) p_out[target] = from_float<T>(slope(drawn) + d_logp * in.inv_temperature);
+}
+
+// ---- launchers
+
+bool is_aligned(Pointer pointer, std::int64_t row_bytes) {
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer.address);
+  return (address | static_cast<std::uintptr_t>(row_bytes)) % 16 == 0;
+}
+
+// The logits as kernels see them; with dlogits of that row stride, where there are any.
+template <typename T>
+Matrix<T> matrix(const Logits& in, Pointer d_logits, std::int64_t d_stride_r) {
+  constexpr std::int64_t kSize = sizeof(T);
+  const bool aligned = in.stride_v == 1 && is_aligned(in.logits, in.stride_r * kSize) &&
+                       (d_logits.address == nullptr || is_aligned(d_logits, d_stride_r * kSize));
+  const std::int64_t num_vectors = aligned ? in.num_cols / kWidth<T> : 0;
+  const double scale = 1.4426950408889634 * in.inv_temperature;  // log2(e)
+  return {in.logits.as<const T>(),
+          in.target.as<const std::int64_t>(),
+          in.num_rows,
+          in.stride_r,
+          in.stride_v,
+          static_cast<int>(in.num_cols),
+          static_cast<int>(num_vectors),
+          in.inv_temperature,
+          static_cast<float>(scale)};
+}
+
+void check_cols(const Logits& in, const char* launcher) {
+  if (in.num_cols < 0 || in.num_cols > std::numeric_limits<int>::max()) {
+    throw std::runtime_error(std::string(launcher) + ": " + std::to_string(in.num_cols) + " columns");
+  }
+}
+
+// Starts rows_kernel on as many blocks as the device holds at once.
+template <bool has_loss, bool has_gradient>
+void launch_rows(const char* launcher, Queue queue, const Logits& in, Pointer d_logits,
+                 std::int64_t d_stride_r, const Reports& rows, const Options& options) {
+  check_cols(in, launcher);
+  if (in.num_rows == 0) return;
+  const DeviceGuard guard(queue.device, launcher);
+  int threads = 3 * kWarp;
+  while (threads < kMostThreads && threads * kColumnsPerThread < in.num_cols) threads *= 2;
+  const std::int64_t most_blocks = static_cast<std::int64_t>(kMostThreads / threads) *
+                                   device_attribute(cudaDevAttrMultiProcessorCount, queue.device, launcher);
+  const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device, launcher);
+  constexpr int kSumsBytes = 2 * kWarp * sizeof(Sums);
+  const int slot_bytes = threads * 16;  // a slot of every thread
+  with_dtype<__half, __nv_bfloat16, float>(in.dtype, launcher, [&](auto t) {
+    using T = decltype(t);
+    const Matrix<T> logits = matrix<T>(in, d_logits, d_stride_r);
+    // Short rows, of which a multiprocessor works on several, need few slots or none.
+    const int wanted = (logits.num_vectors + threads - 1) / threads - kHeld;
+    const int num_slots = std::max(0, std::min(wanted, (shared_limit - kSumsBytes) / slot_bytes));
+    launch(launcher, queue, rows_kernel<T, has_loss, has_gradient>, std::min(in.num_rows, most_blocks),
+           threads, kSumsBytes + num_slots * slot_bytes, logits, Output<T>{d_logits.as<T>(), d_stride_r},
+           rows, options, num_slots);
+  });
+}
+
+Policy policy_named(const std::string& name) {
+  if (name == "clip") return Policy::clip;
+  if (name == "cispo") return Policy::cispo;
+  if (name == "sapo") return Policy::sapo;
+  throw std::runtime_error("grpo_row_loss: policy: expected clip, cispo or sapo, got " + name);
+}
+
+Kl kl_named(const std::string& name) {
+  if (name == "k1") return Kl::k1;
+  if (name == "k2") return Kl::k2;
+  if (name == "k3") return Kl::k3;
+  throw std::runtime_error("grpo_row_loss: kl_estimator: expected k1, k2 or k3, got " + name);
+}
+
+}  // namespace
+
+void row_statistics(Queue queue, const Logits& in, const RowStatistics& op) {
+  Reports rows = {};
+  rows.logp = op.logp.as<float>();
+  rows.entropy = op.entropy.as<float>();
+  rows.lse = op.lse.as<float>();
+  launch_rows<false, false>("row_statistics", queue, in, {}, 0, rows, {});
+}
+
+void grpo_row_loss(Queue queue, const Logits& in, const RowLoss& op) {
+  const Reports rows = {op.advantage.as<const float>(),
+                        op.token_weight.as<const float>(),
+                        op.old_logp.as<const float>(),
+                        op.ref_logp.as<const float>(),
+                        op.importance_weight.as<const float>(),
+                        op.loss.as<float>(),
+                        op.d_logp.as<float>(),
+                        op.d_entropy.as<float>(),
+                        op.kl.as<float>(),
+                        op.ratio.as<float>(),
+                        op.clipped.as<bool>(),
+                        op.logp.as<float>(),
+                        op.entropy.as<float>(),
+                        op.lse.as<float>()};
+  const Options options = {policy_named(op.policy),
+                           kl_named(op.kl_estimator),
+                           op.has_delta,
+                           op.epsilon,
+                           op.clip_high,
+                           op.delta,
+                           op.tau_pos,
+                           op.tau_neg,
+                           op.sapo_saturated,
+                           op.beta,
+                           op.entropy_coef};
+  const auto start = op.d_logits.address != nullptr ? launch_rows<true, true> : launch_rows<true, false>;
+  start("grpo_row_loss", queue, in, op.d_logits, op.d_stride_r, rows, options);
+}
+
+void logit_gradient(Queue queue, const Logits& in, const LogitGradient& op) {
+  constexpr const char* kLauncher = "logit_gradient";
+  check_cols(in, kLauncher);
+  if (in.num_rows == 0 || in.num_cols == 0) return;
+  const DeviceGuard guard(queue.device, kLauncher);
+  const GradientRows rows = {op.lse.as<const float>(), op.entropy.as<const float>(),
+                             op.d_logp.as<const float>(), op.d_entropy.as<const float>(),
+                             op.d_loss.as<const float>()};
+  with_dtype<__half, __nv_bfloat16, float>(in.dtype, kLauncher, [&](auto t) {
+    using T = decltype(t);
+    constexpr std::int64_t kPiece = kStreamThreads * kStreamLoads * kWidth<T>;
+    const std::int64_t num_pieces = (in.num_cols + kPiece - 1) / kPiece;
+    launch(kLauncher, queue, gradient_kernel<T>, in.num_rows * num_pieces, kStreamThreads, 0,
+           matrix<T>(in, op.d_logits, op.d_stride_r), Output<T>{op.d_logits.as<T>(), op.d_stride_r}, rows,
+           static_cast<int>(num_pieces));
+  });
+}
+
+}  // namespace geo_r1

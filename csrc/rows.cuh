@@ -1,0 +1,283 @@
+// Rows of logits, as the kernels of grpo_loss.cu read, sum and write them.
+//
+// A row is cut into vectors of 16 bytes. A block that must see it twice keeps it: each thread its own
+// vectors, some in registers, the others in shared memory, in slots that no other thread touches, so that no
+// barrier guards them.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <ptx.cuh>
+
+#include "common.cuh"
+
+namespace geo_r1 {
+
+// Vectors that a thread keeps in registers: 32 of the 80 that 768 threads can have.
+constexpr int kHeld = 8;
+// Slots that a thread can have in the 227 KiB of sm_90 and sm_100, the most there are, less one: so many
+// copies may be under way at a wait.
+constexpr int kMostPending = 17;
+
+constexpr float kLn2 = 0.6931471805599453f;
+// 2^this is 0, and its product with this is too: a stand-in for -inf, whose product with 0 is NaN.
+constexpr float kFar = -1000.0f;
+
+template <typename T>
+constexpr int kWidth = 16 / static_cast<int>(sizeof(T));  // numbers in a vector
+
+// Logits [R, V]. The first `num_vectors` vectors of a row are 16-byte aligned; columns behind them, all of
+// them where rows are strided or not aligned, are read one by one.
+template <typename T>
+struct Matrix {
+  const T* logits;
+  const std::int64_t* target;
+  std::int64_t num_rows, stride_r, stride_v;
+  int num_cols, num_vectors;
+  float inv_temperature, scale;  // scale: makes a logit an exponent of 2
+
+  __device__ const T* row(std::int64_t i_r) const { return logits + i_r * stride_r; }
+  __device__ bool has(std::int64_t column) const { return column >= 0 && column < num_cols; }
+};
+
+// dlogits [R, V], its vectors as the logits'.
+template <typename T>
+struct Output {
+  T* d_logits;
+  std::int64_t stride_r;
+
+  __device__ T* row(std::int64_t i_r) const { return d_logits + i_r * stride_r; }
+};
+
+// ---- vectors and columns
+
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& bits, float (&x)[kWidth<T>]) {
+  T numbers[kWidth<T>];
+  std::memcpy(numbers, &bits, sizeof bits);
+#pragma unroll
+  for (int k = 0; k < kWidth<T>; ++k) x[k] = to_float(numbers[k]);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 packed(const float (&x)[kWidth<T>]) {
+  uint4 bits;
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(&bits, x, sizeof bits);
+  } else {
+    bits = {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7])};
+  }
+  return bits;
+}
+
+template <typename T>
+__device__ __forceinline__ const uint4* vector_at(const T* row, int index) {
+  return reinterpret_cast<const uint4*>(row) + index;
+}
+
+template <typename T>
+__device__ __forceinline__ uint4* vector_at(T* row, int index) {
+  return reinterpret_cast<uint4*>(row) + index;
+}
+
+// Calls visit(x, column) for this thread's columns from `begin` to `end`, four at a time: x[k] belongs to
+// column + k * blockDim.x, and is -inf from `end` on.
+template <typename T, typename Visit>
+__device__ __forceinline__ void each_column(const T* row, std::int64_t stride_v, std::int64_t begin,
+                                            std::int64_t end, Visit&& visit) {
+  const std::int64_t threads = blockDim.x;
+  for (std::int64_t column = begin + threadIdx.x; column < end; column += 4 * threads) {
+    float x[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const std::int64_t at = column + k * threads;
+      x[k] = at < end ? to_float(row[at * stride_v]) : -INFINITY;
+    }
+    visit(x, column);
+  }
+}
+
+// Whether this thread is the one that writes a column of a row whose vectors begin at column `begin`.
+template <typename T>
+__device__ __forceinline__ bool writes(std::int64_t column, std::int64_t begin, std::int64_t vectors_end) {
+  const std::int64_t place = column < vectors_end ? (column - begin) / kWidth<T> : column - vectors_end;
+  return static_cast<unsigned>(place) % blockDim.x == threadIdx.x;
+}
+
+// copy_wait for a count known at run time; `most` is the largest that is waited for exactly.
+template <int most>
+__device__ __forceinline__ void copy_wait_upto(int pending) {
+  if (pending >= most) {
+    copy_wait<most>();
+  } else if constexpr (most > 0) {
+    copy_wait_upto<most - 1>(pending);
+  }
+}
+
+// This thread's vectors of a row, those with number threadIdx.x + k * blockDim.x. The first kHeld live in
+// registers, the others pass through a ring of slots: each visit to one is a position, and what a position
+// uses is copied at the visit `depth` positions before, one group of copies a visit, be it empty.
+template <typename T>
+class Vectors {
+ public:
+  __device__ Vectors(uint4* slots, int num_slots, int num_vectors)
+      : slots_(slots + threadIdx.x), threads_(static_cast<int>(blockDim.x)) {
+    const int thread = static_cast<int>(threadIdx.x);
+    count_ = num_vectors > thread ? (num_vectors - thread - 1) / threads_ + 1 : 0;
+    in_ring_ = count_ > kHeld ? count_ - kHeld : 0;
+    depth_ = num_slots < in_ring_ ? num_slots : in_ring_;
+  }
+
+  // The last vectors of the ring: after a walk that begins at 0 and has no next row they are in its slots.
+  __device__ int last() const { return in_ring_ - depth_; }
+
+  // The first row's copies.
+  __device__ void fill(const T* row) {
+    for (int k = 0; k < depth_; ++k) copy(slots_ + k * threads_, row, k);
+    load(row);
+  }
+
+  // Calls visit(bits, number) for each vector of the row, those of the ring in turn from `first` on. The ring
+  // holds the next ones at the start, and at the end the first ones of the next row, or, where `next` is
+  // null, the last of this.
+  template <typename Visit>
+  __device__ __forceinline__ void walk(const T* row, int first, const T* next, Visit&& visit) {
+    for (int k = 0; k < in_ring_; ++k) {
+      uint4* const slot = slots_ + at_ * threads_;
+      copy_wait_upto<kMostPending>(depth_ - 1);
+      visit(*slot, number(kHeld + wrapped(first + k)));
+      // The visit has used the bits, so they have left the slot.
+      const int ahead = k + depth_;
+      copy(slot, ahead < in_ring_ ? row : next, ahead < in_ring_ ? wrapped(first + ahead) : ahead - in_ring_);
+      at_ = at_ + 1 == depth_ ? 0 : at_ + 1;
+    }
+    // All loads behind all visits: hardware counts them together, so that a visit would wait for loads that
+    // were just issued. They have the time of the next row's ring to arrive.
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (k < count_) visit(held_[k], number(k));
+    }
+    if (next != nullptr) load(next);
+  }
+
+ private:
+  __device__ int number(int k) const { return static_cast<int>(threadIdx.x) + k * threads_; }
+  __device__ int wrapped(int k) const { return k < in_ring_ ? k : k - in_ring_; }
+
+  __device__ __forceinline__ void load(const T* row) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (k < count_) held_[k] = *vector_at(row, number(k));
+    }
+  }
+
+  __device__ void copy(uint4* slot, const T* row, int k) {
+    if (row != nullptr) copy_16(slot, vector_at(row, number(kHeld + k)), 16);
+    copy_commit();
+  }
+
+  uint4 held_[kHeld];
+  uint4* slots_;
+  int threads_, count_, in_ring_, depth_;
+  int at_ = 0;
+};
+
+// ---- log-sum-exp and entropy
+
+// Of some logits x, with z = (x - top) scale: the largest x, and the sums of 2^z and 2^z z, from which the
+// entropy follows without cancelling. The difference comes first: of logits masked by -1e30 the product would
+// keep a rounding error that is an exponent by itself.
+struct Sums {
+  float top = -FLT_MAX;
+  float total = 0.0f;
+  float moment = 0.0f;
+
+  template <int count>
+  __device__ __forceinline__ void add(const float (&x)[count], float scale) {
+    float most = top;
+#pragma unroll
+    for (int k = 0; k < count; ++k) most = max_nan(most, x[k]);
+    rescale(most, scale);
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const float z = max_nan((x[k] - top) * scale, kFar);
+      const float power = exp2_fast(z);
+      total += power;
+      moment = fmaf(power, z, moment);
+    }
+  }
+
+  // These sums over all lanes.
+  __device__ __forceinline__ void merge(float scale) {
+    rescale(warp_reduce(top, [](float a, float b) { return max_nan(a, b); }), scale);
+    total = warp_sum(total);
+    moment = warp_sum(moment);
+  }
+
+ private:
+  __device__ __forceinline__ void rescale(float new_top, float scale) {
+    const float z = max_nan((top - new_top) * scale, kFar);
+    const float decay = exp2_fast(z);
+    moment = decay * fmaf(z, total, moment);
+    total *= decay;
+    top = new_top;
+  }
+};
+
+// ---- the gradient
+
+// dlogit = -p (dlogp + dH (log p + H)) / temperature, without what a row's target gets in addition, where
+// p = 2^z / total and z = (x - base) scale.
+class Slope {
+ public:
+  // mean: of z over the row's distribution, so that log p + H = (z - mean) ln 2.
+  __device__ Slope(float scale, float base, float total, float mean, float d_logp, float d_entropy,
+                   float inv_temperature)
+      : scale_(scale),
+        base_(base),
+        constant_(-(d_logp - d_entropy * kLn2 * mean) * inv_temperature / total),
+        slope_(-d_entropy * kLn2 * inv_temperature / total) {}
+
+  __device__ __forceinline__ float operator()(float x) const {
+    const float z = max_nan((x - base_) * scale_, kFar);
+    return exp2_fast(z) * fmaf(slope_, z, constant_);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ uint4 of_vector(const uint4& bits) const {
+    float x[kWidth<T>];
+    unpack<T>(bits, x);
+#pragma unroll
+    for (int k = 0; k < kWidth<T>; ++k) x[k] = (*this)(x[k]);
+    return packed<T>(x);
+  }
+
+ private:
+  float scale_, base_, constant_, slope_;
+};
+
+// The gradient of this thread's columns from `begin` to `end`.
+template <typename T>
+__device__ __forceinline__ void write_columns(const T* row, std::int64_t stride_v, T* out, std::int64_t begin,
+                                              std::int64_t end, const Slope& slope) {
+  each_column(row, stride_v, begin, end, [&](const float (&x)[4], std::int64_t column) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k, column += blockDim.x) {
+      if (column < end) out[column] = from_float<T>(slope(x[k]));
+    }
+  });
+}
+
+// Zeros for this thread's part of a row's columns.
+template <typename T>
+__device__ void write_zeros(T* row, std::int64_t begin, std::int64_t vectors_end, std::int64_t end) {
+  uint4* const vectors = vector_at(row + begin, 0);
+  const int count = static_cast<int>((vectors_end - begin) / kWidth<T>);
+  for (int k = static_cast<int>(threadIdx.x); k < count; k += static_cast<int>(blockDim.x)) {
+    vectors[k] = {0, 0, 0, 0};
+  }
+  for (std::int64_t k = vectors_end + threadIdx.x; k < end; k += blockDim.x) row[k] = from_float<T>(0.0f);
+}
+
+}  // namespace geo_r1
