@@ -19,11 +19,28 @@ if not GPU:
     NO_CUDA = build.why_not()
     # In the place of the build for GPUs, if there is one; None makes its import fail.
     sys.modules["geo_r1._C"] = build.load() if NO_CUDA is None else None
+EMULATED = not GPU and NO_CUDA is None
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def impl(request):
+    """Our own kernels, one kind after the other."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.fixture(autouse=EMULATED)
+def shuffled_threads():
+    """Threads of emulated kernels take turns by lot, the same for each run of a test."""
+    build.adversary(order="shuffled")
 
 
 def pytest_collection_modifyitems(config, items):
     """Skip tests with an `impl` of "cuda" where that cannot run."""
-    cuda = [item for item in items if hasattr(item, "callspec") and of_cuda(item.callspec.params.get("impl"))]
+    cuda = [
+        item for item in items if hasattr(item, "callspec") and item.callspec.params.get("impl") == "cuda"
+    ]
     if not cuda:
         return
     from geo_r1.kernels import extension
@@ -34,10 +51,6 @@ def pytest_collection_modifyitems(config, items):
     for item in cuda:
         item.add_marker(pytest.mark.skip(reason=reason))
     config.stash[SKIPPED] = f"{len(cuda)} tests of impl='cuda' skipped: {reason}"
-
-
-def of_cuda(impl):
-    return isinstance(impl, str) and impl.startswith("cuda")
 
 
 def pytest_terminal_summary(terminalreporter, config):

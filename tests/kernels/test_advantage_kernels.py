@@ -18,22 +18,6 @@ OPTIONS = [
 ]
 
 
-# On the CPU the emulator runs a block's threads in an order of its own, which must not matter.
-@pytest.fixture(params=["triton", "cuda"] if DEVICE == "cuda" else ["triton", "cuda", "cuda, shuffled"])
-def impl(request):
-    name, _, order = request.param.partition(", ")
-    if name == "triton":
-        pytest.importorskip("triton")
-    if not order:
-        yield name
-        return
-    from emulator import build
-
-    build.adversary(late=True, order=order)
-    yield name
-    build.adversary(late=True, order="forward")
-
-
 def boundaries(lengths, dtype=torch.int32):
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(dtype)
 

@@ -5,14 +5,9 @@ import torch
 import torch.nn.functional as F
 from test_attention import CASES, dense, make_inputs, run, visible
 
-from geo_r1.kernels import PackedLayout, available_impls, packed_attention
+from geo_r1.kernels import PackedLayout, packed_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = [
-    pytest.param(impl, marks=pytest.mark.skipif(impl not in here, reason=f"{impl} does not run here"))
-    for here in [available_impls()["packed_attention"]]
-    for impl in ("triton", "cuda")
-]
 # Triton's interpreter multiplies bfloat16 wrongly. Its NumPy remarks on NaN, and on rows of keys past the end
 # of a tile, which may overflow and are not stored: tests with such values filter that.
 DTYPES = {
@@ -58,14 +53,8 @@ def check(impl, case, dtype, heads=(1, 1), head_dim=16, causal=True, scale=None)
         assert error <= 2 * allowed + floor, f"{name}: {error:.2e}, plain torch {allowed:.2e}"
 
 
-with_impls = pytest.mark.parametrize("impl", IMPLS)
 with_dtypes = pytest.mark.parametrize(
-    ("impl", "dtype"),
-    [
-        pytest.param(*impl.values, dtype, marks=impl.marks, id=f"{impl.values[0]}-{dtype}")
-        for impl in IMPLS
-        for dtype in DTYPES[impl.values[0]]
-    ],
+    ("impl", "dtype"), [(impl, dtype) for impl, dtypes in DTYPES.items() for dtype in dtypes]
 )
 
 
@@ -84,19 +73,16 @@ def test_head_sizes(impl, dtype, head_dim, causal):
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
-@with_impls
 def test_heads_that_share_keys(impl, heads):
     check(impl, CASES["twins"], torch.float16, heads)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
-@with_impls
 def test_segments_longer_than_a_tile(impl, head_dim, causal):
     check(impl, LONG, torch.float16, (2, 1) if head_dim == 16 else (1, 1), head_dim, causal)
 
 
-@with_impls
 def test_segments_longer_than_a_narrow_tile(impl):
     check(impl, ((40, 3), ((0, 1, 31, 33), (5,))), WIDEST[impl])
 
@@ -107,13 +93,11 @@ def test_windows(impl, dtype):
 
 
 @pytest.mark.parametrize("scale", [0.03, 3.0])
-@with_impls
 def test_scale(impl, scale):
     check(impl, CASES["ragged"], WIDEST[impl], scale=scale)
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-@with_impls
 def test_large_scores_stay_finite(impl):
     # Scores of several hundreds, some of their rows all far below zero: exp alone would overflow or vanish.
     layout, (q, k, v), grad, seen, _ = inputs(CASES["ragged"], 2, 1, dtype=WIDEST[impl])
@@ -127,7 +111,6 @@ def test_large_scores_stay_finite(impl):
         torch.testing.assert_close(a.double(), t, rtol=tolerance, atol=tolerance * t.abs().max().item())
 
 
-@with_impls
 def test_non_contiguous_inputs(impl):
     layout, (q, k, v), grad, _, _ = inputs(CASES["twins"], 2, 2, dtype=WIDEST[impl])
     fused = torch.cat([q, k], 2)  # one projection cut in two: rows far apart, heads side by side
@@ -149,7 +132,6 @@ def test_non_contiguous_inputs(impl):
 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("case", [CASES["zero lengths"], LONG], ids=["short", "long"])
-@with_impls
 def test_every_element_is_written(impl, case, heads, monkeypatch):
     layout, qkv, grad, *_ = inputs(case, *heads, dtype=torch.float16)
     expected = run(kernel(impl, layout), qkv, grad)
@@ -163,7 +145,6 @@ def test_every_element_is_written(impl, case, heads, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad"])
-@with_impls
 def test_nan_stays_in_its_group(impl, poisoned):
     layout, qkv, grad, *_ = inputs(((4, 4, 4), ((3, 3), (3, 3), (3, 3))), 2, 1, dtype=WIDEST[impl])
     clean = run(kernel(impl, layout), qkv, grad)
@@ -176,7 +157,6 @@ def test_nan_stays_in_its_group(impl, poisoned):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@with_impls
 def test_nan_in_a_completion_stays_out_of_its_siblings(impl):
     layout, (q, k, v), *_ = inputs(((4,), ((3, 3),)), dtype=WIDEST[impl])
     clean = packed_attention(q, k, v, layout, impl=impl)
@@ -186,15 +166,28 @@ def test_nan_in_a_completion_stays_out_of_its_siblings(impl):
     assert out[4:7].isnan().all() and out[others].equal(clean[others])
 
 
-@with_impls
 def test_the_same_gradients_every_time(impl):
     layout, qkv, grad, *_ = inputs(LONG, 2, 1, dtype=torch.float16)
     first, second = (run(kernel(impl, layout), qkv, grad) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU chooses its order itself")
+@pytest.mark.parametrize(("heads", "head_dim"), [((2, 1), 128), ((1, 1), 80)])
+@pytest.mark.parametrize("case", [LONG, WINDOWS], ids=["long", "windows"])
+def test_the_order_of_threads_copies_and_products_is_of_no_matter(case, heads, head_dim):
+    build = pytest.importorskip("emulator.build")
+    layout, qkv, grad, *_ = inputs(case, *heads, head_dim, dtype=torch.bfloat16)
+    results = []
+    for late in (True, False):
+        for order in ("forward", "backward", "shuffled"):
+            build.adversary(late, order, seed=1)
+            results.append(run(kernel("cuda", layout), qkv, grad))
+    for result in results[1:]:
+        assert all(a.equal(b) for a, b in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, True, True)])
-@with_impls
 def test_gradients_of_some_inputs(impl, wanted):
     layout, qkv, grad, *_ = inputs(CASES["twins"], 2, 1, dtype=WIDEST[impl])
     expected = run(kernel(impl, layout), qkv, grad)[1:]
@@ -205,7 +198,6 @@ def test_gradients_of_some_inputs(impl, wanted):
 
 
 @pytest.mark.parametrize("case", [((), ()), ((0, 0), ((0,), ()))], ids=["no groups", "empty groups"])
-@with_impls
 def test_empty_batch(impl, case):
     layout, qkv, grad, *_ = inputs(case, dtype=WIDEST[impl])
     shapes = [list(x.shape) for x in run(kernel(impl, layout), qkv, grad)]

@@ -4,13 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import CASES, dense, run
-from test_attention_kernels import DEVICE, LONG, WIDEST, inputs, kernel, with_impls
+from test_attention_kernels import DEVICE, LONG, WIDEST, inputs, kernel
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from geo_r1.kernels import PackedLayout, available_impls, packed_attention
 
 
-@with_impls
 def test_second_derivatives_are_an_error(impl):
     layout, qkv, grad, *_ = inputs(CASES["ragged"], dtype=WIDEST[impl])
     leaves = [x.requires_grad_() for x in qkv]
@@ -21,7 +20,6 @@ def test_second_derivatives_are_an_error(impl):
 
 @pytest.mark.parametrize("case", [((3,), ((2, 1),)), ((), ())], ids=["group", "empty"])
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
-@with_impls
 def test_opcheck(impl, heads, case):
     from geo_r1.kernels import attention_op as module
 
@@ -35,7 +33,6 @@ def test_opcheck(impl, heads, case):
 
 
 @pytest.mark.parametrize("how", ["closure", "argument"])
-@with_impls
 def test_compiles_as_one_graph(impl, how):
     cases = [CASES["ragged"], CASES["twins"]]
     by_argument = torch.compile(
@@ -56,7 +53,6 @@ def test_compiles_as_one_graph(impl, how):
             assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
 
 
-@with_impls
 def test_autocast_casts_as_torch_attention_does(impl):
     layout, (q, k, v), *_ = inputs(CASES["ragged"], dtype=WIDEST[impl])
     expected = packed_attention(q.half(), k.half(), v.half(), layout, impl=impl)
@@ -89,7 +85,6 @@ def test_inputs_that_an_implementation_does_not_take(impl, dtype, head_dim, mess
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance / 10)
 
 
-@with_impls
 def test_a_layout_first_used_in_inference_mode_can_be_trained_with(impl):
     layout, qkv, grad, _, _ = inputs(CASES["ragged"], dtype=WIDEST[impl])
     with torch.inference_mode():
@@ -98,7 +93,6 @@ def test_a_layout_first_used_in_inference_mode_can_be_trained_with(impl):
     assert torch.equal(out, expected) and all(x.isfinite().all() for x in grads)
 
 
-@with_impls
 def test_a_layout_does_not_keep_what_a_tracer_made(impl):
     layout, qkv, grad, _, _ = inputs(CASES["ragged"], dtype=WIDEST[impl])
     make_fx(kernel(impl, layout), tracing_mode="fake", _allow_non_fake_inputs=True)(*qkv)
@@ -113,7 +107,6 @@ def test_flash_is_never_taken_unasked():
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
-@with_impls
 def test_a_cuda_graph_captures_forward_and_backward(impl):
     layout, qkv, grad, _, _ = inputs(LONG, 4, 2, 64, dtype=torch.bfloat16)
     side = torch.cuda.Stream()

@@ -182,13 +182,6 @@ def test_memory_law(dtype, config):
     assert gradients < seen.peak_bytes <= chunks.SCRATCH_BYTES_CPU + gradients + rows
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def impl(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
 @pytest.mark.parametrize(("vocab", "dtype"), [(1009, torch.float32), (1009, torch.float16), (1, torch.half)])
 def test_each_row_of_the_kernels_logits_begins_at_16_bytes(vocab, dtype, impl, monkeypatch):
     """What a thread loads at once; the products read and write such rows where they stand."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulator import build
 from losses import full_logits, loss_case
 from test_grpo_loss import configs
 
@@ -29,19 +28,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REPORTS = ("logp_R", "entropy_R", "kl_R", "ratio_R", "clipped_R")
 ALL = GRPOLossConfig(beta=0.04, entropy_coef=0.1, temperature=0.9, delta=3.0, epsilon_high=0.3)
 SEQUENCE = replace(ALL, importance_sampling_level="sequence")
-
-
-# On the CPU the emulator runs a block's threads in an order of its own, which must not matter.
-@pytest.fixture(params=["triton", "cuda"])
-def impl(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    emulated = request.param == "cuda" and not GPU
-    if emulated:
-        build.adversary(order="shuffled")
-    yield request.param
-    if emulated:
-        build.adversary()
 
 
 def on_device(case, dtype=None):

@@ -1,0 +1,81 @@
+// What the parts of the emulator share: the threads of the block that runs, and how they take turns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <string>
+
+#include "emulator.h"
+#include "fiber.h"
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+
+struct Copy16 {
+  void* shared;
+  const void* global;
+  int bytes, group;
+};
+
+struct Thread {
+  Fiber fiber;
+  int index = 0;
+  bool ended = false;
+  std::string (*waits_for)(const Thread&) = nullptr;  // says so, for people
+  int number = 0;                                     // of the meeting or barrier that it waits at
+
+  // exchange: what it gave, and then gets
+  unsigned mask = 0;
+  int source = 0;
+  std::uint64_t value = 0;
+
+  std::deque<Copy16> copies;
+  int copy_groups = 0;
+
+  // products that it issued, groups of them that it committed, and those of these that it waited for
+  int products = 0, product_groups = 0, product_groups_waited = 0;
+  bool product_fenced = false;
+};
+
+extern Thread* current;  // null while none runs
+extern bool late;        // else what hardware does some time later happens at once
+
+int num_threads();
+Thread& thread_at(int index);
+
+// Ends the launch with an error that names block and thread.
+[[noreturn]] void fail(const std::string& what);
+
+// Waits until another thread calls wake().
+void sleep(std::string (*waits_for)(const Thread&), int number = 0);
+void wake(Thread& thread);
+
+// A place where threads may overtake each other: in shuffled order they sometimes do.
+void overtake();
+
+// Work of the hardware, to be done at the latest when no thread can go on.
+enum class Work { copy, product };
+void defer(Work work, std::function<void()> function);
+
+// ---- shared memory
+
+// `bytes` at a 32-bit address, which must lie in the block's dynamic memory.
+unsigned char* at_shared(std::uint32_t address, std::size_t bytes);
+
+// The same byte as copies and products see it. Where late, that is not what threads wrote until they call
+// fence_shared_writes.
+unsigned char* seen_by_hardware(unsigned char* shared);
+
+// ---- the parts
+
+void reset_sync();
+void check_barrier(std::uint64_t* state);                // fails where there is none
+void deliver(std::uint64_t* state, std::int64_t bytes);  // to a barrier
+
+void reset_products();
+void check_products();  // fails where the current thread has not waited for all
+
+}  // namespace emulator
