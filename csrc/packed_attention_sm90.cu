@@ -281,12 +281,8 @@ void forward(Queue queue, const Attention& x, const AttentionForward& y) {
 void packed_attention_forward(Queue queue, const Attention& x, const AttentionForward& y) {
   if (x.num_tokens == 0) return;
   const DeviceGuard guard(queue.device, kName);
-  with_dtype<__half, __nv_bfloat16>(x.dtype, kName, [&](auto t) {
-    using T = decltype(t);
-    with_head_size(x.head_size, kName, [&](auto size) {
-      constexpr int D = decltype(size)::value;
-      y.tile_rows == kProductRows ? forward<T, D, 1>(queue, x, y) : forward<T, D, 2>(queue, x, y);
-    });
+  with_configuration(kName, x, y.tile_rows, [&](auto t, auto head_size, auto num_consumers) {
+    forward<decltype(t), decltype(head_size)::value, decltype(num_consumers)::value>(queue, x, y);
   });
 }
 

@@ -45,15 +45,24 @@ __device__ __forceinline__ unsigned char* align_tile(unsigned char* shared) {
   return shared + (kTileAlignment - shared_address(shared) % kTileAlignment) % kTileAlignment;
 }
 
-// Calls function(std::integral_constant<int, D>{}) with a head size that kernels are built for.
+// Calls function(T{}, D, num_consumers) with the dtype, and as constants the head size and the warpgroups of 64
+// rows that make up a tile.
 template <typename Function>
-void with_head_size(std::int64_t head_size, const char* launcher, Function&& function) {
-  const auto is = [&](auto size) { return head_size == decltype(size)::value && (function(size), true); };
-  const auto any = [&](auto... sizes) { return (is(sizes) || ...); };
-  if (!any(std::integral_constant<int, 16>{}, std::integral_constant<int, 32>{}, std::integral_constant<int, 64>{},
-           std::integral_constant<int, 80>{}, std::integral_constant<int, 96>{}, std::integral_constant<int, 128>{})) {
-    throw std::runtime_error(std::string(launcher) + ": no kernel for heads of " + std::to_string(head_size));
-  }
+void with_configuration(const char* launcher, const Attention& x, std::int64_t tile_rows, Function&& function) {
+  with_dtype<__half, __nv_bfloat16>(x.dtype, launcher, [&](auto t) {
+    const auto is = [&](auto size) {
+      if (x.head_size != decltype(size)::value) return false;
+      tile_rows == kProductRows ? function(t, size, std::integral_constant<int, 1>{})
+                                : function(t, size, std::integral_constant<int, 2>{});
+      return true;
+    };
+    const auto any = [&](auto... sizes) { return (is(sizes) || ...); };
+    if (!any(std::integral_constant<int, 16>{}, std::integral_constant<int, 32>{}, std::integral_constant<int, 64>{},
+             std::integral_constant<int, 80>{}, std::integral_constant<int, 96>{},
+             std::integral_constant<int, 128>{})) {
+      throw std::runtime_error(std::string(launcher) + ": no kernel for heads of " + std::to_string(x.head_size));
+    }
+  });
 }
 
 // ---- copies

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from geo_r1.kernels.impls import autocast_dtype, resolve_impl
 from geo_r1.kernels.layout import PackedLayout
+from geo_r1.kernels.schedule import HEAD_SIZES
 
 # What our own kernels take.
-HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 DTYPES = {
     "triton": (torch.float16, torch.bfloat16, torch.float32),
     "cuda": (torch.float16, torch.bfloat16),

@@ -10,8 +10,9 @@ from torch import Tensor
 from geo_r1.kernels.attention_flash import loadable
 from geo_r1.kernels.extension import launch
 from geo_r1.kernels.layout import PackedLayout
+from geo_r1.kernels.schedule import SHORT
 
-TILE, SHORT_TILE = 128, 64  # tokens, of queries and of keys: two warpgroups and one
+TILE, SHORT_TILE = 128, SHORT  # tokens, of queries and of keys: two warpgroups and one
 
 
 def tiles(q_THD: Tensor, layout: PackedLayout, short: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from geo_r1.kernels.layout import PackedLayout
-
-SHORT = 64  # the longest segment, in tokens, of a layout whose tiles are whole segments
+from geo_r1.kernels.schedule import SHORT
 
 
 def attend(

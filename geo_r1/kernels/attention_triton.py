@@ -13,12 +13,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.attention import HEAD_SIZES
-from geo_r1.kernels.attention_op import SHORT
 from geo_r1.kernels.attention_triton_backward import D_KEY, D_QUERY, backward
 from geo_r1.kernels.attention_triton_forward import FORWARD, choose_row, forward
 from geo_r1.kernels.launch import Launch
 from geo_r1.kernels.layout import PackedLayout
+from geo_r1.kernels.schedule import HEAD_SIZES, SHORT
 
 LAUNCHES: tuple[Launch, ...] = (*FORWARD.values(), *D_QUERY.values(), *D_KEY.values())
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 # Tokens of a tile, as launch tables ask for: 16 and 32 in float32, 64 is a vision tower's window, else 128.
 TILE_ROWS = (16, 32, 64, 128)
+# A layout whose segments are all this long or shorter has tiles that are whole segments.
+SHORT = 64
+HEAD_SIZES = (16, 32, 64, 80, 96, 128)  # that kernels are built for
 
 
 def tile_tables(
