@@ -21,12 +21,13 @@ inline void check(cudaError_t error, const char* launcher) {
   }
 }
 
-// Makes a device the current one until the end of the scope.
+// Makes a device the current one until the end of the scope. It is set even where it is current: setting it gives
+// the thread its context, which a thread of autograd may not have and which the driver's own functions need.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* launcher) {
     check(cudaGetDevice(&previous_), launcher);
-    if (device != previous_) check(cudaSetDevice(device), launcher);
+    check(cudaSetDevice(device), launcher);
     changed_ = device != previous_;
   }
   ~DeviceGuard() {

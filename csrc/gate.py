@@ -30,12 +30,16 @@ from geo_r1.kernels.aot import align_columns, write_text
 _HOPPER = ("HGMMA", "UTMALDG", "USETMAXREG")
 _MATRIX = ("HMMA", "IMMA", "DMMA")
 _LOCAL = ("STL", "LDL")
+# An exponential after a wait that leaves products under way, before the next: it runs beside them.
+_BESIDE = "MUFU.EX2 beside HGMMA"
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:, used (\d+) barriers)?")
 _SIZES = re.compile(r"(\d+) bytes (cumulative stack size|smem)")
 _ADVICE = re.compile(r"ptxas [^:]*: (\(C75\d\d\).*|.*Potential Performance Loss.*)")
+_PRODUCTS_LEFT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\w+)")
+_REGISTERS = re.compile(r"\bregisters_(lower|raise)<(\d+)>")
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ +)?([A-Z]\w*)")
 
 
@@ -96,15 +100,20 @@ def read_report(text: str) -> tuple[dict[tuple[str, str], Report], list[str]]:
 def read_code(lines: Iterable[str]) -> dict[tuple[str, str], dict[str, int]]:
     """How many of the instructions named above each (symbol, arch) has, from `cuobjdump -sass`."""
     kernels: dict[tuple[str, str], Counter[str]] = {}
-    arch, counts = "", Counter[str]()
+    arch, counts, products_left = "", Counter[str](), 0
     for line in lines:
         if found := _INSTRUCTION.match(line):
             if found[1] in (*_HOPPER, *_MATRIX, *_LOCAL):
                 counts[found[1]] += 1
+            if waits := _PRODUCTS_LEFT.search(line):
+                products_left = int(waits[1], 16)
+            elif products_left and "MUFU.EX2" in line:
+                counts[_BESIDE] += 1
         elif "code for sm_" in line:
             arch = line.rpartition("_")[2].strip()
         elif "Function :" in line:
             counts = kernels.setdefault((line.rpartition(":")[2].strip(), arch), Counter())
+            products_left = 0
     return {key: dict(counts) for key, counts in kernels.items()}
 
 
@@ -112,8 +121,8 @@ def judge(kernel: Kernel) -> list[str]:
     """Say what is wrong with a kernel.
 
     It must be in ptxas's report and in the object, and use no local memory: no stack, no spill, no
-    instruction for it. A kernel of a file for sm_90 must multiply by warpgroups (HGMMA) and copy tensors in
-    bulk (UTMALDG).
+    instruction for it. A kernel of a file for sm_90 must multiply by warpgroups (HGMMA), copy tensors in bulk
+    (UTMALDG), and have exponentials beside its products: ptxas may move them behind the wait for all.
 
     Returns:
         One line for each fault, that names the file, kernel and chip.
@@ -130,7 +139,7 @@ def judge(kernel: Kernel) -> list[str]:
         if local := sum(kernel.instructions.get(name, 0) for name in _LOCAL):
             faults.append(f"{local} local loads and stores")
         if "_sm90" in kernel.source:
-            missing = [name for name in ("HGMMA", "UTMALDG") if not kernel.instructions.get(name)]
+            missing = [name for name in ("HGMMA", "UTMALDG", _BESIDE) if not kernel.instructions.get(name)]
             faults += [f"no {name}, which every kernel of this file must have" for name in missing]
     place = f"{kernel.source}, {kernel.name}, sm_{kernel.arch}"
     return [f"{place}: {fault}" for fault in faults]
@@ -152,9 +161,18 @@ def judge_source(source: str, text: str, archs: tuple[str, ...], kernels: list[K
             "extern __shared__, and its size is held against no limit: neither by a static_assert on "
             "kSharedLimit nor by cudaDevAttrMaxSharedMemoryPerBlockOptin"
         )
-    changes = any((kernel.instructions or {}).get("USETMAXREG") for kernel in kernels)
-    if "registers_raise<" in text and not changes:
+    shares = {what: int(count) for what, count in _REGISTERS.findall(text)}
+    changing = [kernel for kernel in kernels if (kernel.instructions or {}).get("USETMAXREG")]
+    if shares and not changing:
         faults.append("registers_raise is called, and no kernel has USETMAXREG")
+    for kernel in changing:
+        # One warpgroup lowers its share and two raise theirs, within what the three start with.
+        needed = -(-(shares.get("lower", 0) + 2 * shares.get("raise", 0)) // 3)
+        if kernel.report and kernel.report.registers < needed:
+            faults.append(
+                f"{kernel.name} starts with {kernel.report.registers} registers: with fewer than {needed} "
+                "its warpgroups wait for each other's without end"
+            )
     return [f"{source}: {fault}" for fault in faults]
 
 

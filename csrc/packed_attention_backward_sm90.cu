@@ -175,7 +175,7 @@ template <typename T, int D, int num_consumers>
 __device__ void consume_keys(const Parameters& p, const KeyBlocks<Shape<D, num_consumers>::tile,
                              Shape<D, num_consumers>::block>& blocks, int head, Memory<D, num_consumers>& memory, int num_active) {
   using S = Shape<D, num_consumers>;
-  const int group_row = static_cast<int>(threadIdx.x) / kWarpgroup * kProductRows;
+  const int group_row = warpgroup() * kProductRows;
   const Place place(threadIdx.x);
   const int query = blocks.first + group_row + place.row;
   float lse[2], delta[2];
@@ -204,13 +204,13 @@ __device__ void consume_keys(const Parameters& p, const KeyBlocks<Shape<D, num_c
     product_wait<1>();
     pin(s);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int limit = (p.causal ? min(end, query + 8 * r + 1) : end) - key - place.column;
+    for (int j = 0; j < S::block / 2; ++j) s[j] = exp2_fast(fmaf(s[j], p.scale_log2, -lse[j % 4 / 2]));
+    if (masked) {  // a branch, so that ptxas does not move the exponentials behind the wait
+      const int column = key + place.column;
 #pragma unroll
       for (int j = 0; j < S::block / 2; ++j) {
-        if (j % 4 / 2 != r) continue;
-        const bool hidden = masked && j / 4 * 8 + j % 2 >= limit;
-        s[j] = hidden ? 0 : exp2_fast(fmaf(s[j], p.scale_log2, -lse[r]));
+        const int limit = p.causal ? min(end, query + j % 4 / 2 * 8 + 1) : end;
+        if (column + j / 4 * 8 + j % 2 >= limit) s[j] = 0;
       }
     }
     product_wait<0>();
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
   const int num_active = min(num_consumers, (blocks.end - blocks.first + kProductRows - 1) / kProductRows);
   memory.init_barriers(1, num_active);
 
-  const int group = threadIdx.x / kWarpgroup;
+  const int group = warpgroup();
   if (group == num_consumers) {
     if constexpr (num_consumers == 2) registers_lower<24>();
     if (threadIdx.x == num_consumers * kWarpgroup) {
@@ -270,7 +270,7 @@ template <typename T, int D, int num_consumers>
 __device__ void consume_queries(const Parameters& p, const Queries<Shape<D, num_consumers>::block>& queries, int head,
                                 Memory<D, num_consumers>& memory, int num_active) {
   using S = Shape<D, num_consumers>;
-  const int group_row = static_cast<int>(threadIdx.x) / kWarpgroup * kProductRows;
+  const int group_row = warpgroup() * kProductRows;
   const Place place(threadIdx.x);
   Sums<D> dk, dv;
   set_zero(dk), set_zero(dv);
@@ -288,14 +288,15 @@ __device__ void consume_queries(const Parameters& p, const Queries<Shape<D, num_
     if (i > 0) memory.release(i - 1);
     product_wait<1>();
     pin(s);
-    const bool masked = p.causal && query < queries.first + S::tile;
     const float* const lse = memory.lse + stage * S::block + place.column;
 #pragma unroll
-    for (int j = 0; j < S::block / 2; ++j) {
-      const int column = j / 4 * 8 + j % 2;  // and place.column: a query
-      const int key = queries.first + group_row + place.row + j % 4 / 2 * 8;
-      const bool hidden = masked && key > query + place.column + column;
-      s[j] = hidden ? 0 : exp2_fast(fmaf(s[j], p.scale_log2, -lse[column]));
+    for (int j = 0; j < S::block / 2; ++j) s[j] = exp2_fast(fmaf(s[j], p.scale_log2, -lse[j / 4 * 8 + j % 2]));
+    if (p.causal && query < queries.first + S::tile) {
+      const int behind = query + place.column - (queries.first + group_row + place.row);  // the key
+#pragma unroll
+      for (int j = 0; j < S::block / 2; ++j) {
+        if (j / 4 * 8 + j % 2 + behind < j % 4 / 2 * 8) s[j] = 0;
+      }
     }
     round_to<T, S::block>(probability, s);
     start_sum<T>(dv, probability, memory.block_b + stage * S::block_size);
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
   const int num_active = min(num_consumers, (queries.end - queries.first + kProductRows - 1) / kProductRows);
   memory.init_barriers(kWarp, num_active);
 
-  const int group = threadIdx.x / kWarpgroup;
+  const int group = warpgroup();
   if (group == num_consumers) {
     if constexpr (num_consumers == 2) registers_lower<24>();
     const int lane = threadIdx.x - num_consumers * kWarpgroup;

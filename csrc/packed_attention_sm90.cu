@@ -51,6 +51,7 @@ struct Shape {
   static constexpr int q_bytes = tile_bytes<D>(tile);
   static constexpr int kv_bytes = tile_bytes<D>(block);
   static constexpr int bytes = kTileAlignment + q_bytes + 2 * stages * kv_bytes + 8 * (1 + 4 * stages);
+  static_assert(q_bytes % kTileAlignment == 0 && kv_bytes % kTileAlignment == 0, "every tile starts a swizzle");
   static_assert(blocks_sm * (bytes + 1024) <= kSharedLimit + 1024, "the device reserves 1 KiB a block");
 };
 
@@ -118,9 +119,9 @@ __device__ void consume(const Parameters& p, const KeyBlocks<Shape<D, num_consum
                         Barriers<Shape<D, num_consumers>::stages>& barriers, int num_active) {
   using S = Shape<D, num_consumers>;
   constexpr int N = S::block;
-  const int group = threadIdx.x / kWarpgroup, group_row = group * kProductRows;
+  const int group = warpgroup(), group_row = group * kProductRows;
   const Place place(threadIdx.x);
-  const bool take_turns = num_active == 2;
+  const bool take_turns = num_consumers == 2 && num_active == 2;
 
   Softmax softmax;
   Sums<D> sum;
@@ -175,11 +176,22 @@ __device__ void consume(const Parameters& p, const KeyBlocks<Shape<D, num_consum
   pin(s);
   release(&barriers.k_empty[0]);
   mask(0);
-  softmax.step(s, p.scale_log2);
-  round_to<T, N>(probability, s);
+  float2 keep = softmax.step(s, p.scale_log2);
+
+  // Waits for the values of block i, of which there are none before block 0, and makes the probabilities ready
+  // that await them. It stands a turn of the loop behind the exponentials: behind a wait that shares a basic block
+  // with them ptxas moves them, and nothing is left to run beside the products.
+  const auto finish_values = [&](int i) {
+    product_wait<0>();
+    sum.pin_all(), pin_all(probability);
+    if (i >= 0) release(&barriers.v_empty[i % S::stages]);
+    sum.for_each([keep](float& x, int r) { x *= r == 0 ? keep.x : keep.y; });
+    round_to<T, N>(probability, s);
+  };
 
   for (int i = 1; i < blocks.count; ++i) {
     barrier_wait(&barriers.k_full[i % S::stages], i / S::stages % 2);
+    finish_values(i - 2);
     values_ready(i - 1);
     if (take_turns) meeting_sync(kTurn + group, 2 * kWarpgroup);
     pin(s), pin_all(probability), sum.pin_all();
@@ -191,15 +203,11 @@ __device__ void consume(const Parameters& p, const KeyBlocks<Shape<D, num_consum
     pin(s);
     release(&barriers.k_empty[i % S::stages]);
     mask(i);
-    const float2 keep = softmax.step(s, p.scale_log2);
-    product_wait<0>();
-    sum.pin_all(), pin_all(probability);
-    release(&barriers.v_empty[(i - 1) % S::stages]);
-    sum.for_each([keep](float& x, int r) { x *= r == 0 ? keep.x : keep.y; });
-    round_to<T, N>(probability, s);
+    keep = softmax.step(s, p.scale_log2);
   }
 
   values_ready(blocks.count - 1);
+  finish_values(blocks.count - 2);
   sum.pin_all(), pin_all(probability);
   product_fence();
   multiply_values(blocks.count - 1);
@@ -245,7 +253,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
   }
   __syncthreads();
 
-  const int group = threadIdx.x / kWarpgroup;
+  const int group = warpgroup();
   if (group == num_consumers) {
     if constexpr (num_consumers == 2) registers_lower<24>();
     if (threadIdx.x == num_consumers * kWarpgroup) {

@@ -36,6 +36,11 @@ struct Head {
   static_assert(rest == 0 || rest == 16 || rest == 32, "a panel is 16, 32 or 64 columns wide");
 };
 
+// The warpgroup of this thread, as a number that the compiler knows to be the same for a whole warp.
+__device__ __forceinline__ int warpgroup() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+}
+
 template <int D>
 __host__ __device__ constexpr int tile_bytes(int rows) {
   return 2 * D * rows;
@@ -158,7 +163,8 @@ __device__ __forceinline__ void zero_rows(unsigned char* tile, int first, int i_
 // ---- products
 
 // The descriptor of an operand in a panel of `columns`. `group_bytes` lies between groups of 8 tokens;
-// `panel_bytes` between panels, where the operand reads columns side by side from more than one.
+// `panel_bytes` between panels, where the operand reads columns side by side from more than one. The operand n
+// bytes further on is the descriptor + n / 16: made anew it would cost more than the product.
 template <int columns>
 __device__ __forceinline__ std::uint64_t operand(const unsigned char* start, int panel_bytes) {
   constexpr std::uint64_t swizzle = columns == 64 ? 1 : columns == 32 ? 2 : 3;  // 128, 64, 32 bytes
@@ -171,22 +177,24 @@ __device__ __forceinline__ std::uint64_t operand(const unsigned char* start, int
 template <typename T, int D, int N, int a_rows, int b_rows>
 __device__ __forceinline__ void multiply_transposed(float (&d)[N / 2], const unsigned char* a, int a_row,
                                                     const unsigned char* b) {
+  if constexpr (Head<D>::whole != 0) {
+    const std::uint64_t a_operand = operand<kPanel>(a + tile_bytes<kPanel>(a_row), 16);
+    const std::uint64_t b_operand = operand<kPanel>(b, 16);
 #pragma unroll
-  for (int column = 0; column < Head<D>::whole; column += 16) {
-    const int panel = column / kPanel, inside = 2 * (column % kPanel);
-    Product<T, N>::shared(
-        d, operand<kPanel>(a + tile_bytes<kPanel>(a_rows) * panel + tile_bytes<kPanel>(a_row) + inside, 16),
-        operand<kPanel>(b + tile_bytes<kPanel>(b_rows) * panel + inside, 16), column != 0);
+    for (int column = 0; column < Head<D>::whole; column += 16) {
+      const int panel = column / kPanel, inside = 2 * (column % kPanel);
+      Product<T, N>::shared(d, a_operand + (tile_bytes<kPanel>(a_rows) * panel + inside) / 16,
+                            b_operand + (tile_bytes<kPanel>(b_rows) * panel + inside) / 16, column != 0);
+    }
   }
   if constexpr (Head<D>::rest != 0) {
+    constexpr int rest = Head<D>::rest;
+    const std::uint64_t a_operand =
+        operand<rest>(a + tile_bytes<Head<D>::whole>(a_rows) + tile_bytes<rest>(a_row), 16);
+    const std::uint64_t b_operand = operand<rest>(b + tile_bytes<Head<D>::whole>(b_rows), 16);
 #pragma unroll
-    for (int column = 0; column < Head<D>::rest; column += 16) {
-      Product<T, N>::shared(
-          d,
-          operand<Head<D>::rest>(
-              a + tile_bytes<Head<D>::whole>(a_rows) + tile_bytes<Head<D>::rest>(a_row) + 2 * column, 16),
-          operand<Head<D>::rest>(b + tile_bytes<Head<D>::whole>(b_rows) + 2 * column, 16),
-          Head<D>::whole != 0 || column != 0);
+    for (int column = 0; column < rest; column += 16) {
+      Product<T, N>::shared(d, a_operand + column / 8, b_operand + column / 8, Head<D>::whole != 0 || column != 0);
     }
   }
 }
@@ -220,16 +228,16 @@ struct Sums {
 template <typename T, int D, int N, int x_rows>
 __device__ __forceinline__ void multiply_add(Sums<D>& sum, const std::uint32_t (&p)[N / 16][4],
                                              const unsigned char* x) {
+  constexpr int rest = Head<D>::rest == 0 ? 16 : Head<D>::rest;
+  const std::uint64_t whole_operand = operand<kPanel>(x, tile_bytes<kPanel>(x_rows));
+  const std::uint64_t rest_operand = operand<rest>(x + tile_bytes<Head<D>::whole>(x_rows), 16);
 #pragma unroll
   for (int i = 0; i < N / 16; ++i) {
     if constexpr (Head<D>::whole != 0) {
-      Product<T, Head<D>::whole>::registers(
-          sum.whole, p[i], operand<kPanel>(x + tile_bytes<kPanel>(16 * i), tile_bytes<kPanel>(x_rows)));
+      Product<T, Head<D>::whole>::registers(sum.whole, p[i], whole_operand + tile_bytes<kPanel>(16 * i) / 16);
     }
     if constexpr (Head<D>::rest != 0) {
-      Product<T, Head<D>::rest>::registers(
-          sum.rest, p[i],
-          operand<Head<D>::rest>(x + tile_bytes<Head<D>::whole>(x_rows) + tile_bytes<Head<D>::rest>(16 * i), 16));
+      Product<T, rest>::registers(sum.rest, p[i], rest_operand + tile_bytes<rest>(16 * i) / 16);
     }
   }
 }

@@ -55,18 +55,29 @@ arch = sm_80
         /*0300*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR4], R24 ; /* 0x0000000000000000 */
         /*0310*/            @!UP0  UTMALDG.3D [UR8], [UR4], desc[UR6] ;           /* 0x0000000000000000 */
         /*0320*/                   USETMAXREG.DEALLOC.CTAPOOL 0x18 ;              /* 0x0000000000000000 */
-        /*0330*/                   EXIT ;                                         /* 0x0000000000000000 */
+        /*0330*/                   MUFU.EX2 R4, R4 ;                              /* 0x0000000000000000 */
+        /*0340*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;                /* 0x0000000000000000 */
+        /*0350*/                   MUFU.EX2 R4, R4 ;                              /* 0x0000000000000000 */
+        /*0360*/              @!P0 MUFU.EX2 R5, R5 ;                              /* 0x0000000000000000 */
+        /*0370*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;                /* 0x0000000000000000 */
+        /*0380*/                   MUFU.EX2 R4, R4 ;                              /* 0x0000000000000000 */
+        /*0390*/                   EXIT ;                                         /* 0x0000000000000000 */
 \t\tFunction : _Z5emptyv
         /*0000*/                   EXIT ;                                         /* 0x0000000000000000 */
 """
 
+BESIDE = "MUFU.EX2 beside HGMMA"
+HOPPER = {"HGMMA": 8, "UTMALDG": 4, BESIDE: 2}
 GOOD = gate.Kernel(
     source="some_sm90.cu",
     name="some_kernel<float>",
     arch="90a",
     report=gate.Report(168, stack=0, spill_stores=0, spill_loads=0, shared=1024, barriers=2),
-    instructions={"HGMMA": 8, "UTMALDG": 4},
+    instructions=HOPPER,
 )
+
+
+CHANGING = dataclasses.replace(GOOD, instructions=HOPPER | {"USETMAXREG": 2})
 
 
 def test_a_report_is_read():
@@ -83,7 +94,7 @@ def test_a_report_is_read():
 def test_machine_code_is_read():
     assert gate.read_code(SASS.splitlines()) == {
         ("_Z5spillILi64EEvPf", "80"): {"STL": 2, "LDL": 1, "HMMA": 1},
-        ("_Z6serialPfmmi", "90a"): {"HGMMA": 1, "UTMALDG": 1, "USETMAXREG": 1},
+        ("_Z6serialPfmmi", "90a"): {"HGMMA": 1, "UTMALDG": 1, "USETMAXREG": 1, BESIDE: 2},
         ("_Z5emptyv", "90a"): {},
     }
 
@@ -97,9 +108,15 @@ def test_machine_code_is_read():
         ({}, {"spill_loads": 4}, ["0 bytes of stack, 0 of spill stores and 4 of spill loads"]),
         ({"report": None}, {}, ["ptxas reported nothing on it"]),
         ({"instructions": None}, {}, ["not in the object"]),
-        ({"instructions": {"HGMMA": 8, "UTMALDG": 4, "STL": 2, "LDL": 1}}, {}, ["3 local loads and stores"]),
-        ({"instructions": {"UTMALDG": 4}}, {}, ["no HGMMA, which every kernel of this file must have"]),
-        ({"instructions": {"HGMMA": 4}}, {}, ["no UTMALDG, which every kernel of this file must have"]),
+        ({"instructions": {**HOPPER, "STL": 2, "LDL": 1}}, {}, ["3 local loads and stores"]),
+        *(
+            (
+                {"instructions": {name: 4 for name in HOPPER if name != missing}},
+                {},
+                [f"no {missing}, which every kernel of this file must have"],
+            )
+            for missing in HOPPER
+        ),
         ({"instructions": {}, "source": "rows.cu"}, {}, []),
         (
             {"instructions": {"LDL": 1}, "source": "rows.cu"},
@@ -126,6 +143,14 @@ def test_faults_are_found_and_named(change, report, faults):
         ("rows.cu", "extern __shared__ c;\nstatic_assert(\n  2 * b <= kSharedLimit);", ("90a",), [GOOD], []),
         ("rows.cu", "extern __shared__ c; cudaDevAttrMaxSharedMemoryPerBlockOptin", ("90a",), [GOOD], []),
         ("a_sm90.cu", "registers_raise<240>();", ("90a",), [GOOD], ["registers_raise is called, and no"]),
+        ("a_sm90.cu", "registers_raise<240>(); registers_lower<24>();", ("90a",), [CHANGING], []),
+        (
+            "a_sm90.cu",
+            "registers_raise<240>(); registers_lower<32>();",
+            ("90a",),
+            [CHANGING],
+            ["some_kernel<float> starts with 168 registers: with fewer than 171 its"],
+        ),
     ],
 )
 def test_faults_of_a_file(source, text, archs, kernels, faults):
@@ -199,16 +224,14 @@ def test_a_file_is_built_and_judged(tmp_path, monkeypatch, capsys):
     )
     assert gate.main(["--json", str(tmp_path / "gate.json")], tmp_path) == 1
     told = capsys.readouterr()
-    assert told.out.splitlines()[-1] == "2 kernels of csrc, 4 faults"
+    assert told.out.splitlines()[-1] == "2 kernels of csrc, 5 faults"
     place = "tiles_sm90.cu, wanders<64>, sm_90a: "
     stack, local, *missing = (line for line in told.err.splitlines() if line.startswith("tiles_sm90.cu"))
     assert stack == f"{place}256 bytes of stack, 0 of spill stores and 0 of spill loads"
     assert local.startswith(place) and local.endswith(" local loads and stores")
-    assert missing == [
-        f"{place}no {name}, which every kernel of this file must have" for name in ("HGMMA", "UTMALDG")
-    ]
+    assert missing == [f"{place}no {name}, which every kernel of this file must have" for name in HOPPER]
     written = json.loads((tmp_path / "gate.json").read_text(encoding="utf-8"))
-    assert written["archs"] == ["80"] and len(written["faults"]) == 4
+    assert written["archs"] == ["80"] and len(written["faults"]) == 5
     twice, wanders = written["kernels"]
     assert (twice["name"], twice["arch"], twice["instructions"]) == ("twice", "80", {})
     assert (wanders["name"], wanders["arch"], wanders["report"]["stack"]) == ("wanders<64>", "90a", 256)

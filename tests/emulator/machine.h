@@ -40,6 +40,10 @@ struct Thread {
   bool product_fenced = false;
 };
 
+// Whether this thread of the host has the device's context, which functions of the driver need: setting a device
+// gives it one, that it is the current one already does not.
+extern thread_local bool has_context;
+
 extern Thread* current;  // null while none runs
 extern bool late;        // else what hardware does some time later happens at once
 

@@ -278,6 +278,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map_made, CUtensorMapDataType, cuui
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  if (!emulator::has_context) return CUDA_ERROR_INVALID_CONTEXT;
   const auto misaligned = [](const void* x, std::uintptr_t to) {
     return reinterpret_cast<std::uintptr_t>(x) % to != 0;
   };

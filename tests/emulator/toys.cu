@@ -71,6 +71,7 @@ enum class Bug { none, full_not_awaited, empty_not_awaited };
 // Not by its result, which g++ does not always align.
 void encode(CUtensorMap& map, const void* x, int num_tokens, int num_heads, int head_size, int columns,
             int rows, int swizzle) {
+  check(cudaSetDevice(0), "toy");  // brings this thread the context that the driver's function needs
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
   check(

@@ -1,5 +1,7 @@
 """packed_attention's kernels as a torch op: compiled, traced, captured, under autocast; what they refuse."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +100,14 @@ def test_a_layout_does_not_keep_what_a_tracer_made(impl):
     make_fx(kernel(impl, layout), tracing_mode="fake", _allow_non_fake_inputs=True)(*qkv)
     out, *grads = run(kernel(impl, layout), qkv, grad)
     assert {type(x) for x in (out, *grads)} == {torch.Tensor}
+
+
+def test_it_may_be_a_threads_first_work(impl):
+    layout, qkv, grad, _, _ = inputs(CASES["ragged"], dtype=WIDEST[impl])
+    expected = run(kernel(impl, layout), qkv, grad)
+    with ThreadPoolExecutor(1) as pool:  # a thread of autograd's, say, that has no context of the device yet
+        actual = pool.submit(run, kernel(impl, layout), qkv, grad).result()
+    assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
 
 
 def test_flash_is_never_taken_unasked():
