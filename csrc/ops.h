@@ -56,13 +56,15 @@ struct Logits {
   float inv_temperature;
 };
 
-// Each row's log-probability of its target, entropy and log-sum-exp: [R] float32.
+// Each row's log-probability of its target and entropy, [R] float32, and its log-sum-exp in two parts, [R, 2]: the
+// largest logit, and the log of the sum of exp((logit - largest) / temperature).
 struct RowStatistics {
   Pointer logp, entropy, lse;
 };
 void row_statistics(Queue, const Logits&, const RowStatistics&);
 
-// The GRPO loss of each row, with ratios per token, and the gradient of the logits. All rows are [R] float32.
+// The GRPO loss of each row, with ratios per token, and the gradient of the logits. All rows are [R] float32, but
+// for lse, as in RowStatistics.
 struct RowLoss {
   Pointer advantage, token_weight;
   Pointer old_logp, ref_logp, importance_weight;  // or null
@@ -78,7 +80,7 @@ void grpo_row_loss(Queue, const Logits&, const RowLoss&);
 
 // The gradient of the logits from the rows' derivatives, times the scalar d_loss.
 struct LogitGradient {
-  Pointer lse, entropy, d_logp;  // [R] float32
+  Pointer lse, entropy, d_logp;  // lse as in RowStatistics, the others [R] float32
   Pointer d_entropy;             // [R] float32, or null: no entropy term
   Pointer d_loss;                // [1] float32, or null: 1
   Pointer d_logits;              // out, as in RowLoss

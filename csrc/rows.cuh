@@ -16,9 +16,11 @@ namespace geo_r1 {
 
 // Vectors that a thread keeps in registers: 32 of the 80 that 768 threads can have.
 constexpr int kHeld = 8;
-// Slots that a thread can have in the 227 KiB of sm_90 and sm_100, the most there are, less one: so many
-// copies may be under way at a wait.
-constexpr int kMostPending = 17;
+// Copies of a thread that a wait for its oldest leaves under way, where there are more slots than this: 96 KiB of
+// a block. Waiting for the very oldest of 18 would be exact and take a branch for each count. Not measured.
+constexpr int kPending = 8;
+// Vectors of the next row that are under way while this row's are written, see `exchange`. Not measured.
+constexpr int kLag = 6;
 
 constexpr float kLn2 = 0.6931471805599453f;
 // 2^this is 0, and its product with this is too: a stand-in for -inf, whose product with 0 is NaN.
@@ -54,10 +56,20 @@ struct Output {
 
 template <typename T>
 __device__ __forceinline__ void unpack(const uint4& bits, float (&x)[kWidth<T>]) {
-  T numbers[kWidth<T>];
-  std::memcpy(numbers, &bits, sizeof bits);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float32, and one instruction
+    const std::uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-  for (int k = 0; k < kWidth<T>; ++k) x[k] = to_float(numbers[k]);
+    for (int k = 0; k < 4; ++k) {
+      const std::uint32_t low = words[k] << 16, high = words[k] & 0xffff0000u;
+      std::memcpy(&x[2 * k], &low, 4);
+      std::memcpy(&x[2 * k + 1], &high, 4);
+    }
+  } else {
+    T numbers[kWidth<T>];
+    std::memcpy(numbers, &bits, sizeof bits);
+#pragma unroll
+    for (int k = 0; k < kWidth<T>; ++k) x[k] = to_float(numbers[k]);
+  }
 }
 
 template <typename T>
@@ -106,12 +118,17 @@ __device__ __forceinline__ bool writes(std::int64_t column, std::int64_t begin, 
 }
 
 // copy_wait for a count known at run time; `most` is the largest that is waited for exactly.
-template <int most>
+template <int most, int least = 0>
 __device__ __forceinline__ void copy_wait_upto(int pending) {
-  if (pending >= most) {
+  if constexpr (most == least) {
     copy_wait<most>();
-  } else if constexpr (most > 0) {
-    copy_wait_upto<most - 1>(pending);
+  } else {
+    constexpr int middle = (most + least + 1) / 2;
+    if (pending >= middle) {
+      copy_wait_upto<most, middle>(pending);
+    } else {
+      copy_wait_upto<middle - 1, least>(pending);
+    }
   }
 }
 
@@ -122,19 +139,26 @@ template <typename T>
 class Vectors {
  public:
   __device__ Vectors(uint4* slots, int num_slots, int num_vectors)
-      : slots_(slots + threadIdx.x), threads_(static_cast<int>(blockDim.x)) {
+      : slots_(slots + threadIdx.x), slot_(slots_), threads_(static_cast<int>(blockDim.x)) {
     const int thread = static_cast<int>(threadIdx.x);
     count_ = num_vectors > thread ? (num_vectors - thread - 1) / threads_ + 1 : 0;
     in_ring_ = count_ > kHeld ? count_ - kHeld : 0;
     depth_ = num_slots < in_ring_ ? num_slots : in_ring_;
   }
 
+  // Whether all of a row is kept.
+  __device__ bool fits() const { return depth_ == in_ring_; }
+
   // The last vectors of the ring: after a walk that begins at 0 and has no next row they are in its slots.
   __device__ int last() const { return in_ring_ - depth_; }
 
   // The first row's copies.
   __device__ void fill(const T* row) {
-    for (int k = 0; k < depth_; ++k) copy(slots_ + k * threads_, row, k);
+    const uint4* from = vector_at(row, number(kHeld));
+    for (int k = 0; k < depth_; ++k, from += threads_) {
+      copy_16(slots_ + k * threads_, from, 16);
+      copy_commit();
+    }
     load(row);
   }
 
@@ -143,15 +167,7 @@ class Vectors {
   // null, the last of this.
   template <typename Visit>
   __device__ __forceinline__ void walk(const T* row, int first, const T* next, Visit&& visit) {
-    for (int k = 0; k < in_ring_; ++k) {
-      uint4* const slot = slots_ + at_ * threads_;
-      copy_wait_upto<kMostPending>(depth_ - 1);
-      visit(*slot, number(kHeld + wrapped(first + k)));
-      // The visit has used the bits, so they have left the slot.
-      const int ahead = k + depth_;
-      copy(slot, ahead < in_ring_ ? row : next, ahead < in_ring_ ? wrapped(first + ahead) : ahead - in_ring_);
-      at_ = at_ + 1 == depth_ ? 0 : at_ + 1;
-    }
+    fits() ? turn<true>(row, first, next, visit) : turn<false>(row, first, next, visit);
     // All loads behind all visits: hardware counts them together, so that a visit would wait for loads that
     // were just issued. They have the time of the next row's ring to arrive.
 #pragma unroll
@@ -161,26 +177,84 @@ class Vectors {
     if (next != nullptr) load(next);
   }
 
+  // Where a row fits: write(bits, number) for each of its vectors, whose place is then filled from the next
+  // row, and add(bits) for each vector of that one once it has arrived: its reads, this row's writes and the
+  // arithmetic of both go on together.
+  template <typename Write, typename Add>
+  __device__ __forceinline__ void exchange(const T* next, Write&& write, Add&& add) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (k < count_) write(held_[k], number(k));
+    }
+    load(next);
+    const uint4* from = vector_at(next, number(kHeld));
+    int at = number(kHeld);
+    uint4 *slot = slots_, *arrived = slots_;
+    for (int k = 0; k < in_ring_; ++k) {
+      write(*slot, at);
+      copy_16(slot, from, 16);
+      copy_commit();
+      from += threads_, slot += threads_, at += threads_;
+      if (k >= kLag) {
+        copy_wait<kLag>();
+        add(*arrived);
+        arrived += threads_;
+      }
+    }
+    // Those in registers before the last of the ring, which they give the time to arrive.
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (k < count_) add(held_[k]);
+    }
+    copy_wait<0>();
+    for (; arrived != slot; arrived += threads_) add(*arrived);
+  }
+
  private:
   __device__ int number(int k) const { return static_cast<int>(threadIdx.x) + k * threads_; }
-  __device__ int wrapped(int k) const { return k < in_ring_ ? k : k - in_ring_; }
 
-  __device__ __forceinline__ void load(const T* row) {
+  __device__ void load(const T* row) {
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (k < count_) held_[k] = *vector_at(row, number(k));
     }
   }
 
-  __device__ void copy(uint4* slot, const T* row, int k) {
-    if (row != nullptr) copy_16(slot, vector_at(row, number(kHeld + k)), 16);
-    copy_commit();
+  // The ring's part of a walk. Where all of a row is kept the ring turns once, and there is less to count.
+  template <bool all, typename Visit>
+  __device__ __forceinline__ void turn(const T* row, int first, const T* next, Visit&& visit) {
+    // What is copied: the row's vectors behind those in the ring, then the next row's first.
+    const int here = all ? 0 : in_ring_ - depth_, stop = next != nullptr ? in_ring_ : here;
+    const uint4* from = vector_at(row, number(kHeld + (first < here ? first + depth_ : first - here)));
+    int at = number(kHeld + (all ? 0 : first));
+    uint4* slot = all ? slots_ : slot_;
+    for (int k = 0; k < in_ring_; ++k) {
+      wait_for_oldest();
+      visit(*slot, at);
+      // The visit has used the bits, so they have left the slot.
+      if (k == here && next != nullptr) from = vector_at(next, number(kHeld));
+      if (k < stop) copy_16(slot, from, 16);
+      copy_commit();
+      from += threads_, slot += threads_, at += threads_;
+      if constexpr (!all) {
+        if (slot == slots_ + depth_ * threads_) slot = slots_;
+        if (k + 1 == in_ring_ - first) at = number(kHeld);
+      }
+    }
+    if constexpr (!all) slot_ = slot;
+  }
+
+  __device__ __forceinline__ void wait_for_oldest() const {
+    if (depth_ > kPending) {
+      copy_wait<kPending>();
+    } else {
+      copy_wait_upto<kPending>(depth_ - 1);
+    }
   }
 
   uint4 held_[kHeld];
-  uint4* slots_;
+  uint4 *slots_, *slot_;
   int threads_, count_, in_ring_, depth_;
-  int at_ = 0;
 };
 
 // ---- log-sum-exp and entropy

@@ -113,32 +113,34 @@ def _grpo_loss(logits_RV: Tensor, target_R: Tensor, *arguments: Any) -> tuple[Te
     config = GRPOLossConfig(*fields)
     if impl == "reference":
         logp_R, entropy_R = reference.row_statistics(logits_RV, target_R, config.temperature)
-        lse_R = torch.zeros_like(logp_R)  # its backward does not ask
+        lse_R2 = logp_R.new_zeros(len(logp_R), 2)  # its backward does not ask
         terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
     elif config.importance_sampling_level == "token":
-        terms, logp_R, entropy_R, lse_R = row_kernels(impl).grpo_row_loss(logits_RV, target_R, rows_R, config)
+        kernels = row_kernels(impl)
+        terms, logp_R, entropy_R, lse_R2 = kernels.grpo_row_loss(logits_RV, target_R, rows_R, config)
     else:
         kernels = row_kernels(impl)
-        logp_R, entropy_R, lse_R = kernels.row_statistics(logits_RV, target_R, config.temperature)
+        logp_R, entropy_R, lse_R2 = kernels.row_statistics(logits_RV, target_R, config.temperature)
         terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
     return (
         *loss_outputs(terms, rows_R.token_weight_R, logp_R, entropy_R),
-        lse_R,
+        lse_R2,
         terms.d_logp_R,
         terms.d_entropy_R,
     )
 
 
 def _grpo_loss_fake(logits_RV: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return *fake_loss_outputs(logits_RV), *(fake_row(logits_RV) for _ in range(3))
+    row_R = fake_row(logits_RV)
+    return *fake_loss_outputs(logits_RV), row_R.new_empty(len(row_R), 2), row_R, torch.empty_like(row_R)
 
 
 def _setup_grpo_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits_RV, target_R, *_ = inputs
-    _, _, entropy_R, _, _, _, lse_R, d_logp_R, d_entropy_R = output
+    _, _, entropy_R, _, _, _, lse_R2, d_logp_R, d_entropy_R = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits_RV, target_R, lse_R, entropy_R, d_logp_R, d_entropy_R)
+    ctx.save_for_backward(logits_RV, target_R, lse_R2, entropy_R, d_logp_R, d_entropy_R)
     *_, entropy_coef, temperature, impl = inputs
     ctx.options = (entropy_coef != 0, temperature, impl)
 
@@ -153,13 +155,13 @@ def _grpo_loss_backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tenso
 @torch.library.custom_op(
     "geo_r1::logit_gradient",
     mutates_args=(),
-    schema="(Tensor logits_RV, Tensor target_R, Tensor lse_R, Tensor entropy_R, Tensor d_logp_R, "
+    schema="(Tensor logits_RV, Tensor target_R, Tensor lse_R2, Tensor entropy_R, Tensor d_logp_R, "
     "Tensor d_entropy_R, Tensor d_loss, bool entropy_term, float temperature, str impl) -> Tensor",
 )
 def _logit_gradient(
     logits_RV: Tensor,
     target_R: Tensor,
-    lse_R: Tensor,
+    lse_R2: Tensor,
     entropy_R: Tensor,
     d_logp_R: Tensor,
     d_entropy_R: Tensor,
@@ -174,7 +176,7 @@ def _logit_gradient(
         options = (wanted_R, temperature, d_loss)
         return reference.logit_gradient(logits_RV, target_R, entropy_R, d_logp_R, *options)
     return row_kernels(impl).logit_gradient(
-        logits_RV, target_R, lse_R, entropy_R, d_logp_R, wanted_R, temperature, d_loss=d_loss
+        logits_RV, target_R, lse_R2, entropy_R, d_logp_R, wanted_R, temperature, d_loss=d_loss
     )
 
 

@@ -11,17 +11,18 @@ from geo_r1.kernels.reference import SAPO_SATURATED, LossRows, RowLoss
 
 
 def row_statistics(logits_RV: Tensor, target_R: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logp_R, entropy_R, lse_R in one read of the logits; see `reference.row_statistics`."""
-    logp_R, entropy_R, lse_R = (_new_row(logits_RV) for _ in range(3))
+    """logp_R, entropy_R, lse_R2 in one read of the logits; see `rows_triton.row_statistics`."""
+    logp_R, entropy_R = (_new_row(logits_RV) for _ in range(2))
+    lse_R2 = _new_row(logits_RV, 2)
     launch(
         "row_statistics",
         logits_RV,
         **_logits(logits_RV, target_R, temperature),
         logp=logp_R,
         entropy=entropy_R,
-        lse=lse_R,
+        lse=lse_R2,
     )
-    return logp_R, entropy_R, lse_R
+    return logp_R, entropy_R, lse_R2
 
 
 def grpo_row_loss(
@@ -37,12 +38,11 @@ def grpo_row_loss(
         d_logits_RV: [R, V], filled with the gradient if given, last stride 1; may be the logits themselves.
 
     Returns:
-        RowLoss, logp_R, entropy_R, lse_R.
+        RowLoss, logp_R, entropy_R, lse_R2.
     """
-    loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, logp_R, entropy_R, lse_R = (
-        _new_row(logits_RV) for _ in range(8)
-    )
-    clipped_R = _new_row(logits_RV, torch.bool)
+    loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, logp_R, entropy_R = (_new_row(logits_RV) for _ in range(7))
+    lse_R2 = _new_row(logits_RV, 2)
+    clipped_R = _new_row(logits_RV, dtype=torch.bool)
     launch(
         "grpo_row_loss",
         logits_RV,
@@ -60,7 +60,7 @@ def grpo_row_loss(
         clipped=clipped_R,
         logp=logp_R,
         entropy=entropy_R,
-        lse=lse_R,
+        lse=lse_R2,
         d_logits=d_logits_RV,
         d_stride_r=0 if d_logits_RV is None else d_logits_RV.stride(0),
         policy=config.policy,
@@ -76,13 +76,13 @@ def grpo_row_loss(
         entropy_coef=config.entropy_coef,
     )
     terms = RowLoss(loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, clipped_R)
-    return terms, logp_R, entropy_R, lse_R
+    return terms, logp_R, entropy_R, lse_R2
 
 
 def logit_gradient(
     logits_RV: Tensor,
     target_R: Tensor,
-    lse_R: Tensor,
+    lse_R2: Tensor,
     entropy_R: Tensor,
     d_logp_R: Tensor,
     d_entropy_R: Tensor | None,
@@ -100,7 +100,7 @@ def logit_gradient(
         "logit_gradient",
         logits_RV,
         **_logits(logits_RV, target_R, temperature),
-        lse=_row(lse_R),
+        lse=lse_R2,
         entropy=_row(entropy_R),
         d_logp=_row(d_logp_R),
         d_entropy=_row(d_entropy_R),
@@ -132,5 +132,5 @@ def _row(row_R: Tensor | None) -> Tensor | None:
     return None if row_R is None else row_R.float().contiguous()
 
 
-def _new_row(logits_RV: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return logits_RV.new_empty(logits_RV.shape[0], dtype=dtype)
+def _new_row(logits_RV: Tensor, *more: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return logits_RV.new_empty(logits_RV.shape[0], *more, dtype=dtype)

@@ -48,7 +48,7 @@ LAUNCHES: tuple[Launch, ...] = (*LOSS_ROWS.values(), *PASS_ROWS.values())
 def _statistics(
     p_row, stride_v, target, num_cols, inv_temperature, BLOCK_V: tl.constexpr, LOADS: tl.constexpr
 ):
-    """Maximum of z, log of the sum above it, logp of the target, entropy; no column is no row: zeros."""
+    """Largest logit, log of the sum above it, logp of the target, entropy; no column is no row: zeros."""
     # Before the sums, whose barriers keep it ahead of a gradient that is written over the logits. A target
     # out of range gives NaN, not a read outside the row.
     inside = (target >= 0) & (target < num_cols)
@@ -59,31 +59,30 @@ def _statistics(
     for start in tl.range(0, num_cols, BLOCK_V, num_stages=LOADS):
         o_v = start + tl.arange(0, BLOCK_V)
         # Columns past the end are -inf: exp gives 0, and the where below keeps 0 * -inf out of the moment.
-        b_z = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < num_cols, other=-float("inf"))
-        b_z = b_z.to(tl.float32) * inv_temperature  # [BLOCK_V]
-        new_top = tl.maximum(top, tl.max(b_z, 0))
-        # A row may begin with blocks of -inf alone; a NaN stays in b_z and reaches the sums.
+        b_x = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < num_cols, other=-float("inf"))
+        b_x = b_x.to(tl.float32)  # [BLOCK_V]
+        new_top = tl.maximum(top, tl.max(b_x, 0))
+        # A row may begin with blocks of -inf alone; a NaN stays in b_x and reaches the sums.
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        shift = tl.where(top == -float("inf"), 0.0, tl.maximum(top - base, -1e30))  # 0 * -inf is NaN
+        # The difference first: scaled before, large logits would lose what they differ by.
+        shift = tl.where(top == -float("inf"), 0.0, tl.maximum((top - base) * inv_temperature, -1e30))
         decay = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
-        b_above = b_z - base
+        b_above = (b_x - base) * inv_temperature
         b_exp = tl.exp(b_above)
-        moment = (
-            decay * moment + (decay * shift) * total + tl.where(b_z == -float("inf"), 0.0, b_exp * b_above)
-        )
+        moment = decay * moment + (decay * shift) * total + tl.where(b_exp == 0, 0.0, b_exp * b_above)
         total = decay * total + b_exp
         top = new_top
     log_sum = tl.log(tl.sum(total, 0))
     entropy = log_sum - tl.sum(moment, 0) / tl.sum(total, 0)
-    return top, log_sum, drawn * inv_temperature - top - log_sum, entropy
+    return top, log_sum, (drawn - top) * inv_temperature - log_sum, entropy
 
 
 @triton.jit
 def _gradient_block(
-    b_logit, o_v, target, lse, entropy, d_logp, d_entropy, inv_temperature, ENTROPY: tl.constexpr
+    b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY: tl.constexpr
 ):
-    """dlogits of one block; lse, entropy and both derivatives are the row's own."""
-    b_logp = b_logit.to(tl.float32) * inv_temperature - lse  # [BLOCK_V]
+    """dlogits of one block; the log-sum-exp's parts, entropy and both derivatives are the row's own."""
+    b_logp = (b_logit.to(tl.float32) - top) * inv_temperature - log_sum  # [BLOCK_V]
     b_p = tl.exp(b_logp)
     b_d = tl.where(o_v == target, d_logp, 0.0) - d_logp * b_p
     if ENTROPY:
@@ -147,7 +146,8 @@ def _statistics_kernel(
     )
     tl.store(logp_ptr + i_r, logp)
     tl.store(entropy_ptr + i_r, entropy)
-    tl.store(lse_ptr + i_r, top + log_sum)
+    tl.store(lse_ptr + 2 * i_r, top)
+    tl.store(lse_ptr + 2 * i_r + 1, log_sum)
 
 
 @triton.jit
@@ -175,7 +175,6 @@ def _loss_kernel(
     cols = tl.where(kept, num_cols, 0)
     p_row = logits_ptr + i_r * stride_r
     top, log_sum, logp, entropy = _statistics(p_row, stride_v, target, cols, inv_temperature, BLOCK_V, LOADS)
-    lse = top + log_sum
 
     advantage = tl.load(advantage_ptr + i_r).to(tl.float32)
     ratio = 1.0
@@ -216,7 +215,8 @@ def _loss_kernel(
     tl.store(clipped_ptr + i_r, (kept & clipped).to(tl.int8))
     tl.store(logp_ptr + i_r, tl.where(kept, logp, 0.0))
     tl.store(entropy_ptr + i_r, tl.where(kept, entropy, 0.0))
-    tl.store(lse_ptr + i_r, tl.where(kept, lse, 0.0))
+    tl.store(lse_ptr + 2 * i_r, tl.where(kept, top, 0.0))
+    tl.store(lse_ptr + 2 * i_r + 1, tl.where(kept, log_sum, 0.0))
 
     if GRADIENT:
         p_d = d_logits_ptr + i_r * d_stride_r
@@ -224,7 +224,7 @@ def _loss_kernel(
             o_v = start + tl.arange(0, BLOCK_V)
             b_logit = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < cols, other=0.0)
             b_d = _gradient_block(
-                b_logit, o_v, target, lse, entropy, d_logp, d_entropy, inv_temperature, ENTROPY
+                b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY
             )
             b_d = tl.where(kept, b_d, 0.0)
             tl.store(p_d + o_v, b_d.to(d_logits_ptr.dtype.element_ty), mask=o_v < num_cols)
@@ -239,7 +239,8 @@ def _gradient_kernel(
 ):  # fmt: skip
     i_r = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_r)
-    lse = tl.load(lse_ptr + i_r)
+    top = tl.load(lse_ptr + 2 * i_r)
+    log_sum = tl.load(lse_ptr + 2 * i_r + 1)
     entropy = tl.load(entropy_ptr + i_r)
     d_logp = tl.load(d_logp_ptr + i_r)
     d_entropy = 0.0
@@ -258,21 +259,27 @@ def _gradient_kernel(
     for start in tl.range(0, num_cols, BLOCK_V, num_stages=LOADS):
         o_v = start + tl.arange(0, BLOCK_V)
         b_logit = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < cols, other=0.0)
-        b_d = _gradient_block(b_logit, o_v, target, lse, entropy, d_logp, d_entropy, inv_temperature, ENTROPY)
+        b_d = _gradient_block(
+            b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY
+        )
         b_d = tl.where(active, b_d, 0.0)
         tl.store(p_d + o_v, b_d.to(d_logits_ptr.dtype.element_ty), mask=o_v < num_cols)
 
 
 def row_statistics(logits_RV: Tensor, target_R: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logp_R, entropy_R, lse_R in one read of the logits; see `reference.row_statistics`."""
+    """logp_R, entropy_R, lse_R2 in one read of the logits; see `reference.row_statistics`.
+
+    lse_R2 [R, 2] is the log-sum-exp in two parts, the largest logit and the log of the sum of
+    exp((logit - largest) / temperature): rounded to one number it would spoil every probability.
+    """
     num_rows, vocab_size = logits_RV.shape
-    logp_R, entropy_R, lse_R = (_new_row(logits_RV) for _ in range(3))
+    logp_R, entropy_R, lse_R2 = _new_row(logits_RV), _new_row(logits_RV), _new_row(logits_RV, 2)
     with torch.cuda.device_of(logits_RV):  # Triton launches on the current device
         _statistics_kernel[(num_rows,)](
-            logits_RV, target_R.contiguous(), logp_R, entropy_R, lse_R,
+            logits_RV, target_R.contiguous(), logp_R, entropy_R, lse_R2,
             vocab_size, *logits_RV.stride(), 1 / temperature, **_row(PASS_ROWS, logits_RV),
         )  # fmt: skip
-    return logp_R, entropy_R, lse_R
+    return logp_R, entropy_R, lse_R2
 
 
 def grpo_row_loss(
@@ -288,18 +295,17 @@ def grpo_row_loss(
         d_logits_RV: [R, V], filled with the gradient if given, last stride 1; may be the logits themselves.
 
     Returns:
-        RowLoss, logp_R, entropy_R, lse_R.
+        RowLoss, logp_R, entropy_R, lse_R2.
     """
     num_rows, vocab_size = logits_RV.shape
-    loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, logp_R, entropy_R, lse_R = (
-        _new_row(logits_RV) for _ in range(8)
-    )
+    loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, logp_R, entropy_R = (_new_row(logits_RV) for _ in range(7))
+    lse_R2 = _new_row(logits_RV, 2)
     clipped_R = torch.empty(num_rows, dtype=torch.int8, device=logits_RV.device)
     with torch.cuda.device_of(logits_RV):
         _loss_kernel[(num_rows,)](
             logits_RV, d_logits_RV,
             *(None if row_R is None else row_R.contiguous() for row_R in (target_R, *rows[:5])),
-            loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, clipped_R, logp_R, entropy_R, lse_R,
+            loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, clipped_R, logp_R, entropy_R, lse_R2,
             vocab_size, *logits_RV.stride(), 0 if d_logits_RV is None else d_logits_RV.stride(0),
             1 / config.temperature, config.epsilon, config.clip_high, config.delta or 0.0,
             config.sapo_temperature_pos, config.sapo_temperature_neg, config.beta, config.entropy_coef,
@@ -311,13 +317,13 @@ def grpo_row_loss(
             GRADIENT=d_logits_RV is not None, **_row(LOSS_ROWS, logits_RV),
         )  # fmt: skip
     terms = RowLoss(loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, clipped_R.view(torch.bool))
-    return terms, logp_R, entropy_R, lse_R
+    return terms, logp_R, entropy_R, lse_R2
 
 
 def logit_gradient(
     logits_RV: Tensor,
     target_R: Tensor,
-    lse_R: Tensor,
+    lse_R2: Tensor,
     entropy_R: Tensor,
     d_logp_R: Tensor,
     d_entropy_R: Tensor | None,
@@ -334,7 +340,7 @@ def logit_gradient(
     out_RV = logits_RV.new_empty(num_rows, vocab_size) if out_RV is None else out_RV
     with torch.cuda.device_of(logits_RV):
         _gradient_kernel[(num_rows,)](
-            logits_RV, out_RV, target_R.contiguous(), lse_R, entropy_R, d_logp_R.contiguous(),
+            logits_RV, out_RV, target_R.contiguous(), lse_R2, entropy_R, d_logp_R.contiguous(),
             None if d_entropy_R is None else d_entropy_R.contiguous(), d_loss,
             vocab_size, *logits_RV.stride(), out_RV.stride(0), 1 / temperature,
             HAS_D_LOSS=d_loss is not None, ENTROPY=d_entropy_R is not None, **_row(PASS_ROWS, logits_RV),
@@ -347,8 +353,8 @@ def _row(table: dict[int, Launch], logits_RV: Tensor) -> dict[str, int]:
     return next(row.options for most, row in table.items() if row_bytes <= most)
 
 
-def _new_row(logits_RV: Tensor) -> Tensor:
-    return logits_RV.new_empty(logits_RV.shape[0], dtype=torch.float32)
+def _new_row(logits_RV: Tensor, *more: int) -> Tensor:
+    return logits_RV.new_empty(logits_RV.shape[0], *more, dtype=torch.float32)
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -367,7 +373,7 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             target = torch.zeros(2, dtype=torch.int64)
             label = f"V {vocab} {str(dtype).removeprefix('torch.')}"
             yield f"statistics, {label}", partial(row_statistics, logits, target, 1.0)
-            gradient = partial(logit_gradient, logits, target, row, row, row, row, 1.0)
+            gradient = partial(logit_gradient, logits, target, torch.zeros(2, 2), row, row, row, 1.0)
             yield f"gradient, {label}", partial(gradient, d_loss=row[0], out_RV=logits)
             for name, config in options.items():
                 extra = None if config is plain else row
