@@ -49,4 +49,4 @@ results: $(READY)  ## the README's tables and plots from the records
 	$(RUN)python -m benchmarks.results
 
 clean:
-	rm -rf $(VENV) build geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

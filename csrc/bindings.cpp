@@ -2,8 +2,8 @@
 // its name in torch.
 #include <pybind11/pybind11.h>
 
-#include <cstddef>
 #include <cstdint>
+#include <set>
 #include <string>
 #include <tuple>
 
@@ -46,18 +46,21 @@ class Fields {
 
   // A name that no field took is a caller's mistake.
   void finish() const {
-    if (taken_ != given_.size()) throw py::type_error("an argument that this launcher does not have");
+    for (const auto& [name, value] : given_) {
+      const std::string given = name.cast<std::string>();
+      if (taken_.count(given) == 0) throw py::type_error("no argument " + given + " in this launcher");
+    }
   }
 
  private:
   py::object take(const char* name) {
     if (!given_.contains(name)) throw py::type_error(std::string("missing argument ") + name);
-    ++taken_;
+    taken_.insert(name);
     return given_[name];
   }
 
   py::kwargs given_;
-  std::size_t taken_ = 0;
+  std::set<std::string> taken_;
 };
 
 #define FIELD(name) fields(#name, op.name)

@@ -1,4 +1,4 @@
-// What every kernel here needs: checked launches, a device guard, numbers of any dtype, sums over warps and blocks.
+// What every kernel here needs: checked launches, a device guard, numbers of any dtype, sums over warps.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,9 +16,10 @@
 namespace geo_r1 {
 
 inline void check(cudaError_t error, const char* launcher) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(launcher) + ": " + cudaGetErrorString(error));
-  }
+  if (error == cudaSuccess) return;
+  // A driver that is missing or too old is an error of its own.
+  const bool none = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
+  throw std::runtime_error(std::string(launcher) + (none ? ": no CUDA device: " : ": ") + cudaGetErrorString(error));
 }
 
 // Makes a device the current one until the end of the scope. It is set even where it is current: setting it gives

@@ -34,7 +34,7 @@ EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 _DEFAULT_HOME = Path("/usr/local/cuda")
 _DEFAULT_ARCHS = ("80", "90a", "100")
-_OLDEST = (12, 8)  # the first that knows 100
+_OLDEST = (12, 8)  # the first that knows 100; earlier ones were not tried
 _LEAST_ARCH = 80  # the first with bfloat16 and asynchronous copies
 _ALTERS_COMMANDS = ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 

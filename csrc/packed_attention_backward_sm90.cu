@@ -58,6 +58,7 @@ struct Shape {
   static constexpr int row_size = 4 * block;  // of lse and of delta
   static constexpr int bytes =
       kTileAlignment + 2 * tile_size + 2 * stages * (block_size + row_size) + 8 * (1 + 2 * stages);
+  static_assert(tile_size % kTileAlignment == 0 && block_size % kTileAlignment == 0, "every tile starts a swizzle");
   static_assert(blocks_sm * (bytes + 1024) <= kSharedLimit + 1024, "the device reserves 1 KiB a block");
 };
 
@@ -242,7 +243,8 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
   if (group == num_consumers) {
     if constexpr (num_consumers == 2) registers_lower<24>();
     if (threadIdx.x == num_consumers * kWarpgroup) {
-      prefetch_maps<D>(p.tile_a), prefetch_maps<D>(p.tile_b), prefetch_maps<D>(p.block_a), prefetch_maps<D>(p.block_b);
+      prefetch_maps<D>(p.tile_a), prefetch_maps<D>(p.tile_b);
+      prefetch_maps<D>(p.block_a), prefetch_maps<D>(p.block_b);
       memory.copy_tiles(p, head, blocks.first);
       for (int i = 0; i < blocks.count; ++i) {
         memory.wait_empty(i);
@@ -333,7 +335,8 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
     const int lane = threadIdx.x - num_consumers * kWarpgroup;
     if (lane >= kWarp) return;
     if (lane == 0) {
-      prefetch_maps<D>(p.tile_a), prefetch_maps<D>(p.tile_b), prefetch_maps<D>(p.block_a), prefetch_maps<D>(p.block_b);
+      prefetch_maps<D>(p.tile_a), prefetch_maps<D>(p.tile_b);
+      prefetch_maps<D>(p.block_a), prefetch_maps<D>(p.block_b);
       memory.copy_tiles(p, head / p.num_shared, queries.first);
     }
     for (int i = 0; i < queries.count; ++i) {

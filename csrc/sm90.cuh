@@ -51,9 +51,12 @@ __device__ __forceinline__ unsigned char* align_tile(unsigned char* shared) {
 }
 
 // Calls function(T{}, D, num_consumers) with the dtype, and as constants the head size and the warpgroups of 64
-// rows that make up a tile.
+// rows that make up a tile: one or two.
 template <typename Function>
 void with_configuration(const char* launcher, const Attention& x, std::int64_t tile_rows, Function&& function) {
+  if (tile_rows != kProductRows && tile_rows != 2 * kProductRows) {
+    throw std::runtime_error(std::string(launcher) + ": no kernel for tiles of " + std::to_string(tile_rows));
+  }
   with_dtype<__half, __nv_bfloat16>(x.dtype, launcher, [&](auto t) {
     const auto is = [&](auto size) {
       if (x.head_size != decltype(size)::value) return false;
@@ -86,7 +89,9 @@ inline CUtensorMap box_map(const char* launcher, DType dtype, void* address, std
     cudaDriverEntryPointQueryResult found;
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
           launcher);
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error(std::string(launcher) + ": the driver has no cuTensorMapEncodeTiled");
+    }
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(head_size), static_cast<cuuint64_t>(num_heads),

@@ -65,7 +65,7 @@ def because(op: str, device: torch.device, default: str) -> str:
     name, record = impls.fastest_on(op, device) or ("", "")
     if name == default:
         return f"fastest in benchmarks/results/{record}"
-    return "always on a CPU" if device.type == "cpu" else "first that runs; no record says otherwise"
+    return "always on a CPU" if device.type == "cpu" else "first that runs"
 
 
 def listed(names: Iterable[str]) -> str:

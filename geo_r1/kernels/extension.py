@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+_BUILD = "pip install . builds it where nvcc of CUDA 12.8 or later is"
+_LEAST = (8, 0)  # compute capability
+
 
 def _load() -> tuple[ModuleType | None, str]:
     """The extension, or why there is none."""
+    package = str(Path(__file__).parents[1])
+    # In this package's own folder: an editable install of another checkout would lend its build.
+    if "geo_r1._C" not in sys.modules and not PathFinder.find_spec("geo_r1._C", [package]):
+        return None, f"geo_r1._C is not built; {_BUILD}"
     try:
         return importlib.import_module("geo_r1._C"), ""
     except ModuleNotFoundError:
-        return None, "geo_r1 was installed without nvcc, so without CUDA kernels; see README"
+        return None, f"geo_r1._C is not built; {_BUILD}"
     except ImportError as error:  # built for another Python or C library
         return None, f"geo_r1's CUDA kernels do not load: {error}"
 
@@ -32,7 +42,8 @@ def why_not(device: torch.device, *, only: str | None = None) -> str | None:
 
     Args:
         device: of the inputs.
-        only: the one architecture that a kernel is written for ("90a"); None: any that was built.
+        only: the one architecture that a kernel is written for ("90a"), and which it is always built for;
+            None: any that was built.
     """
     if _C is None:
         return _absent
@@ -42,9 +53,11 @@ def why_not(device: torch.device, *, only: str | None = None) -> str | None:
         return None
     major, minor = capability = torch.cuda.get_device_capability(device)
     gpu = f"this GPU is {major}.{minor}"
+    if capability < _LEAST:
+        return f"written for compute capability 8.0 or later, {gpu}"
     if only is not None and not _fits(only, capability):
         return f"written for compute capability {'.'.join(map(str, _capability(only)))}, {gpu}"
-    if not any(_fits(arch, capability) for arch in _C.archs.split(";") if only in (None, arch)):
+    if only is None and not any(_fits(arch, capability) for arch in _C.archs.split(";")):
         wanted = "90a" if capability == (9, 0) else f"{major}{minor}"
         return f"built for {_C.archs}, {gpu}; GEO_R1_CUDA_ARCHS={wanted} builds for it"
     return None
@@ -71,7 +84,7 @@ def _plain(argument: Tensor | torch.dtype | str | float | None) -> str | float |
 
 
 def _capability(arch: str) -> tuple[int, int]:
-    major, minor = divmod(int(arch.rstrip("af")), 10)
+    major, minor = divmod(int(arch.rstrip("a")), 10)
     return major, minor
 
 

@@ -50,8 +50,9 @@ def available_impls() -> dict[str, tuple[str, ...]]:
 
     On a GPU the default is "triton", or what a benchmark record of that GPU shows to be faster; dtypes and
     sizes that it does not take (see docs/kernels.md) run as the next one unless `impl=` names one, and then
-    raise. "cuda" needs a build for the GPU at hand, and is otherwise taken only by name, as "flash" is. On a
-    CPU "triton" runs only in Triton's interpreter. `python -m geo_r1.kernels` prints this with the reasons.
+    raise. "cuda" needs a build for the GPU at hand; where no record shows it fastest it is taken by name,
+    as "flash" is. On a CPU "triton" runs only in Triton's interpreter. `python -m geo_r1.kernels` prints this
+    with the reasons.
 
     Returns:
         A new dict from op name to names accepted by that op's `impl=`.

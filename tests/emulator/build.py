@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,8 @@ _ORDERS: tuple[Order, ...] = ("forward", "backward", "shuffled")
 
 def why_not() -> str | None:
     """Say what this machine lacks to build, None if nothing."""
+    if sys.platform != "linux":
+        return f"the CUDA kernels run on a CPU only on Linux, this is {sys.platform}"
     if shutil.which("g++") is None:
         return "the CUDA kernels run on a CPU only where g++ is found; install it"
     if importlib.util.find_spec("pybind11") is None:

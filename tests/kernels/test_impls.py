@@ -48,7 +48,6 @@ def machine(monkeypatch):
         ("90", (9, 0), True),
         ("100", (10, 3), True),
         ("100a", (10, 3), False),
-        ("100f", (10, 3), True),
         ("80;90a;100", (12, 0), False),
         ("80;90a;120", (12, 1), True),
     ],
@@ -69,7 +68,8 @@ def test_code_runs_on_the_chips_that_it_was_made_for(archs, capability, runs, ma
     ("device", "archs", "reason"),
     [
         (H200, "80;90a;100", None),
-        (H200, "80;90", "built for 80;90, this GPU is 9.0; GEO_R1_CUDA_ARCHS=90a builds for it"),
+        (H200, "80;90", None),
+        (("Tesla T4", (7, 5)), "80", "written for compute capability 8.0 or later, this GPU is 7.5"),
         (A100, "80;90a;100", "written for compute capability 9.0, this GPU is 8.0"),
         (H200, None, "no nvcc"),
     ],
@@ -213,7 +213,7 @@ def test_what_is_printed_of_a_machine(machine, monkeypatch, capsys):
     ]
     assert gpu.startswith("cuda:0: NVIDIA A100-SXM4-80GB, compute capability 8.0\n")
     lines = [line.split() for line in gpu.splitlines()]
-    order = ["first", "that", "runs;", "no", "record", "says", "otherwise"]
+    order = ["first", "that", "runs"]
     assert ["group_advantage", "triton", *order, "reference,", "cuda", "-"] in lines
     fastest = ["fastest", "in", "benchmarks/results/a100.json"]
     assert ["grpo_loss", "cuda", *fastest, "triton,", "reference", "-"] in lines
@@ -233,7 +233,7 @@ def test_it_prints_where_there_is_neither_triton_nor_an_extension():
     )
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("CUDA kernels  none: geo_r1 was installed without nvcc")
+    assert result.stdout.startswith("CUDA kernels  none: geo_r1._C is not built")
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
@@ -248,6 +248,11 @@ def test_an_extension_is_called_with_plain_values(impl, monkeypatch):
     reward = torch.zeros(4, device=device)
     with pytest.raises(TypeError, match="missing argument dtype"):
         extension.launch("group_advantage", reward, out=reward)
+    given = dict.fromkeys(("logits", "target", "logp", "entropy", "lse"))
+    sizes = dict.fromkeys(("num_rows", "num_cols", "stride_r", "stride_v"), 0)
+    with pytest.raises(TypeError, match="no argument lsee in this launcher"):
+        numbers = {"dtype": torch.float32, "inv_temperature": 1.0, "lsee": 0}
+        extension.launch("row_statistics", reward, **given, **sizes, **numbers)
     monkeypatch.setattr(extension._C, "group_advantage", group_advantage_launcher)
     extension.launch("group_advantage", reward, dtype=torch.bfloat16, out=reward, valid=None, eps=0.5)
     assert seen.pop("device") == 0 and isinstance(seen.pop("stream"), int)
