@@ -223,17 +223,20 @@ class Vectors {
   // The ring's part of a walk. Where all of a row is kept the ring turns once, and there is less to count.
   template <bool all, typename Visit>
   __device__ __forceinline__ void turn(const T* row, int first, const T* next, Visit&& visit) {
-    // What is copied: the row's vectors behind those in the ring, then the next row's first.
-    const int here = all ? 0 : in_ring_ - depth_, stop = next != nullptr ? in_ring_ : here;
-    const uint4* from = vector_at(row, number(kHeld + (first < here ? first + depth_ : first - here)));
+    // What is copied: the row's vectors behind those in the ring, then, from visit `here` on, the next row's first.
+    const int here = in_ring_ - depth_, stop = next != nullptr ? in_ring_ : here;
+    const uint4* from = all ? vector_at(next != nullptr ? next : row, number(kHeld))
+                            : vector_at(row, number(kHeld + (first < here ? first + depth_ : first - here)));
     int at = number(kHeld + (all ? 0 : first));
     uint4* slot = all ? slots_ : slot_;
     for (int k = 0; k < in_ring_; ++k) {
       wait_for_oldest();
       visit(*slot, at);
       // The visit has used the bits, so they have left the slot.
-      if (k == here && next != nullptr) from = vector_at(next, number(kHeld));
-      if (k < stop) copy_16(slot, from, 16);
+      if constexpr (!all) {
+        if (k == here && next != nullptr) from = vector_at(next, number(kHeld));
+      }
+      if (all ? next != nullptr : k < stop) copy_16(slot, from, 16);
       copy_commit();
       from += threads_, slot += threads_, at += threads_;
       if constexpr (!all) {
