@@ -174,7 +174,8 @@ __device__ __forceinline__ float token_delta(const Parameters& p, int head, int 
 
 template <typename T, int D, int num_consumers>
 __device__ void consume_keys(const Parameters& p, const KeyBlocks<Shape<D, num_consumers>::tile,
-                             Shape<D, num_consumers>::block>& blocks, int head, Memory<D, num_consumers>& memory, int num_active) {
+                             Shape<D, num_consumers>::block>& blocks, int head,
+                             Memory<D, num_consumers>& memory, int num_active) {
   using S = Shape<D, num_consumers>;
   const int group_row = warpgroup() * kProductRows;
   const Place place(threadIdx.x);

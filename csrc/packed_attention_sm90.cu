@@ -4,9 +4,9 @@
 //
 // A block has one tile of queries and one head and walks the same blocks of keys as the Triton kernel: those of the
 // prefix and of its own segment that need no mask first, see `KeyBlocks`. One warp brings keys and values by bulk
-// copies, some blocks ahead; warpgroups of 64 queries each consume them. A warpgroup has the product
-// of the block before with its values under way while it computes the probabilities of this one, and where there are
-// two they take turns, so that the tensor cores work for one while the other is at its exponentials.
+// copies, some blocks ahead; warpgroups of 64 queries each consume them. A warpgroup has the product of the block
+// before with its values under way while it computes the probabilities of this one, and where there are two they take
+// turns, so that the tensor cores work for one while the other is at its exponentials.
 //
 // Operations: 4 D a visible pair and head. Bytes: q and out once, k and v once a tile of queries, from L2 where
 // neighbouring blocks (heads that share keys) have read them. No figure of it was measured.

@@ -136,10 +136,11 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 
 // One thread: a box of the map at (x, y, z), the innermost first, to shared memory; its bytes, also those of
 // elements outside of the tensor, which become zeros, count for the barrier. cp.async.bulk.tensor
-__device__ __forceinline__ void copy_box(void* shared, const CUtensorMap* map, Barrier* barrier, int x, int y, int z) {
+__device__ __forceinline__ void copy_box(void* shared, const CUtensorMap* map, Barrier* barrier, int x, int y,
+                                         int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
