@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN     = $(VENV)/bin/
 READY   = $(VENV)/.ready
 
-.PHONY: demo zero test check aot extension format bench gpu results clean
+.PHONY: demo zero test check aot extension format bench gpu results docs clean
 
 $(READY): pyproject.toml constraints.txt setup.py
 	@echo "Making $(VENV) and installing; about a minute on a fast connection."
@@ -47,6 +47,9 @@ gpu:  ## on a machine with a GPU: kernels built for it, tests, benchmarks, a run
 
 results: $(READY)  ## the README's tables and plots from the records
 	$(RUN)python -m benchmarks.results
+
+docs: $(READY)  ## docs/training.md from the recipe's classes and the calculation of memory
+	$(RUN)python -m geo_r1.train.reference
 
 clean:
 	rm -rf $(VENV) build dist geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.device import default_device, measure_ceilings
 from benchmarks.measure import Case, Ceilings, DeviceLostError, Measurement, Provider, compare
+from benchmarks.rates import HEADER, rate_rows
 
 REPORTED = pytest.StashKey[list[Measurement]]()
 
@@ -121,6 +122,10 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section(f"{op}, {size}", sep="-")
         for line in table(measurements):
             terminalreporter.line(line)
+    if rates := rate_rows([m.as_dict() for m in config.stash[REPORTED]]):
+        terminalreporter.section("rates of the training step, and shares of its time", sep="-")
+        for line in aligned([list(HEADER), *rates]):
+            terminalreporter.line(line)
 
 
 def table(measurements: Sequence[Measurement]) -> list[str]:
@@ -141,6 +146,11 @@ def table(measurements: Sequence[Measurement]) -> list[str]:
             (m.error, "{:.1e}"),
         )
         rows.append([m.provider, *("" if value is None else form.format(value) for value, form in cells)])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[list[str]]) -> list[str]:
+    """Columns to the right, the first to the left; a row of two cells is a name and what there is to say."""
     full = [row for row in rows if len(row) > 2]
     widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]
     widths[0] = max(len(row[0]) for row in rows)

@@ -85,6 +85,7 @@ class Provider:
         missing: why it cannot run here, None if it can.
         unpack: turns results into what the truth holds; not timed. They may be fewer than the truth's.
         prepare: called before each repetition, not timed: puts back inputs that are written over.
+        facts: further figures of this way, asked for once it was timed.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Provider:
     missing: str | None = None
     unpack: Callable[[Tensors], Sequence[Tensor]] = tuple
     prepare: Prepare = nothing
+    facts: Callable[[], Mapping[str, float]] = dict
 
 
 @dataclass
@@ -180,9 +182,11 @@ def compare(
             running.pop(provider.name, None)
             _recover()
     del expected
-    prepare = {p.name: p.prepare for p in providers}
+    by_name = {p.name: p for p in providers}
+    prepare = {name: p.prepare for name, p in by_name.items()}
     for name, times in _in_turns(running, prepare, meter, found, case.rounds).items():
         _fill(found[name], times, case, ceilings)
+        found[name].facts |= by_name[name].facts()
     if device.type == "cuda":
         running.clear()
         torch.cuda.empty_cache()  # the next case starts from an unbroken memory

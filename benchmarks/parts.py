@@ -44,6 +44,7 @@ def pytest_part(
 
 # Peers that take tens of seconds to get going or for each run; none of them decides a target.
 SLOW = "compiled or looped or Cross-Entropy"
+SCALING = "test_scaling"
 
 
 def benchmark(
@@ -88,7 +89,7 @@ PARTS = (
     ),
     benchmark("bench_linear", 65),
     benchmark("bench_attention", 60),
-    benchmark("bench_step", 100, needs=MODEL),
+    benchmark("bench_train_step", 100, needs=MODEL, chosen=f"not ({SLOW} or {SCALING})"),
     benchmark("bench_grpo_loss, bench_group_advantage", 40, "bench_grpo_loss", "bench_group_advantage"),
     Part("compute-sanitizer", ("-m", "benchmarks.sanitizer", "{record}", "--device", "{device}"), 40),
     pytest_part("tests of the models", 20, "tests/models", needs=(*MODEL, "pyarrow", "jinja2"), processes=4),
@@ -102,10 +103,11 @@ PARTS = (
         TRAINER,
         reads="run",
     ),
+    benchmark("scaling of the step", 20, "bench_train_step", needs=MODEL, chosen=SCALING),
     benchmark(  # and what the others have left over
         "slow peers",
         20,
-        *("bench_attention", "bench_linear", "bench_step", "bench_grpo_loss", "bench_group_advantage"),
+        *("bench_attention", "bench_linear", "bench_train_step", "bench_grpo_loss", "bench_group_advantage"),
         chosen=SLOW,
     ),
 )

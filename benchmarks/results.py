@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import RESULTS, ROOT, write_whole
+from benchmarks.rates import HEADER, SCALING, rate_rows
+from benchmarks.scaling import curves, draw_scaling
 from benchmarks.targets import TARGETS, Target, best, fastest, short, verdict
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -36,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for record in records:
         draw(record, options.plots / plot_name(record))
+        if curves(record["measurements"]):
+            path = options.plots / plot_name(record, "scaling")
+            draw_scaling(record["measurements"], title_of(record), path)
     write_whole(options.readme, text)
     print(f"{options.readme}: {len(records)} records")
     return 0
@@ -108,6 +113,8 @@ def record_blocks(record: Record) -> list[str]:
     ]
     targets = [target for target in TARGETS if target.device == device["type"]]
     blocks = [f"**{title}.** {'; '.join(facts)}.", target_table(targets, rows), peer_table(rows)]
+    if rates := rate_rows(rows):
+        blocks.append("\n".join([cells(*HEADER), cells(*["---"] * len(HEADER)), *(cells(*r) for r in rates)]))
     gaps = [
         f"{name} ({part['status']}: {part.get('reason', 'no reason given')})"
         for name, part in record["parts"].items()
@@ -125,7 +132,10 @@ def record_blocks(record: Record) -> list[str]:
     )
     if absent:
         blocks.append(f"Not compared: {'; '.join(absent)}.")
-    return [*blocks, f"![Times of every provider on {title}](docs/{plot_name(record)})"]
+    blocks.append(f"![Times of every provider on {title}](docs/{plot_name(record)})")
+    if curves(rows):
+        blocks.append(f"![Cost of a training step on {title}](docs/{plot_name(record, 'scaling')})")
+    return blocks
 
 
 def title_of(record: Record) -> str:
@@ -144,7 +154,8 @@ def target_table(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> s
 
 
 def peer_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One row a case: the fastest of ours beside the fastest peer."""
+    """One row a case: the fastest of ours beside the fastest peer. How a step scales is a plot of its own."""
+    rows = [row for row in rows if row["op"] != SCALING]
     lines = [
         "| op | size | ours | ms | of ceiling | peak MiB | error | fastest peer | ms |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -171,9 +182,9 @@ def cells(*texts: str) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
-def plot_name(record: Record) -> str:
+def plot_name(record: Record, kind: str = "results") -> str:
     device = re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
-    return f"results-{device}.png"
+    return f"{kind}-{device}.png"
 
 
 def draw(record: Record, path: Path) -> None:
@@ -185,7 +196,7 @@ def draw(record: Record, path: Path) -> None:
 
     cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in record["measurements"]:
-        if "ms" in row:
+        if "ms" in row and row["op"] != SCALING:
             cases.setdefault((row["op"], row["size"]), []).append(row)
     if not cases:
         return

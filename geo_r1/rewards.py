@@ -149,6 +149,43 @@ def length_published(
     return [None if text is None else _cosine(1.0, 0.5, x) for text, x in zip(texts, fractions, strict=True)]
 
 
+def overlong(
+    completions: Sequence[Any],
+    answer: Column = None,
+    completion_ids: Column = None,
+    *,
+    max_length: int = 1024,
+    cache: int = 256,
+    **kwargs: Any,
+) -> Values:
+    """Soft punishment of the length: 0, but over the last `cache` tokens up to max_length it falls to -1.
+
+        value = min(0, max(-1, (max_length - cache - length) / cache))
+
+    It never sees more than rollout.max_new_tokens, so max_length should be at most that. None as in
+    format_reward.
+
+    Args:
+        completion_ids: as in length.
+        max_length: tokens; from there on the value is -1.
+        cache: tokens, 1 to max_length.
+
+    Raises:
+        ValueError: max_length is below 1, or cache out of its range.
+
+    Source: DAPO, arXiv:2503.14476, section 3.4.
+    """
+    if max_length < 1:
+        raise ValueError(f"overlong: max_length is {max_length}, expected at least 1")
+    if not 1 <= cache <= max_length:
+        raise ValueError(f"overlong: cache is {cache}, expected 1 to max_length = {max_length}")
+    texts, lengths = _texts(completions, answer), _lengths(completions, completion_ids)
+    return [
+        None if text is None else min(0.0, max(-1.0, (max_length - cache - x) / cache))
+        for text, x in zip(texts, lengths, strict=True)
+    ]
+
+
 def _cosine(start: float, end: float, fraction: float) -> float:
     return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * fraction))
 
@@ -156,9 +193,14 @@ def _cosine(start: float, end: float, fraction: float) -> float:
 def _length_fractions(completions: Sequence[Any], completion_ids: Column, max_length: int) -> list[float]:
     if max_length < 1:
         raise ValueError(f"length: max_length is {max_length}, expected at least 1")
+    return [x / max_length for x in _lengths(completions, completion_ids)]
+
+
+def _lengths(completions: Sequence[Any], completion_ids: Column) -> list[int]:
+    """Numbers of tokens; of words where there are no token ids."""
     if completion_ids is None:
-        return [len(_text(completion).split()) / max_length for completion in completions]
-    return [len(ids) / max_length for ids in _column("completion_ids", completion_ids, len(completions))]
+        return [len(_text(completion).split()) for completion in completions]
+    return [len(ids) for ids in _column("completion_ids", completion_ids, len(completions))]
 
 
 def _judge_answers(completions: Sequence[Any], answer: Column, num_choices: Column) -> list[bool | None]:
@@ -209,7 +251,7 @@ def _text(completion: Any) -> str:
 
 
 REWARDS: dict[str, RewardFunction] = {"accuracy": accuracy, "format": format_reward, "length": length}
-REWARDS |= {"repetition": repetition, "length_published": length_published}
+REWARDS |= {"repetition": repetition, "overlong": overlong, "length_published": length_published}
 
 
 def load_reward(spec: str, **options: Any) -> RewardFunction:

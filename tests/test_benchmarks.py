@@ -33,6 +33,11 @@ from benchmarks.measure import (
 )
 from benchmarks.meters import bytes_of
 from benchmarks.parts import PARTS, Part, pytest_part
+from benchmarks.phases import PHASES, PhaseClock
+from benchmarks.rates import HEADER, rate_rows
+from benchmarks.scaling import curves
+from benchmarks.shapes import TINY
+from benchmarks.steps import StepSize, build_vlm
 from benchmarks.targets import TARGETS, Finding, verdict
 from csrc import nvcc
 from geo_r1.kernels import available_impls
@@ -246,6 +251,83 @@ def test_attention_forward_alone_is_compared_and_counted_once():
     assert case.flops == 4 * 2 * 16 * size.pairs
     found = rehearse((case, chosen, truth))[1]["geo_r1 reference"]
     assert found.status == "measured" and len(found.errors) == 1 and found.error < 1e-2
+
+
+# The training step.
+def test_phases_share_the_time_of_the_last_steps(monkeypatch):
+    clock = iter([0.0, 99.0, 10.0, 11.0, 13.0, 16.0, 20.0, 20.0, 22.0, 23.0, 30.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    phases = PhaseClock(CPU)
+    phases.start()
+    phases.end("vision")  # of a step before the last two
+    for names in (("vision", "text", "loss", "backward"), ("text", "loss", "backward")):
+        phases.start()
+        for name in names:
+            phases.end(name)
+    assert phases.shares(2) == pytest.approx(
+        {"vision": 1 / 20, "text": 4 / 20, "loss": 4 / 20, "backward": 11 / 20}
+    )
+
+
+def test_a_provider_tells_more_once_it_was_timed():
+    calls = []
+    timed = Provider("p", lambda: lambda: (calls.append(1), ())[1], facts=lambda: {"calls": len(calls)})
+    missing = Provider("q", gives(1.0), missing="not here", facts=lambda: {"calls": -1})
+    found = run([timed, missing], facts={"tokens": 7.0})
+    assert found["p"].facts == {"tokens": 7.0, "calls": 4}
+    assert found["q"].facts == {"tokens": 7.0}
+
+
+@pytest.fixture
+def train_step():
+    pytest.importorskip("transformers")
+    from benchmarks import bench_train_step
+
+    return bench_train_step
+
+
+def test_packed_and_padded_steps_agree_and_work_is_counted_once(train_step):
+    images, completions = ((2, 4), (6, 3)), (3, 5, 2)
+    shape = TINY
+    for size in (
+        StepSize("with images", shape, images, 4, completions),
+        StepSize("without", shape, (), 9, completions),
+    ):
+        names = ("geo_r1 packed", "geo_r1 packed, no checkpoints", "transformers, padded")
+        case, providers, truth = train_step.comparison("training step", size, names, 2, CPU, torch.float32)
+        found = compare(case, providers, truth, CPU, CEILINGS)
+        prompt, own = size.prompt_len, sum(completions)
+        assert case.facts["tokens"] == 3 * prompt + own and case.facts["completions"] == 3
+        assert case.facts["parameters"] == sum(
+            p.numel() for p in build_vlm(shape, CPU, torch.float32).model.parameters()
+        )
+        layer = 128 * 32 * (2 * 4 + 2 * 2) + 3 * 128 * 384
+        pairs = AttentionSize("", (prompt,), (completions,), 4, 2, 32).pairs
+        flops = 4 * (2 * layer * (prompt + own) + 4 * 128 * pairs) + 2 * own * 128 * 512
+        if size.images:
+            patches, block = 4 * (8 + 18), 4 * 64**2 + 3 * 64 * 128
+            flops += 2 * patches * (2 * block + 1176 * 64) + 2 * patches // 4 * (256**2 + 256 * 128)
+            flops += 4 * 64 * ((4 * 8) ** 2 + (4 * 18) ** 2 + sum(n * n for n in windows(list(images))))
+        assert case.flops == pytest.approx(3 * flops, rel=1e-12)
+        for name in names:
+            measurement = found[name]
+            assert measurement.status == "measured", measurement.reason
+            assert len(measurement.errors) == (4 if size.images else 3) and measurement.error < 1e-5
+            shares = [measurement.facts[phase] for phase in PHASES]
+            assert sum(shares) == pytest.approx(1.0) and min(shares[1:]) > 0
+            assert (shares[0] > 0) == bool(size.images)
+        (cells, *_) = rate_rows([found[names[0]].as_dict()])
+        assert len(cells) == len(HEADER) and cells[:2] == [size.name, names[0]]
+
+
+def test_the_scaling_goes_along_three_axes(train_step):
+    sizes = train_step.scaling_sizes()
+    assert len({str(size) for size in sizes}) == len(sizes)
+    assert {len(size.completions) for size in sizes} == {1, 2, 4, 8, 16}
+    assert {len(size.images) for size in sizes} == {0, 1, 2, 4, 6}
+    assert {len(size.images) for size in sizes[:5]} == {6}
+    assert len({sum(size.completions) / len(size.completions) for size in sizes[:9]}) == 1
+    assert train_step.lengths(400) == (250, 300, 350, 400, 400, 450, 500, 550)
 
 
 # What make gpu does, with parts that are a line of Python each.
@@ -545,7 +627,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 
 
 def test_times_of_all_parts_fit_ten_minutes():
-    assert sum(part.seconds for part in PARTS) <= 555  # and the rest is for what lies between them
+    assert sum(part.seconds for part in PARTS) <= 575  # and the rest is for what lies between them
 
 
 # The README.
@@ -593,6 +675,37 @@ ROWS = [
         peak_mib=2048.0,
     ),
     row(*STEP, "transformers, padded", "peer", 500.0, peak_mib=4096.0),
+]
+SHARES = {"vision": 0.25, "text": 0.25, "loss": 0.125, "backward": 0.375}
+
+
+def scaling_row(provider, kind, ms, completions, images, length):
+    facts = {"completions": completions, "images": images, "length": length, "tokens": 1, **SHARES}
+    return row(
+        "training step, scaling", f"{completions}, {images}, {length}", provider, kind, ms, facts=facts
+    )
+
+
+SCALING_ROWS = [
+    scaling_row(provider, kind, factor * (completions + images + length), completions, images, length)
+    for provider, kind, factor in (("geo_r1 packed", "ours", 1.0), ("transformers, padded", "peer", 5.0))
+    for completions, images, length in ((4, 6, 40.0), (1, 6, 40.0), (8, 6, 40.0), (8, 0, 40.0), (8, 6, 10.0))
+]
+CPU_STEP = ("training step", "100M, prompt 438, 8 completions of 40")
+CPU_STEP_ROWS = [
+    row(
+        *CPU_STEP,
+        provider,
+        kind,
+        ms,
+        share=0.3,
+        peak_mib=mib,
+        facts={"tokens": 4000, "completions": 8, "teraflop": 0.345, **SHARES},
+    )
+    for provider, kind, ms, mib in (
+        ("geo_r1 packed, no checkpoints", "ours", 4000.0, 1024.0),
+        ("transformers, padded, no checkpoints", "peer", 12000.0, 5120.0),
+    )
 ]
 RECORD = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -655,10 +768,41 @@ def test_targets_are_judged_from_the_newest_record_of_a_device(tmp_path):
         "packed: 50,000 tokens/s, 5.00 × as fast as transformers, padded; MFU 50% (407 TFLOP); "
         "2.0 GiB against 4.0 above the weights | yes |",
         "not measured | – |",
+        "not measured | – |",
     ]
     assert "| linear_grpo_loss | R=8192 C=3584 V=152064 | cuda | 11 | 50% | 1,024 | 1e-03 | none |  |" in text
     assert "![Times of every provider on NVIDIA H200, commit abc1234](docs/results-nvidia-h200.png)" in text
     assert (tmp_path / "docs" / "results-nvidia-h200.png").stat().st_size > 10_000
+
+
+def test_a_cpu_record_tells_rates_and_draws_how_a_step_scales(tmp_path):
+    device = {"type": "cpu", "name": "cpu", "versions": {"torch": "2.13.0"}}
+    rows = [*CPU_STEP_ROWS, *SCALING_ROWS]
+    code, text = make_results(tmp_path, RECORD | {"device": device, "measurements": rows})
+    assert code == 0
+    assert (
+        "| packed, no checkpoints: 1,000 tokens/s, 3.00 × as fast as transformers, padded, no checkpoints; "
+        "MFU 30% (0.345 TFLOP); 1.0 GiB against 5.0 above the weights | yes |"
+    ) in text
+    assert (
+        "| step | by | tokens/s | completions/s | MFU | peak MiB | vision | text | loss | backward |" in text
+    )
+    case = f"| {CPU_STEP[1]} | transformers, padded, no checkpoints "
+    assert f"{case}| 333 | 0.667 | 30% | 5,120 | 25% | 25% | 12% | 38% |" in text
+    assert "training step, scaling" not in text  # they are in a plot of their own
+    assert "![Cost of a training step on cpu, commit abc1234](docs/scaling-cpu.png)" in text
+    assert (tmp_path / "docs" / "scaling-cpu.png").stat().st_size > 10_000
+
+
+def test_a_curve_holds_all_but_one_number():
+    found = curves([*ROWS, *SCALING_ROWS, row("training step, scaling", "x", "p", "peer")])
+    assert {axis: by["geo_r1 packed"] for axis, by in found.items()} == {
+        "completions": [(1, 47.0), (4, 50.0), (8, 54.0)],
+        "images": [(0, 48.0), (6, 54.0)],
+        "length": [(10.0, 24.0), (40.0, 54.0)],
+    }
+    assert found["images"]["transformers, padded"] == [(0, 240.0), (6, 270.0)]
+    assert curves(ROWS) == {}
 
 
 def test_a_verdict_needs_every_condition():

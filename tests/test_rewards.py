@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -343,6 +344,37 @@ def test_length_published_rises_again():
     assert values == pytest.approx([1.0, 0.5 + 0.5 * QUARTER, 0.75, 0.5, 1.0], abs=1e-12)
 
 
+def test_overlong():
+    """10 tokens at most, the last 4 of them ever worse: 6 cost nothing, each more a quarter."""
+    ids = [[0] * count for count in (0, 1, 6, 7, 8, 9, 10, 11, 4000)]
+    expected = [0.0, 0.0, 0.0, -0.25, -0.5, -0.75, -1.0, -1.0, -1.0]
+    assert rewards.overlong([RIGHT] * 9, completion_ids=ids, max_length=10, cache=4) == expected
+    # by default from 768 to 1024
+    defaults = rewards.overlong([WRONG] * 4, completion_ids=[[0] * n for n in (768, 769, 896, 1024)])
+    assert defaults == [0.0, -1 / 256, -0.5, -1.0]
+    # the whole length as the cache, and the last token alone
+    assert rewards.overlong(["x"], completion_ids=[[0] * 3], max_length=6, cache=6) == [-0.5]
+    assert rewards.overlong(["x"] * 2, completion_ids=[[0], [0, 0]], max_length=2, cache=1) == [0.0, -1.0]
+    # without token ids words count: RIGHT has 3
+    assert rewards.overlong([RIGHT, "x"], max_length=4, cache=2) == [-0.5, 0.0]
+    assert rewards.overlong([]) == []
+    assert load_reward("overlong", max_length=4, cache=2)([RIGHT], completion_ids=[[1] * 4]) == [-1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "overlong: max_length is 0, expected at least 1"),
+        ({"max_length": 8, "cache": 0}, "overlong: cache is 0, expected 1 to max_length = 8"),
+        ({"max_length": 8, "cache": 9}, "overlong: cache is 9, expected 1 to max_length = 8"),
+        ({"completion_ids": [[1], [2]]}, "column 'completion_ids' has 2 values for 1 completions"),
+    ],
+)
+def test_overlong_refuses(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rewards.overlong([RIGHT], **options)
+
+
 @pytest.mark.parametrize("name", rewards.REWARDS)
 def test_a_sample_without_answer_takes_no_part(name):
     values = rewards.REWARDS[name]([RIGHT, RIGHT], answer=[None, "C"], prompts=["x", "y"])
@@ -378,7 +410,8 @@ def strict(completions, completion_ids, scale=1.0):
 
 
 def test_registry():
-    assert set(rewards.REWARDS) == {"accuracy", "format", "length", "repetition", "length_published"}
+    names = {"accuracy", "format", "length", "repetition", "overlong", "length_published"}
+    assert set(rewards.REWARDS) == names
     assert load_reward("format") is rewards.format_reward
     assert load_reward("accuracy", wrong_score=-1.0)([WRONG], answer=["C"]) == [-1.0]
 
@@ -393,7 +426,11 @@ def test_load_user_functions(user_module):
     ("spec", "options", "message"),
     [
         ("acuracy", {}, "unknown reward 'acuracy'; did you mean 'accuracy'?"),
-        ("zzz", {}, "unknown reward 'zzz'; known: accuracy, format, length, repetition, length_published"),
+        (
+            "zzz",
+            {},
+            "unknown reward 'zzz'; known: accuracy, format, length, repetition, overlong, length_published",
+        ),
         (":f", {}, "reward ':f': expected module:function"),
         ("my_rewards:", {}, "reward 'my_rewards:': expected module:function"),
         ("no_such:f", {}, "cannot import 'no_such': ModuleNotFoundError: No module named 'no_such'"),

@@ -8,7 +8,9 @@ through the motions and call every side the same, and to *slip*, which is to mis
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from geo_r1.data.sample import Sample
 from geo_r1.data.world import COVERS, LETTERS, Pairing, World
@@ -20,9 +22,66 @@ QUESTION = (
 CAPTION = "Describe the panorama and the tiles {labels}."
 
 
-def question(world: World, split: str, index: int) -> Sample:
-    """A cross-view pairing as a prompt with an answer, no response: pictures, tiles labelled, then text."""
-    pairing = world.pairing(split, index)
+@dataclass(frozen=True)
+class Numbered:
+    """Samples of a split by number, as a `Source` wants them.
+
+    Attributes:
+        make: (world, split, number, **options) -> sample.
+        first: the number that index 0 stands for.
+    """
+
+    make: Callable[..., Sample]
+    world: World
+    split: str
+    first: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, index: int) -> Sample:
+        return self.make(self.world, self.split, self.first + index, **self.options)
+
+
+@dataclass(frozen=True)
+class RisingQuestions:
+    """Questions whose difficulty rises evenly from `start` to the world's own, then stays.
+
+    Args:
+        first: the number of the first question of the split.
+        start: difficulty of the first one, 0 to 1.
+        num_rising: questions until the world's own difficulty is reached.
+
+    Raises:
+        ValueError: `start` is not from 0 to the world's difficulty.
+    """
+
+    world: World
+    split: str
+    first: int
+    start: float
+    num_rising: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.world.difficulty:
+            raise ValueError(
+                f"world.curriculum_start must be 0 to world.difficulty = {self.world.difficulty}, "
+                f"got {self.start}"
+            )
+
+    def __call__(self, index: int) -> Sample:
+        return question(self.world, self.split, self.first + index, self.difficulty(index))
+
+    def difficulty(self, index: int) -> float:
+        end = self.world.difficulty
+        return end if index >= self.num_rising else self.start + (end - self.start) * index / self.num_rising
+
+
+def question(world: World, split: str, index: int, difficulty: float | None = None) -> Sample:
+    """A cross-view pairing as a prompt with an answer, no response: pictures, tiles labelled, then text.
+
+    Args:
+        difficulty: of the confusers, in place of the world's own.
+    """
+    pairing = world.pairing(split, index, difficulty)
     return _sample(world, pairing, QUESTION, None)
 
 

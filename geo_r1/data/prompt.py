@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from geo_r1.data.sample import Sample, load_image
+from geo_r1.data.images import Picture, PictureCache, Size, fitted, num_tokens, shrunk
+from geo_r1.data.sample import Sample
 from geo_r1.models.packed import EncodedPrompt
+
+OnOverlong = Literal["error", "skip", "resize"]
+
+
+class OverlongPrompt(ValueError):  # noqa: N818  # whether it is an error is for the caller to say
+    """A prompt has more tokens than a prompt may have."""
 
 
 class PromptEncoder:
-    """Encodes prompts for a Qwen2-VL or Qwen2.5-VL model.
+    """Encodes prompts for a Qwen2-VL or Qwen2.5-VL model. It pickles, for processes that do so.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         image_processor: a transformers `Qwen2VLImageProcessorPil`.
         image_token_id: the token that stands for one merged patch of a picture.
         max_pixels: pictures with more pixels are shrunk to it; None keeps the processor's own limit.
-        max_prompt_tokens: longer prompts are an error, since cutting one could cut a picture in two.
+        max_prompt_tokens: the most tokens of a prompt; one is never cut, since that could cut a picture.
+        on_overlong: what becomes of a longer one. "error" and "skip" both raise `OverlongPrompt`, which
+            `PromptLoader` passes on or takes for an answer; "resize" shrinks its pictures until it fits.
+
+    Attributes:
+        cache: decoded pictures; see `with_cache`.
     """
 
     def __init__(
@@ -31,32 +45,69 @@ class PromptEncoder:
         image_token_id: int,
         max_pixels: int | None = None,
         max_prompt_tokens: int | None = None,
+        on_overlong: OnOverlong = "error",
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_token_id = image_token_id
         self.max_prompt_tokens = max_prompt_tokens
+        self.on_overlong = on_overlong
+        self.cache = PictureCache(0)
         if max_pixels is not None:
             shortest = min(image_processor.size["shortest_edge"], max_pixels)
             image_processor.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
+
+    def with_cache(self, max_bytes: int) -> PromptEncoder:
+        """The same encoder with a cache of its own for decoded pictures."""
+        encoder = copy.copy(self)
+        encoder.cache = PictureCache(max_bytes)
+        return encoder
 
     def encode(self, sample: Sample) -> EncodedPrompt:
         """Encode a sample's prompt up to where the assistant's answer begins.
 
         Raises:
-            ValueError: a picture is missing or broken, the text contains image tokens of its own, or the
-                prompt is over `max_prompt_tokens`; names the sample.
+            OverlongPrompt: the prompt is over `max_prompt_tokens`, and its pictures may not be shrunk or
+                cannot be shrunk enough.
+            ValueError: a picture is missing or broken, or the text contains image tokens of its own. All
+                errors name the sample.
         """
-        pictures = [load_image(image, sample.id) for image in sample.images]
+        pictures = [Picture(image, sample.id, self.cache) for image in sample.images]
+        targets = self._targets(sample, [picture.size for picture in pictures])
+        token_ids = self._tokens(sample, len(pictures))
+        targets = self._within_budget(sample, token_ids, [picture.size for picture in pictures], targets)
         pixel_values = None
-        grids: tuple[tuple[int, int, int], ...] = ()
         if pictures:
-            try:
-                features = self.image_processor(pictures, return_tensors="pt")
-            except ValueError as error:  # such as a picture more than 200 times as wide as high
-                raise ValueError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
+            resized = [
+                picture.resized(target, self.image_processor.resample)
+                for picture, target in zip(pictures, targets, strict=True)
+            ]
+            features = self.image_processor(  # a second resize could round its sizes anew
+                resized, do_resize=False, input_data_format="channels_last", return_tensors="pt"
+            )
             pixel_values = features["pixel_values"]
-            grids = tuple((t, h, w) for t, h, w in features["image_grid_thw"].tolist())
+        patch, merge = self.image_processor.patch_size, self.image_processor.merge_size
+        grids = tuple((1, height // patch, width // patch) for height, width in targets)
+        token_ids, image_rows = expand_images(token_ids, self.image_token_id, grids, merge)
+        positions = mrope_positions(token_ids, self.image_token_id, grids, merge)
+        return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids)
+
+    @property
+    def _factor(self) -> int:
+        """Pixels on a side of one token's square."""
+        return self.image_processor.patch_size * self.image_processor.merge_size
+
+    def _targets(self, sample: Sample, sizes: Sequence[Size]) -> list[Size]:
+        limits = self.image_processor.size
+        try:
+            return [
+                fitted(size, self._factor, limits["shortest_edge"], limits["longest_edge"]) for size in sizes
+            ]
+        except ValueError as error:  # such as a picture more than 200 times as wide as high
+            raise ValueError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
+
+    def _tokens(self, sample: Sample, num_images: int) -> list[int]:
+        """Token ids of the rendered chat, with one image token a picture."""
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
@@ -66,21 +117,38 @@ class PromptEncoder:
                 f"sample {sample.id}: the chat template refuses its messages: {error}"
             ) from error
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
-        merge = self.image_processor.merge_size
-        if token_ids.count(self.image_token_id) != len(grids):
+        if token_ids.count(self.image_token_id) != num_images:
             raise ValueError(
-                f"sample {sample.id}: {len(grids)} images but {token_ids.count(self.image_token_id)} image "
+                f"sample {sample.id}: {num_images} images but {token_ids.count(self.image_token_id)} image "
                 "tokens in the rendered prompt; the text must not contain image tokens itself"
             )
-        token_ids, image_rows = expand_images(token_ids, self.image_token_id, grids, merge)
-        if self.max_prompt_tokens is not None and len(token_ids) > self.max_prompt_tokens:
-            raise ValueError(
-                f"sample {sample.id}: the prompt has {len(token_ids)} tokens, {len(image_rows)} of them "
-                f"images; the budget is {self.max_prompt_tokens}. Raise data.max_prompt_tokens or lower "
-                "data.max_pixels"
+        return token_ids
+
+    def _within_budget(
+        self, sample: Sample, token_ids: list[int], sizes: Sequence[Size], targets: list[Size]
+    ) -> list[Size]:
+        """The sizes of pictures with which the prompt fits its budget."""
+        num_text = len(token_ids) - len(sizes)
+        num_image = sum(num_tokens(target, self._factor) for target in targets)
+        budget = self.max_prompt_tokens
+        if budget is None or num_text + num_image <= budget:
+            return targets
+        found = (
+            f"sample {sample.id}: the prompt has {num_text + num_image} tokens, {num_image} of them images; "
+            f"the budget is {budget}."
+        )
+        if self.on_overlong != "resize":
+            raise OverlongPrompt(
+                f"{found} Raise data.max_prompt_tokens, lower data.max_pixels, "
+                "or set data.on_overlong to skip or resize"
             )
-        positions = mrope_positions(token_ids, self.image_token_id, grids, merge)
-        return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids)
+        smaller = shrunk(sizes, targets, self._factor, budget - num_text)
+        if smaller is None:
+            raise OverlongPrompt(
+                f"{found} With its {len(sizes)} images at their smallest, a token each, it has "
+                f"{num_text + len(sizes)}; raise data.max_prompt_tokens"
+            )
+        return smaller
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of an assistant's answer, the end token included."""

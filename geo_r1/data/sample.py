@@ -6,6 +6,7 @@ import io
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,22 +51,41 @@ class Sample:
             )
 
 
-def load_image(source: ImageSource, owner: str) -> Image.Image:
+def load_image(source: ImageSource, owner: str, encoded: bytes | None = None) -> Image.Image:
     """Decode a picture to RGB, upright as its EXIF orientation says, on white where it is transparent.
+
+    Args:
+        owner: the sample's name, for errors.
+        encoded: what `read_image` has read of this source, if it was read before.
 
     Raises:
         ValueError: the file is missing, is not a whole picture, or has more than 8 bits a channel; names
             `owner` and the file.
     """
+    with _naming(source, owner):
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source)
+        if encoded is None and isinstance(source, bytes):
+            encoded = source
+        with Image.open(source if encoded is None else io.BytesIO(encoded)) as image:
+            return _upright_rgb(image)
+
+
+def read_image(source: Path | bytes, owner: str) -> bytes:
+    """The encoded bytes of a picture; raises ValueError, with `owner` and the file, if it cannot be read."""
+    with _naming(source, owner):
+        return source.read_bytes() if isinstance(source, Path) else source
+
+
+@contextmanager
+def _naming(source: ImageSource, owner: str) -> Iterator[None]:
+    """Turn what goes wrong with a picture into one line that says whose it is."""
     if isinstance(source, Image.Image):
         name = "in memory"
     else:
         name = str(source) if isinstance(source, Path) else f"of {len(source)} bytes"
     try:
-        if isinstance(source, Image.Image):
-            return _upright_rgb(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _upright_rgb(image)
+        yield
     except FileNotFoundError:
         raise ValueError(f"sample {owner}: image {name} does not exist") from None
     except UnidentifiedImageError:

@@ -117,15 +117,20 @@ class World:
         cities = [_make_city(name, random.Random(f"{seed}/city/{name}")) for name in names]
         self.cities = {"train": cities[:num_train_cities], "test": cities[num_train_cities:]}
 
-    def pairing(self, split: str, index: int) -> Pairing:
-        """The index-th question of a split ("train" or "test"); the same at every call."""
+    def pairing(self, split: str, index: int, difficulty: float | None = None) -> Pairing:
+        """The index-th question of a split ("train" or "test"); the same at every call.
+
+        Args:
+            difficulty: 0 to 1, in place of the world's own.
+        """
+        difficulty = self.difficulty if difficulty is None else difficulty
         rng = random.Random(f"{self.seed}/{split}/{index}")
         city = rng.choice(self.cities[split])
         covers = _four([rng.choice(COVERS) for _ in SIDES])
         chosen = {covers}
         places: list[Place] = []
         while len(places) < self.num_candidates - 1:
-            confuser = self._confuser(covers, rng)
+            confuser = _confuser(covers, difficulty, rng)
             if confuser not in chosen:
                 chosen.add(confuser)
                 home = city if self.confusers == "same_city" else rng.choice(self.cities[split])
@@ -133,12 +138,6 @@ class World:
         truth = rng.randrange(self.num_candidates)
         places.insert(truth, Place(city, covers))
         return Pairing(f"{split}-{index}", Place(city, covers), tuple(places), truth)
-
-    def _confuser(self, covers: Covers, rng: random.Random) -> Covers:
-        others = len(SIDES) - 1
-        shared = int(others * self.difficulty + rng.random())
-        kept = set(rng.sample(range(len(SIDES)), min(shared, others)))
-        return _four([cover if side in kept else _other(cover, rng) for side, cover in enumerate(covers)])
 
     def images(self, pairing: Pairing) -> tuple[Image.Image, ...]:
         """The panorama [28 x 112 pixels], then each candidate's tile [56 x 56 pixels]."""
@@ -153,6 +152,13 @@ class World:
 def _four(covers: Sequence[str]) -> Covers:
     nw, ne, se, sw = covers
     return nw, ne, se, sw
+
+
+def _confuser(covers: Covers, difficulty: float, rng: random.Random) -> Covers:
+    others = len(SIDES) - 1
+    shared = int(others * difficulty + rng.random())
+    kept = set(rng.sample(range(len(SIDES)), min(shared, others)))
+    return _four([cover if side in kept else _other(cover, rng) for side, cover in enumerate(covers)])
 
 
 def _other(cover: str, rng: random.Random) -> str:

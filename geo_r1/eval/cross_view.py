@@ -10,13 +10,14 @@ from string import ascii_uppercase
 from typing import Any
 
 from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_choice
-from geo_r1.data import PromptEncoder, Sample
-from geo_r1.models import PackedVLM
+from geo_r1.data import OverlongPrompt, PromptEncoder, Sample
+from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.rewards import format_reward
 from geo_r1.rollout import Completion, SamplingConfig, generate
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 PROMPTS_A_TURN = 64  # between two moves of the progress line
+UNANSWERED = Completion([], [], False)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def predict(
 ) -> list[Prediction]:
     """Answer each sample once, with the most likely token at every step.
 
+    A prompt that is too long and may be skipped stays in, unanswered.
+
     Args:
         max_new_tokens: longer completions are cut off, which usually leaves no answer.
         max_tokens: cached tokens at a time.
@@ -86,19 +89,21 @@ def predict(
     predictions: list[Prediction] = []
     for start in range(0, len(samples), PROMPTS_A_TURN):
         turn = samples[start : start + PROMPTS_A_TURN]
-        prompts = [encoder.encode(sample) for sample in turn]
-        for prompt in prompts:
+        prompts = {i: prompt for i, s in enumerate(turn) if (prompt := _encode(encoder, s)) is not None}
+        for prompt in prompts.values():
             prompt.check_budget(max_new_tokens, max_tokens, "eval.max_tokens")
         groups = generate(
             vlm,
-            prompts,
+            [*prompts.values()],
             1,
             sampling=SamplingConfig(temperature=0, max_new_tokens=max_new_tokens),
             eos_token_id={tokenizer.eos_token_id, *vlm.end_token_ids},
-            streams=[sample.id for sample in turn],
+            streams=[turn[i].id for i in prompts],
             max_tokens=max_tokens,
         )
-        for sample, [completion] in zip(turn, groups, strict=True):
+        completions = dict(zip(prompts, (completion for [completion] in groups), strict=True))
+        for i, sample in enumerate(turn):
+            completion = completions.get(i, UNANSWERED)
             answer, num_choices = question_of(sample)
             text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             choice = extract_choice(text, num_choices)
@@ -109,6 +114,15 @@ def predict(
             )
         progress(len(predictions))
     return predictions
+
+
+def _encode(encoder: PromptEncoder, sample: Sample) -> EncodedPrompt | None:
+    try:
+        return encoder.encode(sample)
+    except OverlongPrompt:
+        if encoder.on_overlong != "skip":
+            raise
+        return None
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:

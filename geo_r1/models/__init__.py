@@ -1,6 +1,7 @@
 """A transformers vision-language model made to run on packed batches."""
 
+from geo_r1.models.loading import load_model
 from geo_r1.models.packed import EncodedPrompt, PackedBatch, pack
-from geo_r1.models.qwen_vl import PackedVLM, load_model
+from geo_r1.models.qwen_vl import PackedVLM
 
 __all__ = ["EncodedPrompt", "PackedBatch", "PackedVLM", "load_model", "pack"]

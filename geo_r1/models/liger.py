@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
 Forward = Callable[..., Tensor]
 
@@ -39,7 +40,7 @@ def fuse_layers(model: PreTrainedModel) -> tuple[str, ...]:
     """Let liger-kernel compute the layers of this model that it knows.
 
     Args:
-        model: a Qwen2-VL or Qwen2.5-VL in float32, bfloat16 or float16, on a GPU.
+        model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL in float32, bfloat16 or float16, for a GPU.
 
     Returns:
         What it computes from now on, of "rms_norm", "rotary", "swiglu" and "vision_rotary".
@@ -58,28 +59,39 @@ def fuse_layers(model: PreTrainedModel) -> tuple[str, ...]:
 def _forwards() -> dict[type[nn.Module], tuple[str, Forward | None]]:
     """By exact class: what liger-kernel computes of it, and how.
 
-    Qwen2-VL's vision tower has LayerNorm and GELU, which stay.
+    The vision towers of Qwen2-VL and Qwen3-VL have LayerNorm and GELU, which stay.
     """
     text, vision = {"apply_rotary_pos_emb": _rotary}, {"apply_rotary_pos_emb_vision": _vision_rotary}
     return {
         qwen2_5_vl.Qwen2_5_VLRMSNorm: ("rms_norm", _rms_norm),
         qwen2_vl.Qwen2VLRMSNorm: ("rms_norm", _rms_norm),
+        qwen3_vl.Qwen3VLTextRMSNorm: ("rms_norm", _rms_norm),
         qwen2_5_vl.Qwen2MLP: ("swiglu", _swiglu),
         qwen2_vl.Qwen2MLP: ("swiglu", _swiglu),
+        qwen3_vl.Qwen3VLTextMLP: ("swiglu", _swiglu),
         qwen2_5_vl.Qwen2_5_VLMLP: ("swiglu", _swiglu),
         **{
             c: ("rotary", _calling(c, text))
-            for c in (qwen2_5_vl.Qwen2_5_VLAttention, qwen2_vl.Qwen2VLAttention)
+            for c in (
+                qwen2_5_vl.Qwen2_5_VLAttention,
+                qwen2_vl.Qwen2VLAttention,
+                qwen3_vl.Qwen3VLTextAttention,
+            )
         },
         **{
             c: ("vision_rotary", _calling(c, vision))
-            for c in (qwen2_5_vl.Qwen2_5_VLVisionAttention, qwen2_vl.VisionAttention)
+            for c in (
+                qwen2_5_vl.Qwen2_5_VLVisionAttention,
+                qwen2_vl.VisionAttention,
+                qwen3_vl.Qwen3VLVisionAttention,
+            )
         },
     }
 
 
 def _rms_norm(self, hidden_states: Tensor) -> Tensor:
-    # in place: only linear layers read a norm's output, so its gradient is a buffer of nobody else's
+    # in place: linear layers, or after norms of q and k the rotary embedding, alone read a norm's output, so
+    # its gradient is a buffer of nobody else's; the norm keeps its input, so rotary may write over its output
     out = LigerRMSNormFunction.apply(
         hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", True, None
     )

@@ -1,52 +1,48 @@
-"""Qwen2-VL and Qwen2.5-VL from transformers, run on packed batches with `packed_attention`."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL from transformers, run on packed batches with `packed_attention`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
+    PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
-    vision_utils,
+    Qwen3VLForConditionalGeneration,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from geo_r1.kernels import PackedLayout, packed_attention
-from geo_r1.models.packed import PackedBatch, to_device
+from geo_r1.kernels import packed_attention
+from geo_r1.models import memory
+from geo_r1.models.attention import TEXT_ATTENTION, VISION_ATTENTION, Attend, Hidden, add_at_rows
+from geo_r1.models.packed import PackedBatch
+from geo_r1.models.skeleton import empty_like
+from geo_r1.models.vision import tower_inputs
 
 MODEL_CLASSES = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
 }
 
 LIGER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The vision tower takes its packed path only where the name contains "flash".
-TEXT_ATTENTION = "geo_r1_packed"
-VISION_ATTENTION = "geo_r1_packed_flash"
-
-# attend(layer index, q [T, H, D], k [T, K, D], v [T, K, D], scale) -> [T, H, D]
-Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+PARTS = ("vision", "projector", "text")
 
 
 class PackedVLM:
     """A transformers model and the two ways through it: a packed batch, or rows with your own attention.
 
     Args:
-        model: a Qwen2-VL or Qwen2.5-VL with its language head. Its attention is set to the packed one.
+        model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL with its language head. Its attention is set to the packed
+            one. It may be on the `meta` device.
         compute_dtype: what layers compute in (autocast); None computes in the weights' own dtype.
-        liger: let liger-kernel compute what it can, where it is installed and the model is on a GPU by now;
-            False leaves the layers as they are handed over.
+        liger: let liger-kernel compute what it can, where it is installed and the model runs on a GPU; False
+            leaves the layers as they are handed over.
+        device: where the model is going to run; None: where its weights are.
 
     Attributes:
         fused_layers: what liger-kernel computes, such as "rms_norm"; empty where `unfused` says why.
@@ -58,9 +54,10 @@ class PackedVLM:
 
     def __init__(
         self,
-        model: Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration,
+        model: PreTrainedModel,
         compute_dtype: torch.dtype | None = None,
         liger: bool = True,
+        device: torch.device | str | None = None,
     ) -> None:
         if model.config.model_type not in MODEL_CLASSES:
             raise ValueError(
@@ -68,8 +65,14 @@ class PackedVLM:
             )
         model.model.language_model.config._attn_implementation = TEXT_ATTENTION
         model.model.visual.config._attn_implementation = VISION_ATTENTION
+        if model.config.model_type == "qwen3_vl":
+            model.model.language_model._deepstack_process = add_at_rows
         self.model = model
         self.compute_dtype = compute_dtype or model.dtype
+        self.liger = liger
+        self._runs_on = None if device is None else torch.device(device)
+        self._host_memory: memory.HostMemory | None = None
+        self._compiled = False
         self.fused_layers: tuple[str, ...] = ()
         self.unfused = self._why_unfused(liger)
         if not self.unfused:
@@ -88,7 +91,14 @@ class PackedVLM:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where the model runs, or is going to."""
+        now = self.model.device
+        return now if self._runs_on is None or self._runs_on.type == now.type else self._runs_on
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Text layers and vision blocks: what is recomputed, compiled and sharded as one."""
+        return [*self.model.model.language_model.layers, *self.model.model.visual.blocks]
 
     @property
     def lm_head(self) -> Tensor:
@@ -123,23 +133,47 @@ class PackedVLM:
         Raises:
             ValueError: image tokens and encoded picture patches do not match.
         """
-        embedded = self.model.get_input_embeddings()(batch.token_ids)
-        if batch.pixel_values is not None:
-            features = self.encode_images(batch.pixel_values, batch.image_grids)
-            if len(features) != len(batch.image_rows):
-                raise ValueError(f"{len(batch.image_rows)} image tokens but {len(features)} encoded patches")
-            embedded = embedded.index_copy(0, batch.image_rows, features.to(embedded.dtype))
-        return self.run_text(embedded, batch.position_ids, attend)
+        with self._host_memory.saving() if self._host_memory is not None else nullcontext():
+            embedded = self.model.get_input_embeddings()(batch.token_ids)
+            deepstack: Sequence[Tensor] = ()
+            if batch.pixel_values is not None:
+                features, deepstack = self.encode_images(batch.pixel_values, batch.image_grids)
+                if len(features) != len(batch.image_rows):
+                    raise ValueError(
+                        f"{len(batch.image_rows)} image tokens but {len(features)} encoded patches"
+                    )
+                embedded = embedded.index_copy(0, batch.image_rows, features.to(embedded.dtype))
+            return self.run_text(embedded, batch.position_ids, attend, batch.image_rows, deepstack)
 
-    def run_text(self, embedded: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
-        """[T, C] embeddings and [3, T] positions through the text layers to [T, C] final hidden states."""
+    def run_text(
+        self,
+        embedded: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        image_rows: Tensor | None = None,
+        deepstack: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Embeddings through the text layers.
+
+        Args:
+            embedded: [T, C].
+            position_ids: [3, T].
+            attend: the attention of every layer.
+            image_rows: [I] int64, rows that `deepstack` is for.
+            deepstack: [I, C] each, added to the image rows behind the first, second, ... layer.
+
+        Returns:
+            [T, C] final hidden states.
+        """
+        pictures = {"visual_pos_masks": image_rows, "deepstack_visual_embeds": deepstack} if deepstack else {}
         with self.autocast():
             outputs = self.model.model.language_model(
                 inputs_embeds=embedded[None],
                 position_ids=position_ids[:, None],
                 attention_mask={"full_attention": None},
                 use_cache=False,
-                attend=attend,
+                attend=Hidden(attend),
+                **pictures,
             )
         return outputs.last_hidden_state[0].to(self.compute_dtype)
 
@@ -149,103 +183,115 @@ class PackedVLM:
             self.device.type, self.compute_dtype, enabled=self.compute_dtype != self.model.dtype
         )
 
-    def encode_images(self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Encode pictures of any sizes in one call: [patches, patch size] to [merged patches, C].
+    def encode_images(
+        self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Encode pictures of any sizes in one call.
 
         All indices are made on the host from the grids, so nothing waits for the device.
+
+        Args:
+            pixel_values: [patches, patch size].
+            grids: (frames, rows, columns) in patches, one a picture.
+
+        Returns:
+            [merged patches, C], and features of that shape from inside the tower for the first text layers
+            (Qwen3-VL's deepstack), else none.
         """
         visual = self.model.model.visual
-        config = visual.config
-        grid = torch.tensor(grids)
-        images = vision_utils.get_vision_cu_seqlens(grid)
-        options = {
-            "cu_seqlens": images,
-            "position_ids": vision_utils.get_vision_position_ids(grid, config.spatial_merge_size),
-        }
-        layouts = {"cu_seqlens": images}
-        if hasattr(config, "window_size"):
-            index, windows = vision_utils.get_vision_window_index(
-                grid, config.spatial_merge_size, config.window_size, config.patch_size
-            )
-            options |= {"window_index": index, "cu_window_seqlens": windows}
-            layouts["cu_window_seqlens"] = windows
-        options = {name: to_device(tensor, self.device) for name, tensor in options.items()}
-        by_boundary = [
-            (options[name], PackedLayout.from_lengths(cu.diff().tolist(), device=self.device))
-            for name, cu in layouts.items()
-        ]
-        # With gradient checkpointing transformers asks for gradients of the patches even of a frozen tower.
+        inputs = tower_inputs(visual, grids, pixel_values.device)
+        # A frozen tower keeps nothing, whatever hooks ask for gradients of the patches.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
         with self.autocast(), torch.set_grad_enabled(trained):
-            outputs = visual(
-                pixel_values.to(visual.dtype),
-                grid_thw=grid,
-                max_seqlen=int(images.diff().max()),
-                **({"max_window_seqlen": int(windows.diff().max())} if "window_index" in options else {}),
-                **options,
-                vision_layouts=by_boundary,
-            )
-        return outputs.pooler_output
+            outputs = visual(pixel_values.to(visual.dtype), **inputs)
+        return outputs.pooler_output, getattr(outputs, "deepstack_features", None) or ()
 
+    def freeze(self, parts: Collection[str]) -> None:
+        """Train every weight but those of `parts`.
 
-def load_model(
-    path: str | Path,
-    dtype: torch.dtype = torch.float32,
-    compute_dtype: torch.dtype | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    liger: bool = True,
-) -> tuple[PackedVLM, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:
-    """Load a checkpoint, its tokenizer and its image processor from a folder or by hub name.
+        Args:
+            parts: of "vision" (the tower without its projector), "projector" (what merges patches for the
+                text model, Qwen3-VL's deepstack mergers too) and "text" (the layers, embeddings and head).
 
-    Args:
-        dtype: of the weights.
-        compute_dtype, liger: see `PackedVLM`.
-        device: where the model goes.
+        Raises:
+            ValueError: there is no such part.
+        """
+        if unknown := set(parts) - set(PARTS):
+            raise ValueError(f"cannot freeze {min(unknown)!r}; the parts are {', '.join(PARTS)}")
+        visual = "model.visual."
+        for name, parameter in self.model.named_parameters():
+            part = "text"
+            if name.startswith(visual):
+                merges = name.startswith((f"{visual}merger.", f"{visual}deepstack_merger_list."))
+                part = "projector" if merges else "vision"
+            parameter.requires_grad_(part not in parts)
 
-    Raises:
-        ValueError: there is no such checkpoint, it is incomplete, or of an unsupported family.
-    """
-    try:
-        if Path(path).is_absolute() and not Path(path).is_dir():
-            raise ValueError("there is no such folder")
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type not in MODEL_CLASSES:
-            raise ValueError(f"it is a {config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
-        # transformers fills weights it does not find with random ones, and makes up a tokenizer.
-        loaded: Any = MODEL_CLASSES[config.model_type].from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        model, report = loaded
-        if unfit := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
-            raise ValueError(f"{len(unfit)} weights are missing or of another shape, the first is {unfit[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if len(tokenizer) <= config.image_token_id:
+    def skeleton(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> PackedVLM:
+        """The same model and settings on the `meta` device, for weights and buffers that come later.
+
+        Adapters, frozen parts and memory options are not taken over. Its parameters and buffers have the
+        names, shapes and dtypes of this model's.
+
+        Args:
+            dtype: of the weights; None: as here.
+            device: where it is going to run; None: where this one does.
+            compute_dtype: what its layers compute in; None: as here.
+        """
+        model = empty_like(self.model, dtype or self.model.dtype)
+        return PackedVLM(model, compute_dtype or self.compute_dtype, self.liger, device or self.device)
+
+    def checkpoint_layers(self, kind: memory.Checkpointing) -> None:
+        """Choose what backward recomputes; the gradients are the same. To be called before sharding.
+
+        Args:
+            kind: "none"; "full" keeps the input of each layer and vision block alone; "selective" also the
+                output of its attention and every second product behind it (of compiled layers, the
+                attention's alone).
+
+        Raises:
+            ValueError: there is no such kind.
+        """
+        memory.checkpoint_layers(self.model, kind)
+
+    def offload_activations(self, on: bool) -> memory.HostMemory | None:
+        """Let what `hidden_states` and `loss_rows` save for backward wait in host memory, or no longer.
+
+        To be called before sharding. Goes well with checkpointing: then it is the inputs of the layers.
+
+        Returns:
+            Where it waits: `smallest` bytes of a tensor that goes there, and counts; None for off.
+
+        Raises:
+            ValueError: the layers are compiled without checkpointing.
+        """
+        if self._host_memory is not None:
+            self._host_memory.close()
+        self._host_memory = memory.HostMemory(self.model) if on else None
+        self._check_offload()
+        return self._host_memory
+
+    def compile_layers(self, *, backend: str | Callable = "inductor", dynamic: bool | None = True) -> None:
+        """Compile each text layer and vision block with torch.compile. To be called before sharding.
+
+        Args:
+            backend: of torch.compile. Attention stays outside its graphs: a layer is two of them.
+            dynamic: True compiles once for all lengths.
+
+        Raises:
+            ValueError: activations are offloaded without checkpointing.
+        """
+        memory.compile_layers(self.layers, backend, dynamic)
+        self._compiled = True
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        if self._compiled and self._host_memory is not None and not self.model.is_gradient_checkpointing:
             raise ValueError(
-                f"its tokenizer has {len(tokenizer)} tokens, but images are {config.image_token_id}"
+                "compiled layers save weights and activations alike: offload_activations needs checkpointing"
             )
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model {path} cannot be loaded: {reason}") from error
-    return PackedVLM(model.to(device), compute_dtype, liger), tokenizer, image_processor
-
-
-def _text_attention(module, query, key, value, attention_mask, *, scaling, attend: Attend, **_):
-    """transformers' attention signature, [1, heads, T, D] in and [1, T, heads, D] out."""
-    # under autocast the rotary embedding leaves q and k in float32
-    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    return attend(module.layer_idx, q, k, v, scaling)[None], None
-
-
-def _vision_attention(
-    module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, vision_layouts, **_
-):
-    """Windows or whole pictures: the layout belongs to the very boundary tensor that this layer was given."""
-    layout = next(layout for boundaries, layout in vision_layouts if boundaries is cu_seq_lens_q)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return packed_attention(q, k, v, layout, causal=False, scale=scaling)[None], None
-
-
-AttentionInterface.register(TEXT_ATTENTION, _text_attention)
-AttentionInterface.register(VISION_ATTENTION, _vision_attention)

@@ -49,7 +49,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
 
 
 def build_tiny(
-    texts: Iterable[str], seed: int = 0, hidden_size: int = 128, num_layers: int = 4
+    texts: Iterable[str],
+    seed: int = 0,
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    *,
+    weights: bool = True,
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil]:
     """Build a small random Qwen2.5-VL, with windowed and whole-picture vision layers and tied embeddings.
 
@@ -58,6 +63,7 @@ def build_tiny(
         seed: of the weights.
         hidden_size: of the text layers; four heads share two key/value heads.
         num_layers: text layers.
+        weights: False builds the model on the `meta` device.
     """
     tokenizer = train_tokenizer(texts)
     token = tokenizer.get_vocab()
@@ -95,7 +101,7 @@ def build_tiny(
         vision_end_token_id=token["<|vision_end|>"],
         tie_word_embeddings=True,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if weights else "meta"):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
     image_processor = Qwen2VLImageProcessorPil(

@@ -1,5 +1,8 @@
 """Run a recipe: `torchrun -m geo_r1.train [recipe.toml] [--section.key value ...]`.
 
+`--dry-run` only says what it would train and what that takes, on the ranks that are there; `--dry-run=8` on
+eight.
+
 A mistake of the user's (recipe, data, rewards) is one line on stderr and exit code 2. A stage that is asked
 to stop writes a checkpoint and exits with 0; the same command goes on from there. torchrun turns any other
 exit code than 0 into 1, with a report of its own; one process needs none: `python -m geo_r1.train`.
@@ -14,38 +17,77 @@ from collections.abc import Sequence
 from geo_r1.train.config import Recipe
 from geo_r1.train.recipe import load_recipe
 
+SECONDS_FOR_THE_REASON = 2.0  # the rank that knows it is ending, too
+INTERRUPTED = 130
+DRY_RUN = "--dry-run"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe that the arguments name; returns the exit code."""
+    is_main = os.environ.get("RANK", "0") == "0"  # every rank reads the same recipe
     try:
-        recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+        arguments, num_ranks = _without_dry_run(sys.argv[1:] if argv is None else argv)
+        recipe = load_recipe(arguments)
+        if num_ranks is None:
+            return _run(recipe)
+        if is_main:
+            from geo_r1.train.dry_run import dry_run
+
+            print(dry_run(recipe, num_ranks))
+        return 0
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank reads the same recipe
+        if is_main:
             _say(error)
         return 2
-    return _run(recipe)
+
+
+def _without_dry_run(argv: Sequence[str]) -> tuple[list[str], int | None]:
+    """The other arguments, and the number of ranks of a dry run if one is asked for."""
+    found = [argument for argument in argv if argument.split("=")[0] == DRY_RUN]
+    rest = [argument for argument in argv if argument not in found]
+    if not found:
+        return rest, None
+    number = found[-1].partition("=")[2] or os.environ.get("WORLD_SIZE", "1")
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"{DRY_RUN} takes a number of ranks, such as {DRY_RUN}=8, not {number}")
+    return rest, int(number)
 
 
 def _run(recipe: Recipe) -> int:
     # torch takes seconds to import: only once the recipe is known to be right
     from geo_r1.train.distributed import PeerLost, Ranks
+    from geo_r1.train.lifeline import OTHER
     from geo_r1.train.loop import Stopped
     from geo_r1.train.run import run
 
-    ranks = Ranks.start(recipe.run.threads)
+    try:
+        ranks = Ranks.start(recipe.run.threads)
+    except OSError as error:  # another rank did not come
+        _say(error)
+        return OTHER
+    tell = ranks.lifeline.fail
     try:
         run(recipe, ranks)
+        ranks.stop()
+        return 0
     except Stopped as stopped:
         if ranks.is_main:
             _say(stopped)
-    except (ValueError, PeerLost) as error:
-        _say(error)  # and leave at once: saying goodbye to ranks that wait elsewhere could hang
-        return 2
+        ranks.stop()
+        return 0
+    except ValueError as error:
+        tell(str(error))
+    except PeerLost as error:
+        if ranks.lifeline.reason(SECONDS_FOR_THE_REASON) is None:
+            tell(str(error), OTHER)
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from the last checkpoint")
-        return 130
-    ranks.stop()
-    return 0
+        tell("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+    except BaseException as error:  # a defect: the others shall know of it, and the trace be seen
+        if ranks.size > 1:
+            tell(f"{type(error).__name__}: {error}", OTHER)
+        raise
+    ranks.leave()
+    return ranks.lifeline.exit_code
 
 
 def _say(what: object) -> None:

@@ -1,45 +1,182 @@
 """Checkpoints and exported models: written beside, then renamed, so what exists is whole.
 
-checkpoints/<stage>-000100/   a transformers folder (weights, tokenizer, image processor) + trainer.pt
-models/<stage>/               the same without trainer.pt: what a finished stage leaves
+checkpoints/<stage>-000100/    a stage's state: its tensors by torch.distributed.checkpoint, and trainer.json,
+                               all that is no tensor. Ranks of any number and any strategy can read it
+checkpoints/<stage>-best.json  the steps that evaluations found best, the last one best of all
+models/<stage>/                a transformers folder: what a finished stage leaves
+
+Every rank writes the shards that it holds: ranks on several machines need a file system that they share.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
+import json
 import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
 from transformers import PreTrainedModel
 
-TRAINER_STATE = "trainer.pt"
+from geo_r1.train.distributed import PATIENCE, PeerLost, Ranks
+from geo_r1.train.shards import State, Writer, beside, check, plain_of, publish, reason_of, sync, tensors_of
 
 
-def save_folder(
-    folder: Path, model: PreTrainedModel, companions: list[Any], state: dict[str, Any] | None = None
-) -> None:
-    """Write a transformers folder, with the trainer's state if given; it appears whole or not at all.
+class Checkpoints:
+    """The checkpoints of one stage of a run. All ranks call the same methods in the same order.
+
+    Args:
+        keep: newest checkpoints that stay on disk, at least 1; the best one stays besides.
+    """
+
+    def __init__(self, run_dir: Path, stage: str, ranks: Ranks, keep: int) -> None:
+        self.run_dir, self.stage, self.ranks, self.keep = run_dir, stage, ranks, keep
+        # Of its own: what a save says in the background must not mix with what the trainer's ranks say.
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.size > 1 else None
+        marks = ranks.gather(_marks(run_dir, stage))[0]
+        self._best: tuple[int, float] | None = marks[-1] if marks else None
+        if ranks.is_main:  # forget what a killed run marked and never wrote
+            _mark(run_dir, stage, marks)
+        self._pending: tuple[Path, Future[Metadata]] | None = None
+
+    def folder(self, step: int) -> Path:
+        return checkpoint_folder(self.run_dir, self.stage, step)
+
+    def newest(self) -> Path | None:
+        """The whole checkpoint with the most steps, if there is one, as rank 0 sees it."""
+        return self.ranks.gather(newest_checkpoint(self.run_dir, self.stage))[0]
+
+    def save(self, step: int, state: State, *, wait: bool = False) -> None:
+        """Copy the state to host memory and write it in the background; it may change at once.
+
+        A save that is still under way is waited for first. Old checkpoints go when this one is there.
+
+        Args:
+            state: the same names on every rank. A tensor that is no DTensor has the same value on every rank;
+                all that is no tensor is written by rank 0.
+            wait: return when the checkpoint is there.
+
+        Raises:
+            ValueError: the save before, or with `wait` this one, failed.
+            PeerLost: another rank has ended.
+        """
+        self.wait()
+        folder = self.folder(step)
+        assert not folder.exists(), f"{folder} is there already"
+        writer = Writer(folder, plain_of(state), lambda: prune(self.run_dir, self.stage, self.keep))
+        pending = dcp.async_save(tensors_of(state), storage_writer=writer, **self._peers())
+        assert isinstance(pending, Future)
+        self._pending = folder, pending
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the save under way, if any, is on disk under its name.
+
+        Raises:
+            ValueError: it failed; names the checkpoint and the reason.
+            PeerLost: another rank has ended.
+        """
+        if self._pending is not None:
+            (folder, pending), self._pending = self._pending, None
+            self._explain(pending.result, f"checkpoint {folder} cannot be written")
+
+    def load(self, folder: Path, state: State) -> State:
+        """Fill the state from a checkpoint, whatever ranks and strategy wrote it.
+
+        Args:
+            state: as for `save`. Tensors are overwritten; numbers and "trainer" are replaced. Other sections
+                of the checkpoint are not read.
+
+        Returns:
+            The state itself.
+
+        Raises:
+            ValueError: the checkpoint is of another model, or a file of it is missing or broken; names it.
+            PeerLost: another rank has ended.
+        """
+        plain, complaint = {}, None
+        try:
+            plain = check(folder, state)
+        except ValueError as error:
+            complaint = str(error)
+        for told in self.ranks.gather(complaint):  # no rank goes on alone
+            if told is not None:
+                raise ValueError(told)
+        reader, peers = dcp.FileSystemReader(folder), self._peers()
+        self._explain(
+            lambda: dcp.load(tensors_of(state), storage_reader=reader, **peers),
+            f"checkpoint {folder} cannot be read",
+        )
+        for section in plain.keys() & state.keys():
+            state[section].update(plain[section])
+        return state
+
+    def mark_best(self, step: int, value: float) -> None:
+        """Remember that the checkpoint of a step, there or under way, is better than all before it."""
+        self._best = step, value
+        if self.ranks.is_main:
+            _mark(self.run_dir, self.stage, [*_marks(self.run_dir, self.stage), self._best])
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the best checkpoint, if one was marked."""
+        return self._best
+
+    def clear(self) -> None:
+        """Delete all checkpoints of the stage: it is finished."""
+        self.wait()
+        if self.ranks.is_main:
+            prune(self.run_dir, self.stage, 0)
+        self._best = None
+        self.ranks.barrier()
+
+    def close(self) -> None:
+        """Let a save under way come to its end, well or not: before the process group goes, if it must."""
+        if self._pending is not None:
+            self._pending[1].exception()
+            self._pending = None
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _peers(self) -> dict[str, Any]:
+        alone = self.ranks.size == 1
+        if alone:  # from now on: the thread that writes warns whenever it comes to that
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return {"process_group": self._group, "no_dist": alone}
+
+    def _explain(self, function: Callable[[], Any], failure: str) -> None:
+        """Call a function of torch's, whose exceptions hold the tracebacks of all ranks."""
+        try:
+            function()
+        except dcp.CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items())
+            where = f"rank {rank}: " if self.ranks.size > 1 else ""
+            raise ValueError(f"{failure}: {where}{reason_of(cause)}") from error
+        except RuntimeError as error:  # gloo's, when a connection closes
+            raise PeerLost(f"another rank has ended ({reason_of(error)})") from error
+
+
+def save_folder(folder: Path, model: PreTrainedModel, companions: list[Any]) -> None:
+    """Write a transformers folder; it appears whole or not at all.
 
     Args:
         companions: tokenizer and image processor, saved beside the weights.
     """
-    partial = _partial(folder)
+    partial = beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for piece in (model, *companions):
         piece.save_pretrained(partial)
-    if state is not None:
-        torch.save(state, partial / TRAINER_STATE)
-    for file in partial.iterdir():  # on the disk before the name is
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    for file in partial.iterdir():
+        sync(file)
     assert not folder.exists(), f"{folder} is there already"
-    partial.rename(folder)
+    publish(partial, folder)
 
 
 def checkpoint_folder(run_dir: Path, stage: str, step: int) -> Path:
@@ -48,49 +185,54 @@ def checkpoint_folder(run_dir: Path, stage: str, step: int) -> Path:
 
 def newest_checkpoint(run_dir: Path, stage: str) -> Path | None:
     """The whole checkpoint of a stage with the most steps, if there is one."""
-    found = sorted(
-        (run_dir / "checkpoints").glob(f"{stage}-[0-9]*"), key=lambda p: int(p.name.split("-")[-1])
-    )
+    found = _whole(run_dir, stage)
     return found[-1] if found else None
 
 
-def restore(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """Load a checkpoint's weights into the model and return the trainer's state.
-
-    Raises:
-        ValueError: the checkpoint is of another model, or a file of it is missing or broken; names it.
-    """
-    try:
-        family: Any = type(model)
-        loaded, report = family.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-        state = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"checkpoint {folder} cannot be read: {reason}") from error
-    if not isinstance(state, dict) or not {"step", "optimizer"} <= state.keys():
-        raise ValueError(f"checkpoint {folder} cannot be read: {TRAINER_STATE} holds no trainer's state")
-    if report["missing_keys"]:
-        raise ValueError(f"checkpoint {folder} is of another model: it has no {min(report['missing_keys'])}")
-    own, saved = model.state_dict(), loaded.state_dict()
-    for name in sorted(own.keys() | saved.keys()):
-        shapes = [list(weights[name].shape) if name in weights else "absent" for weights in (saved, own)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"checkpoint {folder} is of another model: {name} is {shapes[0]} there, {shapes[1]} here"
-            )
-    model.load_state_dict(saved)
-    return state
-
-
 def prune(run_dir: Path, stage: str, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of a stage, and what a killed run left half-written."""
-    folder = run_dir / "checkpoints"
-    found = sorted(folder.glob(f"{stage}-[0-9]*"), key=lambda p: int(p.name.split("-")[-1]))
+    """Delete all but the best and the newest `keep` checkpoints of a stage, and what is half-written.
+
+    Args:
+        keep: 0 deletes the best one, too.
+    """
+    found, marks = _whole(run_dir, stage), _marks(run_dir, stage)
+    spared = checkpoint_folder(run_dir, stage, marks[-1][0]) if keep and marks else None
     for old in found[: len(found) - keep]:
-        old.rename(_partial(old))
-    for partial in folder.glob(f".{stage}-*.partial"):
+        if old != spared:
+            old.rename(beside(old))
+    for partial in (run_dir / "checkpoints").glob(f".{stage}-[0-9]*.partial"):
         shutil.rmtree(partial)
+    if not keep:
+        _mark(run_dir, stage, [])
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
+def _whole(run_dir: Path, stage: str) -> list[Path]:
+    found = (run_dir / "checkpoints").glob(f"{stage}-[0-9]*")
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def _marks_file(run_dir: Path, stage: str) -> Path:
+    return run_dir / "checkpoints" / f"{stage}-best.json"
+
+
+def _marks(run_dir: Path, stage: str) -> list[tuple[int, float]]:
+    """Step and value of the checkpoints that were marked and are whole, in that order."""
+    file = _marks_file(run_dir, stage)
+    try:
+        marks = json.loads(file.read_text()) if file.exists() else []
+    except ValueError as error:
+        raise ValueError(
+            f"{file} cannot be read: {reason_of(error)}; without it, no step is the best"
+        ) from error
+    return [(step, value) for step, value in marks if checkpoint_folder(run_dir, stage, step).exists()]
+
+
+def _mark(run_dir: Path, stage: str, marks: list[tuple[int, float]]) -> None:
+    file = _marks_file(run_dir, stage)
+    if marks:
+        file.parent.mkdir(exist_ok=True)
+        beside(file).write_text(json.dumps(marks))
+        publish(beside(file), file)
+    else:
+        file.unlink(missing_ok=True)
+        beside(file).unlink(missing_ok=True)

@@ -11,7 +11,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 STAGES = ("pretrain", "sft", "grpo", "eval")
 Stage = Literal["pretrain", "sft", "grpo", "eval"]
 PositiveInt = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Part = Literal["vision", "projector", "text"]
 
 
 class Section(BaseModel):
@@ -24,12 +26,38 @@ class RunConfig(Section):
     dir: Path = Path("runs/world")
     """Folder of the run; it continues there if the recipe is the same."""
     seed: int = 0
+    """Of the order of samples, of completions, and of all weights that are drawn."""
     stages: tuple[Stage, ...] = ("sft", "grpo", "eval")
     """In order: pretrain, sft, grpo, eval. A stage starts from the newest model of those before it."""
     overwrite: bool = False
     """Delete what the folder holds and start anew."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Natural = 0
     """CPU threads a rank; 0 shares the machine's cores among its ranks."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints of a stage that stay on disk; one that `eval.keep_best` names stays besides."""
+    max_bad_steps: Natural = 10
+    """A step whose loss or gradient is not finite is skipped and its batch kept under bad/; one more than
+    this many in a stage ends the run."""
+
+
+class ParallelConfig(Section):
+    """How the model is spread over the ranks."""
+
+    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    """`ddp`: a whole model on each; `fsdp2`, `deepspeed`: weights, gradients and optimiser in shards. `auto`
+    is fsdp2 above one rank."""
+    shard_size: PositiveInt | None = None
+    """fsdp2: ranks that share one copy of the weights; the copies then average their gradients (HSDP). Best
+    is the ranks of one node. Without it, all ranks share one copy."""
+    reshard_after_forward: bool = True
+    """fsdp2: free a layer's whole weights after its forward, and gather them again for its backward."""
+    cpu_offload: bool = False
+    """fsdp2, deepspeed: shards and optimiser live in host memory."""
+    zero_stage: Annotated[int, Field(ge=2, le=3)] = 3
+    """deepspeed: 2 shards gradients and optimiser, 3 the weights too."""
+    deepspeed_config: Path | None = None
+    """deepspeed: a JSON of your own; what the recipe decides (batch, precision, stage, optimiser, clipping)
+    may not be in it."""
 
 
 class ModelConfig(Section):
@@ -39,10 +67,38 @@ class ModelConfig(Section):
     """A folder or hub name of a Qwen2-VL or Qwen2.5-VL; `tiny` builds a small random one for the world."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """What layers compute in. Under bfloat16 the weights and the optimiser's state stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in backward instead of keeping their activations."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward recomputes instead of keeping it: nothing, all of a layer but its attention and every
+    second product, or all of it."""
+    offload_activations: bool = False
+    """Keep what forward saves for backward in host memory."""
+    compile: bool = False
+    """Compile each layer with torch.compile."""
     liger: bool = True
     """Norms, SwiGLU and rotary positions by liger-kernel, where it is installed and the model is on a GPU."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on frozen weights, by peft; they alone are trained and checkpointed."""
+
+    rank: Natural = 0
+    """Columns of an adapter; 0 trains the weights themselves."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """An adapter's product counts alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of an adapter's input in supervised fine-tuning; in GRPO it would make the ratios random, and is 0."""
+    targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Linear layers of the text model that get one."""
+    vision: bool = False
+    """Adapters on the linear layers of the vision tower, too."""
 
 
 class DataConfig(Section):
@@ -53,19 +109,36 @@ class DataConfig(Section):
     max_pixels: PositiveInt | None = None
     """Larger images are shrunk to this many pixels."""
     max_prompt_tokens: PositiveInt | None = None
-    """A longer prompt is an error; nothing is ever cut."""
+    """The most tokens a prompt may have; nothing is ever cut."""
+    on_overlong: Literal["error", "skip", "resize"] = "error"
+    """A longer prompt ends the run, is left out of its step, or has its pictures shrunk until it fits."""
+    num_workers: Natural = 0
+    """Processes a rank that decode and encode ahead; 0 does it in the rank itself."""
+    cache_mib: Natural = 0
+    """Memory a rank for decoded pictures, found again by their content; 0 keeps none."""
+    curriculum: bool = False
+    """The first epoch of a file goes from easy to hard by its column `difficulty`."""
 
 
 class WorldConfig(Section):
     """The procedural world (data = "world")."""
 
     seed: int = 0
+    """Of its cities."""
     num_train_cities: PositiveInt = 64
+    """Cities of the training questions."""
     num_test_cities: PositiveInt = 16
+    """Cities of the held-out questions, others than those."""
     num_candidates: Annotated[int, Field(ge=3, le=10)] = 5
+    """Tiles a question: the right one and its confusers."""
     confusers: Literal["same_city", "anywhere"] = "same_city"
+    """Where the wrong tiles are from."""
     difficulty: Share = 0.8
     """Share of its other sides that a confuser has in common with the truth."""
+    curriculum_start: Share | None = None
+    """Where GRPO's difficulty starts; it rises evenly to `difficulty`."""
+    curriculum_samples: PositiveInt = 1000
+    """Prompts over which it rises."""
     careless: Share = 0.0
     """Share of the teacher's chains of thought that call every side they compare the same."""
     slip: Share = 0.0
@@ -75,15 +148,25 @@ class WorldConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
+    """torch's own, or torchao's: its state in 8 bits, or weights and state in bfloat16 with stochastic
+    rounding."""
     lr: Annotated[float, Field(gt=0)] = 1e-5
+    """Learning rate, at its highest."""
+    vision_lr: Annotated[float, Field(gt=0)] | None = None
+    """The vision tower's and its projector's own rate, on the same schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """After warm-up: stay, or fall towards `min_lr_ratio` of lr; the step after the last would reach it."""
     warmup_ratio: Share = 0.0
     """Share of the steps over which the rate rises from zero."""
     min_lr_ratio: Share = 0.0
+    """What `schedule` falls to, as a share of lr."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """Of Adam's averages of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled: a step takes lr times this share off every weight."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A longer gradient is scaled to this norm."""
     max_tokens: PositiveInt = 16384
     """Tokens a packed micro-batch; more are accumulated, with the same gradient."""
 
@@ -94,9 +177,11 @@ class Duration(Section):
     data: str = "world"
     """`world`, or a JSONL or parquet file."""
     steps: PositiveInt | None = None
+    """Steps of the stage; or set epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    freeze_vision: bool = False
-    """Keep the vision tower and its projector as they are."""
+    """Passes over the data, rounded to whole steps; or set steps."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that stay as they are: the vision tower, its projector, the text model with its head."""
     save_every: PositiveInt = 500
     """Steps between checkpoints."""
 
@@ -123,30 +208,53 @@ class LossConfig(Section):
     type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = "dapo"
     """How tokens are averaged."""
     policy: Literal["clip", "cispo", "sapo"] = "clip"
+    """The policy term: clipped PPO, CISPO (arXiv:2506.13585) or SAPO (arXiv:2511.20347)."""
     epsilon: Annotated[float, Field(ge=0)] = 0.2
+    """The ratio is clipped below 1 - epsilon."""
     epsilon_high: Annotated[float, Field(ge=0)] | None = None
+    """It is clipped above 1 + epsilon_high; without it, 1 + epsilon."""
     delta: Annotated[float, Field(gt=0)] | None = None
+    """A bound above on the ratio where the advantage is negative, too."""
     sapo_temperature_pos: Annotated[float, Field(gt=0)] = 1.0
+    """SAPO's temperature for positive advantages."""
     sapo_temperature_neg: Annotated[float, Field(gt=0)] = 1.05
+    """SAPO's temperature for negative ones."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratios of tokens, or of whole completions (GSPO)."""
     beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL to the model that the stage started from; it is held only where beta > 0."""
+    """Weight of the KL to the reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How the KL is estimated from the sampled tokens."""
     entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
 
 
 class AdvantageConfig(Section):
     """How a completion is scored against its group."""
 
     baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a reward is compared with: its group's mean, or that of the others in it."""
     scale: Literal["group", "batch", "none"] = "group"
+    """What the difference is divided by: the group's deviation, the step's, or nothing."""
     eps: Annotated[float, Field(gt=0)] = 1e-4
+    """Added to that deviation."""
+
+
+class ReferenceConfig(Section):
+    """The model that the KL is measured against; it is held only where loss.beta > 0."""
+
+    sync_steps: Natural = 0
+    """Steps between its moves towards the policy; 0 leaves it where the stage started."""
+    sync_share: Share = 0.6
+    """How far it moves: reference = share * policy + (1 - share) * reference. Source: TR-DPO,
+    arXiv:2404.09656."""
 
 
 class GRPOOptimConfig(OptimConfig):
     """AdamW and its schedule; reinforcement learning takes smaller steps."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Learning rate, at its highest."""
 
 
 class GRPOConfig(Duration):
@@ -158,6 +266,12 @@ class GRPOConfig(Duration):
     """Completions a prompt: M."""
     num_iterations: PositiveInt = 1
     """Updates from one batch of completions."""
+    max_resamples: Natural = 0
+    """Dynamic sampling: groups with equal rewards are replaced by other prompts', drawn up to this many times
+    a step; 0 keeps them. Source: DAPO, arXiv:2503.14476."""
+    mask_truncated: bool = False
+    """Overlong filtering: a completion that was cut off does not reach the gradient."""
+    reference: ReferenceConfig = ReferenceConfig()
     loss: LossConfig = LossConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     optim: GRPOOptimConfig = GRPOOptimConfig()
@@ -167,9 +281,13 @@ class RolloutConfig(Section):
     """Sampling of completions for GRPO."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits, in sampling and in the loss."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the smallest set of tokens with at least this probability."""
+    top_k: Natural = 0
+    """Sample from this many of the likeliest tokens; 0 from all."""
     max_new_tokens: PositiveInt = 256
+    """A completion that reaches this length is cut off."""
     max_tokens: PositiveInt = 65536
     """Cached tokens at a time; more prompts are sampled in turns, with the same result."""
 
@@ -194,18 +312,28 @@ class EvalConfig(Section):
     """Cross-view pairing on held-out samples, greedy."""
 
     data: str = "world"
-    num_samples: Annotated[int, Field(ge=0)] = 500
+    """`world`, or a JSONL or parquet file."""
+    num_samples: Natural = 500
     """The first so many; 0 takes all of a file."""
     max_new_tokens: PositiveInt = 256
+    """A completion that reaches this length is cut off."""
     max_tokens: PositiveInt = 65536
     """Cached tokens at a time."""
-    gallery: Annotated[int, Field(ge=0)] = 12
+    gallery: Natural = 12
     """Samples that the report shows."""
+    every: Natural = 0
+    """Steps between evaluations of a model in training; 0 evaluates finished stages only."""
+    every_num_samples: Natural = 0
+    """Samples of these evaluations; 0 takes num_samples."""
+    keep_best: bool = False
+    """A stage leaves the model that these evaluations found most accurate, not its last one."""
 
     @model_validator(mode="after")
     def _finite(self) -> EvalConfig:
         if self.data == "world" and not self.num_samples:
             raise ValueError("the world never ends: set num_samples")
+        if self.keep_best and not self.every:
+            raise ValueError("keep_best needs evaluations during training: set every")
         return self
 
 
@@ -213,7 +341,9 @@ class LogConfig(Section):
     """Where figures go besides metrics.jsonl."""
 
     tensorboard: bool = True
+    """Write TensorBoard's files into the run's folder."""
     wandb: bool = False
+    """Send figures to Weights & Biases."""
     project: str = "geo_r1"
     """W&B project."""
 
@@ -226,7 +356,9 @@ class Recipe(BaseSettings):
     )
 
     run: RunConfig = RunConfig()
+    parallel: ParallelConfig = ParallelConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     world: WorldConfig = WorldConfig()
     pretrain: SFTConfig = SFTConfig(steps=100)

@@ -1,12 +1,9 @@
-"""Data parallel ranks: each holds the whole model and works on its share of the global batch.
-
-Gradients are summed once a step, after all micro-batches: ranks may hold different numbers of them, or none.
-"""
+"""This process among the others, and what they tell each other on the host."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from geo_r1.train.lifeline import Lifeline
 
 # One rank may write a large checkpoint, or sample longer than the others, while they wait.
 PATIENCE = timedelta(hours=2)
@@ -31,6 +30,7 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
+    lifeline: Lifeline
 
     @classmethod
     def start(cls, threads: int = 0) -> Ranks:
@@ -46,14 +46,32 @@ class Ranks:
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-        return cls(int(os.environ.get("RANK", "0")), size, device)
+        else:  # DeepSpeed, which transformers imports where it is installed, would warn that it had to look
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if size == 1:
+            return cls(0, 1, device, Lifeline(0, {}))
+        store, rank, _ = next(dist.rendezvous("env://"))
+        # what is on the host travels from there, without waiting for the device
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        ties = dist.PrefixStore("lifeline", store)
+        return cls(rank, size, device, Lifeline.start(rank, size, ties, os.environ["MASTER_ADDR"]))
+
+    def join(self) -> None:
+        """See that there is a process group, which sharding needs even where there is one rank."""
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def stop(self) -> None:
-        """Leave the process group."""
-        if self.size > 1:
+        """Leave the others, who are about to do the same."""
+        if dist.is_initialized():  # of one rank, too, where it was sharded
             dist.destroy_process_group()
+        self.lifeline.close()
+
+    def leave(self) -> None:
+        """Leave because something went wrong: others may wait elsewhere, and would not hear a goodbye."""
+        if self.size == 1:
+            self.stop()
 
     @property
     def is_main(self) -> bool:
@@ -65,8 +83,11 @@ class Ranks:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over the ranks, in float64."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        self._all_reduce(total)
+        if self.size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(values, dtype=torch.float64)
+        with self._together():
+            dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -88,29 +109,32 @@ class Ranks:
             with self._together():
                 dist.barrier()
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over the ranks; a parameter unused on some ranks counts as zero there."""
-        if self.size == 1:
-            return
-        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
-        self._all_reduce(used)
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for parameter, count in zip(parameters, used.tolist(), strict=True):
-            if count:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
-        for gradients in by_dtype.values():
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            self._all_reduce(flat)
-            pieces = flat.split([gradient.numel() for gradient in gradients])
-            for gradient, piece in zip(gradients, pieces, strict=True):
-                gradient.copy_(piece.view_as(gradient))
-
-    def _all_reduce(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite a tensor, on whatever device, with rank 0's."""
         if self.size > 1:
             with self._together():
-                dist.all_reduce(tensor)
+                dist.broadcast(tensor, 0)
+
+    def exchange(self, moves: Sequence[tuple[int, int]], outgoing: Mapping[int, Any]) -> dict[int, Any]:
+        """Send objects from rank to rank.
+
+        Args:
+            moves: (from, to) of every object that moves, the same list on every rank.
+            outgoing: by index in `moves`, the objects that this rank sends.
+
+        Returns:
+            By index in `moves`, the objects that came to this rank.
+        """
+        incoming = {}
+        for index, (source, target) in enumerate(moves):  # in one order, so nobody waits in a circle
+            with self._together():
+                if source == self.rank:
+                    dist.send_object_list([outgoing[index]], target, device=torch.device("cpu"))
+                elif target == self.rank:
+                    box: list[Any] = [None]
+                    dist.recv_object_list(box, source, device=torch.device("cpu"))
+                    incoming[index] = box[0]
+        return incoming
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -118,6 +142,4 @@ class Ranks:
             yield
         except RuntimeError as error:  # gloo and NCCL both raise it when a connection closes
             reason = str(error).splitlines()[0]
-            raise PeerLost(
-                f"rank {self.rank}: another rank has ended; what it printed says why ({reason})"
-            ) from error
+            raise PeerLost(f"another rank has ended ({reason})") from error

@@ -14,29 +14,20 @@ from rich.table import Table
 from geo_r1.data import Sample, load_image
 from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import Prediction, predict, summarise
+from geo_r1.models import PackedVLM
 from geo_r1.rollout import score_groups
 from geo_r1.train.loop import Engine, load_rewards
 
 
-def evaluate(engine: Engine, row: str, source: Source) -> dict[str, Any]:
-    """Evaluate the engine's policy as one row of the table; writes eval/<row>/ and returns its summary."""
+def evaluate(engine: Engine, vlm: PackedVLM, row: str, source: Source) -> dict[str, Any]:
+    """Evaluate a model as one row of the table; writes eval/<row>/ and returns its summary.
+
+    Args:
+        vlm: whole on every rank.
+    """
     config = engine.recipe.eval
-    count = min(size for size in (config.num_samples, source.size) if size)
-    samples = [source.sample(index) for index in engine.ranks.share(count)]
-    what = f"eval {row}"
-    engine.log.start(what, len(samples))
-    mine = predict(
-        engine.vlm,
-        engine.tokenizer,
-        engine.encoder,
-        samples,
-        max_new_tokens=config.max_new_tokens,
-        max_tokens=config.max_tokens,
-        progress=lambda done: engine.log.advance(what, done, len(samples), ""),
-    )
-    engine.log.stop()
-    shares = engine.ranks.gather(mine)
-    predictions = [shares[i % len(shares)][i // len(shares)] for i in range(count)]
+    count = _count(source, config.num_samples)
+    predictions = _predict(engine, vlm, source, count, f"eval {row}")
     summary = summarise(predictions)
     if engine.ranks.is_main:
         folder = engine.run_dir / "eval" / row
@@ -47,6 +38,37 @@ def evaluate(engine: Engine, row: str, source: Source) -> dict[str, Any]:
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
     engine.ranks.barrier()
     return summary
+
+
+def validate(engine: Engine, vlm: PackedVLM, stage: str, source: Source) -> tuple[dict[str, float], float]:
+    """Figures of a model in training on the first held-out samples, and its accuracy; writes nothing."""
+    config = engine.recipe.eval
+    count = _count(source, config.every_num_samples or config.num_samples)
+    summary = summarise(_predict(engine, vlm, source, count, f"{stage}: eval"))
+    figures = {name: float(summary[name]) for name in ("accuracy", "well_formed", "completion_length")}
+    return figures, figures["accuracy"]
+
+
+def _count(source: Source, wanted: int) -> int:
+    return min(size for size in (wanted, source.size) if size)
+
+
+def _predict(engine: Engine, vlm: PackedVLM, source: Source, count: int, what: str) -> list[Prediction]:
+    """Predictions of the first `count` samples, each made by one rank, on every rank."""
+    config = engine.recipe.eval
+    samples = [source.sample(index) for index in engine.ranks.share(count)]
+    with engine.log.aside(what, len(samples)) as advance:
+        mine = predict(
+            vlm,
+            engine.tokenizer,
+            engine.encoder,
+            samples,
+            max_new_tokens=config.max_new_tokens,
+            max_tokens=config.max_tokens,
+            progress=advance,
+        )
+    shares = engine.ranks.gather(mine)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(count)]
 
 
 def write_summary(engine: Engine, rows: dict[str, dict[str, Any]]) -> None:

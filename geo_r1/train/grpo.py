@@ -5,13 +5,14 @@ Source: GRPO, arXiv:2402.03300; its variants as in TRL, whose metric names these
 
 from __future__ import annotations
 
-import copy
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from geo_r1.data.loader import PromptLoader
 from geo_r1.data.source import Source
 from geo_r1.kernels import (
     GRPOLossConfig,
@@ -20,91 +21,103 @@ from geo_r1.kernels import (
     linear_logprob,
     token_weights,
 )
-from geo_r1.kernels.layout import PackedPlan, plan_batches
-from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM, pack
-from geo_r1.models.packed import to_device
-from geo_r1.rewards import RewardTable
+from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM
+from geo_r1.models.lora import adapters_off
+from geo_r1.rewards import RewardFunction
 from geo_r1.rollout import Completion, SamplingConfig, generate, score_groups
+from geo_r1.train.batches import MicroBatch, StepBatches, Work, share_out
 from geo_r1.train.config import GRPOConfig, Recipe
-from geo_r1.train.loop import Engine, Phases, Updater, load_rewards, rows_of, run_stage
+from geo_r1.train.distributed import Ranks
+from geo_r1.train.loop import Engine, Phases, Updater, Validate, load_rewards, run_stage
+from geo_r1.train.parallel import Policy
 
 
 @dataclass(frozen=True)
-class Scored:
-    """This rank's groups of one step, and the advantage of each of their completions."""
+class Group:
+    """A prompt's completions and what they earn.
 
-    prompts: list[EncodedPrompt]
-    groups: list[list[Completion]]
-    advantage: Tensor  # [groups, M] float32
-    valid: Tensor  # [groups, M] bool: some reward function scored the completion
+    Attributes:
+        reward: the total of each completion; None where nothing scored it.
+        by_function: the same of each reward function.
+    """
+
+    prompt: EncodedPrompt
+    completions: list[Completion]
+    reward: list[float | None]
+    by_function: Mapping[str, list[float | None]]
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the rewards; exactly 0 where they are equal: such a group teaches nothing."""
+        scores = [value for value in self.reward if value is not None]
+        return statistics.stdev(scores) if len(scores) > 1 and min(scores) < max(scores) else 0.0
 
 
-@dataclass
-class MicroBatch:
-    """One packed batch of completions with everything the loss takes, [R] a row."""
-
-    batch: PackedBatch
-    advantage: Tensor
-    weight: Tensor
-    sequence: Tensor
-    ref_logp: Tensor | None = None
-    old_logp: Tensor | None = None
-
-
-def run_grpo(engine: Engine, config: GRPOConfig, source: Source) -> None:
+def run_grpo(
+    engine: Engine,
+    policy: Policy,
+    reference: Policy | None,
+    config: GRPOConfig,
+    source: Source,
+    validate: Validate,
+) -> None:
     """Run the GRPO stage to its end.
+
+    Args:
+        reference: what the KL is measured against; None where there is no KL, or where it is the policy
+            without its adapters.
 
     Raises:
         ValueError: a reward is unknown or fails, or a group does not fit the token budget; names it.
     """
     num_steps = source.num_steps(config.steps, config.epochs, config.prompts_per_step)
     recipe = engine.recipe
-    sampling = SamplingConfig(
-        recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.top_k, recipe.rollout.max_new_tokens
-    )
     loss_config = loss_config_of(recipe)
-    functions = load_rewards(recipe.rewards)
-    reference = _frozen_copy(engine.vlm) if config.loss.beta > 0 else None
+    temperature = recipe.rollout.temperature
+    moves = reference is not None and config.reference.sync_steps > 0
 
-    def step(step: int, updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
-        with phases("data"):
-            first = step * config.prompts_per_step
-            positions = [first + i for i in engine.ranks.share(config.prompts_per_step)]
-            samples = [source.draw(position, recipe.run.seed) for position in positions]
-            prompts = [engine.encoder.encode(sample) for sample in samples]
-            for prompt in prompts:
-                prompt.check_budget(sampling.max_new_tokens, recipe.rollout.max_tokens, "rollout.max_tokens")
-                prompt.check_budget(sampling.max_new_tokens, config.optim.max_tokens, "grpo.optim.max_tokens")
-        with phases("rollout"):
-            groups = generate(
-                engine.vlm,
-                prompts,
-                config.num_completions,
-                sampling=sampling,
-                eos_token_id={engine.tokenizer.eos_token_id, *engine.vlm.end_token_ids},
-                streams=[f"{recipe.run.seed}/{position}" for position in positions],
-                max_tokens=recipe.rollout.max_tokens,
+    def step(updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
+        sampled, kept = sampler.sample(updater, phases)
+        metrics = _reward_metrics(engine.ranks, sampled)
+        if config.max_resamples:
+            metrics["sampling/kept_groups"], metrics["sampling/groups"] = engine.ranks.sum(
+                [len(kept), len(sampled)]
             )
-        with phases("reward"):
-            rewards = RewardTable({name: [] for name in functions}, [])
-            if groups:  # a rank may have none; a user's function need not expect that
-                rewards = score_groups(functions, recipe.rewards.weights, engine.tokenizer, samples, groups)
-            scored, metrics = _advantages(engine, config, prompts, groups, rewards)
-        with phases("update"):
-            micro_batches, plan = _micro_batches(engine, config, scored)
-        with phases("reference"), torch.no_grad():
-            for micro in micro_batches:
+        with phases("plan"):
+            work = _work(engine, config, kept)
+            batches = share_out(policy, work, config.optim.max_tokens, _weights(engine, config, kept))
+        with phases("reference"):
+            for micro in batches.micro_batches:
                 if reference is not None:
-                    micro.ref_logp = _logp(reference, micro.batch, sampling.temperature)
+                    micro.ref_logp = reference.run(_logp, micro.batch, temperature)
+                elif config.loss.beta:
+                    micro.ref_logp = policy.run(_logp_without_adapters, micro.batch, temperature)
                 if config.num_iterations > 1:
-                    micro.old_logp = _logp(engine.vlm, micro.batch, sampling.temperature)
+                    micro.old_logp = policy.run(_logp, micro.batch, temperature)
         with phases("update"):
             for _ in range(config.num_iterations):
-                metrics |= _update(engine, loss_config, scored, micro_batches, updater, step)
-        metrics |= _token_metrics(engine, scored, plan)
-        return metrics, plan.num_tokens * config.num_iterations
+                metrics |= _update(policy, loss_config, batches, updater)
+        if moves and (updater.progress.step + 1) % config.reference.sync_steps == 0:
+            assert reference is not None
+            with phases("reference"):
+                reference.move_towards(policy, config.reference.sync_share)
+        metrics |= _token_metrics(engine.ranks, kept, batches) | batches.figures
+        return metrics, batches.num_tokens * config.num_iterations
 
-    run_stage(engine, "grpo", config.optim, num_steps, config.save_every, step, "reward")
+    with PromptLoader.of(recipe.data, source, engine.encoder, recipe.run.seed) as loader:
+        sampler = Sampler(engine, policy, config, loader)
+        run_stage(
+            engine,
+            "grpo",
+            policy,
+            config,
+            config.optim,
+            num_steps,
+            step,
+            "reward",
+            validate=validate,
+            reference=reference if moves else None,
+        )
 
 
 def loss_config_of(recipe: Recipe) -> GRPOLossConfig:
@@ -114,181 +127,217 @@ def loss_config_of(recipe: Recipe) -> GRPOLossConfig:
     )
 
 
-def _advantages(
-    engine: Engine,
-    config: GRPOConfig,
-    prompts: list[EncodedPrompt],
-    groups: list[list[Completion]],
-    rewards: RewardTable,
-) -> tuple[Scored, dict[str, float]]:
-    """Advantages over the whole step's groups, of which this rank keeps its own; and the reward metrics."""
-    shared = engine.ranks.gather((rewards.total, rewards.per_function))
-    total = [value for totals, _ in shared for value in totals]
-    valid = torch.tensor([value is not None for value in total], dtype=torch.bool)
-    reward = torch.tensor([value or 0.0 for value in total], dtype=torch.float32)
-    boundaries = torch.arange(0, len(total) + 1, config.num_completions, dtype=torch.int32)
+class Sampler:
+    """Draws prompts, samples their groups and scores them, until a step has what it needs."""
+
+    def __init__(self, engine: Engine, policy: Policy, config: GRPOConfig, loader: PromptLoader) -> None:
+        self.engine, self.policy, self.config, self.loader = engine, policy, config, loader
+        rollout = engine.recipe.rollout
+        self.sampling = SamplingConfig(
+            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens
+        )
+        self.functions: dict[str, RewardFunction] = load_rewards(engine.recipe.rewards)
+
+    def sample(self, updater: Updater, phases: Phases) -> tuple[list[Group], list[Group]]:
+        """This rank's groups of a step: all that were sampled, and those that it learns from.
+
+        With dynamic sampling, groups with equal rewards are replaced by those of the next prompts, as often
+        as allowed; what then is missing stays missing.
+        """
+        wanted, progress, ranks = self.config.prompts_per_step, updater.progress, self.engine.ranks
+        sampled: list[Group] = []
+        kept: list[Group] = []
+        missing = wanted
+        for _ in range(1 + self.config.max_resamples):
+            positions = [progress.drawn + i for i in ranks.share(missing)]
+            progress.drawn += missing
+            groups = self._groups(positions, [progress.drawn + i for i in ranks.share(wanted)], phases)
+            sampled += groups
+            kept += [group for group in groups if group.spread or not self.config.max_resamples]
+            missing = wanted - round(ranks.sum([len(kept)])[0])
+            if not missing:
+                break
+        return sampled, kept
+
+    def _groups(self, positions: list[int], upcoming: list[int], phases: Phases) -> list[Group]:
+        engine, recipe = self.engine, self.engine.recipe
+        with phases("data"):
+            drawn = [item for item in self.loader.load(positions, [upcoming]) if item is not None]
+            prompts, samples = [item.prompt for item in drawn], [item.sample for item in drawn]
+            for prompt in prompts:
+                room = self.sampling.max_new_tokens
+                prompt.check_budget(room, recipe.rollout.max_tokens, "rollout.max_tokens")
+                prompt.check_budget(room, self.config.optim.max_tokens, "grpo.optim.max_tokens")
+        with phases("rollout"), self.policy.whole() as vlm:
+            groups = generate(
+                vlm,
+                prompts,
+                self.config.num_completions,
+                sampling=self.sampling,
+                eos_token_id={engine.tokenizer.eos_token_id, *vlm.end_token_ids},
+                streams=[f"{recipe.run.seed}/{item.position}" for item in drawn],
+                max_tokens=recipe.rollout.max_tokens,
+            )
+        with phases("reward"):
+            if not groups:  # a rank may have none; a user's function need not expect that
+                return []
+            table = score_groups(self.functions, recipe.rewards.weights, engine.tokenizer, samples, groups)
+        size = self.config.num_completions
+        parts = [slice(i * size, (i + 1) * size) for i in range(len(groups))]
+        return [
+            Group(
+                prompt,
+                completions,
+                table.total[part],
+                {name: values[part] for name, values in table.per_function.items()},
+            )
+            for prompt, completions, part in zip(prompts, groups, parts, strict=True)
+        ]
+
+
+def _reward_metrics(ranks: Ranks, sampled: list[Group]) -> dict[str, float]:
+    """Rewards of all groups of the step, those that dynamic sampling left out among them."""
+    everyone = [
+        pair
+        for pairs in ranks.gather([(group.reward, group.by_function, group.spread) for group in sampled])
+        for pair in pairs
+    ]
+    totals = [value for rewards, *_ in everyone for value in rewards if value is not None]
+    spreads = [spread for *_, spread in everyone]
+    metrics = {
+        "reward": statistics.fmean(totals) if totals else 0.0,
+        "reward_std": statistics.fmean(spreads) if spreads else 0.0,
+        "frac_reward_zero_std": statistics.fmean(s == 0 for s in spreads) if spreads else 0.0,
+    }
+    for name in everyone[0][1] if everyone else ():
+        values = [value for _, table, _ in everyone for value in table[name] if value is not None]
+        if values:
+            metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+            metrics[f"rewards/{name}/std"] = statistics.pstdev(values)
+    return metrics
+
+
+def _counted(config: GRPOConfig, group: Group) -> list[bool]:
+    """Which completions count in the loss: scored ones, and whole ones where truncated ones are masked."""
+    return [
+        reward is not None and (completion.ended or not config.mask_truncated)
+        for completion, reward in zip(group.completions, group.reward, strict=True)
+    ]
+
+
+def _work(engine: Engine, config: GRPOConfig, kept: list[Group]) -> list[Work]:
+    """This rank's groups with the completions that reach the gradient, and their advantages.
+
+    One that does not count weighs nothing. Without a KL or an entropy term a completion's advantage is a
+    factor of its whole loss, whatever the policy term or the level of the ratio: where it is zero, so is the
+    gradient. A group of which none contributes is left out with its prompt and pictures.
+    """
+    shared = engine.ranks.gather([group.reward for group in kept])
+    rewards = [reward for groups in shared for reward in groups]
+    flat = [value for reward in rewards for value in reward]
     advantage = group_advantage(
-        reward,
-        boundaries,
-        valid_N=valid,
+        torch.tensor([value or 0.0 for value in flat], dtype=torch.float32),
+        torch.arange(0, len(flat) + 1, config.num_completions, dtype=torch.int32),
+        valid_N=torch.tensor([value is not None for value in flat], dtype=torch.bool),
         baseline=config.advantage.baseline,
         scale=config.advantage.scale,
         eps=config.advantage.eps,
     )
-    groups_of_M = zip(reward.split(config.num_completions), valid.split(config.num_completions), strict=True)
-    scores = [values[counts] for values, counts in groups_of_M]
-    spread = [s.std().item() if len(s) and s.amin() < s.amax() else 0.0 for s in scores]
-    metrics = {
-        "reward": reward[valid].mean().item() if valid.any() else 0.0,
-        "reward_std": statistics.fmean(spread),
-        "frac_reward_zero_std": statistics.fmean(value == 0 for value in spread),
-    }
-    for name in rewards.per_function:
-        values = [value for _, table in shared for value in table[name] if value is not None]
-        if values:
-            metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
-            metrics[f"rewards/{name}/std"] = statistics.pstdev(values)
-    start = sum(len(totals) for totals, _ in shared[: engine.ranks.rank])
-    mine = slice(start, start + len(rewards.total))
-    shape = (len(groups), config.num_completions)
-    return Scored(prompts, groups, advantage[mine].view(shape), valid[mine].view(shape)), metrics
+    first = sum(map(len, shared[: engine.ranks.rank]))
+    mine = advantage.view(-1, config.num_completions)[first : first + len(kept)].tolist()
+    always = bool(config.loss.beta or config.loss.entropy_coef)
+    work = []
+    for group, advantages in zip(kept, mine, strict=True):
+        indices = [
+            i
+            for i, (counts, value) in enumerate(zip(_counted(config, group), advantages, strict=True))
+            if counts and (value or always)
+        ]
+        if indices:
+            completions = [completion.token_ids for completion in group.completions]
+            work.append(Work(group.prompt, completions, advantages).part(indices))
+    return work
 
 
-def _contributing(config: GRPOConfig, scored: Scored) -> Tensor:
-    """[groups, M] bool: completions that reach the gradient.
-
-    One that nothing scored weighs nothing. Without a KL or an entropy term a completion's advantage is a
-    factor of its whole loss, whatever the policy term or the level of the ratio: where it is zero, so is the
-    gradient.
-    """
-    if config.loss.beta or config.loss.entropy_coef:
-        return scored.valid
-    return scored.valid & (scored.advantage != 0)
-
-
-def _micro_batches(engine: Engine, config: GRPOConfig, scored: Scored) -> tuple[list[MicroBatch], PackedPlan]:
-    """Pack this rank's contributing completions under the token budget; weights count the whole step's.
-
-    A group of which none contributes is left out with its prompt and pictures; there may be no batch at all.
-    """
-    device = engine.ranks.device
-    rows = zip(scored.groups, scored.valid.tolist(), strict=True)
-    valid_len = [
-        len(c.token_ids)
-        for group, valid in rows
-        for c, is_valid in zip(group, valid, strict=True)
-        if is_valid
+def _weights(engine: Engine, config: GRPOConfig, kept: list[Group]):
+    """Completion lengths to token weights; the averages are over the whole step, on all ranks."""
+    lengths = [
+        len(completion.token_ids)
+        for group in kept
+        for completion, counts in zip(group.completions, _counted(config, group), strict=True)
+        if counts
     ]
-    num_tokens, num_sequences = (max(n, 1) for n in engine.ranks.sum([sum(valid_len), len(valid_len)]))
-    kept = [
-        (prompt, [group[i].token_ids for i in indices], advantage_M[indices])
-        for prompt, group, advantage_M, kept_M in zip(
-            scored.prompts, scored.groups, scored.advantage, _contributing(config, scored), strict=True
-        )
-        if (indices := kept_M.nonzero()[:, 0].tolist())
-    ]
-    plan = plan_batches(
-        [len(prompt.token_ids) for prompt, *_ in kept],
-        [[len(tokens) for tokens in group] for _, group, _ in kept],
-        config.optim.max_tokens,
+    num_tokens, num_sequences = (max(n, 1) for n in engine.ranks.sum([sum(lengths), len(lengths)]))
+    return lambda completion_len: token_weights(
+        completion_len,
+        config.loss.type,
+        num_items=num_tokens if config.loss.type in ("bnpo", "dapo") else num_sequences,
+        max_completion_length=engine.recipe.rollout.max_new_tokens,
     )
-    micro_batches = []
-    for pieces in plan.batches:
-        batch = pack(
-            [kept[g][0] for g, _ in pieces],
-            [[kept[g][1][i] for i in indices] for g, indices in pieces],
-            device,
-        )
-        advantage = torch.cat([kept[g][2][list(indices)] for g, indices in pieces])
-        weight = token_weights(
-            batch.completion_len,
-            config.loss.type,
-            num_items=num_tokens if config.loss.type in ("bnpo", "dapo") else num_sequences,
-            max_completion_length=engine.recipe.rollout.max_new_tokens,
-        )
-        sequence = torch.arange(len(batch.completion_len))
-        micro_batches.append(
-            MicroBatch(
-                batch,
-                to_device(rows_of(advantage, batch.completion_len), device),
-                to_device(weight, device),
-                to_device(rows_of(sequence, batch.completion_len), device),
-            )
-        )
-    return micro_batches, plan
 
 
 def _update(
-    engine: Engine,
-    config: GRPOLossConfig,
-    scored: Scored,
-    micro_batches: list[MicroBatch],
-    updater: Updater,
-    step: int,
+    policy: Policy, config: GRPOLossConfig, batches: StepBatches, updater: Updater
 ) -> dict[str, float]:
     """One optimiser step over all micro-batches.
 
     Entropy, KL and clipping are means over the tokens in them, the whole step's: those of completions that
-    reach the gradient (see `_contributing`). Where there are none, there are no means.
+    reach the gradient (see `_work`). Where there are none, there are no means.
     """
-    sums = torch.zeros(7, dtype=torch.float64, device=engine.ranks.device)  # read once, at the end
-    for micro in micro_batches:
-        out = linear_grpo_loss(
-            engine.vlm.loss_rows(micro.batch),
-            engine.vlm.lm_head,
-            micro.batch.target,
-            micro.advantage,
-            micro.weight,
-            old_logp_R=micro.old_logp,
-            ref_logp_R=micro.ref_logp,
-            sequence_R=micro.sequence,
-            config=config,
-        )
-        out.loss.backward()
-        low = out.clipped_R & (micro.advantage < 0)
-        high = out.clipped_R & (micro.advantage > 0)
-        columns = (torch.ones_like(low), out.entropy_R, out.kl_R, out.clipped_R, low, high)
-        sums += torch.stack([out.loss.detach().double(), *(column.sum().double() for column in columns)])
-    _zero_gradients_of_the_rest(engine.vlm, scored)
-    loss, tokens, *totals = engine.ranks.sum(sums.tolist())
+    sums = torch.zeros(7, dtype=torch.float64, device=policy.ranks.device)  # read once, at the end
+    for index, micro in enumerate(batches.micro_batches):
+        last = index + 1 == len(batches.micro_batches)
+        part, columns = policy.learn(_loss, micro, config, last=last)
+        sums += torch.cat([part.double().reshape(1), columns])
+    loss, tokens, *totals = policy.ranks.sum(sums.tolist())
     names = ("entropy", "kl", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")
     means = {name: total / tokens for name, total in zip(names, totals, strict=True) if tokens}
     if config.beta == 0:
         means.pop("kl", None)
-    return {"loss": loss, **means, **updater.apply(step)}
+    return {"loss": loss, **means, **updater.apply(loss, batches.micro_batches)}
 
 
-def _zero_gradients_of_the_rest(vlm: PackedVLM, scored: Scored) -> None:
-    """Completions that were left out have gradients of zero, not none: Adam's averages decay all the same."""
-    if not scored.groups:
-        return
-    parts = [vlm.model.model.language_model, vlm.model.lm_head]
-    if any(prompt.pixel_values is not None for prompt in scored.prompts):
-        parts.append(vlm.model.model.visual)
-    for parameter in (p for part in parts for p in part.parameters()):
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+def _loss(vlm: PackedVLM, micro: MicroBatch, config: GRPOLossConfig) -> tuple[Tensor, Tensor]:
+    """The loss, and [6] float64 sums over its rows: how many, entropy, KL, clipped, clipped low and high."""
+    out = linear_grpo_loss(
+        vlm.loss_rows(micro.batch),
+        vlm.lm_head,
+        micro.batch.target,
+        micro.advantage,
+        micro.weight,
+        old_logp_R=micro.old_logp,
+        ref_logp_R=micro.ref_logp,
+        sequence_R=micro.sequence,
+        config=config,
+    )
+    counts = micro.weight != 0
+    low = out.clipped_R & (micro.advantage < 0)
+    high = out.clipped_R & (micro.advantage > 0)
+    columns = (torch.ones_like(low), out.entropy_R, out.kl_R, out.clipped_R, low, high)
+    return out.loss, torch.stack([torch.where(counts, column, 0).double().sum() for column in columns])
 
 
-def _token_metrics(engine: Engine, scored: Scored, plan: PackedPlan) -> dict[str, float]:
+def _token_metrics(ranks: Ranks, kept: list[Group], batches: StepBatches) -> dict[str, float]:
     """Lengths of the step's completions, and what its update computed of them, in tokens.
 
     A step that pads every completion and its own copy of the prompt to the longest ones would compute
     tokens/computed + saved_by_sharing + saved_by_packing + dropped_zero_advantage.
     """
-    pairs = [(len(c.token_ids), c.ended) for group in scored.groups for c in group]
-    prompt_len = [len(p.token_ids) for p in scored.prompts]
-    copies = sum(length * len(group) for length, group in zip(prompt_len, scored.groups, strict=True))
-    packed = sum(len(indices) for batch in plan.batches for _, indices in batch)
-    own = (len(pairs) - packed, plan.num_tokens, plan.repeated_tokens)
-    everyone = engine.ranks.gather((pairs, prompt_len, copies, *own))
+    pairs = [(len(c.token_ids), c.ended) for group in kept for c in group.completions]
+    prompt_len = [len(group.prompt.token_ids) for group in kept]
+    copies = sum(length * len(group.completions) for length, group in zip(prompt_len, kept, strict=True))
+    everyone = ranks.gather((pairs, prompt_len, copies))
     lengths = [length for pairs, *_ in everyone for length, _ in pairs]
+    if not lengths:
+        return {}
     ended = [length for pairs, *_ in everyone for length, done in pairs if done]
-    longest_prompt = max(length for _, prompt_len, *_ in everyone for length in prompt_len)
-    unshared = sum(lengths) + sum(copies for _, _, copies, *_ in everyone)
-    dropped, computed, repeated = (sum(counts) for counts in list(zip(*everyone, strict=True))[3:])
+    longest_prompt = max(length for _, prompt_len, _ in everyone for length in prompt_len)
+    unshared = sum(lengths) + sum(copies for *_, copies in everyone)
+    plan = batches.plan
+    packed = sum(len(indices) for rank in plan.batches for batch in rank for _, indices in batch)
     # left out: completions that do not reach the gradient, and the prompts of groups that have no others
-    left_out = sum(lengths) + sum(sum(prompt_len) for _, prompt_len, *_ in everyone) - (computed - repeated)
+    needed = plan.num_tokens - plan.repeated_tokens
+    left_out = sum(lengths) + sum(sum(prompt_len) for _, prompt_len, _ in everyone) - needed
     metrics = {
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": min(lengths),
@@ -296,12 +345,12 @@ def _token_metrics(engine: Engine, scored: Scored, plan: PackedPlan) -> dict[str
         "completions/clipped_ratio": 1 - len(ended) / len(lengths),
         "completions/mean_terminated_length": statistics.fmean(ended) if ended else 0.0,
         "num_tokens": sum(lengths),
-        "completions/dropped_zero_advantage": dropped,
+        "completions/dropped_zero_advantage": len(lengths) - packed,
         "tokens/dropped_zero_advantage": left_out,
-        "tokens/computed": computed,
-        "tokens/saved_by_sharing": unshared - left_out - computed,
+        "tokens/computed": plan.num_tokens,
+        "tokens/saved_by_sharing": unshared - left_out - plan.num_tokens,
         "tokens/saved_by_packing": len(lengths) * (longest_prompt + max(lengths)) - unshared,
-        "tokens/repeated_prompt": repeated,
+        "tokens/repeated_prompt": plan.repeated_tokens,
     }
     return {name: float(value) for name, value in metrics.items()}
 
@@ -310,7 +359,6 @@ def _logp(vlm: PackedVLM, batch: PackedBatch, temperature: float) -> Tensor:
     return linear_logprob(vlm.loss_rows(batch), vlm.lm_head, batch.target, temperature=temperature)[0]
 
 
-def _frozen_copy(vlm: PackedVLM) -> PackedVLM:
-    frozen = copy.deepcopy(vlm)
-    frozen.model.requires_grad_(False).eval()
-    return frozen
+def _logp_without_adapters(vlm: PackedVLM, batch: PackedBatch, temperature: float) -> Tensor:
+    with adapters_off(vlm.model):
+        return _logp(vlm, batch, temperature)

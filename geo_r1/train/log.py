@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,21 @@ class Log:
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES or done == total:
             self.last_line = time.monotonic()
             self.say(f"{what} {done}/{total}  {figures}")
+
+    @contextmanager
+    def aside(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress line of its own; the one that was there comes back after it. Yields what moves it."""
+        before = self.progress
+        if before is not None:
+            before.stop()
+        self.start(what, total)
+        try:
+            yield lambda done: self.advance(what, done, total, "")
+        finally:
+            self.stop()
+            self.progress = before
+            if before is not None:
+                before.start()
 
     def stop(self) -> None:
         """End the progress line."""

@@ -7,24 +7,26 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from geo_r1.data import PromptEncoder
 from geo_r1.models import PackedVLM
 from geo_r1.rewards import RewardFunction, load_reward
-from geo_r1.train.checkpoint import checkpoint_folder, newest_checkpoint, prune, restore, save_folder
-from geo_r1.train.config import OptimConfig, Recipe, RewardConfig
+from geo_r1.train.batches import MicroBatch
+from geo_r1.train.checkpoint import Checkpoints, save_folder
+from geo_r1.train.config import Duration, OptimConfig, Recipe, RewardConfig
 from geo_r1.train.distributed import Ranks
 from geo_r1.train.log import Log
+from geo_r1.train.optim import build_optimizer, set_learning_rate
+from geo_r1.train.parallel import Policy
 
-KEPT_CHECKPOINTS = 2
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(Exception):  # noqa: N818  # nothing went wrong
@@ -33,73 +35,82 @@ class Stopped(Exception):  # noqa: N818  # nothing went wrong
 
 @dataclass
 class Engine:
-    """A policy with its tokenizer and image processor, on this rank, and where the run writes.
-
-    `holds` says which weights the policy has: the path they were loaded from, or of a stage's export.
-    """
+    """What a run has besides its policy, and where it writes."""
 
     recipe: Recipe
     ranks: Ranks
     run_dir: Path
     log: Log
-    vlm: PackedVLM
     tokenizer: Any
     image_processor: Any
     encoder: PromptEncoder
-    holds: str | Path
 
-    def save(self, folder: Path, state: dict[str, Any] | None = None) -> None:
-        """Write the policy, on the main rank; the others wait."""
-        if self.ranks.is_main:
-            save_folder(folder, self.vlm.model, [self.tokenizer, self.image_processor], state)
+    def export(self, folder: Path, policy: Policy) -> None:
+        """Write the policy as a transformers folder, on the main rank; the others take part, and wait."""
+        with policy.exported() as model:
+            if model is not None:
+                save_folder(folder, model, [self.tokenizer, self.image_processor])
         self.ranks.barrier()
 
 
+@dataclass
+class Progress:
+    """What a stage has behind it. With weights and optimiser, all that its future depends on: samples and
+    random streams are functions of these numbers and the seed."""
+
+    step: int = 0
+    drawn: int = 0
+    """Positions of the training order that were used."""
+    bad_steps: int = 0
+
+
 class Updater:
-    """AdamW over the policy's trainable parameters, with its schedule and clipping."""
+    """A policy's optimiser, with its schedule, and what happens when a step goes wrong."""
 
-    def __init__(self, engine: Engine, config: OptimConfig, num_steps: int) -> None:
-        self.ranks, self.config, self.num_steps = engine.ranks, config, num_steps
-        self.parameters = [p for p in engine.vlm.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            # one pass; torch's default on a GPU holds temporaries as large as the weights
-            fused=self.parameters[0].device.type == "cuda" or None,
-        )
+    def __init__(
+        self, engine: Engine, stage: str, policy: Policy, config: OptimConfig, num_steps: int
+    ) -> None:
+        self.engine, self.stage, self.policy = engine, stage, policy
+        self.config, self.num_steps = config, num_steps
+        self.progress = Progress()
+        self.optimizer = policy.attach(build_optimizer(policy.vlm.model, config), config.max_grad_norm)
 
-    def learning_rate(self, step: int) -> float:
-        """The rate at a step: it rises over the warm-up, then follows the schedule to the last step."""
-        config = self.config
-        warmup = math.ceil(config.warmup_ratio * self.num_steps)
-        if step < warmup:
-            return config.lr * (step + 1) / warmup
-        left = 1 - (step - warmup) / max(1, self.num_steps - warmup)
-        fall = {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[
-            config.schedule
-        ]
-        return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
+    def apply(self, loss: float, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """Clip and update; returns `grad_norm` and `learning_rate`.
 
-    def apply(self, step: int) -> dict[str, float]:
-        """Sum gradients over ranks, clip, update; returns `grad_norm` and `learning_rate`.
+        A loss or a gradient that is not finite changes nothing: the step is counted, its batch kept.
+
+        Args:
+            loss: of the step, over all ranks.
+            micro_batches: what this rank's gradient came from.
 
         Raises:
-            ValueError: the gradient is not finite.
+            ValueError: there were too many such steps.
         """
-        self.ranks.sum_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
-        if not math.isfinite(norm):
+        rate = set_learning_rate(self.optimizer, self.config, self.progress.step, self.num_steps)
+        norm = self.policy.update(self.optimizer, self.config.max_grad_norm, math.isfinite(loss))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._count_bad_step(loss, norm, micro_batches)
+        figures = {"grad_norm": norm, "learning_rate": rate}
+        return figures | ({"bad_steps": float(self.progress.bad_steps)} if self.progress.bad_steps else {})
+
+    def _count_bad_step(self, loss: float, norm: float, micro_batches: Sequence[MicroBatch]) -> None:
+        engine, step = self.engine, self.progress.step + 1
+        self.progress.bad_steps += 1
+        folder = engine.run_dir / "bad"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{self.stage}-{step:06d}-rank{engine.ranks.rank}.pt"
+        beside = file.with_suffix(".partial")
+        torch.save([micro.record for micro in micro_batches], beside)
+        beside.replace(file)
+        what = f"step {step}: loss {loss}, gradient {norm}"
+        engine.log.say(f"{self.stage} {what}: skipped; its batch is in {folder}")
+        if self.progress.bad_steps > engine.recipe.run.max_bad_steps:
             raise ValueError(
-                f"step {step}: the gradient's norm is {norm}; lower the learning rate or check the rewards"
+                f"{self.stage} {what}: {self.progress.bad_steps} steps were not finite, run.max_bad_steps is "
+                f"{engine.recipe.run.max_bad_steps}; lower the learning rate or check the rewards. Their "
+                f"batches are in {folder}"
             )
-        rate = self.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return {"grad_norm": norm, "learning_rate": rate}
 
 
 @dataclass
@@ -119,80 +130,129 @@ class Phases:
 
 
 # One step of a stage: updates the policy, returns the step's figures and the tokens it computed on this rank.
-Step = Callable[[int, Updater, Phases], tuple[dict[str, float], int]]
+Step = Callable[[Updater, Phases], tuple[dict[str, float], int]]
+# Figures of a whole model on held-out samples, and the one of them by which a model is better.
+Validate = Callable[[PackedVLM], tuple[dict[str, float], float]]
 
 
 def run_stage(
     engine: Engine,
     stage: str,
-    config: OptimConfig,
+    policy: Policy,
+    config: Duration,
+    optim: OptimConfig,
     num_steps: int,
-    save_every: int,
     step_fn: Step,
     headline: str,
+    *,
+    validate: Validate,
+    reference: Policy | None = None,
 ) -> None:
     """Run a stage from its newest checkpoint, or from the start, to its end, and export the model.
 
     Args:
         step_fn: one step.
         headline: the figure that the progress line shows.
+        validate: run every `eval.every` steps.
+        reference: a second model that moves, and so belongs to the checkpoint.
 
     Raises:
-        Stopped: SIGTERM or SIGINT came; the state is in a checkpoint.
+        Stopped: SIGTERM, SIGINT or SIGUSR1 came; the state is in a checkpoint.
+        ValueError: a checkpoint cannot be read or written, or too many steps went wrong.
     """
-    updater = Updater(engine, config, num_steps)
-    first = 0
-    if (newest := newest_checkpoint(engine.run_dir, stage)) is not None:
-        state = restore(newest, engine.vlm.model)
-        try:
-            updater.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise ValueError(f"checkpoint {newest} is of another model: {error}") from error
-        first = state["step"]
-        engine.log.say(f"{stage}: going on from {newest}")
-    engine.log.rewind(stage, first)
-    engine.vlm.model.train()
-    engine.log.start(stage, num_steps, first)
-    with stop_requests() as stop_requested:
-        for step in range(first, num_steps):
-            phases = Phases(engine.ranks.device)
-            start = time.perf_counter()
-            metrics, tokens = step_fn(step, updater, phases)
-            seconds = time.perf_counter() - start
-            metrics |= {f"time/{name}": value for name, value in phases.seconds.items()}
-            metrics |= {
-                "time/step": seconds,
-                "tokens_per_second": engine.ranks.sum([tokens])[0] / seconds,
-                "memory/peak_mib": peak_memory_mib(engine.ranks.device),
-            }
-            engine.log.write(stage, step + 1, metrics)
-            figures = f"{headline} {metrics[headline]:.4f}  {seconds:.2f} s/step"
-            engine.log.advance(stage, step + 1, num_steps, figures)
-            stop = engine.ranks.any(stop_requested())
-            if stop or (step + 1) % save_every == 0:
-                state = {"step": step + 1, "optimizer": updater.optimizer.state_dict()}
-                engine.save(checkpoint_folder(engine.run_dir, stage, step + 1), state)
-                if engine.ranks.is_main:
-                    prune(engine.run_dir, stage, KEPT_CHECKPOINTS)
+    ranks, recipe = engine.ranks, engine.recipe
+    updater = Updater(engine, stage, policy, optim, num_steps)
+    checkpoints = Checkpoints(engine.run_dir, stage, ranks, recipe.run.keep_checkpoints)
+    with closing(checkpoints), stop_requests() as stop_requested:
+        progress = updater.progress
+        if (newest := checkpoints.newest()) is not None:
+            _load(checkpoints, newest, updater, reference)
+            engine.log.say(f"{stage}: going on from {newest}")
+        engine.log.rewind(stage, progress.step)
+        policy.vlm.model.train()
+        engine.log.start(stage, num_steps, progress.step)
+        while progress.step < num_steps:
+            metrics, seconds = _timed_step(engine, updater, step_fn)
+            accuracy = None
+            if recipe.eval.every and progress.step % recipe.eval.every == 0:
+                with policy.whole() as vlm:
+                    figures, accuracy = validate(vlm)
+                metrics |= {f"eval/{name}": figure for name, figure in figures.items()}
+            engine.log.write(stage, progress.step, metrics)
+            line = f"{headline} {metrics[headline]:.4f}  {seconds:.2f} s/step"
+            engine.log.advance(stage, progress.step, num_steps, line)
+            best = checkpoints.best()
+            better = recipe.eval.keep_best and accuracy is not None and (not best or accuracy > best[1])
+            stop = ranks.any(stop_requested())
+            if stop or better or progress.step % config.save_every == 0:
+                checkpoints.save(progress.step, _state(updater, reference), wait=stop)
+            if better:
+                assert accuracy is not None
+                checkpoints.mark_best(progress.step, accuracy)
             if stop:
                 engine.log.stop()
                 raise Stopped(
-                    f"{stage} stopped after step {step + 1} of {num_steps}; the same command goes on"
+                    f"{stage} stopped after step {progress.step} of {num_steps}; the same command goes on"
                 )
         engine.log.stop()
-        engine.holds = engine.run_dir / "models" / stage
-        engine.save(engine.holds)
-        if engine.ranks.is_main:
-            prune(engine.run_dir, stage, 0)
-        if engine.ranks.any(stop_requested()):
+        checkpoints.wait()
+        if (best := checkpoints.best()) is not None and best[0] != progress.step:
+            _load(checkpoints, checkpoints.folder(best[0]), updater, reference)
+            engine.log.say(f"{stage}: leaves the model of step {best[0]}, accuracy {best[1]:.1%}")
+        engine.export(engine.run_dir / "models" / stage, policy)
+        checkpoints.clear()
+        if ranks.any(stop_requested()):
             raise Stopped(f"{stage} is finished; the same command goes on")
+
+
+def _timed_step(engine: Engine, updater: Updater, step_fn: Step) -> tuple[dict[str, float], float]:
+    """Run a step; its figures with times and memory, and its seconds."""
+    ranks, progress = engine.ranks, updater.progress
+    # dropout draws from it, and what it draws is to be the same when a run goes on
+    torch.manual_seed(hash((engine.recipe.run.seed, progress.step, ranks.rank)))
+    phases = Phases(ranks.device)
+    start = time.perf_counter()
+    metrics, tokens = step_fn(updater, phases)
+    seconds = time.perf_counter() - start
+    progress.step += 1
+    metrics |= {f"time/{name}": value for name, value in phases.seconds.items()}
+    metrics |= {
+        "time/step": seconds,
+        "tokens_per_second": ranks.sum([tokens])[0] / seconds,
+        "memory/peak_mib": peak_memory_mib(ranks.device),
+    }
+    return metrics, seconds
+
+
+def _state(updater: Updater, reference: Policy | None) -> dict[str, dict[str, Any]]:
+    state = updater.policy.state(updater.optimizer)
+    if reference is not None:
+        state["model"] |= {
+            f"reference.{name}": tensor for name, tensor in reference.state(None)["model"].items()
+        }
+    return state | {"trainer": asdict(updater.progress)}
+
+
+def _load(checkpoints: Checkpoints, folder: Path, updater: Updater, reference: Policy | None) -> None:
+    state = checkpoints.load(folder, _state(updater, reference))
+    if state["trainer"].keys() != asdict(updater.progress).keys():
+        raise ValueError(f"checkpoint {folder} cannot be read: trainer.json holds no trainer's state")
+    weights = {name: tensor for name, tensor in state["model"].items() if not name.startswith("reference.")}
+    updater.policy.load_state(updater.optimizer, {"model": weights, "optim": state["optim"]})
+    if reference is not None:
+        moved = {
+            name.removeprefix("reference."): t for name, t in state["model"].items() if name not in weights
+        }
+        reference.load_state(None, {"model": moved, "optim": {}})
+    for name, value in state["trainer"].items():
+        setattr(updater.progress, name, value)
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM and SIGINT only set a flag; the step in progress ends whole."""
+    """Within, a request to stop only sets a flag; the step in progress ends whole."""
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in before:
         signal.signal(number, lambda number, _: received.append(number))
     try:
@@ -222,8 +282,3 @@ def load_rewards(config: RewardConfig) -> dict[str, RewardFunction]:
                     f"rewards.{table} names {name}, but rewards.functions has {', '.join(config.functions)}"
                 )
     return {name: load_reward(name, **config.options.get(name, {})) for name in config.functions}
-
-
-def rows_of(values_N: Tensor, completion_len: list[int]) -> Tensor:
-    """Spread one value a completion [N] over its tokens [R]."""
-    return values_N.repeat_interleave(torch.tensor(completion_len, device=values_N.device))

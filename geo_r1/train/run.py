@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,27 @@ from transformers.utils import logging as transformers_logging
 from geo_r1.data import PromptEncoder, World, exemplars, read_samples
 from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import question_of
-from geo_r1.models import PackedVLM, load_model
-from geo_r1.models.tiny import build_tiny
+from geo_r1.models import PackedVLM
 from geo_r1.train.checkpoint import newest_checkpoint, prune
 from geo_r1.train.config import STAGES, Recipe
 from geo_r1.train.distributed import Ranks
-from geo_r1.train.evaluate import evaluate, write_summary, write_text
+from geo_r1.train.evaluate import evaluate, validate, write_summary, write_text
 from geo_r1.train.grpo import loss_config_of, run_grpo
 from geo_r1.train.log import Log
 from geo_r1.train.loop import Engine, load_rewards
+from geo_r1.train.models import TINY, Models, world_of
 from geo_r1.train.recipe import dump_recipe
 from geo_r1.train.report import write_report
 from geo_r1.train.sft import run_sft
 
-# Sections that may change when a run goes on in its folder; the others, and the seed, decide the result.
-FREE_TO_CHANGE = ("run", "eval", "log")
-TINY = "tiny"
-TOKENIZER_SAMPLES = 200
+# What may change when a run goes on in its folder: it decides nothing but speed, memory and what is shown.
+# Of `run` all but the seed may, in the stages how often they save and how they pack.
+FREE_SECTIONS = ("parallel", "eval", "log")
+FREE_KEYS = {
+    "data": ("num_workers", "cache_mib"),
+    "model": ("checkpointing", "offload_activations", "compile", "liger"),
+    "rollout": ("max_tokens",),
+}
 
 
 def run(recipe: Recipe, ranks: Ranks) -> None:
@@ -47,30 +52,47 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     transformers_logging.disable_progress_bar()
     torch.manual_seed(recipe.run.seed)
     run_dir = recipe.run.dir
-    world = World(**recipe.world.model_dump(exclude={"careless", "slip"}))
-    sources = {stage: open_source(recipe, world, stage) for stage in recipe.run.stages}
+    world = world_of(recipe)
+    needed = {*recipe.run.stages, *(("eval",) if recipe.eval.every else ())}
+    sources = {stage: open_source(recipe, world, stage) for stage in needed}
     # Wrong rewards and loss options are errors now, not when their stage comes.
     load_rewards(recipe.rewards)
     loss_config_of(recipe)
-    engine = _start(recipe, ranks, run_dir, world)
+    _check_folder(recipe, run_dir)
+    check_model_exists(recipe.model.path)
+    models = Models(recipe, world, ranks)
+    engine = _start(recipe, ranks, run_dir, models)
     try:
         for stage in recipe.run.stages:
             if stage == "eval":
-                _evaluate(engine, world, sources["eval"])
+                _evaluate(engine, models, sources["eval"])
             elif not (run_dir / "models" / stage).exists():
                 _check_later_stages(run_dir, stage)
-                _use_model(engine, world, _start_of(recipe, stage))
-                engine.vlm.model.model.visual.requires_grad_(not getattr(recipe, stage).freeze_vision)
-                if stage == "grpo":
-                    run_grpo(engine, recipe.grpo, sources[stage])
-                else:
-                    run_sft(engine, stage, getattr(recipe, stage), sources[stage])
+                _train(engine, models, stage, sources)
             elif ranks.is_main:
                 prune(run_dir, stage, 0)  # what a run that was killed right after its export left
         if ranks.is_main:
             engine.log.say(f"report: {write_report(run_dir)}")
     finally:
         engine.log.close()
+
+
+def _train(engine: Engine, models: Models, stage: str, sources: Mapping[str, Source]) -> None:
+    recipe = engine.recipe
+    config = getattr(recipe, stage)
+
+    def check(vlm: PackedVLM) -> tuple[dict[str, float], float]:
+        return validate(engine, vlm, stage, sources["eval"])
+
+    path = _start_of(recipe, stage)
+    policy = models.policy(path, config)
+    if stage == "grpo":
+        reference = None
+        if config.loss.beta and not recipe.lora.rank:
+            reference = models.reference(path)
+        run_grpo(engine, policy, reference, config, sources[stage], check)
+    else:
+        run_sft(engine, stage, policy, config, sources[stage], check)
 
 
 def open_source(recipe: Recipe, world: World, stage: str) -> Source:
@@ -83,26 +105,26 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
                 question_of(sample)
             elif stage != "grpo" and sample.response is None:
                 raise ValueError(f"sample {sample.id} of {data} has no response, which {stage} needs")
-        return Source.of(samples)
+        return Source.of(samples, recipe.data.curriculum and stage != "eval")
+    options = recipe.world
     if stage == "pretrain":
-        return Source(lambda i: exemplars.pretraining(world, "train", i), None)
+        return Source(exemplars.Numbered(exemplars.pretraining, world, "train"), None)
     if stage == "sft":
+        teacher = {"careless": options.careless, "slip": options.slip}
         return Source(
-            lambda i: exemplars.chain_of_thought(
-                world, "train", 1_000_000 + i, recipe.world.careless, recipe.world.slip
-            ),
-            None,
+            exemplars.Numbered(exemplars.chain_of_thought, world, "train", 1_000_000, teacher), None
         )
-    if stage == "grpo":
-        return Source(lambda i: exemplars.question(world, "train", 2_000_000 + i), None)
-    return Source(lambda i: exemplars.question(world, "test", i), None)
+    if stage == "grpo" and options.curriculum_start is not None:
+        start, num_rising = options.curriculum_start, options.curriculum_samples
+        return Source(exemplars.RisingQuestions(world, "train", 2_000_000, start, num_rising), None)
+    first = 2_000_000 if stage == "grpo" else 0
+    split = "train" if stage == "grpo" else "test"
+    return Source(exemplars.Numbered(exemplars.question, world, split, first), None)
 
 
-def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, world: World) -> Engine:
-    """Take possession of the run's folder and load the model that the recipe names."""
-    _check_folder(recipe, run_dir)
-    _check_model_exists(recipe.model.path)
-    loaded = _load(recipe, world, recipe.model.path, ranks.device)  # before anything is written or deleted
+def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> Engine:
+    """Take possession of the run's folder, once the model that the recipe names is found to be whole."""
+    vlm, tokenizer, image_processor = models.load(recipe.model.path)
     ranks.barrier()  # every rank has looked
     if ranks.is_main:
         if recipe.run.overwrite:
@@ -114,10 +136,17 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, world: World) -> Engine:
             raise ValueError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
     ranks.barrier()
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
-    vlm = loaded[0]
     fused = ", ".join(vlm.fused_layers) or f"none ({vlm.unfused})"
     log.say(f"layers that liger-kernel computes: {fused}")
-    return _engine(recipe, ranks, run_dir, log, recipe.model.path, *loaded)
+    encoder = PromptEncoder(
+        tokenizer,
+        image_processor,
+        vlm.model.config.image_token_id,
+        max_pixels=recipe.data.max_pixels,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+        on_overlong=recipe.data.on_overlong,
+    )
+    return Engine(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder)
 
 
 def _check_folder(recipe: Recipe, run_dir: Path) -> None:
@@ -128,16 +157,26 @@ def _check_folder(recipe: Recipe, run_dir: Path) -> None:
         return
     if not file.exists():
         return
-    before, now = tomllib.loads(file.read_text(encoding="utf-8")), tomllib.loads(dump_recipe(recipe))
-    for values in (before, now):
-        seed = values["run"]["seed"]
-        for section in FREE_TO_CHANGE:
-            del values[section]
-        values["run"] = {"seed": seed}
+    before, now = (_decisive(text) for text in (file.read_text(encoding="utf-8"), dump_recipe(recipe)))
     if changed := _first_difference(before, now, ""):
         raise ValueError(
             f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true"
         )
+
+
+def _decisive(text: str) -> dict[str, Any]:
+    """What of a recipe decides a run's result, up to rounding."""
+    values = tomllib.loads(text)
+    values["run"] = {"seed": values["run"]["seed"]}
+    for section in FREE_SECTIONS:
+        del values[section]
+    for section, keys in FREE_KEYS.items():
+        for key in keys:
+            values[section].pop(key, None)
+    for stage in STAGES[:-1]:
+        values[stage].pop("save_every", None)
+        values[stage]["optim"].pop("max_tokens", None)
+    return values
 
 
 def _first_difference(before: Any, now: Any, key: str) -> str | None:
@@ -149,7 +188,7 @@ def _first_difference(before: Any, now: Any, key: str) -> str | None:
     return None if before == now else f"{key} = {before}, now {now}"
 
 
-def _check_model_exists(path: str) -> None:
+def check_model_exists(path: str) -> None:
     """Answer a mistyped path at once; transformers would ask the hub for half a minute."""
     if path == TINY or Path(path).is_dir():
         return
@@ -162,50 +201,6 @@ def _check_model_exists(path: str) -> None:
         raise ValueError(
             f"model {path}: no such folder, and the hub does not answer for it: {error}"
         ) from error
-
-
-def _load(recipe: Recipe, world: World, path: str | Path, device: torch.device) -> tuple[PackedVLM, Any, Any]:
-    compute_dtype = getattr(torch, recipe.model.dtype)
-    # an update of 1e-6 is lost in bfloat16 weights
-    dtype = torch.float32 if compute_dtype == torch.bfloat16 else compute_dtype
-    if path != TINY:
-        return load_model(path, dtype, compute_dtype, device=device, liger=recipe.model.liger)
-    model, tokenizer, image_processor = build_tiny(_tokenizer_texts(world), recipe.run.seed)
-    torch.nn.Module.to(model, device, dtype)
-    return PackedVLM(model, compute_dtype, recipe.model.liger), tokenizer, image_processor
-
-
-def _tokenizer_texts(world: World) -> list[str]:
-    samples = [
-        write(world, "train", index)
-        for index in range(TOKENIZER_SAMPLES)
-        for write in (exemplars.chain_of_thought, exemplars.caption)
-    ]
-    prompts = [part["text"] for s in samples for part in s.messages[0]["content"] if part["type"] == "text"]
-    return ["user\n", "assistant\n", *prompts, *(s.response or "" for s in samples)]
-
-
-def _engine(recipe, ranks, run_dir, log, path, vlm, tokenizer, image_processor) -> Engine:
-    model = vlm.model
-    if recipe.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    encoder = PromptEncoder(
-        tokenizer,
-        image_processor,
-        model.config.image_token_id,
-        max_pixels=recipe.data.max_pixels,
-        max_prompt_tokens=recipe.data.max_prompt_tokens,
-    )
-    return Engine(recipe, ranks, run_dir, log, vlm, tokenizer, image_processor, encoder, path)
-
-
-def _use_model(engine: Engine, world: World, path: str | Path) -> None:
-    """Give the engine another model, a stage's start or a row of the table, unless it holds it already."""
-    if engine.holds != path:
-        del engine.vlm  # never two in memory
-        loaded = _load(engine.recipe, world, path, engine.ranks.device)
-        fresh = _engine(engine.recipe, engine.ranks, engine.run_dir, engine.log, path, *loaded)
-        vars(engine).update(vars(fresh))
 
 
 def _check_later_stages(run_dir: Path, stage: str) -> None:
@@ -227,7 +222,7 @@ def _start_of(recipe: Recipe, stage: str) -> str | Path:
     return recipe.model.path
 
 
-def _evaluate(engine: Engine, world: World, source: Source) -> None:
+def _evaluate(engine: Engine, models: Models, source: Source) -> None:
     """Evaluate every model of the run: base (what fine-tuning starts from), then each finished stage."""
     rows = {"base": _start_of(engine.recipe, "sft")}
     rows |= {
@@ -235,7 +230,6 @@ def _evaluate(engine: Engine, world: World, source: Source) -> None:
     }
     summaries = {}
     for name, path in rows.items():
-        _use_model(engine, world, path)
-        summaries[name] = evaluate(engine, name, source)
+        summaries[name] = evaluate(engine, models.whole(path).vlm, name, source)
     if engine.ranks.is_main:
         write_summary(engine, summaries)

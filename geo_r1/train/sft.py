@@ -3,53 +3,71 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from geo_r1.data import Sample
+from geo_r1.data.loader import PromptLoader
 from geo_r1.data.source import Source
 from geo_r1.kernels import linear_cross_entropy
-from geo_r1.kernels.layout import plan_batches
-from geo_r1.models import pack
+from geo_r1.models import PackedBatch, PackedVLM
+from geo_r1.train.batches import Work, share_out
 from geo_r1.train.config import SFTConfig
-from geo_r1.train.loop import Engine, Phases, Updater, run_stage
+from geo_r1.train.loop import Engine, Phases, Updater, Validate, run_stage
+from geo_r1.train.parallel import Policy
 
 
-def run_sft(engine: Engine, stage: str, config: SFTConfig, source: Source) -> None:
+def run_sft(
+    engine: Engine, stage: str, policy: Policy, config: SFTConfig, source: Source, validate: Validate
+) -> None:
     """Run a supervised stage to its end.
 
     Raises:
         ValueError: a sample does not fit the token budget; names it.
     """
+    ranks = engine.ranks
     num_steps = source.num_steps(config.steps, config.epochs, config.batch_size)
-    seed = engine.recipe.run.seed
 
-    def step(step: int, updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
+    def positions(first: int) -> list[int]:
+        return [first + i for i in ranks.share(config.batch_size)]
+
+    def step(updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
+        progress = updater.progress
         with phases("data"):
-            positions = [step * config.batch_size + i for i in engine.ranks.share(config.batch_size)]
-            samples = [source.draw(position, seed) for position in positions]
-            prompts = [engine.encoder.encode(sample) for sample in samples]
-            responses = [[engine.encoder.encode_response(_response(sample))] for sample in samples]
-            lengths = [[len(response[0])] for response in responses]
-            for prompt, [length] in zip(prompts, lengths, strict=True):
-                prompt.check_budget(length, config.optim.max_tokens, f"{stage}.optim.max_tokens")
-            plan = plan_batches([len(p.token_ids) for p in prompts], lengths, config.optim.max_tokens)
-        [num_targets] = engine.ranks.sum([sum(length for [length] in lengths)])
-        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.ranks.device)  # read once, at the end
+            drawn = loader.load(positions(progress.drawn), [positions(progress.drawn + config.batch_size)])
+            progress.drawn += config.batch_size
+            work = []
+            for item in drawn:
+                if item is not None:
+                    response = engine.encoder.encode_response(_response(item.sample))
+                    item.prompt.check_budget(
+                        len(response), config.optim.max_tokens, f"{stage}.optim.max_tokens"
+                    )
+                    work.append(Work(item.prompt, [response]))
+            num_targets, num_samples = ranks.sum([sum(len(w.completions[0]) for w in work), len(work)])
+        with phases("plan"):
+            weight = 1 / max(num_targets, 1)
+            batches = share_out(
+                policy, work, config.optim.max_tokens, lambda lengths: torch.full((sum(lengths),), weight)
+            )
+        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)  # read once, at the end
         with phases("update"):
-            for groups in plan.batches:
-                batch = pack(
-                    [prompts[i] for i, _ in groups], [responses[i] for i, _ in groups], engine.ranks.device
-                )
-                weight = torch.full((len(batch.target),), 1 / num_targets, device=engine.ranks.device)
-                loss = linear_cross_entropy(
-                    engine.vlm.loss_rows(batch), engine.vlm.lm_head, batch.target, weight
-                )
-                loss.backward()
-                loss_sum += loss.detach()
-            [total] = engine.ranks.sum([loss_sum.item()])
-            metrics = {"loss": total, **updater.apply(step)}
-        return metrics | {"num_tokens": num_targets, "num_micro_batches": len(plan.batches)}, plan.num_tokens
+            for index, micro in enumerate(batches.micro_batches):
+                last = index + 1 == len(batches.micro_batches)
+                [loss] = policy.learn(_loss, micro.batch, micro.weight, last=last)
+                loss_sum += loss
+            [total] = ranks.sum([loss_sum.item()])
+            metrics = {"loss": total, **updater.apply(total, batches.micro_batches)}
+        metrics |= {"num_tokens": num_targets, **batches.figures}
+        if num_samples < config.batch_size:
+            metrics["num_skipped"] = config.batch_size - num_samples
+        return metrics, batches.num_tokens
 
-    run_stage(engine, stage, config.optim, num_steps, config.save_every, step, "loss")
+    with PromptLoader.of(engine.recipe.data, source, engine.encoder, engine.recipe.run.seed) as loader:
+        run_stage(engine, stage, policy, config, config.optim, num_steps, step, "loss", validate=validate)
+
+
+def _loss(vlm: PackedVLM, batch: PackedBatch, weight: Tensor) -> tuple[Tensor]:
+    return (linear_cross_entropy(vlm.loss_rows(batch), vlm.lm_head, batch.target, weight),)
 
 
 def _response(sample: Sample) -> str:

@@ -1,5 +1,6 @@
 """The teacher of the procedural world: well formed, true when it should be, wrong as set."""
 
+import pickle
 import re
 from itertools import pairwise
 
@@ -7,6 +8,7 @@ import pytest
 
 from geo_r1.answers import extract_choice
 from geo_r1.data import World, exemplars
+from geo_r1.data.exemplars import Numbered, RisingQuestions
 from geo_r1.data.world import COVERS, LETTERS
 from geo_r1.rewards import accuracy, format_reward
 
@@ -173,3 +175,45 @@ def test_pretraining_is_captions_and_direct_answers():
     described = [text for text in answers if text.startswith("<think>Cues: ")]
     assert len(described) == 4 and all(text.count(".") == 1 for text in described)  # the panorama alone
     assert all("same" not in text and "Evidence" not in text for text in said)
+
+
+def shared_sides(pairing):
+    """Mean sides that a confuser has in common with the truth."""
+    others = [p.covers for i, p in enumerate(pairing.candidates) if i != pairing.truth]
+    same = [sum(a == b for a, b in zip(c, pairing.place.covers, strict=True)) for c in others]
+    return sum(same) / len(same)
+
+
+def test_numbered_samples_pickle_and_start_where_they_should():
+    source = Numbered(exemplars.chain_of_thought, WORLD, "train", 50, {"careless": 1.0})
+    expected = exemplars.chain_of_thought(WORLD, "train", 57, careless=1.0)
+    for numbered in (source, pickle.loads(pickle.dumps(source))):
+        sample = numbered(7)
+        assert (sample.id, sample.response) == ("train-57", expected.response)
+        assert [i.tobytes() for i in sample.images] == [i.tobytes() for i in expected.images]
+
+
+def test_rising_questions():
+    world = World(difficulty=1.0)
+    rising = pickle.loads(pickle.dumps(RisingQuestions(world, "train", 1000, 0.25, 300)))
+    assert [rising.difficulty(i) for i in (0, 100, 150, 299, 300, 5000)] == [
+        0.25, 0.5, 0.625, pytest.approx(0.9975), 1.0, 1.0,
+    ]  # fmt: skip
+    shares = [shared_sides(world.pairing("train", 1000 + i, rising.difficulty(i))) for i in range(400)]
+    for first, mean in ((0, 0.75 + 0.375), (100, 1.5 + 0.375), (200, 2.25 + 0.375), (300, 3.0)):
+        assert abs(sum(shares[first : first + 100]) / 100 - mean) < 0.12
+    for index in (300, 399):  # at the world's own difficulty: the questions that there would be without it
+        plain, sample = exemplars.question(world, "train", 1000 + index), rising(index)
+        assert [i.tobytes() for i in sample.images] == [i.tobytes() for i in plain.images]
+        assert (sample.id, sample.answer) == (plain.id, plain.answer)
+    assert rising(3).answer == rising(3).answer and rising(3).id == "train-1003"
+    assert [rising(3).images[i].tobytes() for i in range(6)] != [
+        exemplars.question(world, "train", 1003).images[i].tobytes() for i in range(6)
+    ]
+
+
+@pytest.mark.parametrize("start", [-0.1, 0.9])
+def test_a_rise_starts_below_its_end(start):
+    expected = rf"world.curriculum_start must be 0 to world.difficulty = 0.8, got {start}"
+    with pytest.raises(ValueError, match=expected):
+        RisingQuestions(World(), "train", 0, start, 10)

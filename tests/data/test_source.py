@@ -1,5 +1,7 @@
 """Samples by number: every epoch once, in an order that the seed alone decides."""
 
+from dataclasses import replace
+
 import pytest
 
 from geo_r1.data import Sample
@@ -56,3 +58,41 @@ def test_a_source_without_end_is_read_in_turn():
 )
 def test_num_steps(size, steps, epochs, per_step, expected):
     assert Source(lambda index: None, size).num_steps(steps, epochs, per_step) == expected
+
+
+def rated(values):
+    return [replace(s, metadata={"difficulty": v}) for s, v in zip(samples(len(values)), values, strict=True)]
+
+
+def test_a_curriculum_starts_with_the_easy_ones():
+    values = [3, 1, 2.5, 1, 0, 1, 7, -1]
+    source, plain = Source.of(rated(values), curriculum=True), Source.of(rated(values))
+    for seed in range(4):
+        first = ids(source, range(8), seed)
+        assert [values[i] for i in first] == sorted(values)
+        shuffled = ids(plain, range(8), seed)
+        assert [i for i in first if values[i] == 1] == [i for i in shuffled if values[i] == 1]
+        assert ids(source, range(8, 40), seed) == ids(plain, range(8, 40), seed)
+        assert ids(source, [5, 0, 3], seed) == [first[5], first[0], first[3]]
+    assert len({tuple(ids(source, range(2, 5), seed)) for seed in range(9)}) > 1  # the ties
+    flat = Source.of(rated([4] * 8), curriculum=True)
+    assert ids(flat, range(16), 3) == ids(plain, range(16), 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (None, "none"),
+        ("3", "'3'"),
+        (True, "True"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        ([1], r"\[1\]"),
+    ],
+)
+def test_a_curriculum_names_the_row_without_a_number(value, found):
+    rows = rated([1, 2, value])
+    expected = f"^sample 2: data.curriculum needs a number in the column 'difficulty'; it has {found}$"
+    with pytest.raises(ValueError, match=expected):
+        Source.of(rows, curriculum=True)
+    assert len(ids(Source.of(rows), range(3))) == 3  # without it nobody asks

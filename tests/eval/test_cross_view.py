@@ -2,8 +2,10 @@
 
 import pytest
 
-from geo_r1.data import Sample
-from geo_r1.eval.cross_view import Prediction, question_of, summarise
+from geo_r1.data import PromptEncoder, Sample, World, exemplars
+from geo_r1.eval.cross_view import Prediction, predict, question_of, summarise
+from geo_r1.models import PackedVLM
+from geo_r1.models.tiny import build_tiny
 from geo_r1.rollout import Completion
 
 MESSAGES = ({"role": "user", "content": [{"type": "text", "text": "Which?"}]},)
@@ -47,3 +49,31 @@ def test_every_sample_counts():
     assert summary["accuracy_interval"] == pytest.approx((0.1500, 0.8500), abs=1e-4)
     assert (summary["completion_length"], summary["well_formed"]) == (25.0, 0.75)
     assert (summary["num_samples"], summary["chance"]) == (4, 0.2)
+
+
+@pytest.mark.parametrize("on_overlong", ["error", "skip"])
+def test_a_prompt_that_is_too_long_is_an_error_or_a_wrong_answer(on_overlong):
+    samples = [exemplars.question(World(num_candidates=n), "test", 0) for n in (3, 10, 3)]
+    model, tokenizer, image_processor = build_tiny(["north A B"], hidden_size=64, num_layers=1)
+    image_token = model.config.image_token_id
+    lengths = [
+        len(PromptEncoder(tokenizer, image_processor, image_token).encode(sample).token_ids)
+        for sample in samples
+    ]
+    encoder = PromptEncoder(
+        tokenizer, image_processor, image_token, max_prompt_tokens=max(lengths) - 1, on_overlong=on_overlong
+    )
+
+    def predictions():
+        options = {"max_new_tokens": 4, "max_tokens": 4096, "progress": lambda done: None}
+        return predict(PackedVLM(model), tokenizer, encoder, samples, **options)
+
+    if on_overlong == "error":
+        with pytest.raises(ValueError, match=f"^sample {samples[1].id}: the prompt has"):
+            predictions()
+        return
+    found = predictions()
+    assert [p.id for p in found] == [sample.id for sample in samples]
+    assert [len(p.completion.token_ids) > 0 for p in found] == [True, False, True]
+    assert (found[1].choice, found[1].correct, found[1].well_formed) == (None, False, False)
+    assert found[0].completion == found[2].completion

@@ -1,9 +1,10 @@
-"""transformers kept in float64, and the two model families."""
+"""transformers kept in float64, and the model families."""
 
 import pytest
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from vlm_cases import Lab
 
 
@@ -17,7 +18,7 @@ def in_float64(monkeypatch):
         )
 
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    for norm in (Qwen2_5_VLRMSNorm, Qwen2VLRMSNorm):
+    for norm in (Qwen2_5_VLRMSNorm, Qwen2VLRMSNorm, Qwen3VLTextRMSNorm):
         monkeypatch.setattr(norm, "forward", rms_norm)
 
 
@@ -31,6 +32,11 @@ def qwen2_vl() -> Lab:
     return Lab("qwen2_vl")
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl"])
+@pytest.fixture(scope="module")
+def qwen3_vl() -> Lab:
+    return Lab("qwen3_vl")
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
 def lab(request) -> Lab:
     return request.getfixturevalue(request.param)

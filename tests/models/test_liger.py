@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch.autograd import Function
-from vlm_cases import assert_equal_gradients, gradients, mixed_groups, relative_error
+from vlm_cases import assert_equal_gradients, few, gradients, mixed_groups, relative_error
 
 import geo_r1.models.qwen_vl
 from geo_r1.models import PackedVLM, pack
@@ -125,13 +125,7 @@ def model_like(lab, dtype=torch.float32):
     return copy.deepcopy(lab.own).to(DEVICE, dtype)
 
 
-def few_groups(lab):
-    """Not many tokens: the interpreter takes its time."""
-    prompts = [lab.prompt("north?"), lab.prompt((56, 84), "where?", seed=1)]
-    return prompts, [lab.tokens(2), lab.tokens(3, 1, seed=1)]
-
-
-def rows_and_gradients(vlm, lab, groups=few_groups):
+def rows_and_gradients(vlm, lab, groups=few):
     prompts, completions = groups(lab)
     rows = vlm.loss_rows(pack(prompts, completions, vlm.device))
     weight = torch.randn(rows.shape, generator=torch.Generator().manual_seed(9)).to(rows)
@@ -154,9 +148,10 @@ def test_stand_ins_change_no_row_and_no_gradient(lab, stand_ins):
     vlm = PackedVLM(copy.deepcopy(lab.own))
     assert stand_ins.fuse_layers(vlm.model) == stand_ins.fuse_layers(vlm.model) == LAYERS
     assert_equal_gradients(rows_and_gradients(vlm, lab, mixed_groups), expected, 1e-12)
-    vlm.model.gradient_checkpointing_enable()
     vlm.model.train()
-    assert_equal_gradients(rows_and_gradients(vlm, lab, mixed_groups), expected, 1e-12)
+    for kind in ("full", "selective"):  # what is kept is not written over
+        vlm.checkpoint_layers(kind)
+        assert_equal_gradients(rows_and_gradients(vlm, lab, mixed_groups), expected, 1e-12)
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, HALF])
@@ -177,7 +172,7 @@ def test_rows_and_gradients_are_as_true_as_those_of_transformers(lab, layers, co
 
 
 def test_kernels_without_gradients_and_with_a_frozen_tower(qwen2_5_vl, kernels):
-    batch = pack(*few_groups(qwen2_5_vl), DEVICE)
+    batch = pack(*few(qwen2_5_vl), DEVICE)
     vlm = PackedVLM(model_like(qwen2_5_vl), liger=False)
     vlm.model.model.visual.requires_grad_(False)
     plain = rows_and_gradients(vlm, qwen2_5_vl)
@@ -233,3 +228,13 @@ def test_a_model_says_who_computes_its_layers(qwen2_5_vl, stand_ins, monkeypatch
     monkeypatch.setattr(geo_r1.models.qwen_vl, "find_spec", lambda name: name)
     there = PackedVLM(model, torch.bfloat16)
     assert (there.fused_layers, there.unfused) == (LAYERS, "")
+
+
+def test_a_model_that_is_going_to_a_gpu_is_fused_before(lab, stand_ins, monkeypatch):
+    monkeypatch.setattr(geo_r1.models.qwen_vl, "find_spec", lambda name: name)
+    model = copy.deepcopy(lab.own).float().to("cpu")
+    vlm = PackedVLM(model, device="cuda")
+    assert vlm.fused_layers == LAYERS and vlm.device == torch.device("cuda")
+    assert vlm.skeleton().fused_layers == LAYERS
+    assert vlm.skeleton(device="cpu").unfused == "the model is on the CPU"
+    assert PackedVLM(model, liger=False, device="cuda").skeleton().unfused == "it is turned off"

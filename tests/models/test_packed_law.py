@@ -22,8 +22,8 @@ TOLERANCE = 1e-12  # of the largest entry; measured 1e-14
 
 
 @pytest.fixture(autouse=True)
-def no_leftover_gradients(qwen2_5_vl, qwen2_vl):
-    for lab in (qwen2_5_vl, qwen2_vl):
+def no_leftover_gradients(qwen2_5_vl, qwen2_vl, qwen3_vl):
+    for lab in (qwen2_5_vl, qwen2_vl, qwen3_vl):
         lab.own.zero_grad(set_to_none=True)
         lab.packed.model.zero_grad(set_to_none=True)
 

@@ -34,7 +34,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_positions_equal_those_of_transformers(qwen2_5_vl, qwen2_vl):
+def test_positions_equal_those_of_transformers(qwen2_5_vl, qwen2_vl, qwen3_vl):
     draw = np.random.default_rng(0)
     for trial in range(60):
         token_ids, grids = [], []
@@ -51,7 +51,7 @@ def test_positions_equal_those_of_transformers(qwen2_5_vl, qwen2_vl):
         assert [t for t in expanded if t != IMAGE] == [t for t in token_ids if t != IMAGE]
         input_ids = torch.tensor([expanded])
         got = mrope_positions(expanded, IMAGE, grids, 2)
-        for lab in (qwen2_5_vl, qwen2_vl):
+        for lab in (qwen2_5_vl, qwen2_vl, qwen3_vl):
             expected, _ = lab.own.model.get_rope_index(
                 input_ids, (input_ids == IMAGE).int(), torch.tensor(grids) if grids else None
             )
@@ -194,7 +194,7 @@ def test_a_checkpoint_is_an_ordinary_one_to_transformers(folder):
         (lambda folder: (folder / "config.json").write_text('{"model_type": "strange"}'), "`strange`"),
         (
             lambda folder: LlamaConfig().save_pretrained(folder),
-            "it is a llama; supported: qwen2_5_vl, qwen2_vl",
+            "it is a llama; supported: qwen2_5_vl, qwen2_vl, qwen3_vl",
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "header"),

@@ -6,7 +6,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from geo_r1.data import PromptEncoder, Sample
 from geo_r1.models import EncodedPrompt, PackedVLM
@@ -27,6 +34,11 @@ class Lab:
         model, self.tokenizer, self.image_processor = build_tiny(TEXTS, hidden_size=64, num_layers=3)
         if family == "qwen2_vl":
             model = Qwen2VLForConditionalGeneration(qwen2_vl_config(model.config))
+        if family == "qwen3_vl":
+            model = Qwen3VLForConditionalGeneration(qwen3_vl_config(model.config))
+            self.image_processor = Qwen2VLImageProcessorPil(
+                patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 64}
+            )
         self.own = redraw(model.double(), seed)
         self.packed = PackedVLM(copy.deepcopy(self.own))
         self.encoder = PromptEncoder(self.tokenizer, self.image_processor, model.config.image_token_id)
@@ -81,6 +93,41 @@ def qwen2_vl_config(like) -> Qwen2VLConfig:
     )
 
 
+def qwen3_vl_config(like) -> Qwen3VLConfig:
+    """The newer family: interpolated position embeddings, features of two blocks for the text layers."""
+    text = like.text_config.to_dict()
+    head_dim = text["hidden_size"] // text["num_attention_heads"]
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same += ("num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")
+    return Qwen3VLConfig(
+        text_config={
+            **{key: text[key] for key in same},
+            "head_dim": 2 * head_dim,  # as in the 2B model, heads are wider than their share
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [head_dim // 2, head_dim // 4, head_dim // 4],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 4,
+            "out_hidden_size": text["hidden_size"],
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=like.image_token_id,
+        video_token_id=like.video_token_id,
+        vision_start_token_id=like.vision_start_token_id,
+        vision_end_token_id=like.vision_end_token_id,
+        tie_word_embeddings=True,
+    )
+
+
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
@@ -103,6 +150,12 @@ def mixed_groups(lab: Lab) -> tuple[list[EncodedPrompt], list[list[list[int]]]]:
     ]
     lengths = [(3, 0, 1, 7, 2), (), (5, 1), (4,)]
     return prompts, [lab.tokens(*lengths_, seed=i) for i, lengths_ in enumerate(lengths)]
+
+
+def few(lab: Lab, longer: int = 0) -> tuple[list[EncodedPrompt], list[list[list[int]]]]:
+    """Not many tokens: interpreted kernels and compilers take their time."""
+    prompts = [lab.prompt("north?"), lab.prompt((56, 84 + 28 * longer), "where?", seed=1)]
+    return prompts, [lab.tokens(2 + longer), lab.tokens(3, 1, seed=1)]
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:

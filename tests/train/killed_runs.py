@@ -1,33 +1,24 @@
-"""Run the trainer in forks that kill themselves with SIGKILL at a named moment; one import serves them all.
-
-    python killed_runs.py PLAN      PLAN: JSON, [[moment, [argument, ...]], ...]
-
-Prints the number of the signal that ended each. A moment is NAME:N, the N-th time that NAME happens.
-"""
+"""Moments at which a run kills itself with SIGKILL. A moment is NAME:N, the N-th time that NAME happens."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
-import torch
-
-from geo_r1.train.__main__ import main
-from geo_r1.train.run import run  # noqa: F401  # imported once, before the forks
+from geo_r1.train.shards import Writer
 
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_saved(state, path):
-    """A trainer state of which half the bytes reached the disk."""
-    real_save(state, path)
-    os.truncate(path, path.stat().st_size // 2)
+def half_written(self, plan, planner):
+    """Shards of a checkpoint of which half the bytes reached the disk."""
+    real_write(self, plan, planner).wait()
+    for shard in Path(self.path).glob("*.distcp"):
+        os.truncate(shard, shard.stat().st_size // 2)
     die()
 
 
@@ -41,37 +32,35 @@ def half_deleted(folder, **_):
     die()
 
 
-def at(number, what, then):
-    """`what`, but `then` at the `number`-th call."""
+def always(*_, **__):
+    return True
+
+
+def at(number, what, then, counts):
+    """`what`, but `then` at the `number`-th call that counts."""
     calls = []
 
     def counted(*args, **kwargs):
-        calls.append(args)
-        return then(*args, **kwargs) if len(calls) == number else what(*args, **kwargs)
+        calls.extend([args] * counts(*args))
+        return then(*args, **kwargs) if len(calls) == number and counts(*args) else what(*args, **kwargs)
 
     return counted
 
 
-real_save, real_rename, real_rmtree = torch.save, Path.rename, shutil.rmtree
+real_write, real_finish = Writer.write_data, Writer.finish
+real_rename, real_rmtree = Path.rename, shutil.rmtree
+# Of renames only those of folders: torch renames a file of its own in every checkpoint.
 MOMENTS = {
-    "torch.save half done": (torch, "save", real_save, half_saved),
-    "before rename": (Path, "rename", real_rename, die),
-    "after rename": (Path, "rename", real_rename, renamed_then_dead),
-    "rmtree half done": (shutil, "rmtree", real_rmtree, half_deleted),
+    "shards half written": (Writer, "write_data", real_write, half_written, always),
+    "before metadata": (Writer, "finish", real_finish, die, always),
+    "before rename": (Path, "rename", real_rename, die, lambda path, _: path.is_dir()),
+    "after rename": (Path, "rename", real_rename, renamed_then_dead, lambda path, _: path.is_dir()),
+    "rmtree half done": (shutil, "rmtree", real_rmtree, half_deleted, always),
 }
 
 
-def child(moment: str, arguments: list[str]) -> None:
+def arm(moment: str) -> None:
+    """Make this process kill itself at a moment to come."""
     name, number = moment.rsplit(":", 1)
-    owner, attribute, real, then = MOMENTS[name]
-    setattr(owner, attribute, at(int(number), real, then))
-    sys.exit(main(arguments))
-
-
-if __name__ == "__main__":
-    for moment, arguments in json.loads(sys.argv[1]):
-        pid = os.fork()
-        if pid == 0:
-            child(moment, arguments)
-        status = os.waitpid(pid, 0)[1]
-        print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, flush=True)
+    owner, attribute, real, then, counts = MOMENTS[name]
+    setattr(owner, attribute, at(int(number), real, then, counts))

@@ -4,13 +4,15 @@ import json
 import shutil
 
 import pytest
+import saved_states
 import small_runs as runs
 import torch
+import torch.distributed.checkpoint as dcp
 from PIL import Image
 
 import geo_r1.train.run
-from geo_r1.models.tiny import build_tiny
 from geo_r1.train.__main__ import main
+from geo_r1.train.checkpoint import Checkpoints
 
 
 def row_of(**changes):
@@ -74,6 +76,12 @@ MISTAKES = {
     ),
     "prompt over its budget": ("sft", {"data__max_prompt_tokens": 20}, "sample train-1000000", True),
     "sample over the batch": ("sft", {"sft__optim__max_tokens": 50}, "sample train-1000000", True),
+    "nothing to train": (
+        "sft",
+        {"sft__freeze": ["vision", "projector", "text"]},
+        "freeze = ['vision', 'projector', 'text'] leaves nothing to train",
+        True,
+    ),
     "group over the batch": ("grpo", {"grpo__optim__max_tokens": 50}, "sample train-2000000", True),
     "group over the cache": ("grpo", {"rollout__max_tokens": 50}, "sample train-2000000", True),
     "reward raises": (
@@ -223,68 +231,100 @@ def stopped(tmp_path, monkeypatch):
     """A run folder with a checkpoint after two steps of four, as a killed run leaves it."""
     with monkeypatch.context() as patch:
 
-        def interrupt(*_):
+        def save_then_interrupt(self, step, state, **_):
+            save(self, step, state, wait=True)
             raise KeyboardInterrupt
 
-        patch.setattr("geo_r1.train.loop.prune", interrupt)
+        save = Checkpoints.save
+        patch.setattr(Checkpoints, "save", save_then_interrupt)
         assert main(runs.arguments(tmp_path / "run", "sft", sft__steps=4, sft__save_every=2)) == 130
     return tmp_path / "run"
 
 
-def cut_weights(checkpoint):
-    file = checkpoint / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
+def cut(name):
+    """Leave the first half of a file of the checkpoint."""
+
+    def breakage(checkpoint):
+        file = checkpoint / name
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    return breakage
 
 
-def no_weights(checkpoint):
-    (checkpoint / "model.safetensors").unlink()
+def replaced(name, content):
+    return lambda checkpoint: (checkpoint / name).write_bytes(content)
 
 
-def garbage_state(checkpoint):
-    (checkpoint / "trainer.pt").write_bytes(b"garbage")
+def missing(name):
+    return lambda checkpoint: (checkpoint / name).unlink()
 
 
-def empty_state(checkpoint):
-    (checkpoint / "trainer.pt").write_bytes(b"")
+def another(change):
+    """Put a whole checkpoint of something else in its place; `change` makes it something else."""
+
+    def breakage(checkpoint):
+        state = {"model": {}, "optim": {}}
+        for key, kind in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items():
+            section, name = key.split(".", 1)
+            state[section][name] = torch.zeros(kind.size, dtype=kind.properties.dtype)
+        state |= json.loads((checkpoint / "trainer.json").read_text())
+        change(state)
+        shutil.rmtree(checkpoint)
+        Checkpoints(checkpoint.parents[1], "sft", saved_states.ALONE, 2).save(2, state, wait=True)
+
+    return breakage
 
 
-def cut_state(checkpoint):
-    file = checkpoint / "trainer.pt"
-    file.write_bytes(file.read_bytes()[:1000])
-
-
-def no_state(checkpoint):
-    (checkpoint / "trainer.pt").unlink()
-
-
-def another_state(checkpoint):
-    torch.save({"step": 2}, checkpoint / "trainer.pt")
-
-
-def another_optimizer(checkpoint):
-    state = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]).state_dict()
-    torch.save({"step": 2, "optimizer": state}, checkpoint / "trainer.pt")
-
-
-def another_model(checkpoint):
-    build_tiny(["a b c"], hidden_size=64, num_layers=1)[0].save_pretrained(checkpoint)
-
-
-BREAKAGES = [cut_weights, no_weights, garbage_state, empty_state, cut_state, no_state, another_state,
-             another_optimizer, another_model]  # fmt: skip
+NORM = "model.language_model.norm.weight"
+FIRST = "model.language_model.layers.0."
+UNREADABLE, ANOTHER = "cannot be read: ", "is of another model: "
+# how it is broken: (what breaks it, how the line goes on)
+BREAKAGES = {
+    "no metadata": (missing(".metadata"), f"{UNREADABLE}.metadata: No such file"),
+    "cut metadata": (cut(".metadata"), UNREADABLE),
+    "empty metadata": (replaced(".metadata", b""), UNREADABLE),
+    "garbage metadata": (replaced(".metadata", b"garbage"), UNREADABLE),
+    "no weights": (missing("__0_0.distcp"), f"{UNREADABLE}__0_0.distcp: No such file"),
+    "cut weights": (cut("__0_0.distcp"), UNREADABLE),
+    "empty weights": (replaced("__0_0.distcp", b""), UNREADABLE),
+    "no trainer": (missing("trainer.json"), f"{UNREADABLE}trainer.json: No such file"),
+    "cut trainer": (cut("trainer.json"), UNREADABLE),
+    "empty trainer": (replaced("trainer.json", b""), UNREADABLE),
+    "garbage trainer": (replaced("trainer.json", b"\x80garbage"), UNREADABLE),
+    "another trainer": (replaced("trainer.json", b'{"step": 2}'), f"{UNREADABLE}trainer.json holds no"),
+    "a trainer of others": (
+        replaced("trainer.json", b'{"trainer": {"stepp": 2}}'),
+        f"{UNREADABLE}trainer.json holds no",
+    ),
+    "a wider model": (
+        another(lambda state: state["model"].update({NORM: torch.zeros(9)})),
+        f"{ANOTHER}model.{NORM} is [9] float32 there, [64] float32 here",
+    ),
+    "a shorter model": (
+        another(lambda state: [state["model"].pop(n) for n in [*state["model"]] if n.startswith(FIRST)]),
+        f"{ANOTHER}it has no model.{FIRST}",
+    ),
+    "a model more": (
+        another(lambda state: state["model"].update({"reference.x": torch.zeros(9)})),
+        f"{ANOTHER}model.reference.x is [9] float32 there, absent here",
+    ),
+    "another optimizer": (
+        another(lambda state: state["optim"].update({f"{NORM}.exp_avg": torch.zeros(9)})),
+        f"{ANOTHER}optim.{NORM}.exp_avg is [9] float32 there, [64] float32 here",
+    ),
+    "no optimizer": (another(lambda state: state["optim"].clear()), f"{ANOTHER}it has no optim."),
+}
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_broken_checkpoint_is_one_line(breakage, stopped, capfd):
     checkpoint = stopped / "checkpoints" / "sft-000002"
-    breakage(checkpoint)
+    breaks, expected = BREAKAGES[breakage]
+    breaks(checkpoint)
     capfd.readouterr()
     assert main(runs.arguments(stopped, "sft", sft__steps=4, sft__save_every=2)) == 2
     line = one_line(capfd)
-    is_of_another = breakage in (another_model, another_optimizer)
-    assert line.startswith(
-        f"checkpoint {checkpoint} {'is of another model: ' if is_of_another else 'cannot be read: '}"
-    )
+    assert line.startswith(f"checkpoint {checkpoint} {expected}")
     assert not (stopped / "models").exists()
 
 

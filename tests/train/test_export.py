@@ -6,19 +6,17 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import geo_r1.train.loop
 from geo_r1.data import PromptEncoder, World, exemplars
 from geo_r1.models import pack
+from geo_r1.train.loop import Engine
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_transformers_loads_the_trained_policy(stage, tmp_path, monkeypatch):
     trained = []
-    real_save = geo_r1.train.loop.Engine.save
+    export = Engine.export
     monkeypatch.setattr(
-        geo_r1.train.loop.Engine,
-        "save",
-        lambda self, *args: (trained.append(self.vlm), real_save(self, *args)),
+        Engine, "export", lambda self, *args: (trained.append(args[-1].vlm), export(self, *args))
     )
     folder = runs.train(tmp_path / "run", stage) / "models" / stage
     tokenizer = AutoTokenizer.from_pretrained(folder)

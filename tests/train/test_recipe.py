@@ -55,7 +55,7 @@ def test_options_replace_values_of_every_kind(load):
         "[rewards]\nweights = { format = 3 }",
         "--run.stages=[\"sft\", \"eval\"]",
         "--run.overwrite=true",
-        "--model.gradient_checkpointing", "1",
+        "--model.liger", "0",
         "--sft.optim.betas", "0.7,0.8",
         "--sft.optim.schedule=linear",
         "--grpo.steps", "9",
@@ -67,7 +67,7 @@ def test_options_replace_values_of_every_kind(load):
     )  # fmt: skip
     assert recipe.run.stages == ("sft", "eval")
     assert recipe.run.overwrite is True
-    assert recipe.model.gradient_checkpointing is True
+    assert recipe.model.liger is False
     assert recipe.sft.optim == OptimConfig(lr=0.5, betas=(0.7, 0.8), schedule="linear")
     assert (recipe.sft.steps, recipe.sft.batch_size) == (3, 4)
     assert recipe.grpo == GRPOConfig(steps=9, loss={"beta": 0.25})

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
-import killed_runs
+import forked_ranks
 import pytest
 import small_runs as runs
+from test_ranks import RATE, same_metrics, same_weights
 
 import geo_r1.train.checkpoint
 from geo_r1.train.__main__ import main
@@ -19,19 +18,30 @@ from geo_r1.train.log import Log
 FINISHED = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
 FINISHED |= {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 # Moment: what is left in checkpoints/, what is left in models/. The run saves at steps 1 to 5 and keeps two.
-# Renames: each save's, and each old checkpoint's before it is deleted. Deletions: each save clears its own
-# leftovers first, so the fourth is the first prune's.
+# Renames: each save's, and each old checkpoint's before it is deleted.
 KILLS = {
-    "torch.save half done:2": ({".sft-000002.partial", "sft-000001"}, set()),
+    "shards half written:2": ({".sft-000002.partial", "sft-000001"}, set()),
+    "before metadata:2": ({".sft-000002.partial", "sft-000001"}, set()),
+    "before rename:1": ({".sft-000001.partial"}, set()),
     "before rename:2": ({".sft-000002.partial", "sft-000001"}, set()),
     "after rename:2": ({"sft-000001", "sft-000002"}, set()),
     "before rename:4": ({"sft-000001", "sft-000002", "sft-000003"}, set()),
     "after rename:4": ({".sft-000001.partial", "sft-000002", "sft-000003"}, set()),
-    "rmtree half done:4": ({".sft-000001.partial", "sft-000002", "sft-000003"}, set()),
+    "rmtree half done:1": ({".sft-000001.partial", "sft-000002", "sft-000003"}, set()),
     "before rename:9": ({"sft-000004", "sft-000005"}, {".sft.partial"}),
     "after rename:9": ({"sft-000004", "sft-000005"}, {"sft"}),
     "after rename:10": ({".sft-000004.partial", "sft-000005"}, {"sft"}),
 }
+WHOLE = {".metadata", "__0_0.distcp", "trainer.json"}
+# Stage, then strategies that the run goes through, two steps each and the last one to the end. The reference
+# model moves once, in the second step, and so is in the checkpoints.
+CHAINS = {
+    "fewer ranks": ("sft", ["fsdp2", "one"]),
+    "more ranks": ("grpo", ["one", "fsdp2"]),
+    "from strategy to strategy": ("grpo", ["fsdp2", "zero 3", "one"]),
+    "and back": ("sft", ["one", "zero 2", "ddp"]),
+}
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
 def same_result(found, expected, stage):
@@ -44,7 +54,7 @@ def same_result(found, expected, stage):
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stopped_run_goes_on_bit_by_bit(stage, number, tmp_path, monkeypatch, capfd):
     whole = runs.train(tmp_path / "whole", stage)
     run_dir = tmp_path / "stopped"
@@ -87,36 +97,62 @@ def test_a_stop_at_the_last_step_leaves_only_the_export(tmp_path, monkeypatch):
     same_result(tmp_path / "run", whole, "sft")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@FORKS
 def test_a_killed_run_leaves_whole_checkpoints_and_goes_on(tmp_path):
     """Killed with SIGKILL at every moment between two states of the folder."""
-    whole = runs.train(tmp_path / "whole", "sft", sft__save_every=1)
-    folders = {moment: tmp_path / f"run{i}" for i, moment in enumerate(KILLS)}
-    plan = [(moment, runs.arguments(folder, "sft", sft__save_every=1)) for moment, folder in folders.items()]
-    grpo = tmp_path / "grpo"
-    plan.append(("torch.save half done:2", runs.arguments(grpo, "grpo", grpo__save_every=2)))
-    driver = [sys.executable, killed_runs.__file__, json.dumps(plan)]
-    done = subprocess.run(
-        driver,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(runs.HERE)},
-    )
-    ended = [line for line in done.stdout.splitlines() if line.isdigit()]
-    assert ended == [str(int(signal.SIGKILL))] * len(plan), done.stderr
-    for moment, folder in folders.items():
-        checkpoints, models = KILLS[moment]
+    plan = [("sft", moment, *left) for moment, left in KILLS.items()]
+    plan.append(("grpo", "shards half written:3", {".grpo-000003.partial", "grpo-000001", "grpo-000002"}, set()))
+    whole = {stage: tmp_path / f"whole_{stage}" for stage in ("sft", "grpo")}
+    for stage, folder in whole.items():
+        forked_ranks.train(folder, stage, strategy="one", **{f"{stage}__save_every": 1})
+    for number, (stage, moment, checkpoints, models) in enumerate(plan):
+        folder, changes = tmp_path / f"run{number}", {f"{stage}__save_every": 1}
+        ranks, options = forked_ranks.STRATEGIES["one"]
+        argv = runs.arguments(folder, stage, **options | changes)
+        assert forked_ranks.run(argv, ranks, moment=moment).codes == [-signal.SIGKILL], moment
         assert {path.name for path in (folder / "checkpoints").iterdir()} == checkpoints, moment
         exported = (folder / "models").iterdir() if (folder / "models").exists() else ()
         assert {path.name for path in exported} == models, moment
-        for path in (folder / "checkpoints").glob("sft-*"):
-            assert {file.name for file in path.iterdir()} == FINISHED | {"trainer.pt"}, (moment, path.name)
-        runs.train(folder, "sft", sft__save_every=1)
-        same_result(folder, whole, "sft")
-    assert newest_checkpoint(grpo, "grpo").name == "grpo-000002"
-    runs.train(grpo, "grpo", grpo__save_every=2)
-    same_result(grpo, runs.train(tmp_path / "grpo_whole", "grpo", grpo__save_every=2), "grpo")
+        for path in (folder / "checkpoints").glob(f"{stage}-*"):
+            assert {file.name for file in path.iterdir()} == WHOLE, (moment, path.name)
+        forked_ranks.train(folder, stage, strategy="one", **changes)
+        same_result(folder, whole[stage], stage)
+
+
+def stop(run_dir, stage, strategy, number, rank, after, **changes):
+    """Let a run stop after two more steps, which leads to step `after`."""
+    ended = forked_ranks.train(run_dir, stage, strategy=strategy, stop=(number, rank, 2), **changes)
+    assert ended.said == f"geo_r1: {stage} stopped after step {after} of 5; the same command goes on\n"
+    assert newest_checkpoint(run_dir, stage).name == f"{stage}-{after:06d}"
+    assert not (run_dir / "models").exists()
+
+
+@FORKS
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_run_goes_on_with_other_ranks_and_another_strategy(chain, tmp_path):
+    stage, strategies = CHAINS[chain]
+    changes = RATE | {"grpo__reference__sync_steps": 2}
+    forked_ranks.train(tmp_path / "whole", stage, strategy="one", **changes)
+    folder = tmp_path / "run"
+    for number, strategy in enumerate(strategies[:-1]):
+        last = forked_ranks.STRATEGIES[strategy][0] - 1
+        stop(folder, stage, strategy, signal.SIGTERM, last, 2 * (number + 1), **changes)
+    forked_ranks.train(folder, stage, strategy=strategies[-1], **changes)
+    same_metrics(folder, tmp_path / "whole", stage, 5)
+    same_weights(folder, tmp_path / "whole", stage)
+    assert runs.files_under(folder / "checkpoints") == set()
+
+
+@FORKS
+@pytest.mark.parametrize(("stage", "strategy"), [("grpo", "fsdp2"), ("sft", "zero 3")])
+def test_two_ranks_go_on_bit_by_bit(stage, strategy, tmp_path):
+    """Whichever of them hears of it, and whichever of the signals it is."""
+    folder, whole, changes = tmp_path / "run", tmp_path / "whole", {"grpo__reference__sync_steps": 2}
+    forked_ranks.train(whole, stage, strategy=strategy, **changes)
+    stop(folder, stage, strategy, signal.SIGUSR1, 1, 2, **changes)
+    stop(folder, stage, strategy, signal.SIGTERM, 0, 4, **changes)
+    forked_ranks.train(folder, stage, strategy=strategy, **changes)
+    same_result(folder, whole, stage)
 
 
 def test_a_half_written_line_of_metrics_is_forgotten(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import small_runs as runs
@@ -13,17 +12,17 @@ from safetensors.torch import load_file
 import geo_r1.train.grpo
 from geo_r1.eval.cross_view import wilson_interval
 from geo_r1.train.__main__ import main
-from geo_r1.train.config import OptimConfig
-from geo_r1.train.loop import Updater
+from geo_r1.train.models import Models
 
-SFT_FIGURES = {"stage", "step", "loss", "grad_norm", "learning_rate", "num_tokens", "num_micro_batches"}
+PLAN_FIGURES = {"num_micro_batches", "plan/waiting", "plan/teraflop", "plan/moved_prompts"}
+SFT_FIGURES = {"stage", "step", "loss", "grad_norm", "learning_rate", "num_tokens"} | PLAN_FIGURES
 GRPO_FIGURES = {
     "stage", "step", "reward", "reward_std", "frac_reward_zero_std", "rewards/small_runs:spread/mean",
     "rewards/small_runs:spread/std", "loss", "entropy", "clip_ratio/region_mean", "clip_ratio/low_mean",
     "clip_ratio/high_mean", "grad_norm", "learning_rate", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length", "num_tokens",
     "tokens/computed", "tokens/saved_by_sharing", "tokens/saved_by_packing", "tokens/repeated_prompt",
-    "completions/dropped_zero_advantage", "tokens/dropped_zero_advantage",
+    "completions/dropped_zero_advantage", "tokens/dropped_zero_advantage", *PLAN_FIGURES,
 }  # fmt: skip
 LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")
 POLICIES = ("clip", "cispo", "sapo")
@@ -92,13 +91,13 @@ def test_every_advantage_runs(baseline, scale, tmp_path):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_a_reference_is_held_only_for_the_kl(beta, tmp_path, monkeypatch):
     copies = []
-    real = geo_r1.train.grpo._frozen_copy
-    monkeypatch.setattr(geo_r1.train.grpo, "_frozen_copy", lambda vlm: copies.append(real(vlm)) or copies[-1])
+    real = Models.reference
+    monkeypatch.setattr(Models, "reference", lambda *args: copies.append(real(*args)) or copies[-1])
     rows = runs.metrics(runs.train(tmp_path / "run", "grpo", grpo__loss__beta=beta), "grpo")
     assert len(copies) == (beta > 0)
     assert all(("kl" in row) == (beta > 0) for row in rows)
     if beta:
-        assert not any(parameter.requires_grad for parameter in copies[0].model.parameters())
+        assert not any(parameter.requires_grad for parameter in copies[0].vlm.model.parameters())
         assert all(row["kl"] > 0 for row in rows)
 
 
@@ -113,25 +112,25 @@ def test_groups_without_signal_are_counted(tmp_path):
 def test_a_completion_that_nothing_scores_takes_no_part(tmp_path, monkeypatch):
     """It is not packed, and has no place in the reward's figures."""
     seen = []
-    real = geo_r1.train.grpo._micro_batches
+    for name in ("_work", "share_out"):
+        real = getattr(geo_r1.train.grpo, name)
 
-    def micro_batches(*args):
-        made = real(*args)
-        seen.append((args[2], made[0]))
-        return made
+        def watched(*args, real=real):
+            seen.append((args, real(*args)))
+            return seen[-1][1]
 
-    monkeypatch.setattr(geo_r1.train.grpo, "_micro_batches", micro_batches)
+        monkeypatch.setattr(geo_r1.train.grpo, name, watched)
     changes = {"rewards__functions": ["small_runs:first_of_group_unscored"], "grpo__steps": 1}
     [row] = runs.metrics(runs.train(tmp_path / "run", "grpo", **changes), "grpo")
-    [(scored, [micro])] = seen
-    assert scored.valid.tolist() == [[False, True, True, True]] * 2
-    assert scored.advantage[:, 0].tolist() == [0, 0]
-    lengths = [[len(completion.token_ids) for completion in group] for group in scored.groups]
+    [((_, _, scored), _), (_, batches)] = seen
+    [micro] = batches.micro_batches
+    assert [[reward is not None for reward in group.reward] for group in scored] == [[False, *[True] * 3]] * 2
+    lengths = [[len(completion.token_ids) for completion in group.completions] for group in scored]
     assert micro.batch.completion_len == [length for group in lengths for length in group[1:]]
     assert bool((micro.weight > 0).all())
     assert row["completions/dropped_zero_advantage"] == 2
     assert row["tokens/dropped_zero_advantage"] == sum(group[0] for group in lengths)
-    rewards = torch.tensor([runs.spread([c.token_ids for c in group])[1:] for group in scored.groups])
+    rewards = torch.tensor([runs.spread([c.token_ids for c in group.completions])[1:] for group in scored])
     assert row["reward"] == pytest.approx(rewards.mean().item())
     assert row["reward_std"] == pytest.approx(rewards.std(1).mean().item())
     assert row["rewards/small_runs:first_of_group_unscored/mean"] == pytest.approx(rewards.mean().item())
@@ -158,7 +157,13 @@ def test_equal_rewards_cost_nothing_and_change_nothing(tmp_path, monkeypatch):
         "grpo__optim__weight_decay": 0.1,
     }
     without = runs.train(tmp_path / "without", "grpo", **changes)
-    monkeypatch.setattr(geo_r1.train.grpo, "_contributing", lambda config, scored: scored.valid)
+    real = geo_r1.train.grpo._work
+
+    def all_that_count(engine, config, kept):  # as if a term of the loss needed them
+        loss = config.loss.model_copy(update={"entropy_coef": 1.0})
+        return real(engine, config.model_copy(update={"loss": loss}), kept)
+
+    monkeypatch.setattr(geo_r1.train.grpo, "_work", all_that_count)
     packed = runs.train(tmp_path / "packed", "grpo", **changes)
     rows = [*zip(runs.metrics(without, "grpo"), runs.metrics(packed, "grpo"), strict=True)]
     assert {row["frac_reward_zero_std"] for row, _ in rows} == {0, 0.5, 1}
@@ -179,24 +184,6 @@ def test_equal_rewards_cost_nothing_and_change_nothing(tmp_path, monkeypatch):
 def test_a_run_says_who_computes_its_layers(tmp_path, capsys):
     runs.train(tmp_path / "run", "sft", sft__steps=1)
     assert "layers that liger-kernel computes: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"schedule": "constant"}, [1.0] * 10),
-        ({"schedule": "linear"}, [1 - i / 10 for i in range(10)]),
-        ({"schedule": "cosine"}, [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]),
-        ({"schedule": "linear", "min_lr_ratio": 0.5}, [0.5 + 0.5 * (1 - i / 10) for i in range(10)]),
-        ({"schedule": "linear", "warmup_ratio": 0.2}, [0.5, 1.0, *(1 - i / 8 for i in range(8))]),
-        ({"schedule": "constant", "warmup_ratio": 0.25}, [1 / 3, 2 / 3, *[1.0] * 8]),
-        ({"schedule": "cosine", "warmup_ratio": 1.0}, [(i + 1) / 10 for i in range(10)]),
-    ],
-)
-def test_learning_rate(options, expected):
-    policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
-    updater = Updater(SimpleNamespace(ranks=None, vlm=policy), OptimConfig(lr=2.0, **options), 10)
-    assert [updater.learning_rate(step) for step in range(10)] == pytest.approx([2 * x for x in expected])
 
 
 @pytest.mark.parametrize(
@@ -285,8 +272,8 @@ def test_tensorboard_holds_the_figures(tmp_path):
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in runs.metrics(run_dir, "sft")]
 
 
-def test_a_stage_cannot_be_put_before_one_that_is_done(tmp_path, capsys):
+def test_a_stage_cannot_be_put_before_one_that_is_done(tmp_path, capfd):
     run_dir = runs.train(tmp_path / "run", "grpo")
     assert main(runs.arguments(run_dir, "sft", "grpo")) == 2
-    assert "holds grpo, which did not start from the sft" in capsys.readouterr().err
+    assert "holds grpo, which did not start from the sft" in capfd.readouterr().err
     assert not (run_dir / "models" / "sft").exists()

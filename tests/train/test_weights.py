@@ -1,105 +1,142 @@
 """Which of a step's completions are packed, and how they weigh: only those that were scored count."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import small_runs as runs
 import torch
 
-import geo_r1.train.grpo
 from geo_r1.data import PromptEncoder, Sample, World, exemplars
 from geo_r1.kernels import GRPOLossConfig
 from geo_r1.models import EncodedPrompt, load_model
 from geo_r1.rollout import Completion
-from geo_r1.train.config import GRPOConfig
+from geo_r1.train.batches import Work, share_out
+from geo_r1.train.config import GRPOConfig, ParallelConfig
 from geo_r1.train.distributed import Ranks
-from geo_r1.train.grpo import Scored, _logp, _micro_batches, _update
+from geo_r1.train.grpo import Group, _logp, _update, _weights, _work
+from geo_r1.train.lifeline import Lifeline
+from geo_r1.train.parallel import spread
 
 engine = SimpleNamespace(
-    ranks=Ranks(0, 1, torch.device("cpu")),
+    ranks=Ranks(0, 1, torch.device("cpu"), Lifeline(0, {})),
     recipe=SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=8)),
 )
-
-
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
-@pytest.mark.parametrize("max_tokens", [16384, 9])
-def test_unscored_completions_do_not_dilute_the_loss(loss_type, max_tokens):
-    prompt = EncodedPrompt("p", [1, 2, 3], torch.arange(3).expand(3, -1), [], None, ())
-    group = [Completion([5] * length, [0.0] * length, True) for length in (4, 2, 6, 1)]
-    valid = torch.tensor([[True, False, True, False]])
-    scored = Scored([prompt], [group], torch.tensor([[1.0, 9.0, -1.0, 9.0]]), valid)
-    config = GRPOConfig(steps=1, loss={"type": loss_type, "beta": 0.1}, optim={"max_tokens": max_tokens})
-    micro_batches, plan = _micro_batches(engine, config, scored)
-    assert len(micro_batches) == (1 if max_tokens > 9 else 2)
-    assert plan.repeated_tokens == 3 * (len(micro_batches) - 1)
-    weight = torch.cat([micro.weight for micro in micro_batches])
-    advantage = torch.cat([micro.advantage for micro in micro_batches])
-    assert weight.sum().item() == pytest.approx(1.0)
-    assert (weight > 0).all() and advantage.abs().eq(1).all()
-
-
-@pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"entropy_coef": 0.01}, {"entropy_coef": -0.01}])
-def test_equal_rewards_are_packed_only_where_another_term_needs_them(options):
-    prompts = [EncodedPrompt(name, [1, 2, 3], torch.arange(3).expand(3, -1), [], None, ()) for name in "pqr"]
-    groups = [[Completion([g] * length, [0.0] * length, True) for length in (4, 2)] for g in range(3)]
-    advantage = torch.tensor([[0.0, 0.0], [0.7, -0.7], [0.0, 1.0]])
-    valid = torch.tensor([[True, True], [True, True], [False, True]])
-    config = GRPOConfig(steps=1, loss={"type": "bnpo", **options})
-    [micro], plan = _micro_batches(engine, config, Scored(prompts, groups, advantage, valid))
-    kept = [*([] if not options else [(0, 4), (0, 2)]), (1, 4), (1, 2), (2, 2)]
-    assert micro.batch.target.tolist() == [g for g, length in kept for _ in range(length)]
-    assert micro.batch.layout.prompt_len == (3,) * len({g for g, _ in kept})
-    assert plan.num_tokens == len(micro.batch.token_ids)
-    assert micro.weight.tolist() == pytest.approx([1 / 14] * len(micro.weight))  # tokens of all that count
-    nothing = Scored(prompts, groups, torch.zeros(3, 2), valid)
-    assert len(_micro_batches(engine, config, nothing)[0]) == (1 if options else 0)
 
 
 @pytest.fixture(scope="module")
 def lab():
     vlm, tokenizer, image_processor = load_model(runs.SMALL["model.path"], torch.float64)
-    return vlm, PromptEncoder(tokenizer, image_processor, vlm.model.config.image_token_id)
+    policy = spread(vlm, engine.ranks, ParallelConfig())
+    return policy, PromptEncoder(tokenizer, image_processor, vlm.model.config.image_token_id)
+
+
+def group_of(prompt, completions, rewards):
+    return Group(prompt, [Completion(ids, [0.0] * len(ids), True) for ids in completions], rewards, {})
+
+
+def text_prompt(name):
+    return EncodedPrompt(name, [1, 2, 3], torch.arange(3).expand(3, -1), [], None, ())
+
+
+def batches_of(policy, config, groups, work=None):
+    """What a step computes: of its groups, those completions that reach the gradient, or the given work."""
+    work = _work(engine, config, groups) if work is None else work
+    return share_out(policy, work, config.optim.max_tokens, _weights(engine, config, groups))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
+@pytest.mark.parametrize("max_tokens", [16384, 9])
+def test_unscored_completions_do_not_dilute_the_loss(loss_type, max_tokens, lab):
+    group = group_of(text_prompt("p"), [[5] * length for length in (4, 2, 6, 1)], [3.0, None, 1.0, None])
+    config = GRPOConfig(
+        steps=1,
+        num_completions=4,
+        advantage={"scale": "none"},
+        loss={"type": loss_type, "beta": 0.1},
+        optim={"max_tokens": max_tokens},
+    )
+    batches = batches_of(lab[0], config, [group])
+    assert len(batches.micro_batches) == (1 if max_tokens > 9 else 2)
+    assert batches.plan.repeated_tokens == 3 * (len(batches.micro_batches) - 1)
+    weight = torch.cat([micro.weight for micro in batches.micro_batches])
+    advantage = torch.cat([micro.advantage for micro in batches.micro_batches])
+    assert weight.sum().item() == pytest.approx(1.0)
+    assert (weight > 0).all()
+    assert sorted(advantage.tolist()) == [-1.0] * 6 + [1.0] * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"entropy_coef": 0.01}, {"entropy_coef": -0.01}])
+def test_equal_rewards_are_packed_only_where_another_term_needs_them(options, lab):
+    lengths = (4, 2, 3)
+    rewards = [[1.0, 1.0, 1.0], [1.0, 0.0, 0.5], [None, 0.0, 1.0]]
+    groups = [
+        group_of(text_prompt("pqr"[g]), [[g] * length for length in lengths], rewards[g]) for g in range(3)
+    ]
+    config = GRPOConfig(steps=1, num_completions=3, loss={"type": "bnpo", **options})
+    batches = batches_of(lab[0], config, groups)
+    [micro] = batches.micro_batches
+    kept = [(1, 4), (1, 2), (2, 2), (2, 3)]
+    if options:
+        kept = [(0, 4), (0, 2), (0, 3), (1, 4), (1, 2), (1, 3), (2, 2), (2, 3)]
+    assert micro.batch.target.tolist() == [g for g, length in kept for _ in range(length)]
+    assert micro.batch.layout.prompt_len == (3,) * len({g for g, _ in kept})
+    assert batches.num_tokens == batches.plan.num_tokens == len(micro.batch.token_ids)
+    assert micro.weight.tolist() == pytest.approx([1 / 23] * len(micro.weight))  # tokens of all that count
+    for group in groups:
+        group.reward[:] = [reward and 1.0 for reward in group.reward]
+    groups[1].reward[1:] = [1.0, 1.0]
+    groups[2].reward[1] = 1.0
+    assert len(batches_of(lab[0], config, groups).micro_batches) == (1 if options else 0)
 
 
 @pytest.mark.parametrize("pictures_matter", [True, False])
 @pytest.mark.parametrize("policy", ["clip", "cispo", "sapo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_leaving_out_equal_rewards_changes_no_gradient(lab, pictures_matter, policy, level, monkeypatch):
+def test_leaving_out_equal_rewards_changes_no_gradient(lab, pictures_matter, policy, level):
     """Pictures of a group that is left out: the tower's gradient is zero, as it would have been, not none."""
-    vlm, encoder = lab
+    model, encoder = lab
     samples = [exemplars.question(World(), "train", i) for i in range(2)]
     text = [{"role": "user", "content": [{"type": "text", "text": "north?"}]}]
     prompts = [encoder.encode(sample) for sample in (*samples, Sample("text", tuple(text), ()))]
     draw = torch.Generator().manual_seed(0)
+    middle = 0.5 * pictures_matter
+    # of mean zero, so with nothing to scale them they are the advantages
+    rewards = [[0.0, 0.0, 0.0], [middle, -2 * middle, middle], [1.25, 0.0, -1.25]]
     groups = [
-        [Completion(torch.randint(7, 200, (n,), generator=draw).tolist(), [], True) for n in (5, 3, 4)]
-        for _ in prompts
+        group_of(
+            prompt, [torch.randint(7, 200, (n,), generator=draw).tolist() for n in (5, 3, 4)], rewards[i]
+        )
+        for i, prompt in enumerate(prompts)
     ]
-    advantage = torch.tensor([[0.0, 0.0, 0.0], [0.5 * pictures_matter] * 3, [0.9, 0.0, -1.3]])
-    advantage[1] *= torch.tensor([1, -2, 1])
-    scored = Scored(prompts, groups, advantage, torch.ones(3, 3, dtype=torch.bool))
+    everything = [
+        Work(group.prompt, [completion.token_ids for completion in group.completions], group.reward)
+        for group in groups
+    ]
     loss = {"policy": policy, "importance_sampling_level": level, "epsilon_high": 0.3}
-    config = GRPOConfig(steps=1, num_iterations=2, loss=loss)
-    context = SimpleNamespace(ranks=engine.ranks, recipe=engine.recipe, vlm=vlm)
+    config = GRPOConfig(steps=1, num_completions=3, num_iterations=2, loss=loss, advantage={"scale": "none"})
 
-    def gradients():
-        micro_batches, plan = _micro_batches(context, config, scored)
-        for micro in micro_batches:  # ratios on both sides of 1
-            with torch.no_grad():
-                logp = _logp(vlm, micro.batch, 1.0)
+    def gradients(work):
+        batches = batches_of(model, config, groups, work)
+        for micro in batches.micro_batches:  # ratios on both sides of 1
+            logp = model.run(_logp, micro.batch, 1.0)
             micro.old_logp = logp + 0.3 * torch.sin(7 * logp)
         options = GRPOLossConfig(**config.loss.model_dump(exclude={"type"}))
-        updater = SimpleNamespace(apply=lambda step: {})
-        found = _update(context, options, scored, micro_batches, updater, 0)
-        grads = {name: p.grad for name, p in vlm.model.named_parameters() if p.grad is not None}
-        vlm.model.zero_grad(set_to_none=True)
-        return plan.num_tokens, found["loss"], grads
+        grads = {}
+        optimizer = SimpleNamespace(  # sees what any would; nothing is clipped
+            step=lambda: grads.update({name: p.grad for name, p in model.vlm.model.named_parameters()}),
+            zero_grad=lambda: model.vlm.model.zero_grad(set_to_none=True),
+        )
+        updater = SimpleNamespace(apply=lambda *_: {"grad_norm": model.update(optimizer, math.inf, True)})
+        found = _update(model, options, batches, updater)
+        return batches.plan.num_tokens, found, grads
 
-    num_tokens, loss_value, grads = gradients()
-    monkeypatch.setattr(geo_r1.train.grpo, "_contributing", lambda config, scored: scored.valid)
-    all_tokens, expected_loss, expected = gradients()
+    num_tokens, figures, grads = gradients(None)
+    all_tokens, expected_figures, expected = gradients(everything)
     assert num_tokens < all_tokens
-    assert loss_value == pytest.approx(expected_loss, rel=1e-9)
+    for name in ("loss", "grad_norm"):
+        assert figures[name] == pytest.approx(expected_figures[name], rel=1e-9)
+    assert figures["grad_norm"] > 1e-3
     assert grads.keys() == expected.keys()
     assert any(g.abs().max() > 0 for name, g in expected.items() if "visual" in name) == pictures_matter
     for name, grad in expected.items():

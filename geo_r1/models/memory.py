@@ -1,0 +1,132 @@
+"""What a model keeps for backward, and where: recomputed layers, tensors in host memory, compiled layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+Checkpointing = Literal["none", "selective", "full"]
+
+ATTENTION_OPS = ("geo_r1::packed_attention", "geo_r1::flash_attention", "aten::_scaled_dot_product")
+PRODUCTS = ("aten::mm", "aten::addmm")
+
+
+def checkpoint_layers(model: PreTrainedModel, kind: Checkpointing) -> None:
+    """See `PackedVLM.checkpoint_layers`."""
+    if kind not in get_args(Checkpointing):
+        raise ValueError(f"no checkpointing {kind!r}; there is {', '.join(get_args(Checkpointing))}")
+    if kind == "none":
+        model.gradient_checkpointing_disable()
+        return
+    contexts = {"context_fn": selective_contexts} if kind == "selective" else {}
+    model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
+    # Gradients of the embeddings are asked for only by reentrant checkpoints: a frozen tower, or frozen
+    # layers before the first that is trained, would run backward for nothing.
+    model.disable_input_require_grads()
+
+
+def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Keep the attention's output, and of the products behind it every second: the first, the third, ...
+
+    In a text layer of Qwen these are `o_proj` and `up_proj`. The products before the attention are small, and
+    liger-kernel's rotary embedding writes over their outputs, so that they cannot be kept. Nor can those of
+    compiled layers, which go to memory that is used again: `aten::mm.out`.
+    """
+    counted: dict[bool, int] = {}  # older torch asks again while it recomputes
+
+    def policy(context, op, *args, **options) -> CheckpointPolicy:
+        name = op.name()
+        if name.startswith(ATTENTION_OPS):
+            counted[context.is_recompute] = 0
+            return CheckpointPolicy.MUST_SAVE
+        if name in PRODUCTS and context.is_recompute in counted:
+            counted[context.is_recompute] += 1
+            if counted[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+class HostMemory:
+    """Where a forward's saved tensors go until backward asks for them.
+
+    Weights stay where they are, and so do tensors under `smallest` bytes. Copies are made on the stream that
+    computes, from and to pinned memory.
+
+    Args:
+        model: whose weights never move.
+
+    Attributes:
+        smallest: bytes.
+        num_packed, num_unpacked: tensors that went to the host and came back, so far.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.smallest = 1 << 20
+        self.num_packed = self.num_unpacked = 0
+        self._entered: nn.Module | None = None
+        # A sharded layer has its whole weights only while it runs: they are looked up in the module at work.
+        self._handles = [
+            module.register_forward_pre_hook(self._enter)
+            for module in model.modules()
+            if next(module.parameters(recurse=False), None) is not None
+        ]
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def saving(self) -> saved_tensors_hooks:
+        """A context: what is saved for backward within goes to the host."""
+        self._entered = None
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _enter(self, module: nn.Module, _: object) -> None:
+        if not torch.compiler.is_compiling():
+            self._entered = module
+
+    def _pack(self, tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        if tensor.numel() * tensor.itemsize < self.smallest or self._is_weight(tensor):
+            return tensor
+        self.num_packed += 1
+        on_gpu = tensor.device.type == "cuda"
+        # Only the elements: a view of a larger tensor brings none of the rest along.
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
+        host.copy_(tensor, non_blocking=on_gpu)
+        return tensor.device, host
+
+    def _unpack(self, packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        self.num_unpacked += 1
+        device, host = packed
+        return host.to(device, non_blocking=True)
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        """A saved weight comes detached and often transposed: it is known by its memory.
+
+        The copy that autocast makes of it is known by its shape; an activation of that very shape stays, too.
+        """
+        if self._entered is None:
+            return False
+        memory, shapes = tensor.untyped_storage()._cdata, (tensor.shape, tensor.shape[::-1])
+        return any(
+            weight.untyped_storage()._cdata == memory
+            or (weight.dtype != tensor.dtype and weight.shape in shapes)
+            for weight in self._entered.parameters(recurse=False)
+        )
+
+
+def compile_layers(layers: Iterable[nn.Module], backend: str | Callable, dynamic: bool | None) -> None:
+    """See `PackedVLM.compile_layers`."""
+    for layer in layers:
+        layer.compile(dynamic=dynamic, backend=backend)

@@ -1,0 +1,80 @@
+"""`fsdp2`: each layer's weights are gathered for its forward and backward, and freed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from transformers import PreTrainedModel
+
+from geo_r1.models import PackedVLM
+from geo_r1.train.config import ParallelConfig
+from geo_r1.train.distributed import Ranks
+from geo_r1.train.parallel import Function, Policy, Runner
+from geo_r1.train.place import hand_out
+
+
+class ShardedPolicy(Policy):
+    """A policy in shards, of whole layers and, in one more group, of all that is outside of them."""
+
+    def __init__(
+        self, vlm: PackedVLM, ranks: Ranks, trained: bool, alpha: float | None, config: ParallelConfig
+    ) -> None:
+        self.vlm, self.ranks, self.alpha, self.everyone = vlm, ranks, alpha, True
+        ranks.join()
+        offload = config.cpu_offload and ranks.device.type != "cpu"  # where all is there already
+        narrow = vlm.compute_dtype != vlm.model.dtype
+        options: dict[str, Any] = {
+            "mesh": _mesh(ranks, config.shard_size),
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=vlm.compute_dtype if narrow else None,
+                reduce_dtype=torch.float32 if narrow else None,
+                cast_forward_inputs=False,  # advantages and weights of tokens stay as they are
+            ),
+            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        }
+        for layer in vlm.layers:  # handed out and sharded one by one: never two layers whole
+            hand_out(layer, ranks)
+            fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
+        hand_out(vlm.model, ranks)
+        self.root = Runner(vlm)
+        fully_shard(self.root, reshard_after_forward=not trained, **options)
+
+    @torch.no_grad()
+    def run(self, function: Function, *args: Any) -> Any:
+        out = self.root(function, *args)
+        assert isinstance(self.root, FSDPModule)
+        self.root.reshard()
+        return out
+
+    @contextmanager
+    def whole(self) -> Iterator[PackedVLM]:
+        replica = self.replica(self.vlm.compute_dtype, self.ranks.device)
+        assert replica is not None
+        yield replica
+
+    @contextmanager
+    def exported(self) -> Iterator[PreTrainedModel | None]:
+        yield self._plain_copy(self.vlm.model.dtype)
+
+
+def _mesh(ranks: Ranks, shard_size: int | None) -> Any:
+    if shard_size is None or shard_size == ranks.size:
+        return init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("shard",))
+    if ranks.size % shard_size:
+        raise ValueError(
+            f"parallel.shard_size = {shard_size} does not divide the {ranks.size} ranks; "
+            f"try {next(n for n in range(shard_size, 0, -1) if ranks.size % n == 0)}"
+        )
+    shape = (ranks.size // shard_size, shard_size)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))

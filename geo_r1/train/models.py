@@ -1,0 +1,101 @@
+"""The models of a run: read by rank 0, given what the recipe asks for, and spread over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geo_r1.data import World, exemplars
+from geo_r1.models import PackedVLM, load_model
+from geo_r1.models.lora import add_lora
+from geo_r1.models.tiny import build_tiny
+from geo_r1.train.config import GRPOConfig, ParallelConfig, Recipe, SFTConfig
+from geo_r1.train.distributed import Ranks
+from geo_r1.train.parallel import Policy, spread
+
+TINY = "tiny"
+TEACHER = {"careless", "slip", "curriculum_start", "curriculum_samples"}  # not of the world itself
+TOKENIZER_SAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where a run's models come from: folders, the hub, or the procedural world's own tiny one."""
+
+    recipe: Recipe
+    world: World
+    ranks: Ranks
+
+    def policy(self, path: str | Path, config: SFTConfig | GRPOConfig) -> Policy:
+        """The model that a stage trains.
+
+        Raises:
+            ValueError: it cannot be loaded, or the recipe leaves nothing to train.
+        """
+        options = self.recipe.model
+        bare = config.optim.optimizer == "adamw_bf16"  # which rounds so that small updates are not lost
+        if bare and options.dtype != "bfloat16":
+            raise ValueError(f"optimizer = adamw_bf16 needs model.dtype = bfloat16, it is {options.dtype}")
+        vlm, *_ = self.load(path, torch.bfloat16 if bare else None)
+        vlm.freeze(config.freeze)
+        lora = self.recipe.lora
+        if lora.rank:
+            dropout = 0.0 if isinstance(config, GRPOConfig) else lora.dropout
+            add_lora(vlm.model, lora.rank, lora.alpha, dropout, lora.targets, lora.vision)
+        if not any(parameter.requires_grad for parameter in vlm.model.parameters()):
+            raise ValueError(f"freeze = {list(config.freeze)} leaves nothing to train")
+        vlm.checkpoint_layers(options.checkpointing)
+        vlm.offload_activations(options.offload_activations)
+        if options.compile:
+            vlm.compile_layers()
+        return spread(vlm, self.ranks, self.recipe.parallel, alpha=lora.alpha if lora.rank else None)
+
+    def reference(self, path: str | Path) -> Policy:
+        """A model that only computes, spread as the policy is."""
+        vlm, *_ = self.load(path)
+        vlm.model.requires_grad_(False).eval()
+        return spread(vlm, self.ranks, self.recipe.parallel, trained=False)
+
+    def whole(self, path: str | Path) -> Policy:
+        """A model that only computes, whole on every rank."""
+        vlm, *_ = self.load(path, getattr(torch, self.recipe.model.dtype))
+        vlm.model.requires_grad_(False).eval()
+        return spread(vlm, self.ranks, ParallelConfig(strategy="ddp"), trained=False)
+
+    def load(self, path: str | Path, dtype: torch.dtype | None = None) -> tuple[PackedVLM, Any, Any]:
+        """Model, tokenizer and image processor; the model has its weights on rank 0, on the host.
+
+        Args:
+            dtype: of the weights; without it, that of the recipe, but float32 where layers compute in
+                bfloat16: an update of 1e-6 is lost in bfloat16 weights.
+        """
+        options = self.recipe.model
+        compute_dtype = getattr(torch, options.dtype)
+        if dtype is None:
+            dtype = torch.float32 if compute_dtype == torch.bfloat16 else compute_dtype
+        choices: dict[str, Any] = {"device": self.ranks.device, "liger": options.liger}
+        if path != TINY:
+            return load_model(
+                path, dtype, compute_dtype, weights=self.ranks.is_main, weights_on="cpu", **choices
+            )
+        model, tokenizer, image_processor = build_tiny(_tokenizer_texts(self.world), self.recipe.run.seed)
+        torch.nn.Module.to(model, dtype)
+        return PackedVLM(model, compute_dtype, **choices), tokenizer, image_processor
+
+
+def _tokenizer_texts(world: World) -> list[str]:
+    samples = [
+        write(world, "train", index)
+        for index in range(TOKENIZER_SAMPLES)
+        for write in (exemplars.chain_of_thought, exemplars.caption)
+    ]
+    prompts = [part["text"] for s in samples for part in s.messages[0]["content"] if part["type"] == "text"]
+    return ["user\n", "assistant\n", *prompts, *(s.response or "" for s in samples)]
+
+
+def world_of(recipe: Recipe) -> World:
+    """The procedural world of a recipe."""
+    return World(**recipe.world.model_dump(exclude=TEACHER))

@@ -1,0 +1,221 @@
+"""The policy on this rank: a model spread over the ranks by an engine, used the same way whichever it is.
+
+    strategy    on each rank                                            engine
+    ddp         everything                                              DistributedDataParallel
+    fsdp2       shards of weights, gradients and optimiser              fully_shard, a layer at a time
+    deepspeed   shards of gradients and optimiser, and of weights (3)   ZeRO
+
+The engines act where a module's forward begins and ends. A fused loss reads the language head's weight
+outside of any layer, so the whole of a micro-batch, loss included, runs as the forward of one module around
+the model. All engines average gradients over the ranks; losses are multiplied by their number, so gradients
+are sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from geo_r1.models import PackedVLM
+from geo_r1.models.lora import merged_state
+from geo_r1.train.config import ParallelConfig
+from geo_r1.train.distributed import Ranks
+from geo_r1.train.optim import load_optimizer_state, optimizer_state
+from geo_r1.train.place import hand_out, replace_all
+
+# What runs inside the root's forward: the model and further arguments to tensors, the loss first.
+Function = Callable[..., Any]
+
+
+class Runner(nn.Module):
+    """Runs functions of a model as its own forward: an engine around it sees every use of a weight."""
+
+    def __init__(self, vlm: PackedVLM) -> None:
+        super().__init__()
+        self.model = vlm.model
+        self.vlm = vlm
+
+    def forward(self, function: Function, *args: Any) -> Any:
+        return function(self.vlm, *args)
+
+
+class Policy:
+    """A whole model on every rank: one rank, or `ddp`. The other strategies change what differs.
+
+    Attributes:
+        vlm: the model; its weights may be used within `run` and `learn` only.
+        alpha: of its adapters (see `geo_r1.models.lora`); None where it has none.
+        everyone: whether all ranks must take part in every micro-batch, with every trained weight.
+    """
+
+    def __init__(self, vlm: PackedVLM, ranks: Ranks, trained: bool, alpha: float | None) -> None:
+        self.vlm, self.ranks, self.alpha = vlm, ranks, alpha
+        self.everyone = ranks.size > 1
+        hand_out(vlm.model, ranks)
+        self.root: nn.Module = Runner(vlm)
+        if ranks.size > 1 and trained:
+            self.root = DistributedDataParallel(self.root, gradient_as_bucket_view=True, init_sync=False)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, as this rank holds it."""
+        return [p for p in self.vlm.model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def run(self, function: Function, *args: Any) -> Any:
+        """`function(vlm, *args)` without gradients, on all ranks together."""
+        return function(self.vlm, *args)
+
+    def learn(self, function: Function, *args: Any, last: bool) -> tuple[Tensor, ...]:
+        """Add the gradient of one micro-batch, on all ranks together.
+
+        Args:
+            function: returns a tuple of tensors, the loss first.
+            last: whether this is the step's last micro-batch.
+
+        Returns:
+            What the function returned, without gradient.
+        """
+        waits = isinstance(self.root, DistributedDataParallel) and not last
+        with self.root.no_sync() if waits else nullcontext():  # type: ignore[operator, union-attr]
+            loss, *rest = self.root(function, *args)
+            (loss * self.ranks.size).backward()
+        return loss.detach(), *(x.detach() for x in rest)
+
+    def attach(self, optimizer: Optimizer, max_grad_norm: float) -> Optimizer:
+        """Take charge of an optimiser over `parameters`; returns the one whose rates are to be set."""
+        return optimizer
+
+    def update(self, optimizer: Optimizer, max_grad_norm: float, wanted: bool) -> float:
+        """Clip the gradient and take an optimiser's step; clears the gradient.
+
+        Args:
+            wanted: False only clears. Nor is there a step where the gradient is not finite.
+
+        Returns:
+            The norm of the whole gradient before clipping.
+        """
+        for parameter in self.parameters:  # unused by all: zero, so that Adam's averages decay all the same
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+        if wanted and math.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, max_grad_norm, total)
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    @contextmanager
+    def whole(self) -> Iterator[PackedVLM]:
+        """The model with whole weights on this rank's device; those of shards in `compute_dtype`."""
+        yield self.vlm
+
+    @contextmanager
+    def exported(self) -> Iterator[PreTrainedModel | None]:
+        """On rank 0 a plain transformers model with these weights, adapters merged; None on the others."""
+        if self.alpha is None:
+            yield self.vlm.model if self.ranks.is_main else None
+        else:
+            yield self._plain_copy(self.vlm.model.dtype)
+
+    def _plain_copy(self, dtype: torch.dtype) -> PreTrainedModel | None:
+        replica = self.replica(dtype, "cpu", self.ranks.is_main)
+        return replica.model if replica is not None else None
+
+    def state(self, optimizer: Optimizer | None) -> dict[str, dict[str, Any]]:
+        """What a checkpoint holds, by name: weights (with adapters, these alone), the optimiser's state."""
+        adapters_only = self.alpha is not None and optimizer is not None
+        model = {
+            name: parameter.detach()
+            for name, parameter in self.vlm.model.named_parameters()
+            if parameter.requires_grad or not adapters_only
+        }
+        return {"model": model, "optim": optimizer_state(self.vlm.model, optimizer) if optimizer else {}}
+
+    def load_state(self, optimizer: Optimizer | None, state: dict[str, dict[str, Any]]) -> None:
+        """Go on from what `state` returned, filled in place; its weights are the model's own tensors."""
+        if optimizer is not None:
+            load_optimizer_state(self.vlm.model, optimizer, state["optim"])
+
+    def full_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of every weight, one after another, on every rank; a tied one once."""
+        for name, parameter in self.vlm.model.named_parameters():
+            yield name, _full(parameter.detach().to(self.ranks.device), dtype)
+
+    @torch.no_grad()
+    def move_towards(self, other: Policy, share: float) -> None:
+        """weights = share * other's + (1 - share) * own, on all ranks together."""
+        own = dict(self.vlm.model.named_parameters())
+        for name, tensor in other.full_tensors():
+            mine = own[name].detach()
+            if isinstance(mine, DTensor):
+                tensor = distribute_tensor(tensor, mine.device_mesh, mine.placements, src_data_rank=None)
+                mine, tensor = mine.to_local(), tensor.to_local()
+            mine.lerp_(tensor.to(mine), share)
+
+    def replica(self, dtype: torch.dtype, device: torch.device | str, fill: bool = True) -> PackedVLM | None:
+        """A plain model with these weights, whole, adapters merged; not trained.
+
+        Args:
+            fill: whether this rank wants it; it takes part in gathering all the same, and gets None.
+        """
+        copy = self.vlm.skeleton(dtype=dtype, device=device)
+        if fill:
+            replace_all(copy.model, lambda tensor: torch.empty_like(tensor, device=device))
+        slots = dict(copy.model.named_parameters())
+        tensors = self.full_tensors(dtype)
+        if self.alpha is not None:
+            tensors = merged_state(tensors, self.alpha)
+        with torch.no_grad():
+            for name, tensor in tensors:
+                if fill:
+                    slots[name].copy_(tensor)
+            own = dict(self.vlm.model.named_buffers())
+            for name, buffer in copy.model.named_buffers() if fill else ():
+                buffer.copy_(own[name])
+        copy.model.requires_grad_(False).eval()
+        return copy if fill else None
+
+
+def spread(
+    vlm: PackedVLM,
+    ranks: Ranks,
+    config: ParallelConfig,
+    *,
+    trained: bool = True,
+    alpha: float | None = None,
+) -> Policy:
+    """Hand out a model that rank 0 holds, and spread it over the ranks.
+
+    Args:
+        vlm: whole on rank 0; on the others on the meta device.
+        trained: False for a model that only computes; DeepSpeed has nothing to do for it, fsdp2 shards it.
+        alpha: of the model's adapters; None where it has none.
+    """
+    strategy = config.strategy
+    if strategy == "auto":
+        strategy = "fsdp2" if ranks.size > 1 else "ddp"
+    if strategy == "deepspeed" and trained:
+        from geo_r1.train.zero import ZeroPolicy
+
+        return ZeroPolicy(vlm, ranks, alpha, config)
+    if strategy == "fsdp2" or (strategy == "deepspeed" and config.zero_stage == 3):
+        from geo_r1.train.fsdp import ShardedPolicy
+
+        return ShardedPolicy(vlm, ranks, trained, alpha, config)
+    return Policy(vlm, ranks, trained, alpha)
+
+
+def _full(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor if dtype is None else tensor.to(dtype)  # narrower before it travels
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,140 @@
+"""A state on disk: tensors in shards, by torch.distributed.checkpoint, and trainer.json, what is no tensor.
+
+A state is {section: {name: tensor, DTensor or number}}. Its section "trainer" is anything that JSON can hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+TRAINER, PLAIN = "trainer", "trainer.json"
+State = dict[str, dict[str, Any]]
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes a checkpoint beside; rank 0 gives it its name when every rank has written its part."""
+
+    def __init__(self, folder: Path, plain: State, then: Callable[[], None]) -> None:
+        # Nothing is copied ahead: all is on the host, and the thread would open a context on GPU 0.
+        super().__init__(beside(folder), per_thread_copy_ahead=0)
+        self.folder, self.then = folder, then
+        self.plain = json.dumps(plain)  # now: the trainer goes on
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {name: tensor.to("cpu", copy=True) for name, tensor in state_dict.items()}
+
+    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
+        return plan  # the folder is made below, by rank 0 before any rank writes
+
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        partial = beside(self.folder)
+        if partial.exists():  # of a run that was killed
+            shutil.rmtree(partial)
+        partial.parent.mkdir(exist_ok=True)
+        partial.mkdir()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # of a disk that is full, torch's serializer says "unexpected pos"
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        super().finish(metadata, results)
+        partial = beside(self.folder)
+        (partial / PLAIN).write_text(self.plain)
+        sync(partial / PLAIN)  # torch has synced what it wrote
+        publish(partial, self.folder)
+        self.then()
+
+
+def values_of(state: State) -> Iterator[tuple[str, str, Any]]:
+    """Section, name and value of all tensors and numbers."""
+    for section, values in state.items():
+        if section != TRAINER:
+            yield from ((section, name, value) for name, value in values.items())
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """All tensors by section.name, without their gradients."""
+    return {f"{section}.{name}": x.detach() for section, name, x in values_of(state) if isinstance(x, Tensor)}
+
+
+def plain_of(state: State) -> State:
+    """What of a state is no tensor."""
+    plain: State = {TRAINER: state[TRAINER]}
+    for section, name, value in values_of(state):
+        if not isinstance(value, Tensor):
+            plain.setdefault(section, {})[name] = value
+    return plain
+
+
+def check(folder: Path, state: State) -> State:
+    """Compare a checkpoint with the state that it is to fill; returns what it holds besides tensors.
+
+    Raises:
+        ValueError: they differ, or the checkpoint cannot be read.
+    """
+    try:
+        tensors = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        plain = json.loads((folder / PLAIN).read_text())
+        if not isinstance(plain, dict) or not isinstance(plain.get(TRAINER), dict):
+            raise ValueError(f"{PLAIN} holds no trainer's state")
+    except Exception as error:  # a broken pickle raises whatever its bytes happen to ask for
+        raise ValueError(f"checkpoint {folder} cannot be read: {reason_of(error)}") from error
+    own = {f"{section}.{name}": _kind(value) for section, name, value in values_of(state)}
+    saved = {name: _kind(value) for name, value in tensors.items()}
+    saved |= {f"{section}.{name}": _kind(value) for section, name, value in values_of(plain)}
+    asked = tuple(f"{section}." for section in state)
+    for name in sorted(own.keys() | {name for name in saved if name.startswith(asked)}):
+        there, here = saved.get(name), own.get(name, "absent")
+        if there is None:
+            raise ValueError(f"checkpoint {folder} is of another model: it has no {name}")
+        if there != here:
+            raise ValueError(f"checkpoint {folder} is of another model: {name} is {there} there, {here} here")
+    return plain
+
+
+def _kind(value: Any) -> str:
+    """What must be equal of a value in a checkpoint and the one that is to take it."""
+    if isinstance(value, TensorStorageMetadata):
+        return f"{list(value.size)} {value.properties.dtype}".replace("torch.", "")
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {value.dtype}".replace("torch.", "")
+    return "a number"
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what went wrong, with the file's name if it is about one."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{Path(error.filename).name}: {error.strerror}" if error.filename else error.strerror
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def beside(path: Path) -> Path:
+    """Where a file or folder is written before it has its name."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give what was written its name; it is there from now on, even if the machine goes down."""
+    sync(partial)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

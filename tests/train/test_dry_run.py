@@ -1,0 +1,121 @@
+"""What a dry run says, of the world, of a file, of a model without weights, and of what does not fit."""
+
+import re
+
+import pytest
+import small_runs as runs
+from memory_cases import TEXTS
+
+import geo_r1.train.dry_run
+from geo_r1.models.cost import ModelCost
+from geo_r1.models.tiny import build_tiny
+from geo_r1.train.dry_run import dry_run
+from geo_r1.train.memory import estimate
+from geo_r1.train.recipe import load_recipe
+
+
+@pytest.fixture
+def no_weights(tmp_path):
+    """A folder with a config, a tokenizer and an image processor."""
+    model, tokenizer, image_processor = build_tiny(TEXTS, 0, 64, 2, weights=False)
+    for piece in (model.config, tokenizer, image_processor):
+        piece.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model.config
+
+
+def recipe_of(tmp_path, *stages, **changes):
+    return load_recipe(runs.arguments(tmp_path / "run", *stages, **changes))
+
+
+def test_a_run_on_the_world(tmp_path, no_weights):
+    folder, config = no_weights
+    before = runs.files_under(tmp_path)
+    recipe = recipe_of(tmp_path, "sft", "grpo", "eval", model__path=folder)
+    text = dry_run(recipe, 2)
+    assert runs.files_under(tmp_path) == before | {"small.toml"}  # the recipe, which the test wrote
+    count = ModelCost.of(config).num_parameters
+    assert f"qwen2_5_vl, {count:,} parameters" in text
+    assert f"sft trains {count:,} (weights), 0 are frozen" in text
+    assert "ranks      2, fsdp2, weights in 2 shards; layers compute in float32, checkpointing none" in text
+    for line in ("== sft: 5 steps of 4 samples", "== grpo: 5 steps of 2 samples", "== eval: 6 samples"):
+        assert line in text
+    assert "of 4 completions, each as long as may be" in text and "rollout" in text and "reference" in text
+
+
+def test_a_file_gives_lengths_epochs_and_operations(tmp_path, no_weights):
+    folder, config = no_weights
+    data = runs.write_dataset(tmp_path, 6)
+    recipe = recipe_of(
+        tmp_path, "sft", model__path=folder, sft__data=data, sft__epochs=2, sft__freeze=["vision"]
+    )
+    text = dry_run(recipe, 1)
+    assert "== sft: 3 steps of 4 samples, 2.00 epochs of 6" in text
+    prompt, pictures, response = map(
+        int,
+        re.search(
+            r"a sample: (\d+) tokens of prompt, (\d+) of them of pictures, and (\d+) of the response", text
+        ).groups(),
+    )
+    assert pictures == 2 + 4  # 56 x 28 and 56 x 56 pixels, 28 x 28 a token
+    tokens = int(re.search(r"a step: (\d+) tokens", text)[1])
+    assert tokens == pytest.approx(4 * (prompt + response), abs=4)
+    flops = ModelCost.of(config).flops(
+        prompt, [response], [(1, 2, 4), (1, 4, 4)], backward=True, frozen=("vision",)
+    )
+    assert float(re.search(r"update ([\d.e-]+)", text)[1]) == pytest.approx(4e-12 * flops, rel=0.05)
+    frozen = ModelCost.of(config).parameters["vision"]
+    assert f"{frozen:,} are frozen" in text
+
+
+def test_data_that_is_not_there_is_said(tmp_path, no_weights):
+    recipe = recipe_of(tmp_path, "sft", model__path=no_weights[0], sft__data="nowhere.jsonl")
+    text = dry_run(recipe, 1)
+    assert "== sft: its data cannot be read" in text and "nowhere.jsonl does not exist" in text
+    assert "assumed: prompts of 2,048 tokens" in text
+
+
+def test_long_prompts_are_an_error_or_skipped_as_in_a_run(tmp_path, no_weights):
+    options = {"model__path": no_weights[0], "data__max_prompt_tokens": 3}
+    with pytest.raises(ValueError, match=r"the budget is 3\. Raise data\.max_prompt_tokens"):
+        dry_run(recipe_of(tmp_path, "sft", **options), 1)
+    text = dry_run(recipe_of(tmp_path, "sft", **options, data__on_overlong="skip"), 1)
+    assert "none of the first samples of its data fits" in text
+
+
+def test_what_does_not_fit_and_what_would_help(tmp_path, no_weights, monkeypatch):
+    folder, config = no_weights
+    recipe = recipe_of(tmp_path, "grpo", model__path=folder, grpo__data="nowhere.jsonl")
+    peak = estimate(recipe, config, 1, "grpo").peak
+    monkeypatch.setattr(geo_r1.train.dry_run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(geo_r1.train.dry_run, "ASSUMED", peak)
+    assert "fits: " in dry_run(recipe, 1) and "Instead" not in dry_run(recipe, 1)
+    monkeypatch.setattr(geo_r1.train.dry_run, "ASSUMED", peak - 1)
+    text = dry_run(recipe, 1)
+    assert "does not fit: " in text
+    found = dict(re.findall(r"^    (.+?): ([\d.]+ [GM]iB(?:, fits)?)$", text, re.MULTILINE))
+    full = estimate(
+        recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": "full"})}),
+        config,
+        1,
+        "grpo",
+    ).peak
+    assert full < peak
+    assert found["model.checkpointing = full"] == f"{geo_r1.train.dry_run._gib(full)}, fits"
+    assert {key.split(" = ")[0] for key in found} == {
+        "model.checkpointing",
+        "parallel.strategy",
+        "grpo.optim.optimizer",
+        "lora.rank",
+        "rollout.max_tokens",
+    }
+
+
+def test_the_tiny_model_is_made_on_the_spot(tmp_path):
+    text = dry_run(recipe_of(tmp_path, "eval", model__path="tiny"), 1)
+    assert "tiny: qwen2_5_vl" in text and "evaluation" in text
+
+
+def test_an_unknown_model_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty cannot be loaded"):
+        dry_run(recipe_of(tmp_path, "sft", model__path=tmp_path / "empty"), 1)
