@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if num_ranks is None:
             return _run(recipe)
         if is_main:
-            from geo_r1.train.dry_run import dry_run
+            from geo_r1.train.estimate.dry_run import dry_run
 
             print(dry_run(recipe, num_ranks))
         return 0
@@ -55,9 +55,9 @@ def _without_dry_run(argv: Sequence[str]) -> tuple[list[str], int | None]:
 
 def _run(recipe: Recipe) -> int:
     # torch takes seconds to import: only once the recipe is known to be right
-    from geo_r1.train.distributed import PeerLost, Ranks
-    from geo_r1.train.lifeline import OTHER
     from geo_r1.train.loop import Stopped
+    from geo_r1.train.parallel.lifeline import OTHER
+    from geo_r1.train.parallel.ranks import PeerLost, Ranks
     from geo_r1.train.run import run
 
     try:
@@ -82,10 +82,13 @@ def _run(recipe: Recipe) -> int:
             tell(str(error), OTHER)
     except KeyboardInterrupt:
         tell("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
-    except BaseException as error:  # a defect: the others shall know of it, and the trace be seen
-        if ranks.size > 1:
-            tell(f"{type(error).__name__}: {error}", OTHER)
-        raise
+    except BaseException as error:
+        # An engine's own collective raises when another rank has ended; its trace would hide why.
+        lost = isinstance(error, RuntimeError) and ranks.lifeline.reason(SECONDS_FOR_THE_REASON) is not None
+        if not lost:  # a defect: the others shall know of it, and the trace be seen
+            if ranks.size > 1:
+                tell(f"{type(error).__name__}: {error}", OTHER)
+            raise
     ranks.leave()
     return ranks.lifeline.exit_code
 

@@ -18,8 +18,8 @@ from geo_r1.data.prompt import mrope_positions
 from geo_r1.models import EncodedPrompt, PackedBatch, pack
 from geo_r1.models.cost import ModelCost
 from geo_r1.models.packed import to_device
-from geo_r1.train.parallel import Policy
-from geo_r1.train.plan import StepPlan, plan_step
+from geo_r1.train.parallel.plan import StepPlan, plan_step
+from geo_r1.train.parallel.policy import Policy
 
 # The lengths of a batch's completions to the weight of each of their tokens, [R].
 WeightsOf = Callable[[list[int]], Tensor]

@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 from transformers import PreTrainedModel
 
-from geo_r1.train.distributed import PATIENCE, PeerLost, Ranks
+from geo_r1.train.parallel.ranks import PATIENCE, PeerLost, Ranks
 from geo_r1.train.shards import State, Writer, beside, check, plain_of, publish, reason_of, sync, tensors_of
 
 
@@ -197,7 +197,7 @@ def prune(run_dir: Path, stage: str, keep: int) -> None:
     """
     found, marks = _whole(run_dir, stage), _marks(run_dir, stage)
     spared = checkpoint_folder(run_dir, stage, marks[-1][0]) if keep and marks else None
-    for old in found[: len(found) - keep]:
+    for old in found[: max(0, len(found) - keep)]:
         if old != spared:
             old.rename(beside(old))
     for partial in (run_dir / "checkpoints").glob(f".{stage}-[0-9]*.partial"):

@@ -383,3 +383,20 @@ class Recipe(BaseSettings):
                 f"run.stages must be some of {', '.join(STAGES)}, in this order, each once; got {found}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _adapters_alone(self) -> Recipe:
+        for stage in STAGES[:-1]:
+            if self.lora.rank and getattr(self, stage).freeze:
+                raise ValueError(
+                    f"{stage}.freeze means nothing with lora.rank > 0, which trains adapters alone; choose "
+                    "their layers by lora.targets and lora.vision"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_can_move(self) -> Recipe:
+        if self.grpo.reference.sync_steps and (self.lora.rank or not self.grpo.loss.beta):
+            why = "the policy without its adapters" if self.lora.rank else "not held while grpo.loss.beta = 0"
+            raise ValueError(f"grpo.reference.sync_steps: the reference cannot move, it is {why}")
+        return self

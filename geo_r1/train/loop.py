@@ -21,10 +21,10 @@ from geo_r1.rewards import RewardFunction, load_reward
 from geo_r1.train.batches import MicroBatch
 from geo_r1.train.checkpoint import Checkpoints, save_folder
 from geo_r1.train.config import Duration, OptimConfig, Recipe, RewardConfig
-from geo_r1.train.distributed import Ranks
 from geo_r1.train.log import Log
 from geo_r1.train.optim import build_optimizer, set_learning_rate
-from geo_r1.train.parallel import Policy
+from geo_r1.train.parallel.policy import Policy
+from geo_r1.train.parallel.ranks import Ranks
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

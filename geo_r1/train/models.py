@@ -13,8 +13,8 @@ from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
 from geo_r1.train.config import GRPOConfig, ParallelConfig, Recipe, SFTConfig
-from geo_r1.train.distributed import Ranks
-from geo_r1.train.parallel import Policy, spread
+from geo_r1.train.parallel.policy import Policy, spread
+from geo_r1.train.parallel.ranks import Ranks
 
 TINY = "tiny"
 TEACHER = {"careless", "slip", "curriculum_start", "curriculum_samples"}  # not of the world itself

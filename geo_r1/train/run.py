@@ -22,12 +22,12 @@ from geo_r1.eval.cross_view import question_of
 from geo_r1.models import PackedVLM
 from geo_r1.train.checkpoint import newest_checkpoint, prune
 from geo_r1.train.config import STAGES, Recipe
-from geo_r1.train.distributed import Ranks
 from geo_r1.train.evaluate import evaluate, validate, write_summary, write_text
 from geo_r1.train.grpo import loss_config_of, run_grpo
 from geo_r1.train.log import Log
 from geo_r1.train.loop import Engine, load_rewards
 from geo_r1.train.models import TINY, Models, world_of
+from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe import dump_recipe
 from geo_r1.train.report import write_report
 from geo_r1.train.sft import run_sft

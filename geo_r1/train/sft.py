@@ -13,7 +13,7 @@ from geo_r1.models import PackedBatch, PackedVLM
 from geo_r1.train.batches import Work, share_out
 from geo_r1.train.config import SFTConfig
 from geo_r1.train.loop import Engine, Phases, Updater, Validate, run_stage
-from geo_r1.train.parallel import Policy
+from geo_r1.train.parallel.policy import Policy
 
 
 def run_sft(

@@ -11,7 +11,9 @@ import atexit
 import importlib
 import importlib.util
 import json
+import math
 import os
+import re
 import select
 import signal
 import socket
@@ -28,7 +30,10 @@ import pytest
 import small_runs as runs
 
 PATIENCE = 240.0  # seconds until a job that has not ended hangs; DeepSpeed may compile something once
-CHATTER = ("DeepSpeed ",)
+# What libraries write to stderr besides.
+NOISE = re.compile(
+    r"DeepSpeed |(\[rank\d+\]:)?\[W\d|Exception raised from|frame #|<omitting python frames>|$"
+)
 STRATEGIES = {  # by a short name: number of ranks, options
     "one": (1, {"parallel__strategy": "ddp"}),
     "one fsdp2": (1, {"parallel__strategy": "fsdp2"}),
@@ -59,10 +64,10 @@ class Ended:
     seconds: float
 
     @property
-    def said(self) -> str:
-        """What all ranks said on stderr, the chatter of libraries left out."""
-        lines = "".join(self.stderr).splitlines(keepends=True)
-        return "".join(line for line in lines if not line.startswith(CHATTER))
+    def said(self) -> list[str]:
+        """Lines that all ranks said on stderr, the noise of libraries left out."""
+        lines = "".join(self.stderr).splitlines()
+        return [line for line in lines if not NOISE.match(line)]
 
 
 def run(
@@ -118,7 +123,6 @@ def _server() -> subprocess.Popen:
 
 def rank_of_job(job: dict, rank: int, port: int, alive: int) -> None:
     """Be one rank: never returns to the server's loop."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output(job, rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -127,8 +131,8 @@ def rank_of_job(job: dict, rank: int, port: int, alive: int) -> None:
     os.environ.update({name: str(value) for name, value in own.items()})
 
     from geo_r1.train.__main__ import main
-    from geo_r1.train.distributed import Ranks
     from geo_r1.train.log import Log
+    from geo_r1.train.parallel.ranks import Ranks
 
     start, write, count = Ranks.start, Log.write, [0]
 
@@ -178,9 +182,8 @@ def carry_out(job: dict) -> Ended:
     killed = False
     if job["kill"]:
         victim, signs, seconds = job["kill"]
-        while signs and os.read(pipes[victim], 1):
-            signs -= 1
-        killed = not signs and lives_on(pipes[victim], time.monotonic() + seconds)
+        pipe = pipes[victim]
+        killed = lives_on(pipe, start + PATIENCE, signs) and lives_on(pipe, time.monotonic() + seconds)
         if killed:
             os.kill(pids[victim], signal.SIGKILL)
             start = time.monotonic()
@@ -200,11 +203,13 @@ def carry_out(job: dict) -> Ended:
     )
 
 
-def lives_on(pipe: int, until: float) -> bool:
-    """Wait for the end of the rank that holds the pipe, but not longer than that; True: it has not come."""
-    while (left := until - time.monotonic()) > 0:
-        if select.select([pipe], [], [], left)[0] and not os.read(pipe, 4096):
-            return False
+def lives_on(pipe: int, until: float, signs: float = math.inf) -> bool:
+    """Wait for so many signs of life of the rank that holds the pipe, but not longer; False: it has ended."""
+    while signs > 0 and (left := until - time.monotonic()) > 0:
+        if select.select([pipe], [], [], left)[0]:
+            if not os.read(pipe, 1):
+                return False
+            signs -= 1
     return True
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from geo_r1.train import lifeline
+from geo_r1.train.parallel import lifeline
 
 
 class Pipes:

@@ -15,9 +15,9 @@ from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM, pack
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
 from geo_r1.train.config import Recipe
-from geo_r1.train.distributed import Ranks
 from geo_r1.train.optim import build_optimizer
-from geo_r1.train.parallel import spread
+from geo_r1.train.parallel.policy import spread
+from geo_r1.train.parallel.ranks import Ranks
 
 TEXTS = ["Which tile shows the place?", "north and south of the tower"]
 WIDTHS = {"tiny": (64, 2), "rows of blocks": (256, 1), "20 million": (512, 6)}  # hidden size, text layers

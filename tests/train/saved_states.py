@@ -7,8 +7,8 @@ import signal
 import torch
 from torch.distributed.tensor import DTensor
 
-from geo_r1.train.distributed import Ranks
-from geo_r1.train.lifeline import Lifeline
+from geo_r1.train.parallel.lifeline import Lifeline
+from geo_r1.train.parallel.ranks import Ranks
 
 
 def rank_of(rank, size):

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from geo_r1.train.checkpoint import Checkpoints
-from geo_r1.train.distributed import PeerLost
+from geo_r1.train.parallel.ranks import PeerLost
 from geo_r1.train.shards import Writer
 
 

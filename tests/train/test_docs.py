@@ -4,8 +4,8 @@ import pytest
 
 from geo_r1.models.cost import ModelCost
 from geo_r1.train.config import Recipe
+from geo_r1.train.estimate.reference import PAGE, model_config, training_page
 from geo_r1.train.recipe import _keys
-from geo_r1.train.reference import PAGE, model_config, training_page
 
 
 def test_the_page_is_up_to_date():

@@ -6,11 +6,11 @@ import pytest
 import small_runs as runs
 from memory_cases import TEXTS
 
-import geo_r1.train.dry_run
+import geo_r1.train.estimate.dry_run
 from geo_r1.models.cost import ModelCost
 from geo_r1.models.tiny import build_tiny
-from geo_r1.train.dry_run import dry_run
-from geo_r1.train.memory import estimate
+from geo_r1.train.estimate.dry_run import dry_run
+from geo_r1.train.estimate.memory import estimate
 from geo_r1.train.recipe import load_recipe
 
 
@@ -86,10 +86,10 @@ def test_what_does_not_fit_and_what_would_help(tmp_path, no_weights, monkeypatch
     folder, config = no_weights
     recipe = recipe_of(tmp_path, "grpo", model__path=folder, grpo__data="nowhere.jsonl")
     peak = estimate(recipe, config, 1, "grpo").peak
-    monkeypatch.setattr(geo_r1.train.dry_run.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(geo_r1.train.dry_run, "ASSUMED", peak)
+    monkeypatch.setattr(geo_r1.train.estimate.dry_run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(geo_r1.train.estimate.dry_run, "ASSUMED", peak)
     assert "fits: " in dry_run(recipe, 1) and "Instead" not in dry_run(recipe, 1)
-    monkeypatch.setattr(geo_r1.train.dry_run, "ASSUMED", peak - 1)
+    monkeypatch.setattr(geo_r1.train.estimate.dry_run, "ASSUMED", peak - 1)
     text = dry_run(recipe, 1)
     assert "does not fit: " in text
     found = dict(re.findall(r"^    (.+?): ([\d.]+ [GM]iB(?:, fits)?)$", text, re.MULTILINE))
@@ -100,7 +100,7 @@ def test_what_does_not_fit_and_what_would_help(tmp_path, no_weights, monkeypatch
         "grpo",
     ).peak
     assert full < peak
-    assert found["model.checkpointing = full"] == f"{geo_r1.train.dry_run._gib(full)}, fits"
+    assert found["model.checkpointing = full"] == f"{geo_r1.train.estimate.dry_run._gib(full)}, fits"
     assert {key.split(" = ")[0] for key in found} == {
         "model.checkpointing",
         "parallel.strategy",

@@ -8,11 +8,12 @@ import pytest
 import small_runs as runs
 import torch
 
+import geo_r1.train.groups
 import geo_r1.train.grpo
 from geo_r1.data import World, exemplars
 from geo_r1.data.source import Source
-from geo_r1.train.grpo import Sampler
-from geo_r1.train.parallel import Policy
+from geo_r1.train.groups import Sampler
+from geo_r1.train.parallel.policy import Policy
 
 DYNAMIC = {
     "rewards__functions": ["small_runs:same_for_some_answers"],
@@ -105,7 +106,7 @@ def test_two_ranks_replace_the_groups_that_one_does(tmp_path):
 
 def set_endings(monkeypatch, *ended):
     """Say which of each group's four completions ended by themselves."""
-    real = geo_r1.train.grpo.generate
+    real = geo_r1.train.groups.generate
 
     def generate(*args, **options):
         groups = real(*args, **options)
@@ -113,7 +114,7 @@ def set_endings(monkeypatch, *ended):
             [dataclasses.replace(c, ended=e) for c, e in zip(group, ended, strict=True)] for group in groups
         ]
 
-    monkeypatch.setattr(geo_r1.train.grpo, "generate", generate)
+    monkeypatch.setattr(geo_r1.train.groups, "generate", generate)
 
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo"])

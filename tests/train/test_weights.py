@@ -13,10 +13,10 @@ from geo_r1.models import EncodedPrompt, load_model
 from geo_r1.rollout import Completion
 from geo_r1.train.batches import Work, share_out
 from geo_r1.train.config import GRPOConfig, ParallelConfig
-from geo_r1.train.distributed import Ranks
 from geo_r1.train.grpo import Group, _logp, _update, _weights, _work
-from geo_r1.train.lifeline import Lifeline
-from geo_r1.train.parallel import spread
+from geo_r1.train.parallel.lifeline import Lifeline
+from geo_r1.train.parallel.policy import spread
+from geo_r1.train.parallel.ranks import Ranks
 
 engine = SimpleNamespace(
     ranks=Ranks(0, 1, torch.device("cpu"), Lifeline(0, {})),

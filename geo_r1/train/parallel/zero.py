@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from geo_r1.models import PackedVLM
 from geo_r1.train.config import ParallelConfig
-from geo_r1.train.distributed import Ranks
-from geo_r1.train.parallel import Function, Policy, Runner
-from geo_r1.train.place import hand_out
+from geo_r1.train.parallel.place import hand_out
+from geo_r1.train.parallel.policy import Function, Policy, Runner
+from geo_r1.train.parallel.ranks import Ranks
 
 # What the recipe, not a JSON of the user's, decides.
 OURS = (
@@ -73,8 +73,16 @@ class ZeroPolicy(Policy):
         self.root = self.engine
         if self.sharded:  # the loss reads it outside of any layer
             deepspeed.zero.register_external_parameter(self.engine.module, self.vlm.lm_head)
-        for state in wrapped.optimizer.state.values():  # DeepSpeed has taken a step with gradients of zero
-            state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
+        # AdamW makes its state in its first step, but a run that goes on fills it before that.
+        flat = (
+            wrapped.fp32_partitioned_groups_flat if self.sharded else wrapped.single_partition_of_fp32_groups
+        )
+        for tensor in flat:
+            zeros = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+            step = torch.zeros((), device=tensor.device if optimizer.defaults["fused"] else "cpu")
+            wrapped.optimizer.state[tensor] = {"step": step, **zeros}
+        if not self.sharded:  # show each weight its part of them, as the first step would
+            wrapped._lazy_init_hp_params_optimizer_state()
         return wrapped
 
     @torch.no_grad()
@@ -134,13 +142,17 @@ class ZeroPolicy(Policy):
         return {"model": model, "optim": optim}
 
     def load_state(self, optimizer: Optimizer | None, state: dict[str, dict[str, Any]]) -> None:
+        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, parameter in self.vlm.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             whole = {key: _whole(state["optim"][f"{name}.{key}"], self.ranks) for key in MOMENTS}
-            safe_set_full_fp32_param(parameter, _whole(state["model"][name], self.ranks))
+            weight = _whole(state["model"][name], self.ranks)
+            safe_set_full_fp32_param(parameter, weight)  # what the optimiser updates
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(weight)  # what layers compute with, until the next step
             for key, value in whole.items():
                 safe_set_full_optimizer_state(parameter, value, key)
         steps = {value.item() for name, value in state["optim"].items() if name.endswith(".step")}

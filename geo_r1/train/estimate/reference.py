@@ -1,4 +1,4 @@
-"""Makes docs/training.md: `python -m geo_r1.train.reference`. Words from a file, keys from the classes."""
+"""Makes docs/training.md, with `make docs`: words from a file, keys and their meanings from the classes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pydantic import BaseModel
 from transformers import Qwen2_5_VLConfig
 
 from geo_r1.train.config import Recipe
-from geo_r1.train.dry_run import memory_table
-from geo_r1.train.memory import Load, estimate
+from geo_r1.train.estimate.dry_run import memory_table
+from geo_r1.train.estimate.memory import Load, estimate
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "training.md"
 WORDS = PAGE.with_name("training.md.in")  # with a line for each table
 KEYS, MEMORY, PARTS = "<!-- keys -->\n", "<!-- memory -->\n", "<!-- parts -->\n"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from geo_r1.train.distributed import Ranks
+from geo_r1.train.parallel.ranks import Ranks
 
 
 def hand_out(module: nn.Module, ranks: Ranks) -> None:

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from geo_r1.models import PackedVLM
 from geo_r1.train.config import ParallelConfig
-from geo_r1.train.distributed import Ranks
-from geo_r1.train.parallel import Function, Policy, Runner
-from geo_r1.train.place import hand_out
+from geo_r1.train.parallel.place import hand_out
+from geo_r1.train.parallel.policy import Function, Policy, Runner
+from geo_r1.train.parallel.ranks import Ranks
 
 
 class ShardedPolicy(Policy):

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 from geo_r1.models import PackedVLM
 from geo_r1.models.lora import merged_state
 from geo_r1.train.config import ParallelConfig
-from geo_r1.train.distributed import Ranks
 from geo_r1.train.optim import load_optimizer_state, optimizer_state
-from geo_r1.train.place import hand_out, replace_all
+from geo_r1.train.parallel.place import hand_out, replace_all
+from geo_r1.train.parallel.ranks import Ranks
 
 # What runs inside the root's forward: the model and further arguments to tensors, the loss first.
 Function = Callable[..., Any]
@@ -206,11 +206,11 @@ def spread(
     if strategy == "auto":
         strategy = "fsdp2" if ranks.size > 1 else "ddp"
     if strategy == "deepspeed" and trained:
-        from geo_r1.train.zero import ZeroPolicy
+        from geo_r1.train.parallel.zero import ZeroPolicy
 
         return ZeroPolicy(vlm, ranks, alpha, config)
     if strategy == "fsdp2" or (strategy == "deepspeed" and config.zero_stage == 3):
-        from geo_r1.train.fsdp import ShardedPolicy
+        from geo_r1.train.parallel.fsdp import ShardedPolicy
 
         return ShardedPolicy(vlm, ranks, trained, alpha, config)
     return Policy(vlm, ranks, trained, alpha)

@@ -21,10 +21,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from geo_r1.kernels.chunks import MAX_NARROW_SUMS, SCRATCH_BYTES, KernelRows
-from geo_r1.train.activations import Numbers, kept_bytes, text_layer, vision_block, working_bytes
 from geo_r1.train.config import EvalConfig, GRPOConfig, LoraConfig, Recipe, SFTConfig
-from geo_r1.train.holdings import WIDTH, Holdings, Parts
-from geo_r1.train.model_weights import entries, model_weights
+from geo_r1.train.estimate.activations import Numbers, kept_bytes, text_layer, vision_block, working_bytes
+from geo_r1.train.estimate.holdings import WIDTH, Holdings, Parts
+from geo_r1.train.estimate.model_weights import entries, model_weights
 
 # Prompts stand in the cache twice, in groups and stacked by length; room for completions grows by half.
 CACHE_COPIES = 2

@@ -18,12 +18,12 @@ from geo_r1.data.source import Source
 from geo_r1.models import load_model
 from geo_r1.models.cost import ModelCost
 from geo_r1.train.config import EvalConfig, GRPOConfig, Recipe
-from geo_r1.train.distributed import Ranks
-from geo_r1.train.holdings import spread_of
-from geo_r1.train.lifeline import Lifeline
-from geo_r1.train.memory import Estimate, Load, estimate
-from geo_r1.train.model_weights import entries, model_weights
+from geo_r1.train.estimate.holdings import spread_of
+from geo_r1.train.estimate.memory import Estimate, Load, estimate
+from geo_r1.train.estimate.model_weights import entries, model_weights
 from geo_r1.train.models import TINY, Models, world_of
+from geo_r1.train.parallel.lifeline import Lifeline
+from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.run import check_model_exists, open_source
 
 NUM_SAMPLES = 32  # of a stage's data that are looked at

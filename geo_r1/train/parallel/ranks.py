@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from geo_r1.train.lifeline import Lifeline
+from geo_r1.train.parallel.lifeline import Lifeline
 
 # One rank may write a large checkpoint, or sample longer than the others, while they wait.
 PATIENCE = timedelta(hours=2)

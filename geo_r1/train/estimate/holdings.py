@@ -18,9 +18,9 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from geo_r1.train.config import OptimConfig, Recipe
-from geo_r1.train.model_weights import Weight, entries
+from geo_r1.train.estimate.model_weights import Weight, entries
 from geo_r1.train.optim import BLOCK, SMALLEST
-from geo_r1.train.zero import engine_settings
+from geo_r1.train.parallel.zero import engine_settings
 
 Parts = dict[str, int]
 Spread = Literal["ddp", "fsdp2", "zero2", "zero3"]

@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from selectors import EVENT_READ, PollSelector
 
-from geo_r1.train.peers import Peer, Store, meet
+from geo_r1.train.parallel.peers import Peer, Store, meet
 
 GRACE = 2.0  # seconds
 USERS_ERROR, OTHER = 2, 1  # exit codes

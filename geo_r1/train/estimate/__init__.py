@@ -1,0 +1,1 @@
+"""What a run takes, calculated: memory, steps, operations; and the page that says so."""
