@@ -68,7 +68,13 @@ class Checkpoints:
         self.wait()
         folder = self.folder(step)
         assert not folder.exists(), f"{folder} is there already"
-        writer = Writer(folder, plain_of(state), lambda: prune(self.run_dir, self.stage, self.keep))
+        writer = Writer(
+            folder,
+            plain_of(state),
+            lambda: prune(self.run_dir, self.stage, self.keep),
+            self.ranks.rank,
+            self.ranks.size,
+        )
         pending = dcp.async_save(tensors_of(state), storage_writer=writer, **self._peers())
         assert isinstance(pending, Future)
         self._pending = folder, pending

@@ -175,8 +175,7 @@ def run_stage(
             metrics, seconds = _timed_step(engine, updater, step_fn)
             accuracy = None
             if recipe.eval.every and progress.step % recipe.eval.every == 0:
-                with policy.whole() as vlm:
-                    figures, accuracy = validate(vlm)
+                figures, accuracy = _validated(policy, validate)
                 metrics |= {f"eval/{name}": figure for name, figure in figures.items()}
             engine.log.write(stage, progress.step, metrics)
             line = f"{headline} {metrics[headline]:.4f}  {seconds:.2f} s/step"
@@ -203,6 +202,11 @@ def run_stage(
         checkpoints.clear()
         if ranks.any(stop_requested()):
             raise Stopped(f"{stage} is finished; the same command goes on")
+
+
+def _validated(policy: Policy, validate: Validate) -> tuple[dict[str, float], float]:
+    with policy.whole() as vlm:  # a copy that must not outlive this function
+        return validate(vlm)
 
 
 def _timed_step(engine: Engine, updater: Updater, step_fn: Step) -> tuple[dict[str, float], float]:

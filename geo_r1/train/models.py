@@ -13,7 +13,7 @@ from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
 from geo_r1.train.config import GRPOConfig, ParallelConfig, Recipe, SFTConfig
-from geo_r1.train.parallel.policy import Policy, spread
+from geo_r1.train.parallel.policy import Policy, spread, strategy_of
 from geo_r1.train.parallel.ranks import Ranks
 
 TINY = "tiny"
@@ -53,9 +53,15 @@ class Models:
             vlm.compile_layers()
         return spread(vlm, self.ranks, self.recipe.parallel, alpha=lora.alpha if lora.rank else None)
 
-    def reference(self, path: str | Path) -> Policy:
-        """A model that only computes, spread as the policy is."""
-        vlm, *_ = self.load(path)
+    def reference(self, path: str | Path, moves: bool) -> Policy:
+        """A model that only computes, spread as the policy is.
+
+        Args:
+            moves: whether its weights will change, in steps too small for a narrow dtype.
+        """
+        # Engines let layers compute with narrow weights; autocast, of `ddp`, keeps what is between them wide.
+        alike = strategy_of(self.recipe.parallel, self.ranks) == "ddp" or moves
+        vlm, *_ = self.load(path, None if alike else getattr(torch, self.recipe.model.dtype))
         vlm.model.requires_grad_(False).eval()
         return spread(vlm, self.ranks, self.recipe.parallel, trained=False)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tomllib
 from collections.abc import Mapping
@@ -64,11 +65,14 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     engine = _start(recipe, ranks, run_dir, models)
     try:
         for stage in recipe.run.stages:
+            # as rank 0 sees it: other machines may see a shared folder a minute late
+            finished = ranks.gather((run_dir / "models" / stage).exists())[0]
             if stage == "eval":
                 _evaluate(engine, models, sources["eval"])
-            elif not (run_dir / "models" / stage).exists():
+            elif not finished:
                 _check_later_stages(run_dir, stage)
                 _train(engine, models, stage, sources)
+                _free(ranks.device)
             elif ranks.is_main:
                 prune(run_dir, stage, 0)  # what a run that was killed right after its export left
         if ranks.is_main:
@@ -84,15 +88,23 @@ def _train(engine: Engine, models: Models, stage: str, sources: Mapping[str, Sou
     def check(vlm: PackedVLM) -> tuple[dict[str, float], float]:
         return validate(engine, vlm, stage, sources["eval"])
 
-    path = _start_of(recipe, stage)
+    path = engine.ranks.gather(_start_of(recipe, stage))[0]
     policy = models.policy(path, config)
     if stage == "grpo":
         reference = None
         if config.loss.beta and not recipe.lora.rank:
-            reference = models.reference(path)
+            reference = models.reference(path, moves=config.reference.sync_steps > 0)
         run_grpo(engine, policy, reference, config, sources[stage], check)
     else:
         run_sft(engine, stage, policy, config, sources[stage], check)
+    policy.close()
+
+
+def _free(device: torch.device) -> None:
+    """Give back the memory of a stage: engines tie their models into circles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def open_source(recipe: Recipe, world: World, stage: str) -> Source:
@@ -229,7 +241,7 @@ def _evaluate(engine: Engine, models: Models, source: Source) -> None:
         stage: folder for stage in ("sft", "grpo") if (folder := engine.run_dir / "models" / stage).exists()
     }
     summaries = {}
-    for name, path in rows.items():
+    for name, path in engine.ranks.gather(rows)[0].items():
         summaries[name] = evaluate(engine, models.whole(path).vlm, name, source)
     if engine.ranks.is_main:
         write_summary(engine, summaries)

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 TRAINER, PLAIN = "trainer", "trainer.json"
 State = dict[str, dict[str, Any]]
@@ -23,14 +24,19 @@ State = dict[str, dict[str, Any]]
 class Writer(dcp.FileSystemWriter):
     """Writes a checkpoint beside; rank 0 gives it its name when every rank has written its part."""
 
-    def __init__(self, folder: Path, plain: State, then: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, plain: State, then: Callable[[], None], rank: int, size: int) -> None:
         # Nothing is copied ahead: all is on the host, and the thread would open a context on GPU 0.
         super().__init__(beside(folder), per_thread_copy_ahead=0)
-        self.folder, self.then = folder, then
+        self.folder, self.then, self.rank, self.size = folder, then, rank, size
         self.plain = json.dumps(plain)  # now: the trainer goes on
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {name: tensor.to("cpu", copy=True) for name, tensor in state_dict.items()}
+        # What every rank holds whole is written, and so copied, by one of them.
+        return {
+            name: tensor.to("cpu", copy=True)
+            for index, (name, tensor) in enumerate(state_dict.items())
+            if isinstance(tensor, DTensor) or index % self.size == self.rank
+        }
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
         return plan  # the folder is made below, by rank 0 before any rank writes

@@ -42,6 +42,7 @@ STRATEGIES = {  # by a short name: number of ranks, options
     "hsdp": (2, {"parallel__strategy": "fsdp2", "parallel__shard_size": 1}),
     "zero 2": (2, {"parallel__strategy": "deepspeed", "parallel__zero_stage": 2}),
     "zero 3": (2, {"parallel__strategy": "deepspeed", "parallel__zero_stage": 3}),
+    "zero 3 of three": (3, {"parallel__strategy": "deepspeed", "parallel__zero_stage": 3}),
 }
 Signal = tuple[int, int, int]
 

@@ -39,6 +39,7 @@ CHAINS = {
     "more ranks": ("grpo", ["one", "fsdp2"]),
     "from strategy to strategy": ("grpo", ["fsdp2", "zero 3", "one"]),
     "and back": ("sft", ["one", "zero 2", "ddp"]),
+    "to a number of ranks that divides few weights": ("sft", ["one", "zero 3 of three"]),
 }
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 

@@ -129,7 +129,7 @@ class Holdings:
             away["weights"] = self.shard(self.weights) * self.width
             small = [weight for weight in self.weights if weight.numel < threshold]
             parts["weights that stay whole"] = entries(small) * self.width
-            away["gradients"] = self.shard(self.learning) * self.width
+            away["gradients"] = self.shard(self.learning) * 4
             parts["bucket of gradients"] = self._bucket()
         if self.spread == "zero2" or self.width < 4:
             away["weights in float32"] = 4 * self.shard(self.learning)
@@ -149,10 +149,11 @@ class Holdings:
         return 4 + 2 * self.width * held
 
     def reference(self) -> Parts:
-        """A second model of the same weights, wide, and spread as the policy; with ZeRO 2 it is whole."""
+        """A second model of the same weights, spread as the policy; with ZeRO 2 it is whole."""
+        wide = self.spread == "ddp" or self.recipe.grpo.reference.sync_steps
         sharded = self.spread in ("fsdp2", "zero3")
         share = sum(w.row_shard(self.shards) for w in self.weights) if sharded else entries(self.weights)
-        parts = {"reference model": share * max(self.compute, 4)}
+        parts = {"reference model": share * (max(self.compute, 4) if wide else self.compute)}
         if not (sharded and self.offload):
             return parts
         self.host |= parts
@@ -181,7 +182,7 @@ class Holdings:
 
     def gradients(self) -> Parts:
         """While the layers run backward, those of earlier micro-batches among them."""
-        share = self.shard(self.learning) * self.width
+        share = self.shard(self.learning) * max(self.width, 4 if self.spread == "zero2" else 0)
         if self.spread == "ddp":
             return {"gradients": entries(self.learning) * self.width} if self.num_ranks == 1 else {}
         if self.spread == "zero3":
@@ -218,7 +219,7 @@ class Holdings:
             bucket = min(int(float(self.zero["allgather_bucket_size"])), entries(self.learning))
             parts["gathered weights"] = bucket * self.width
             if not self.offload:
-                parts["gradients"] = share * self.width
+                parts["gradients"] = share * 4
         return {"step": parts}
 
 

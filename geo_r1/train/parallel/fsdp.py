@@ -45,7 +45,7 @@ class ShardedPolicy(Policy):
         }
         for layer in vlm.layers:  # handed out and sharded one by one: never two layers whole
             hand_out(layer, ranks)
-            fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
+            fully_shard(layer, reshard_after_forward=config.reshard_after_forward or not trained, **options)
         hand_out(vlm.model, ranks)
         self.root = Runner(vlm)
         fully_shard(self.root, reshard_after_forward=not trained, **options)
@@ -53,8 +53,9 @@ class ShardedPolicy(Policy):
     @torch.no_grad()
     def run(self, function: Function, *args: Any) -> Any:
         out = self.root(function, *args)
-        assert isinstance(self.root, FSDPModule)
-        self.root.reshard()
+        for module in self.root.modules():  # there is no backward that would do it
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return out
 
     @contextmanager

@@ -95,6 +95,9 @@ class Policy:
         """Take charge of an optimiser over `parameters`; returns the one whose rates are to be set."""
         return optimizer
 
+    def close(self) -> None:
+        """Let go of what an engine keeps hold of; the policy is of no use any more."""
+
     def update(self, optimizer: Optimizer, max_grad_norm: float, wanted: bool) -> float:
         """Clip the gradient and take an optimiser's step; clears the gradient.
 
@@ -202,9 +205,7 @@ def spread(
         trained: False for a model that only computes; DeepSpeed has nothing to do for it, fsdp2 shards it.
         alpha: of the model's adapters; None where it has none.
     """
-    strategy = config.strategy
-    if strategy == "auto":
-        strategy = "fsdp2" if ranks.size > 1 else "ddp"
+    strategy = strategy_of(config, ranks)
     if strategy == "deepspeed" and trained:
         from geo_r1.train.parallel.zero import ZeroPolicy
 
@@ -214,6 +215,13 @@ def spread(
 
         return ShardedPolicy(vlm, ranks, trained, alpha, config)
     return Policy(vlm, ranks, trained, alpha)
+
+
+def strategy_of(config: ParallelConfig, ranks: Ranks) -> str:
+    """The strategy that is asked for, or the one that fits the number of ranks."""
+    if config.strategy == "auto":
+        return "fsdp2" if ranks.size > 1 else "ddp"
+    return config.strategy
 
 
 def _full(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -38,6 +39,8 @@ OURS = (
     "bf16",
     "fp16",
     "torch_autocast",
+    "data_types",
+    "communication_data_type",
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -66,7 +69,9 @@ class ZeroPolicy(Policy):
             )
         # DeepSpeed calls functions that torch has renamed, which would be said at every collective.
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-        settings = engine_settings(self.config, max_grad_norm, self.vlm.compute_dtype == torch.bfloat16)
+        narrow = self.vlm.compute_dtype == torch.bfloat16
+        settings = engine_settings(self.config, max_grad_norm, narrow)
+        start = self._rows_of_weights() if narrow else {}
         self.engine, wrapped, *_ = deepspeed.initialize(
             model=Runner(self.vlm), optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -83,7 +88,17 @@ class ZeroPolicy(Policy):
             wrapped.optimizer.state[tensor] = {"step": step, **zeros}
         if not self.sharded:  # show each weight its part of them, as the first step would
             wrapped._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.vlm.model.named_parameters():
+            if name in start:  # DeepSpeed has made its float32 weights from rounded ones
+                self._set(parameter, None, _whole(start[name], self.ranks))
         return wrapped
+
+    def close(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
+        self.engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()  # ZeRO 3 leaves the root in it
+        del self.engine, self.root
 
     @torch.no_grad()
     def run(self, function: Function, *args: Any) -> Any:
@@ -96,11 +111,13 @@ class ZeroPolicy(Policy):
         return loss.detach(), *(x.detach() for x in rest)
 
     def update(self, optimizer: Optimizer, max_grad_norm: float, wanted: bool) -> float:
-        from deepspeed.utils import safe_set_full_grad
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
         if not wanted:  # DeepSpeed takes no step where a gradient is not finite
-            first = self.parameters[0]
-            safe_set_full_grad(first, torch.full(_shape(first), math.nan, device=self.ranks.device))
+            first: Any = self.parameters[0]
+            shape = (first.ds_tensor.ds_numel,) if self.sharded else first.shape
+            set_gradient = safe_set_local_grad if self.sharded else safe_set_full_grad
+            set_gradient(first, torch.full(shape, math.nan, device=self.ranks.device))
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
@@ -125,16 +142,12 @@ class ZeroPolicy(Policy):
     def state(self, optimizer: Optimizer | None) -> dict[str, dict[str, Any]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        mesh = init_device_mesh("cpu", (self.ranks.size,))
-
-        def rows(tensor: Tensor) -> Tensor:
-            return distribute_tensor(tensor.cpu(), mesh, [Shard(0)], src_data_rank=None)
-
+        rows = self._row_shards()
         model, optim = {}, {}
         step = self._step()
         for name, parameter in self.vlm.model.named_parameters():
             if parameter.requires_grad or self.alpha is None:
-                model[name] = rows(self._full(parameter, torch.float32))
+                model[name] = rows(self._full(parameter, torch.float32).float())
             if parameter.requires_grad:
                 for moment in MOMENTS:
                     optim[f"{name}.{moment}"] = rows(safe_get_full_optimizer_state(parameter, moment))
@@ -143,22 +156,50 @@ class ZeroPolicy(Policy):
 
     def load_state(self, optimizer: Optimizer | None, state: dict[str, dict[str, Any]]) -> None:
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, parameter in self.vlm.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            whole = {key: _whole(state["optim"][f"{name}.{key}"], self.ranks) for key in MOMENTS}
             weight = _whole(state["model"][name], self.ranks)
-            safe_set_full_fp32_param(parameter, weight)  # what the optimiser updates
+            self._set(parameter, None, weight)
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(weight)  # what layers compute with, until the next step
-            for key, value in whole.items():
-                safe_set_full_optimizer_state(parameter, value, key)
+            for moment in MOMENTS:
+                self._set(parameter, moment, _whole(state["optim"][f"{name}.{moment}"], self.ranks))
         steps = {value.item() for name, value in state["optim"].items() if name.endswith(".step")}
         assert len(steps) == 1, "all weights are updated together"
         for own in self.engine.optimizer.optimizer.state.values():
             own["step"] = torch.full_like(torch.as_tensor(own["step"]), *steps)
+
+    def _set(self, parameter: Any, moment: str | None, whole: Tensor) -> None:
+        """Overwrite what the optimiser holds of a weight: a moment of it, or itself in float32."""
+        from deepspeed import utils
+
+        if not self.sharded:
+            if moment is None:
+                utils.safe_set_full_fp32_param(parameter, whole)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, whole, moment)
+            return
+        # By parts: given a whole, DeepSpeed fails where the ranks do not divide it.
+        size = parameter.ds_tensor.ds_numel
+        padded = F.pad(whole.flatten(), (0, size * self.ranks.size - whole.numel()))
+        part = padded.narrow(0, self.ranks.rank * size, size)
+        if moment is None:
+            utils.safe_set_local_fp32_param(parameter, part)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, part, moment)
+
+    def _row_shards(self) -> Callable[[Tensor], Tensor]:
+        """What cuts a whole tensor to this rank's rows, on the host."""
+        mesh = init_device_mesh("cpu", (self.ranks.size,))
+        return lambda tensor: distribute_tensor(tensor.cpu(), mesh, [Shard(0)], src_data_rank=None)
+
+    def _rows_of_weights(self) -> dict[str, Tensor]:
+        """Of the trained weights as they are before DeepSpeed has them."""
+        rows = self._row_shards()
+        named = self.vlm.model.named_parameters()
+        return {name: rows(parameter.detach()) for name, parameter in named if parameter.requires_grad}
 
     def _step(self) -> float:
         [step] = {float(own["step"]) for own in self.engine.optimizer.optimizer.state.values()}
@@ -202,6 +243,9 @@ def engine_settings(config: ParallelConfig, max_grad_norm: float, narrow: bool) 
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": narrow, "check_grad_overflow": True},
+        # of many micro-batches, sums in bfloat16 would lose what is small
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -219,8 +263,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _whole(tensor: Tensor, ranks: Ranks) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to(ranks.device)
-
-
-def _shape(parameter: Any) -> torch.Size:
-    """Of the whole weight; ZeRO 3 leaves an empty one in its place."""
-    return getattr(parameter, "ds_shape", parameter.shape)
