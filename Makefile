@@ -49,7 +49,7 @@ results: $(READY)  ## the README's tables and plots from the records
 	$(RUN)python -m benchmarks.results
 
 docs: $(READY)  ## docs/training.md from the recipe's classes and the calculation of memory
-	$(RUN)python -m geo_r1.train.estimate.reference
+	$(RUN)python -m geo_r1.train.estimate.page
 
 clean:
 	rm -rf $(VENV) build dist geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -23,7 +23,7 @@ class OverlongPrompt(ValueError):  # noqa: N818  # whether it is an error is for
 
 
 class PromptEncoder:
-    """Encodes prompts for a Qwen2-VL or Qwen2.5-VL model. It pickles, for processes that do so.
+    """Encodes prompts for a Qwen2-VL, Qwen2.5-VL or Qwen3-VL. It pickles, for processes that do so.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.

@@ -48,7 +48,7 @@ def add_lora(
         ValueError: peft is not installed, or a target is no linear layer of the text layers.
     """
     if find_spec("peft") is None:
-        raise ValueError("adapters (lora.rank > 0) need peft: pip install 'geo_r1[lora]'")
+        raise ValueError("adapters (lora.rank > 0) need peft: pip install '.[lora]'")
     from peft import LoraConfig, inject_adapter_in_model
 
     assert not lora_layers(model), "the model has adapters already"

@@ -47,6 +47,9 @@ def _without_dry_run(argv: Sequence[str]) -> tuple[list[str], int | None]:
     rest = [argument for argument in argv if argument not in found]
     if not found:
         return rest, None
+    after = argv[[*argv].index(found[-1]) + 1 :][:1]
+    if "=" not in found[-1] and after and after[0].isdecimal():
+        raise ValueError(f"write {DRY_RUN}={after[0]} for {after[0]} ranks")
     number = found[-1].partition("=")[2] or os.environ.get("WORLD_SIZE", "1")
     if not number.isdecimal() or int(number) < 1:
         raise ValueError(f"{DRY_RUN} takes a number of ranks, such as {DRY_RUN}=8, not {number}")
@@ -55,6 +58,8 @@ def _without_dry_run(argv: Sequence[str]) -> tuple[list[str], int | None]:
 
 def _run(recipe: Recipe) -> int:
     # torch takes seconds to import: only once the recipe is known to be right
+    import torch
+
     from geo_r1.train.loop import Stopped
     from geo_r1.train.parallel.lifeline import OTHER
     from geo_r1.train.parallel.ranks import PeerLost, Ranks
@@ -62,7 +67,7 @@ def _run(recipe: Recipe) -> int:
 
     try:
         ranks = Ranks.start(recipe.run.threads)
-    except OSError as error:  # another rank did not come
+    except (OSError, ValueError) as error:  # another rank did not come, or there is no GPU for this one
         _say(error)
         return OTHER
     tell = ranks.lifeline.fail
@@ -82,6 +87,11 @@ def _run(recipe: Recipe) -> int:
             tell(str(error), OTHER)
     except KeyboardInterrupt:
         tell("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+    except torch.OutOfMemoryError as error:
+        tell(
+            f"out of GPU memory: {error} Lower optim.max_tokens or rollout.max_tokens; {DRY_RUN} says what "
+            "else would help"
+        )
     except BaseException as error:
         # An engine's own collective raises when another rank has ended; its trace would hide why.
         lost = isinstance(error, RuntimeError) and ranks.lifeline.reason(SECONDS_FOR_THE_REASON) is not None
@@ -98,4 +108,10 @@ def _say(what: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # all is written and said; torch's threads may abort, or hang, an interpreter that ends at its leisure
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

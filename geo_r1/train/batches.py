@@ -122,7 +122,6 @@ def share_out(policy: Policy, work: Sequence[Work], max_tokens: int, weights: We
         [completions for _, (_, completions, _) in everyone],
         lambda prompt, lengths, group: cost.flops(prompt, lengths, everyone[group][1][2], backward=True),
         [home for home, _ in everyone],
-        [bool(grids) for _, (_, _, grids) in everyone],
         ranks.size,
         max_tokens,
     )
@@ -138,11 +137,7 @@ def share_out(policy: Policy, work: Sequence[Work], max_tokens: int, weights: We
     if policy.everyone and not pieces:  # no rank has anything: engines want a backward all the same
         pieces = [[]]
     fill = placeholder(policy.vlm.model.config) if policy.everyone else None
-    return StepBatches(
-        [_pack(batch, fill, weights, device) for batch in pieces],
-        plan,
-        tokens,
-    )
+    return StepBatches([_pack(batch, fill, weights, device) for batch in pieces], plan, tokens)
 
 
 def placeholder(config) -> EncodedPrompt:

@@ -59,14 +59,28 @@ class ParallelConfig(Section):
     """deepspeed: a JSON of your own; what the recipe decides (batch, precision, stage, optimiser, clipping)
     may not be in it."""
 
+    @model_validator(mode="after")
+    def _read_by_its_strategy(self) -> ParallelConfig:
+        readers = {
+            "shard_size": ("auto", "fsdp2"),
+            "cpu_offload": ("auto", "fsdp2", "deepspeed"),
+            "deepspeed_config": ("deepspeed",),
+        }
+        for key, strategies in readers.items():
+            if getattr(self, key) and self.strategy not in strategies:
+                raise ValueError(f"{key} is for strategy = {' or '.join(strategies)}, not {self.strategy}")
+        return self
+
 
 class ModelConfig(Section):
     """The policy."""
 
     path: str = "tiny"
-    """A folder or hub name of a Qwen2-VL or Qwen2.5-VL; `tiny` builds a small random one for the world."""
+    """A folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (dense); `tiny` builds a small random one
+    for the world."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """What layers compute in. Under bfloat16 the weights and the optimiser's state stay float32."""
+    """What layers compute in. Under bfloat16 trained weights and the optimiser's state stay float32, unless
+    `optim.optimizer` says otherwise."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """What backward recomputes instead of keeping it: nothing, all of a layer but its attention and every
     second product, or all of it."""
@@ -177,7 +191,7 @@ class Duration(Section):
     data: str = "world"
     """`world`, or a JSONL or parquet file."""
     steps: PositiveInt | None = None
-    """Steps of the stage; or set epochs."""
+    """Steps of the stage; or set epochs. A recipe with this section sets exactly one of them."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the data, rounded to whole steps; or set steps."""
     freeze: tuple[Part, ...] = ()
@@ -188,7 +202,9 @@ class Duration(Section):
     @model_validator(mode="after")
     def _one_duration(self) -> Duration:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("set exactly one of steps and epochs")
+            raise ValueError(
+                f"set exactly one of steps and epochs; {'both' if self.steps else 'neither'} is set"
+            )
         if self.data == "world" and self.steps is None:
             raise ValueError("the world never ends: set steps, not epochs")
         return self

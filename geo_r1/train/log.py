@@ -44,7 +44,7 @@ class Log:
             try:
                 import wandb
             except ImportError:
-                raise ValueError("log.wandb needs the wandb package: pip install 'geo_r1[wandb]'") from None
+                raise ValueError("log.wandb needs the wandb package: pip install '.[wandb]'") from None
             name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[
                 :16
             ]  # the same when it goes on

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from geo_r1.data import World, exemplars
+from geo_r1.data import PromptEncoder, World, exemplars
 from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
@@ -65,7 +65,7 @@ class Models:
         vlm.model.requires_grad_(False).eval()
         return spread(vlm, self.ranks, self.recipe.parallel, trained=False)
 
-    def whole(self, path: str | Path) -> Policy:
+    def finished(self, path: str | Path) -> Policy:
         """A model that only computes, whole on every rank."""
         vlm, *_ = self.load(path, getattr(torch, self.recipe.model.dtype))
         vlm.model.requires_grad_(False).eval()
@@ -100,6 +100,19 @@ def _tokenizer_texts(world: World) -> list[str]:
     ]
     prompts = [part["text"] for s in samples for part in s.messages[0]["content"] if part["type"] == "text"]
     return ["user\n", "assistant\n", *prompts, *(s.response or "" for s in samples)]
+
+
+def encoder_of(recipe: Recipe, config: Any, tokenizer: Any, image_processor: Any) -> PromptEncoder:
+    """What makes prompts as the recipe wants them for a model of this config."""
+    options = recipe.data
+    return PromptEncoder(
+        tokenizer,
+        image_processor,
+        config.image_token_id,
+        max_pixels=options.max_pixels,
+        max_prompt_tokens=options.max_prompt_tokens,
+        on_overlong=options.on_overlong,
+    )
 
 
 def world_of(recipe: Recipe) -> World:

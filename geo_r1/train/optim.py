@@ -52,7 +52,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         fused = trained[0].device.type == "cuda" or None
         return torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=decay, fused=fused)
     if find_spec("torchao") is None:
-        raise ValueError(f"the optimizer {config.optimizer} needs torchao: pip install 'geo_r1[torchao]'")
+        raise ValueError(f"the optimizer {config.optimizer} needs torchao: pip install '.[torchao]'")
     from torchao.optim import AdamW8bit, _AdamW
 
     optimizer: torch.optim.Optimizer

@@ -17,7 +17,7 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers.utils import logging as transformers_logging
 
-from geo_r1.data import PromptEncoder, World, exemplars, read_samples
+from geo_r1.data import World, exemplars, read_samples
 from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import question_of
 from geo_r1.models import PackedVLM
@@ -27,13 +27,13 @@ from geo_r1.train.evaluate import evaluate, validate, write_summary, write_text
 from geo_r1.train.grpo import loss_config_of, run_grpo
 from geo_r1.train.log import Log
 from geo_r1.train.loop import Engine, load_rewards
-from geo_r1.train.models import TINY, Models, world_of
+from geo_r1.train.models import TINY, Models, encoder_of, world_of
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe import dump_recipe
 from geo_r1.train.report import write_report
 from geo_r1.train.sft import run_sft
 
-# What may change when a run goes on in its folder: it decides nothing but speed, memory and what is shown.
+# What may change when a run goes on in its folder: speed, memory, what is shown and which model is kept.
 # Of `run` all but the seed may, in the stages how often they save and how they pack.
 FREE_SECTIONS = ("parallel", "eval", "log")
 FREE_KEYS = {
@@ -150,14 +150,7 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> Engin
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
     fused = ", ".join(vlm.fused_layers) or f"none ({vlm.unfused})"
     log.say(f"layers that liger-kernel computes: {fused}")
-    encoder = PromptEncoder(
-        tokenizer,
-        image_processor,
-        vlm.model.config.image_token_id,
-        max_pixels=recipe.data.max_pixels,
-        max_prompt_tokens=recipe.data.max_prompt_tokens,
-        on_overlong=recipe.data.on_overlong,
-    )
+    encoder = encoder_of(recipe, vlm.model.config, tokenizer, image_processor)
     return Engine(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder)
 
 
@@ -169,16 +162,22 @@ def _check_folder(recipe: Recipe, run_dir: Path) -> None:
         return
     if not file.exists():
         return
-    before, now = (_decisive(text) for text in (file.read_text(encoding="utf-8"), dump_recipe(recipe)))
+    try:  # what it does not name has its default
+        made = Recipe(**tomllib.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is of another version of geo_r1; give another --run.dir, or --run.overwrite true"
+        ) from error
+    before, now = _decisive(made), _decisive(recipe)
     if changed := _first_difference(before, now, ""):
         raise ValueError(
             f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true"
         )
 
 
-def _decisive(text: str) -> dict[str, Any]:
+def _decisive(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides a run's result, up to rounding."""
-    values = tomllib.loads(text)
+    values = tomllib.loads(dump_recipe(recipe))
     values["run"] = {"seed": values["run"]["seed"]}
     for section in FREE_SECTIONS:
         del values[section]
@@ -242,6 +241,6 @@ def _evaluate(engine: Engine, models: Models, source: Source) -> None:
     }
     summaries = {}
     for name, path in engine.ranks.gather(rows)[0].items():
-        summaries[name] = evaluate(engine, models.whole(path).vlm, name, source)
+        summaries[name] = evaluate(engine, models.finished(path).vlm, name, source)
     if engine.ranks.is_main:
         write_summary(engine, summaries)

@@ -4,7 +4,7 @@ import pytest
 
 from geo_r1.models.cost import ModelCost
 from geo_r1.train.config import Recipe
-from geo_r1.train.estimate.reference import PAGE, model_config, training_page
+from geo_r1.train.estimate.page import PAGE, model_config, training_page
 from geo_r1.train.recipe import _keys
 
 

@@ -22,12 +22,11 @@ def draw(seed: int, num_groups: int, members: int, prompt=(300, 5000), completio
     return prompts, [[g.randint(*completion) for _ in range(members)] for _ in range(num_groups)]
 
 
-def plan(prompts, completions, num_ranks: int, max_tokens: int, home=None, images=None) -> StepPlan:
+def plan(prompts, completions, num_ranks: int, max_tokens: int, home=None) -> StepPlan:
     """A plan that is checked for all that every plan must hold."""
     num_groups = len(prompts)
     home = [i % num_ranks for i in range(num_groups)] if home is None else home
-    images = [False] * num_groups if images is None else images
-    args = (prompts, completions, cost_of, home, images, num_ranks, max_tokens)
+    args = (prompts, completions, cost_of, home, num_ranks, max_tokens)
     step = plan_step(*args)
     assert plan_step(*args) == step
 
@@ -59,8 +58,6 @@ def plan(prompts, completions, num_ranks: int, max_tokens: int, home=None, image
 
     owners = {(g, r) for r, batches in enumerate(step.batches) for batch in batches for g, _ in batch}
     assert step.moved == tuple(sorted((g, home[g], r) for g, r in owners if r != home[g]))
-    for at, row in enumerate(zip(*step.batches, strict=True)):
-        assert step.has_images[at] == any(images[g] for batch in row for g, _ in batch)
     return step
 
 
@@ -122,8 +119,7 @@ def test_any_draw_holds_the_laws(seed):
         [g.choice((0, 1, g.randint(1, 200))) for _ in range(g.randint(0, 9))] for _ in range(num_groups)
     ]
     home = [g.randrange(num_ranks) for _ in range(num_groups)]
-    images = [g.random() < 0.4 for _ in range(num_groups)]
-    plan(prompts, completions, num_ranks, g.choice((500, 700, 1000, 5000)), home, images)
+    plan(prompts, completions, num_ranks, g.choice((500, 700, 1000, 5000)), home)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -140,7 +136,7 @@ def test_one_rank_is_plan_batches(seed):
 
 def test_no_groups_no_batches():
     step = plan([], [], 4, 100)
-    assert step.batches == ((), (), (), ()) and step.has_images == () and step.num_batches == 0
+    assert step.batches == ((), (), (), ()) and step.num_batches == 0
     assert step.imbalance == step.waiting == 1.0 and step.num_tokens == 0
 
 
@@ -199,13 +195,6 @@ def test_equal_pieces_keep_their_order():
     prompts, completions = [100, 2], [[250, 250, 400, 100], [3]]
     step = plan(prompts, completions, 1, 605)
     assert set(step.batches[0]) == {((0, (2, 3)), (1, (0,))), ((0, (0, 1)),)}
-
-
-def test_images_are_told_by_micro_batch():
-    prompts, completions = [900, 900, 100, 100], [[50]] * 4
-    step = plan(prompts, completions, 2, 1000, images=[True, False, False, False])
-    assert step.has_images == (True, False)
-    assert plan(prompts, completions, 2, 1000).has_images == (False, False)
 
 
 def test_line_for_the_log():

@@ -92,7 +92,9 @@ def test_every_advantage_runs(baseline, scale, tmp_path):
 def test_a_reference_is_held_only_for_the_kl(beta, tmp_path, monkeypatch):
     copies = []
     real = Models.reference
-    monkeypatch.setattr(Models, "reference", lambda *args: copies.append(real(*args)) or copies[-1])
+    monkeypatch.setattr(
+        Models, "reference", lambda *args, **how: copies.append(real(*args, **how)) or copies[-1]
+    )
     rows = runs.metrics(runs.train(tmp_path / "run", "grpo", grpo__loss__beta=beta), "grpo")
     assert len(copies) == (beta > 0)
     assert all(("kl" in row) == (beta > 0) for row in rows)

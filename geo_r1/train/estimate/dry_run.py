@@ -21,7 +21,7 @@ from geo_r1.train.config import EvalConfig, GRPOConfig, Recipe
 from geo_r1.train.estimate.holdings import spread_of
 from geo_r1.train.estimate.memory import Estimate, Load, estimate
 from geo_r1.train.estimate.model_weights import entries, model_weights
-from geo_r1.train.models import TINY, Models, world_of
+from geo_r1.train.models import TINY, Models, encoder_of, world_of
 from geo_r1.train.parallel.lifeline import Lifeline
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.run import check_model_exists, open_source
@@ -44,14 +44,7 @@ def dry_run(recipe: Recipe, num_ranks: int) -> str:
         ValueError: the recipe, its model's config or its samples are wrong, as in a run.
     """
     config, tokenizer, image_processor = _config_of(recipe)
-    encoder = PromptEncoder(
-        tokenizer,
-        image_processor,
-        config.image_token_id,  # type: ignore[attr-defined]  # these families have one
-        max_pixels=recipe.data.max_pixels,
-        max_prompt_tokens=recipe.data.max_prompt_tokens,
-        on_overlong=recipe.data.on_overlong,
-    )
+    encoder = encoder_of(recipe, config, tokenizer, image_processor)
     capacity, device = _device()
     fused = recipe.model.liger and recipe.model.dtype != "float64" and find_spec("liger_kernel") is not None
     lines = [*_about_model(recipe, config), *_about_ranks(recipe, num_ranks), f"device     {device}"]

@@ -53,7 +53,6 @@ class StepPlan:
         repeated_tokens: prompt tokens computed again because a group was split.
         moved: (group, home, owner) of all that are computed away from home; a split group may have several
             owners.
-        has_images: by micro-batch: any rank has pictures in it.
     """
 
     batches: tuple[tuple[Batch, ...], ...]
@@ -61,12 +60,11 @@ class StepPlan:
     num_tokens: int
     repeated_tokens: int
     moved: tuple[tuple[int, int, int], ...]
-    has_images: tuple[bool, ...]
 
     @property
     def num_batches(self) -> int:
         """Micro-batches of each rank."""
-        return len(self.has_images)
+        return len(self.batches[0])
 
     @property
     def num_idle(self) -> int:
@@ -100,7 +98,6 @@ def plan_step(
     completion_len: Sequence[Sequence[int]],
     cost_of: Callable[[int, Sequence[int], int], float],
     home: Sequence[int],
-    has_image: Sequence[bool],
     num_ranks: int,
     max_tokens: int,
 ) -> StepPlan:
@@ -111,7 +108,6 @@ def plan_step(
         completion_len: G sequences with the tokens of each completion.
         cost_of: operations of (prompt length, completion lengths, group): a pure function, >= 0.
         home: [G] the rank that holds each group's prompt.
-        has_image: [G] whether the prompt has pictures.
         num_ranks: ranks, at least 1.
         max_tokens: the most tokens a micro-batch may hold.
 
@@ -125,7 +121,7 @@ def plan_step(
     for group, rank in enumerate(home):
         if not 0 <= rank < num_ranks:
             raise ValueError(f"group {group}: its home is rank {rank}, but there are {num_ranks} ranks")
-    assert len(prompt_len) == len(home) == len(has_image) and min(num_ranks, max_tokens) > 0
+    assert len(prompt_len) == len(home) and min(num_ranks, max_tokens) > 0
     whole = plan_batches(prompt_len, completion_len, max_tokens)  # also checks every length
     pieces = sorted((piece for batch in whole.batches for piece in batch), key=lambda piece: piece[0])
     groups = [group for group, _ in pieces]
@@ -143,9 +139,6 @@ def plan_step(
         num_tokens=whole.num_tokens,
         repeated_tokens=whole.repeated_tokens,
         moved=tuple(sorted(moved)),
-        has_images=tuple(
-            any(has_image[groups[i]] for batch in row for i in batch) for row in zip(*ranks, strict=True)
-        ),
     )
 
 

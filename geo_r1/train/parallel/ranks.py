@@ -45,6 +45,11 @@ class Ranks:
         torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
+            if local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"LOCAL_RANK is {local}, but this process sees {torch.cuda.device_count()} GPUs: start "
+                    "at most so many ranks a machine, and let each of them see all"
+                )
             torch.cuda.set_device(device)
         else:  # DeepSpeed, which transformers imports where it is installed, would warn that it had to look
             os.environ.setdefault("DS_ACCELERATOR", "cpu")

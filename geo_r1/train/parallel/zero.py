@@ -52,7 +52,7 @@ class ZeroPolicy(Policy):
 
     def __init__(self, vlm: PackedVLM, ranks: Ranks, alpha: float | None, config: ParallelConfig) -> None:
         if find_spec("deepspeed") is None:
-            raise ValueError("parallel.strategy = deepspeed needs DeepSpeed: pip install 'geo_r1[deepspeed]'")
+            raise ValueError("parallel.strategy = deepspeed needs DeepSpeed: pip install '.[deepspeed]'")
         if vlm.compute_dtype == torch.float64:
             raise ValueError("DeepSpeed computes in float32 or bfloat16, not in model.dtype = float64")
         self.vlm, self.ranks, self.alpha, self.config, self.everyone = vlm, ranks, alpha, config, True
