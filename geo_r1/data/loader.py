@@ -13,6 +13,8 @@ from geo_r1.data.source import Source
 from geo_r1.data.workers import Parcel, Prepared, Task, Workers
 from geo_r1.models.packed import EncodedPrompt
 
+PREFETCH = 2  # how many of the upcoming calls are prepared ahead
+
 
 class LoaderOptions(Protocol):
     """The part of a recipe that a loader is made of."""
@@ -33,16 +35,6 @@ class Encoded:
     prompt: EncodedPrompt
 
 
-@dataclass
-class Counts:
-    """What a loader has handed out so far."""
-
-    prompts: int = 0
-    skipped: int = 0
-    cache_hits: int = 0
-    cache_misses: int = 0
-
-
 class PromptLoader:
     """Draws samples by position and encodes their prompts; the same bits with any number of workers.
 
@@ -54,7 +46,6 @@ class PromptLoader:
         encoder: with its rule for prompts that are too long.
         seed: of the training order.
         num_workers: processes; 0 does all work here, when it is asked for.
-        prefetch: how many of the upcoming calls are prepared ahead.
         cache_bytes: for decoded pictures, all workers together.
     """
 
@@ -65,12 +56,9 @@ class PromptLoader:
         *,
         seed: int,
         num_workers: int = 0,
-        prefetch: int = 2,
         cache_bytes: int = 0,
     ) -> None:
         encoder = encoder.with_cache(cache_bytes // max(num_workers, 1))
-        self.counts = Counts()
-        self.prefetch = prefetch
         self._task = Task(source, encoder, seed)
         self._workers = Workers(self._task, num_workers) if num_workers else None
         self._futures: dict[int, Future[Parcel]] = {}
@@ -102,15 +90,16 @@ class PromptLoader:
         """Samples and prompts at these positions; None where a prompt is too long and `on_overlong` is skip.
 
         Args:
-            upcoming: positions of the next calls, the next one first. Workers prepare them from now on; what
-                was announced before and is not any more is dropped. A wrong guess only costs time.
+            upcoming: positions of the next calls, the next one first. Workers prepare those of PREFETCH calls
+                from now on; what was announced before and is not any more is dropped. A wrong guess only
+                costs time.
 
         Raises:
             ValueError: a sample or a prompt is wrong, or a worker was killed; one line that says what to do.
         """
         if self._workers is None:
-            return [self._count(position, self._task.prepare(position, None)) for position in positions]
-        ahead = [position for call in upcoming[: self.prefetch] for position in call]
+            return [self._encoded(position, self._task.prepare(position, None)) for position in positions]
+        ahead = [position for call in upcoming[:PREFETCH] for position in call]
         wanted = dict.fromkeys((*positions, *ahead))
         for position in self._futures.keys() - wanted.keys():
             self._futures.pop(position).cancel()
@@ -119,19 +108,15 @@ class PromptLoader:
                 self._futures[position] = self._submit(self._workers, position)
         prepared = [self._futures[position].result().open() for position in positions]
         self._futures = {position: self._futures[position] for position in ahead}
-        return [self._count(position, item) for position, item in zip(positions, prepared, strict=True)]
+        return [self._encoded(position, item) for position, item in zip(positions, prepared, strict=True)]
 
     def _submit(self, workers: Workers, position: int) -> Future[Parcel]:
         source = self._task.source
         here = None if source.size is None else source.draw(position, self._task.seed)
         return workers.submit(position, here)
 
-    def _count(self, position: int, prepared: Prepared) -> Encoded | None:
-        self.counts.cache_hits += prepared.hits
-        self.counts.cache_misses += prepared.misses
+    def _encoded(self, position: int, prepared: Prepared) -> Encoded | None:
         if prepared.prompt is None:
-            self.counts.skipped += 1
             return None
-        self.counts.prompts += 1
         sample = prepared.sample or self._task.source.draw(position, self._task.seed)
         return Encoded(position, sample, prepared.prompt)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from geo_r1.models.qwen_vl import VISION
+
 ADAPTER = "default"  # peft's name of the only one
 BASE, DOWN, UP = ".base_layer.", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
-TEXT_LAYERS, VISION_BLOCKS = "model.language_model.layers.", "model.visual.blocks."
+TEXT_LAYERS, VISION_BLOCKS = "model.language_model.layers.", f"{VISION}blocks."
 
 
 def add_lora(
@@ -79,11 +81,6 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
-def adapter_names(model: nn.Module) -> set[str]:
-    """Names of the adapters' weights in the model's state dict."""
-    return {name + end for name in lora_layers(model) for end in (DOWN, UP)}
-
-
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within, the base model computes alone: what the model was when it got its adapters.
@@ -99,18 +96,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer._disable_adapters = value
-
-
-@torch.no_grad()
-def merge(model: PreTrainedModel) -> None:
-    """Add adapters to the weights of a whole model, and take them out; the weights stay frozen."""
-    for path, layer in lora_layers(model).items():
-        base = layer.get_base_layer()
-        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        base.weight.copy_(merged_weight(base.weight, down, up, layer.lora_alpha[ADAPTER]))
-        model.set_submodule(path, base)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
 
 
 @torch.no_grad()

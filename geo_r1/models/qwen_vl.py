@@ -30,7 +30,8 @@ MODEL_CLASSES = {
 
 LIGER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-PARTS = ("vision", "projector", "text")
+PARTS = ("vision", "projector", "text")  # in the order of the forward pass
+VISION = "model.visual."  # what weights of the vision tower and its projector are called
 
 
 class PackedVLM:
@@ -218,11 +219,10 @@ class PackedVLM:
         """
         if unknown := set(parts) - set(PARTS):
             raise ValueError(f"cannot freeze {min(unknown)!r}; the parts are {', '.join(PARTS)}")
-        visual = "model.visual."
         for name, parameter in self.model.named_parameters():
             part = "text"
-            if name.startswith(visual):
-                merges = name.startswith((f"{visual}merger.", f"{visual}deepstack_merger_list."))
+            if name.startswith(VISION):
+                merges = name.startswith((f"{VISION}merger.", f"{VISION}deepstack_merger_list."))
                 part = "projector" if merges else "vision"
             parameter.requires_grad_(part not in parts)
 
@@ -230,8 +230,6 @@ class PackedVLM:
         self,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        *,
-        compute_dtype: torch.dtype | None = None,
     ) -> PackedVLM:
         """The same model and settings on the `meta` device, for weights and buffers that come later.
 
@@ -241,10 +239,9 @@ class PackedVLM:
         Args:
             dtype: of the weights; None: as here.
             device: where it is going to run; None: where this one does.
-            compute_dtype: what its layers compute in; None: as here.
         """
         model = empty_like(self.model, dtype or self.model.dtype)
-        return PackedVLM(model, compute_dtype or self.compute_dtype, self.liger, device or self.device)
+        return PackedVLM(model, self.compute_dtype, self.liger, device or self.device)
 
     def checkpoint_layers(self, kind: memory.Checkpointing) -> None:
         """Choose what backward recomputes; the gradients are the same. To be called before sharding.

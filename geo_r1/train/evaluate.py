@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from string import ascii_uppercase
@@ -16,6 +15,7 @@ from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import Prediction, predict, summarise
 from geo_r1.models import PackedVLM
 from geo_r1.rollout import score_groups
+from geo_r1.train.files import write_text
 from geo_r1.train.loop import Engine, load_rewards
 
 
@@ -88,13 +88,6 @@ def write_summary(engine: Engine, rows: dict[str, dict[str, Any]]) -> None:
             str(row["num_samples"]),
         )
     engine.log.console.print(table)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside, then rename it."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from geo_r1.train.config import LogConfig
+from geo_r1.train.files import write_text
 
 SECONDS_BETWEEN_LINES = 15.0  # where the output is no terminal
 
@@ -64,9 +64,7 @@ class Log:
                 continue
             if row["stage"] != stage or row["step"] <= step:
                 kept.append(line + "\n")
-        beside = self.path.with_suffix(".partial")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text(self.path, "".join(kept))
 
     def write(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Record the figures of a stage's n-th step everywhere; n counts from 1."""

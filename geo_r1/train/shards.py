@@ -6,7 +6,6 @@ A state is {section: {name: tensor, DTensor or number}}. Its section "trainer" i
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+
+from geo_r1.train.files import beside, publish, sync
 
 TRAINER, PLAIN = "trainer", "trainer.json"
 State = dict[str, dict[str, Any]]
@@ -125,22 +126,3 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{Path(error.filename).name}: {error.strerror}" if error.filename else error.strerror
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def beside(path: Path) -> Path:
-    """Where a file or folder is written before it has its name."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Give what was written its name; it is there from now on, even if the machine goes down."""
-    sync(partial)
-    partial.rename(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

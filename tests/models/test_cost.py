@@ -257,16 +257,16 @@ def test_completions_share_their_prompt(family):
     prompt, lengths = 37, (5, 0, 11)
     shared = cost.flops(prompt, lengths, GRIDS)
     alone = [cost.flops(prompt, (n,), GRIDS) for n in lengths]
-    assert cost.unshared_flops(prompt, lengths, GRIDS) == sum(alone)
     # a repeated prompt is the whole difference
     assert shared == sum(alone) - 2 * cost.flops(prompt, (), GRIDS)
+    alone = [cost.flops(prompt, (n,), GRIDS, backward=True) for n in lengths]
+    repeated = 2 * cost.flops(prompt, (), GRIDS, backward=True)
+    assert cost.flops(prompt, lengths, GRIDS, backward=True) == sum(alone) - repeated
     attention = attention_flops(config, prompt, lengths, GRIDS)["text"]
     layers = ModelCost.of(small(family)).parameters["text_layers"]
     biases = 3 * (48 + 2 * 24) if family != "qwen3_vl" else 0
     text = 2 * (layers - biases) * (prompt + 16) + 2 * 48 * 211 * 16 + attention
     assert cost.flops(prompt, lengths) == text
-    assert cost.unshared_flops(prompt, (), GRIDS) == cost.flops(prompt, (), GRIDS)
-    assert cost.unshared_flops(prompt, (4,), backward=True) == cost.flops(prompt, (4,), backward=True)
 
 
 def test_frames_see_their_own_frame(family):

@@ -15,7 +15,16 @@ from vlm_cases import Lab, assert_equal_gradients, gradients, mixed_groups, rela
 
 import geo_r1.models.lora
 from geo_r1.models import PackedVLM, pack
-from geo_r1.models.lora import adapter_names, adapters_off, add_lora, lora_layers, merge, merged_state
+from geo_r1.models.lora import (
+    ADAPTER,
+    DOWN,
+    UP,
+    adapters_off,
+    add_lora,
+    lora_layers,
+    merged_state,
+    merged_weight,
+)
 
 pytest.importorskip("peft")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,6 +41,23 @@ def adapted(model, targets=TARGETS, vision=True, dropout=0.0):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data.copy_(0.3 * noise)
     return model
+
+
+def adapter_names(model):
+    """Names of the adapters' weights in the model's state dict."""
+    return {name + end for name in lora_layers(model) for end in (DOWN, UP)}
+
+
+@torch.no_grad()
+def merge(model):
+    """Add adapters to the weights of a whole model, and take them out; the weights stay frozen."""
+    for path, layer in lora_layers(model).items():
+        base = layer.get_base_layer()
+        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        base.weight.copy_(merged_weight(base.weight, down, up, layer.lora_alpha[ADAPTER]))
+        model.set_submodule(path, base)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def few_groups(lab):

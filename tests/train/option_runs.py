@@ -10,8 +10,11 @@ import forked_ranks
 import pytest
 import small_runs as runs
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from geo_r1.data import PromptEncoder, Sample
+from geo_r1.models import EncodedPrompt
 from geo_r1.train.__main__ import main
 from geo_r1.train.log import Log
 from geo_r1.train.loop import Engine
@@ -38,6 +41,31 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return {
         name: p.detach() for name, p in AutoModelForImageTextToText.from_pretrained(folder).named_parameters()
     }
+
+
+def as_transformers_reads(folder: Path, sample: Sample) -> tuple[EncodedPrompt, list[int], torch.Tensor]:
+    """What transformers makes of a sample with the model and the tokenizer of an exported folder.
+
+    Returns:
+        Its prompt, its response of R tokens, and the logits [R, V] that predict these.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    encoder = PromptEncoder(
+        AutoTokenizer.from_pretrained(folder),
+        Qwen2VLImageProcessorPil.from_pretrained(folder),
+        model.config.image_token_id,
+    )
+    prompt, response = encoder.encode(sample), encoder.encode_response(sample.response)
+    token_ids = torch.tensor([[*prompt.token_ids, *response]])
+    with torch.no_grad():
+        logits_TV = model(
+            input_ids=token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=torch.tensor(prompt.image_grids),
+        ).logits[0]
+    return prompt, response, logits_TV[len(prompt.token_ids) - 1 : -1]
 
 
 def part_of(name: str) -> str:

@@ -255,7 +255,7 @@ def dropped(connection):
 
 
 def test_a_rank_that_never_comes_is_named(monkeypatch):
-    monkeypatch.setattr(peers, "PATIENCE", 0.1)
+    monkeypatch.setattr(peers, "SECONDS_TO_MEET", 0.1)
     with pytest.raises(TimeoutError, match=r"^ranks \[1, 2\] have not come within 0.1 s$"):
         Lifeline.start(0, 3, dist.HashStore(), "localhost")
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from geo_r1.models import PackedVLM
+from geo_r1.models.qwen_vl import VISION
 from geo_r1.models.skeleton import empty_model
 from geo_r1.train.config import LoraConfig
 
@@ -63,7 +64,7 @@ def model_weights(config: PreTrainedConfig, freeze: Collection[str], lora: LoraC
 def _adapter(weight: Weight, lora: LoraConfig) -> list[Weight]:
     path, _, kind = weight.name.rpartition(".")
     targeted = path.startswith("model.language_model.") and path.rsplit(".", 1)[-1] in lora.targets
-    tower = lora.vision and path.startswith("model.visual.")
+    tower = lora.vision and path.startswith(VISION)
     if weight.layer is None or not weight.product or kind != "weight" or not (targeted or tower):
         return []
     outputs, inputs = weight.shape

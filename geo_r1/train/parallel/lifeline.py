@@ -74,7 +74,7 @@ class Lifeline:
             host: a machine that all ranks reach, such as the store's; each listens on its interface to it.
 
         Raises:
-            OSError: a rank cannot be reached, or has not come within PATIENCE; one line that says which.
+            OSError: a rank cannot be reached, or has not come in time; one line that says which.
         """
         return cls(rank, meet(rank, size, store, host) if size > 1 else {})
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from selectors import EVENT_READ, PollSelector
 from typing import Protocol
 
-PATIENCE = 120.0  # seconds from the first rank's coming to the last's
+SECONDS_TO_MEET = 120.0  # seconds from the first rank's coming to the last's
 LONGEST = 2000  # bytes of a line: it fits into any socket's buffer, so nobody waits to send it
 
 
@@ -79,7 +79,7 @@ def meet(rank: int, size: int, store: Store, host: str) -> dict[int, Peer]:
     """Connect to every lower rank, and be connected to by every higher one; returns them by rank.
 
     Raises:
-        OSError: a rank cannot be reached, or has not come within PATIENCE; one line that says which.
+        OSError: a rank cannot be reached, or has not come within SECONDS_TO_MEET; one line that says which.
     """
     token = secrets.token_hex(16)
     with ExitStack() as opened, _listen(host, size) as listener:
@@ -89,7 +89,7 @@ def meet(rank: int, size: int, store: Store, host: str) -> dict[int, Peer]:
         for lower in range(rank):
             address, port, theirs = store.get(f"lifeline/{lower}").decode().split()
             try:
-                connection = socket.create_connection((address, int(port)), timeout=PATIENCE)
+                connection = socket.create_connection((address, int(port)), timeout=SECONDS_TO_MEET)
             except OSError as error:
                 raise ConnectionError(
                     f"rank {rank} cannot reach rank {lower} at {address} port {port} ({error}); "
@@ -117,14 +117,14 @@ def _listen(host: str, size: int) -> socket.socket:
 def _welcome(listener: socket.socket, token: str, missing: set[int], opened: ExitStack) -> dict[int, Peer]:
     """Wait for the missing ranks; whoever else comes, or comes without the token, is dropped."""
     joined: dict[int, Peer] = {}
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + SECONDS_TO_MEET
     listener.setblocking(False)
     selector = PollSelector()
     selector.register(listener, EVENT_READ)
     while missing:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"ranks {sorted(missing)} have not come within {PATIENCE:g} s")
+            raise TimeoutError(f"ranks {sorted(missing)} have not come within {SECONDS_TO_MEET:g} s")
         for key, _ in selector.select(left):
             if key.data is None:
                 with suppress(BlockingIOError, ConnectionError):  # it has gone again
