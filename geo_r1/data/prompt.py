@@ -33,6 +33,7 @@ class PromptEncoder:
         max_prompt_tokens: the most tokens of a prompt; one is never cut, since that could cut a picture.
         on_overlong: what becomes of a longer one. "error" and "skip" both raise `OverlongPrompt`, which
             `PromptLoader` passes on or takes for an answer; "resize" shrinks its pictures until it fits.
+        keep_pictures: a prompt also carries its pictures, resized, for a sampler that encodes them itself.
 
     Attributes:
         cache: decoded pictures; see `with_cache`.
@@ -46,12 +47,14 @@ class PromptEncoder:
         max_pixels: int | None = None,
         max_prompt_tokens: int | None = None,
         on_overlong: OnOverlong = "error",
+        keep_pictures: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_token_id = image_token_id
         self.max_prompt_tokens = max_prompt_tokens
         self.on_overlong = on_overlong
+        self.keep_pictures = keep_pictures
         self.cache = PictureCache(0)
         if max_pixels is not None:
             shortest = min(image_processor.size["shortest_edge"], max_pixels)
@@ -77,6 +80,7 @@ class PromptEncoder:
         token_ids = self._tokens(sample, len(pictures))
         targets = self._within_budget(sample, token_ids, [picture.size for picture in pictures], targets)
         pixel_values = None
+        resized: list[np.ndarray] = []
         if pictures:
             resized = [
                 picture.resized(target, self.image_processor.resample)
@@ -90,7 +94,8 @@ class PromptEncoder:
         grids = tuple((1, height // patch, width // patch) for height, width in targets)
         token_ids, image_rows = expand_images(token_ids, self.image_token_id, grids, merge)
         positions = mrope_positions(token_ids, self.image_token_id, grids, merge)
-        return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids)
+        kept = tuple(resized) if self.keep_pictures else ()
+        return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids, kept)
 
     @property
     def _factor(self) -> int:

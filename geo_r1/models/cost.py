@@ -16,8 +16,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from geo_r1.models.qwen_vl import PARTS
+
 Grid = tuple[int, int, int]
-PARTS = ("vision", "projector", "text")  # in the order of the forward pass
 
 
 @dataclass(frozen=True)
@@ -168,23 +169,6 @@ class ModelCost:
             total += products * (1 + backward * (passes + trained)) + attention * (1 + 2 * backward * passes)
         return total
 
-    def unshared_flops(
-        self,
-        prompt_len: int,
-        completion_lens: Sequence[int] = (),
-        image_grids: Sequence[Grid] = (),
-        *,
-        head: bool = True,
-        backward: bool = False,
-        frozen: Collection[str] = (),
-    ) -> float:
-        """As `flops`, with a copy of the prompt and of its pictures for each completion, and no padding."""
-        alone: list[list[int]] = [[length] for length in completion_lens] or [[]]
-        return sum(
-            self.flops(prompt_len, own, image_grids, head=head, backward=backward, frozen=frozen)
-            for own in alone
-        )
-
     def _forward(
         self, prompt_len: int, completion_lens: Sequence[int], grids: Sequence[Grid], head: bool
     ) -> Iterator[tuple[str, float, float]]:
@@ -270,3 +254,10 @@ _TOWERS: dict[str, Callable[[Any], tuple[Weights, Weights]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
 }
+
+
+def cached_bytes(config, itemsize: int) -> int:
+    """Bytes of a token's keys and values in all text layers, `itemsize` bytes an entry."""
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * itemsize

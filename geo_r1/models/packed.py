@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class EncodedPrompt:
         image_rows: indices of the image tokens among the P.
         pixel_values: [patches, patch size] float32, all pictures in order; None without pictures.
         image_grids: (frames, rows, columns) in patches, one a picture.
+        pictures: [height, width, 3] uint8 each, at the size that was encoded, for a sampler that encodes them
+            itself; empty where nobody asked for them.
     """
 
     sample_id: str
@@ -30,6 +33,19 @@ class EncodedPrompt:
     image_rows: list[int]
     pixel_values: Tensor | None
     image_grids: tuple[tuple[int, int, int], ...]
+    pictures: tuple[np.ndarray, ...] = ()
+
+    @property
+    def short_token_ids(self) -> list[int]:
+        """The tokens with one image token a picture: as the chat template writes it."""
+        num_patches = sum(frames * rows * columns for frames, rows, columns in self.image_grids)
+        left_out: set[int] = set()
+        start = 0
+        for frames, rows, columns in self.image_grids:  # as many tokens an area for every picture
+            end = start + frames * rows * columns * len(self.image_rows) // num_patches
+            left_out.update(self.image_rows[start + 1 : end])
+            start = end
+        return [token for row, token in enumerate(self.token_ids) if row not in left_out]
 
     @property
     def next_position(self) -> int:

@@ -1,7 +1,8 @@
 """Run a recipe: `torchrun -m geo_r1.train [recipe.toml] [--section.key value ...]`.
 
 `--dry-run` only says what it would train and what that takes, on the ranks that are there; `--dry-run=8` on
-eight.
+eight. `--serve` does not train either: it becomes the vLLM server that `rollout.server_url` names, on port
+8000 or, with `--serve=9000`, on another.
 
 A mistake of the user's (recipe, data, rewards) is one line on stderr and exit code 2. A stage that is asked
 to stop writes a checkpoint and exits with 0; the same command goes on from there. torchrun turns any other
@@ -20,20 +21,26 @@ from geo_r1.train.recipe import load_recipe
 SECONDS_FOR_THE_REASON = 2.0  # the rank that knows it is ending, too
 INTERRUPTED = 130
 DRY_RUN = "--dry-run"
+SERVE = "--serve"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe that the arguments name; returns the exit code."""
     is_main = os.environ.get("RANK", "0") == "0"  # every rank reads the same recipe
     try:
-        arguments, num_ranks = _without_dry_run(sys.argv[1:] if argv is None else argv)
+        arguments, num_ranks = _without(DRY_RUN, sys.argv[1:] if argv is None else argv)
+        arguments, port = _without(SERVE, arguments)
         recipe = load_recipe(arguments)
+        if port is not None:
+            from geo_r1.train.serve import serve
+
+            serve(recipe, port or 8000)
         if num_ranks is None:
             return _run(recipe)
         if is_main:
             from geo_r1.train.estimate.dry_run import dry_run
 
-            print(dry_run(recipe, num_ranks))
+            print(dry_run(recipe, num_ranks or int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
     except ValueError as error:
         if is_main:
@@ -41,19 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _without_dry_run(argv: Sequence[str]) -> tuple[list[str], int | None]:
-    """The other arguments, and the number of ranks of a dry run if one is asked for."""
-    found = [argument for argument in argv if argument.split("=")[0] == DRY_RUN]
+def _without(flag: str, argv: Sequence[str]) -> tuple[list[str], int | None]:
+    """The other arguments, and the flag's number: 0 where it has none, None where it is not there."""
+    found = [argument for argument in argv if argument.split("=")[0] == flag]
     rest = [argument for argument in argv if argument not in found]
     if not found:
         return rest, None
     after = argv[[*argv].index(found[-1]) + 1 :][:1]
     if "=" not in found[-1] and after and after[0].isdecimal():
-        raise ValueError(f"write {DRY_RUN}={after[0]} for {after[0]} ranks")
-    number = found[-1].partition("=")[2] or os.environ.get("WORLD_SIZE", "1")
-    if not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"{DRY_RUN} takes a number of ranks, such as {DRY_RUN}=8, not {number}")
-    return rest, int(number)
+        raise ValueError(f"write {flag}={after[0]}, in one word")
+    number = found[-1].partition("=")[2]
+    if "=" in found[-1] and (not number.isdecimal() or int(number) < 1):
+        raise ValueError(f"{flag} takes a number, such as {flag}=8, not {number}")
+    return rest, int(number or 0)
 
 
 def _run(recipe: Recipe) -> int:

@@ -32,17 +32,21 @@ class Work:
     Attributes:
         completions: token ids of each.
         advantage: of each; 1 where there is no such thing.
+        sampled_logp: of each token of each, under the distribution it was drawn from; empty where nothing was
+            sampled.
     """
 
     prompt: EncodedPrompt
     completions: list[list[int]]
     advantage: list[float] = field(default_factory=list)
+    sampled_logp: list[list[float]] = field(default_factory=list)
 
     def part(self, indices: Sequence[int]) -> Work:
         return Work(
             self.prompt,
             [self.completions[i] for i in indices],
             [self.advantage[i] for i in indices] if self.advantage else [],
+            [self.sampled_logp[i] for i in indices] if self.sampled_logp else [],
         )
 
 
@@ -54,8 +58,10 @@ class MicroBatch:
     advantage: Tensor
     sequence: Tensor
     weight: Tensor
+    sampled_logp: Tensor | None = None
     ref_logp: Tensor | None = None
     old_logp: Tensor | None = None
+    importance: Tensor | None = None
 
     @property
     def record(self) -> dict[str, Tensor]:
@@ -72,8 +78,10 @@ class MicroBatch:
             "target": batch.target,
             "advantage": self.advantage,
             "weight": self.weight,
+            "sampled_logp": self.sampled_logp,
             "ref_logp": self.ref_logp,
             "old_logp": self.old_logp,
+            "importance": self.importance,
         }
         return {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
 
@@ -157,16 +165,18 @@ def _pack(
     lengths = [len(c) for w in batch for c in w.completions]
     advantage = torch.tensor([a for w in batch for a in (w.advantage or [1.0] * len(w.completions))])
     weight = weights(lengths)
+    sampled = torch.tensor([logp for w in batch for tokens in w.sampled_logp for logp in tokens])
     prompts, completions = [w.prompt for w in batch], [w.completions for w in batch]
     if fill is not None and not any(prompt.image_grids for prompt in prompts):
         prompts, completions = [*prompts, fill], [*completions, [[fill.token_ids[0]]]]
         lengths, weight = [*lengths, 1], torch.cat([weight, weight.new_zeros(1)])
-        advantage = torch.cat([advantage, advantage.new_zeros(1)])
+        advantage, sampled = (torch.cat([rows, rows.new_zeros(1)]) for rows in (advantage, sampled))
     return MicroBatch(
         pack(prompts, completions, device),
         to_device(rows_of(advantage, lengths), device),
         to_device(rows_of(torch.arange(len(lengths)), lengths), device),
         to_device(weight, device),
+        to_device(sampled, device) if len(sampled) == sum(lengths) else None,
     )
 
 

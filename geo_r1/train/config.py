@@ -296,6 +296,8 @@ class GRPOConfig(Duration):
 class RolloutConfig(Section):
     """Sampling of completions for GRPO."""
 
+    engine: Literal["native", "vllm"] = "native"
+    """What samples: this package, or vLLM, inside each rank or as a server."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Divides the logits, in sampling and in the loss."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -305,7 +307,44 @@ class RolloutConfig(Section):
     max_new_tokens: PositiveInt = 256
     """A completion that reaches this length is cut off."""
     max_tokens: PositiveInt = 65536
-    """Cached tokens at a time; more prompts are sampled in turns, with the same result."""
+    """Tokens cached at a time; more prompts wait for room, with the same result."""
+    max_staleness: Natural = 0
+    """Updates that may lie between the weights that sample and those that learn from it. 0: a step samples,
+    then learns. 1: the next step's completions are sampled while this one learns. More evens out steps of
+    unequal length."""
+    importance_sampling: Literal["none", "truncate", "mask"] = "none"
+    """What corrects for a sampler that is not quite the policy: each token counts by the ratio of the
+    trainer's probability to the sampler's, at most `importance_cap`; `mask` leaves out tokens whose ratio is
+    beyond 1 / cap to cap. Costs a forward pass."""
+    importance_cap: Annotated[float, Field(gt=1)] = 2.0
+    """See `importance_sampling`."""
+    max_mismatch: Annotated[float, Field(gt=1)] | None = None
+    """The run stops where sampling/token_mult_prob_error, the mean over tokens of exp(|difference of the
+    sampler's and the trainer's log-probability|), is above this."""
+    tensor_parallel_size: PositiveInt = 1
+    """vllm in ranks: so many of them share a copy of the weights."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.35
+    """vllm in ranks: share of the GPU for its weights and cache; given back while the policy learns, where
+    `max_staleness` is 0. On a CPU its cache holds `max_tokens`."""
+    max_model_len: PositiveInt | None = None
+    """vllm: the most tokens of a prompt and a completion. Without it, data.max_prompt_tokens and
+    max_new_tokens together; without that, what the model's config says."""
+    server_url: str | None = None
+    """vllm as a server, started with `python -m geo_r1.train RECIPE --serve`: where it answers."""
+    timeout: Annotated[float, Field(gt=0)] = 900.0
+    """Server: seconds for one prompt's completions."""
+    patience: Annotated[float, Field(gt=0)] = 300.0
+    """Server: seconds to wait for one that does not answer, before the run stops at a checkpoint."""
+
+    @model_validator(mode="after")
+    def _read_by_its_engine(self) -> RolloutConfig:
+        if self.engine == "native":
+            for key in ("server_url", "max_model_len"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} is for engine = vllm, not native")
+        if self.tensor_parallel_size > 1 and (self.engine == "native" or self.server_url):
+            raise ValueError("tensor_parallel_size is for vllm inside the ranks; a server has its own")
+        return self
 
 
 class RewardConfig(Section):
@@ -358,6 +397,11 @@ class LogConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard's files into the run's folder."""
+    rollouts_every: Natural = 50
+    """GRPO's first step, and every step whose number this divides, leaves what was sampled, with pictures and
+    rewards, in rollouts/ and in the report; 0: none does."""
+    rollouts_prompts: PositiveInt = 4
+    """Of so many prompts of such a step."""
     wandb: bool = False
     """Send figures to Weights & Biases."""
     project: str = "geo_r1"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from geo_r1.data.loader import PromptLoader
+from geo_r1.data import Sample
 from geo_r1.models import EncodedPrompt
 from geo_r1.rewards import RewardFunction
-from geo_r1.rollout import Completion, SamplingConfig, generate, score_groups
+from geo_r1.rollout import Completion, score_groups
+from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.config import GRPOConfig
-from geo_r1.train.loop import Engine, Phases, Updater, load_rewards
-from geo_r1.train.parallel.policy import Policy
+from geo_r1.train.loop import Engine, Updater, load_rewards
 from geo_r1.train.parallel.ranks import Ranks
+from geo_r1.train.phases import Phases
+from geo_r1.train.rollouts import Draw, Rollouts
+from geo_r1.train.transcripts import Transcript
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,19 @@ class Group:
     """A prompt's completions and what they earn.
 
     Attributes:
+        position: in the training order.
         reward: the total of each completion; None where nothing scored it.
         by_function: the same of each reward function.
+        version: updates behind the weights that answered.
     """
 
+    position: int
+    sample: Sample
     prompt: EncodedPrompt
     completions: list[Completion]
     reward: list[float | None]
     by_function: Mapping[str, list[float | None]]
+    version: int
 
     @property
     def spread(self) -> float:
@@ -38,14 +46,10 @@ class Group:
 
 
 class Sampler:
-    """Draws prompts, samples their groups and scores them, until a step has what it needs."""
+    """Draws prompts, has them answered and scores the answers, until a step has what it needs."""
 
-    def __init__(self, engine: Engine, policy: Policy, config: GRPOConfig, loader: PromptLoader) -> None:
-        self.engine, self.policy, self.config, self.loader = engine, policy, config, loader
-        rollout = engine.recipe.rollout
-        self.sampling = SamplingConfig(
-            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens
-        )
+    def __init__(self, engine: Engine, config: GRPOConfig, rollouts: Rollouts) -> None:
+        self.engine, self.config, self.rollouts = engine, config, rollouts
         self.functions: dict[str, RewardFunction] = load_rewards(engine.recipe.rewards)
         self.num_skipped = 0  # prompts of this rank's in the last step that were too long
 
@@ -54,57 +58,55 @@ class Sampler:
 
         With dynamic sampling, groups with equal rewards are replaced by those of the next prompts, as often
         as allowed; what then is missing stays missing.
+
+        Raises:
+            EngineLost: the sampler has gone; what the step had drawn besides is forgotten.
         """
         wanted, progress, ranks = self.config.prompts_per_step, updater.progress, self.engine.ranks
-        sampled: list[Group] = []
-        kept: list[Group] = []
-        missing = wanted
-        self.num_skipped = 0
-        for _ in range(1 + self.config.max_resamples):
-            positions = [progress.drawn + i for i in ranks.share(missing)]
-            progress.drawn += missing
-            groups = self._groups(positions, [progress.drawn + i for i in ranks.share(wanted)], phases)
-            sampled += groups
-            kept += [group for group in groups if group.spread or not self.config.max_resamples]
+        draw, answers = self.rollouts.take(progress, phases)
+        sampled = self._scored(draw, answers, phases)
+        self.num_skipped = draw.num_skipped
+        kept = self._kept(sampled)
+        first = progress.drawn
+        for _ in range(self.config.max_resamples):
             missing = wanted - round(ranks.sum([len(kept)])[0])
             if not missing:
                 break
+            try:
+                draw, answers = self.rollouts.more(progress, missing, phases)
+            except EngineLost:
+                progress.drawn = first
+                raise
+            groups = self._scored(draw, answers, phases)
+            self.num_skipped += draw.num_skipped
+            sampled += groups
+            kept += self._kept(groups)
+        self.rollouts.go_ahead(progress, phases)
         return sampled, kept
 
-    def _groups(self, positions: list[int], upcoming: list[int], phases: Phases) -> list[Group]:
-        engine, recipe = self.engine, self.engine.recipe
-        with phases("data"):
-            drawn = [item for item in self.loader.load(positions, [upcoming]) if item is not None]
-            self.num_skipped += len(positions) - len(drawn)
-            prompts, samples = [item.prompt for item in drawn], [item.sample for item in drawn]
-            for prompt in prompts:
-                room = self.sampling.max_new_tokens
-                prompt.check_budget(room, recipe.rollout.max_tokens, "rollout.max_tokens")
-                prompt.check_budget(room, self.config.optim.max_tokens, "grpo.optim.max_tokens")
-        with phases("rollout"), self.policy.whole() as vlm:
-            groups = generate(
-                vlm,
-                prompts,
-                self.config.num_completions,
-                sampling=self.sampling,
-                eos_token_id={engine.tokenizer.eos_token_id, *vlm.end_token_ids},
-                streams=[f"{recipe.run.seed}/{item.position}" for item in drawn],
-                max_tokens=recipe.rollout.max_tokens,
-            )
+    def _kept(self, groups: list[Group]) -> list[Group]:
+        return [group for group in groups if group.spread or not self.config.max_resamples]
+
+    def _scored(self, draw: Draw, answers: list[list[Completion]], phases: Phases) -> list[Group]:
+        if not answers:  # a rank may have none; a user's function need not expect that
+            return []
+        samples = [item.sample for item in draw.drawn]
         with phases("reward"):
-            if not groups:  # a rank may have none; a user's function need not expect that
-                return []
-            table = score_groups(self.functions, recipe.rewards.weights, engine.tokenizer, samples, groups)
+            weights, tokenizer = self.engine.recipe.rewards.weights, self.engine.tokenizer
+            table = score_groups(self.functions, weights, tokenizer, samples, answers)
         size = self.config.num_completions
-        parts = [slice(i * size, (i + 1) * size) for i in range(len(groups))]
+        parts = [slice(i * size, (i + 1) * size) for i in range(len(answers))]
         return [
             Group(
-                prompt,
+                item.position,
+                item.sample,
+                replace(item.prompt, pictures=()),
                 completions,
                 table.total[part],
                 {name: values[part] for name, values in table.per_function.items()},
+                draw.version,
             )
-            for prompt, completions, part in zip(prompts, groups, parts, strict=True)
+            for item, completions, part in zip(draw.drawn, answers, parts, strict=True)
         ]
 
 
@@ -128,3 +130,27 @@ def reward_metrics(ranks: Ranks, sampled: list[Group]) -> dict[str, float]:
             metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
             metrics[f"rewards/{name}/std"] = statistics.pstdev(values)
     return metrics
+
+
+def transcripts(engine: Engine, sampled: list[Group]) -> list[Transcript]:
+    """What the first groups of a step say, for the main rank to keep; on the others, nothing."""
+    decode, count = engine.tokenizer.decode, engine.recipe.log.rollouts_prompts
+    mine = [
+        Transcript(
+            group.position,
+            group.sample,
+            group.completions,
+            [decode(c.token_ids, skip_special_tokens=True) for c in group.completions],
+            group.reward,
+            group.by_function,
+        )
+        for group in sampled[:count]
+    ]
+    everyone = [item for items in engine.ranks.gather(mine) for item in items]
+    return sorted(everyone, key=lambda item: item.position)[:count] if engine.ranks.is_main else []
+
+
+def staleness(ranks: Ranks, step: int, sampled: list[Group]) -> float:
+    """Mean number of updates between the weights that answered and those of a step, over its groups."""
+    ages = [age for ages in ranks.gather([step - group.version for group in sampled]) for age in ages]
+    return statistics.fmean(ages) if ages else 0.0

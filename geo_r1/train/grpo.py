@@ -6,6 +6,7 @@ Source: GRPO, arXiv:2402.03300; its variants as in TRL, whose metric names these
 from __future__ import annotations
 
 import statistics
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -23,10 +24,20 @@ from geo_r1.models import PackedBatch, PackedVLM
 from geo_r1.models.lora import adapters_off
 from geo_r1.train.batches import MicroBatch, StepBatches, Work, share_out
 from geo_r1.train.config import GRPOConfig, Recipe
-from geo_r1.train.groups import Group, Sampler, reward_metrics
-from geo_r1.train.loop import Engine, Phases, Updater, Validate, run_stage
+from geo_r1.train.groups import Group, Sampler, reward_metrics, staleness, transcripts
+from geo_r1.train.loop import Engine, Updater, Validate, run_stage
+from geo_r1.train.mismatch import (
+    check_mismatch,
+    differences,
+    importance_metrics,
+    importance_weights,
+    mismatch_metrics,
+)
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
+from geo_r1.train.phases import Phases
+from geo_r1.train.samplers import open_rollouts
+from geo_r1.train.transcripts import write_transcripts
 
 
 def run_grpo(
@@ -51,6 +62,7 @@ def run_grpo(
     loss_config = loss_config_of(recipe)
     temperature = recipe.rollout.temperature
     moves = reference is not None and config.reference.sync_steps > 0
+    corrects = recipe.rollout.importance_sampling != "none"
 
     def step(updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
         sampled, kept = sampler.sample(updater, phases)
@@ -60,6 +72,8 @@ def run_grpo(
             metrics |= {"sampling/kept_groups": num_kept, "sampling/groups": num_sampled}
         if num_skipped:
             metrics["num_skipped"] = num_skipped
+        if recipe.rollout.max_staleness:
+            metrics["sampling/staleness"] = staleness(engine.ranks, updater.progress.step, sampled)
         with phases("plan"):
             work = _work(engine, config, kept)
             batches = share_out(policy, work, config.optim.max_tokens, _weights(engine, config, kept))
@@ -69,20 +83,32 @@ def run_grpo(
                     micro.ref_logp = reference.run(_logp, micro.batch, temperature)
                 elif config.loss.beta:
                     micro.ref_logp = policy.run(_logp_without_adapters, micro.batch, temperature)
-                if config.num_iterations > 1:
+                if config.num_iterations > 1 or corrects:
                     micro.old_logp = policy.run(_logp, micro.batch, temperature)
+                if corrects:
+                    micro.importance = importance_weights(micro, recipe.rollout)
+                if config.num_iterations == 1:  # the ratio is 1
+                    micro.old_logp = None
+        if corrects:
+            metrics |= importance_metrics(engine.ranks, batches.micro_batches, recipe.rollout)
         with phases("update"):
-            for _ in range(config.num_iterations):
-                metrics |= _update(policy, loss_config, batches, updater)
+            for iteration in range(config.num_iterations):
+                metrics |= _update(policy, loss_config, batches, updater, iteration == 0)
         if moves and (updater.progress.step + 1) % config.reference.sync_steps == 0:
             assert reference is not None
             with phases("reference"):
                 reference.move_towards(policy, config.reference.sync_share)
+        number, every = updater.progress.step + 1, recipe.log.rollouts_every
+        if every and (number == 1 or number % every == 0):
+            write_transcripts(engine.run_dir, "grpo", number, transcripts(engine, sampled))
         metrics |= _token_metrics(engine.ranks, kept, batches) | batches.figures
         return metrics, batches.num_tokens * config.num_iterations
 
-    with PromptLoader.of(recipe.data, source, engine.encoder, recipe.run.seed) as loader:
-        sampler = Sampler(engine, policy, config, loader)
+    with (
+        PromptLoader.of(recipe.data, source, engine.encoder, recipe.run.seed) as loader,
+        closing(open_rollouts(engine, policy, config, loader, num_steps)) as rollouts,
+    ):
+        sampler = Sampler(engine, config, rollouts)
         run_stage(
             engine,
             "grpo",
@@ -94,6 +120,7 @@ def run_grpo(
             "reward",
             validate=validate,
             reference=reference if moves else None,
+            pending=rollouts.state,
         )
 
 
@@ -142,7 +169,8 @@ def _work(engine: Engine, config: GRPOConfig, kept: list[Group]) -> list[Work]:
         ]
         if indices:
             completions = [completion.token_ids for completion in group.completions]
-            work.append(Work(group.prompt, completions, advantages).part(indices))
+            sampled_logp = [completion.logp for completion in group.completions]
+            work.append(Work(group.prompt, completions, advantages, sampled_logp).part(indices))
     return work
 
 
@@ -164,28 +192,45 @@ def _weights(engine: Engine, config: GRPOConfig, kept: list[Group]):
 
 
 def _update(
-    policy: Policy, config: GRPOLossConfig, batches: StepBatches, updater: Updater
+    policy: Policy, config: GRPOLossConfig, batches: StepBatches, updater: Updater, first: bool
 ) -> dict[str, float]:
     """One optimiser step over all micro-batches.
 
-    Entropy, KL and clipping are means over the tokens in them, the whole step's: those of completions that
-    reach the gradient (see `_work`). Where there are none, there are no means.
+    Entropy, KL, clipping and what the sampler differs by are means over the tokens in them, the whole step's:
+    those of completions that reach the gradient (see `_work`). Where there are none, there are no means.
+
+    Args:
+        first: whether the policy is still the one whose log-probabilities the sampler's are compared with.
+
+    Raises:
+        ValueError: the sampler differs by more than `rollout.max_mismatch`.
     """
-    sums = torch.zeros(7, dtype=torch.float64, device=policy.ranks.device)  # read once, at the end
+    ranks, recipe = policy.ranks, updater.engine.recipe
+    sums = torch.zeros(7, dtype=torch.float64, device=ranks.device)  # read once, at the end
+    apart = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    largest = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for index, micro in enumerate(batches.micro_batches):
         last = index + 1 == len(batches.micro_batches)
-        part, columns = policy.learn(_loss, micro, config, last=last)
+        part, columns, differs, most = policy.learn(_loss, micro, config, last=last)
         sums += torch.cat([part.double().reshape(1), columns])
-    loss, tokens, *totals = policy.ranks.sum(sums.tolist())
+        apart += differs
+        largest = torch.maximum(largest, most)
+    loss, tokens, *totals = ranks.sum(sums.tolist())
     names = ("entropy", "kl", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean")
     means = {name: total / tokens for name, total in zip(names, totals, strict=True) if tokens}
     if config.beta == 0:
         means.pop("kl", None)
+    if first and tokens:
+        means |= mismatch_metrics(ranks, tokens, apart, largest)
+        check_mismatch("grpo", updater.progress.step + 1, means, recipe.rollout.max_mismatch)
     return {"loss": loss, **means, **updater.apply(loss, batches.micro_batches)}
 
 
-def _loss(vlm: PackedVLM, micro: MicroBatch, config: GRPOLossConfig) -> tuple[Tensor, Tensor]:
-    """The loss, and [6] float64 sums over its rows: how many, entropy, KL, clipped, clipped low and high."""
+def _loss(vlm: PackedVLM, micro: MicroBatch, config: GRPOLossConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and float64 figures of its rows that count.
+
+    [6] sums: how many, entropy, KL, clipped, clipped low and high; what `differences` returns.
+    """
     out = linear_grpo_loss(
         vlm.loss_rows(micro.batch),
         vlm.lm_head,
@@ -194,6 +239,7 @@ def _loss(vlm: PackedVLM, micro: MicroBatch, config: GRPOLossConfig) -> tuple[Te
         micro.weight,
         old_logp_R=micro.old_logp,
         ref_logp_R=micro.ref_logp,
+        importance_weight_R=micro.importance,
         sequence_R=micro.sequence,
         config=config,
     )
@@ -201,7 +247,9 @@ def _loss(vlm: PackedVLM, micro: MicroBatch, config: GRPOLossConfig) -> tuple[Te
     low = out.clipped_R & (micro.advantage < 0)
     high = out.clipped_R & (micro.advantage > 0)
     columns = (torch.ones_like(low), out.entropy_R, out.kl_R, out.clipped_R, low, high)
-    return out.loss, torch.stack([torch.where(counts, column, 0).double().sum() for column in columns])
+    sums = torch.stack([torch.where(counts, column, 0).double().sum() for column in columns])
+    assert micro.sampled_logp is not None
+    return out.loss, sums, *differences(out.logp_R, micro.sampled_logp, counts)
 
 
 def _token_metrics(ranks: Ranks, kept: list[Group], batches: StepBatches) -> dict[str, float]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,13 +16,18 @@ import torch
 from geo_r1.data import PromptEncoder
 from geo_r1.models import PackedVLM
 from geo_r1.rewards import RewardFunction, load_reward
+from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.batches import MicroBatch
 from geo_r1.train.checkpoint import Checkpoints, save_folder
 from geo_r1.train.config import Duration, OptimConfig, Recipe, RewardConfig
+from geo_r1.train.files import written_beside
 from geo_r1.train.log import Log
 from geo_r1.train.optim import build_optimizer, set_learning_rate
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
+from geo_r1.train.phases import Phases, peak_memory_mib
+from geo_r1.train.shards import State
+from geo_r1.train.transcripts import forget_after
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -62,6 +65,8 @@ class Progress:
     drawn: int = 0
     """Positions of the training order that were used."""
     bad_steps: int = 0
+    pending: list[dict[str, Any]] = field(default_factory=list)
+    """Drawn for steps to come, as `geo_r1.train.rollouts` keeps it; up to date in a checkpoint."""
 
 
 class Updater:
@@ -100,9 +105,8 @@ class Updater:
         folder = engine.run_dir / "bad"
         folder.mkdir(exist_ok=True)
         file = folder / f"{self.stage}-{step:06d}-rank{engine.ranks.rank}.pt"
-        beside = file.with_suffix(".partial")
-        torch.save([micro.record for micro in micro_batches], beside)
-        beside.replace(file)
+        with written_beside(file) as partial:
+            torch.save([micro.record for micro in micro_batches], partial)
         what = f"step {step}: loss {loss}, gradient {norm}"
         engine.log.say(f"{self.stage} {what}: skipped; its batch is in {folder}")
         if self.progress.bad_steps > engine.recipe.run.max_bad_steps:
@@ -111,22 +115,6 @@ class Updater:
                 f"{engine.recipe.run.max_bad_steps}; lower the learning rate or check the rewards. Their "
                 f"batches are in {folder}"
             )
-
-
-@dataclass
-class Phases:
-    """Seconds a step spends in each of its phases, the device's work included that a phase asked for."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":  # once a phase: the gap is far below what a phase takes
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 # One step of a stage: updates the policy, returns the step's figures and the tokens it computed on this rank.
@@ -147,6 +135,7 @@ def run_stage(
     *,
     validate: Validate,
     reference: Policy | None = None,
+    pending: Callable[[], list[dict[str, Any]]] = list,
 ) -> None:
     """Run a stage from its newest checkpoint, or from the start, to its end, and export the model.
 
@@ -155,24 +144,39 @@ def run_stage(
         headline: the figure that the progress line shows.
         validate: run every `eval.every` steps.
         reference: a second model that moves, and so belongs to the checkpoint.
+        pending: what `Progress.pending` is to hold now, on all ranks together.
 
     Raises:
         Stopped: SIGTERM, SIGINT or SIGUSR1 came; the state is in a checkpoint.
+        EngineLost: what samples has gone; the state of the last whole step is in a checkpoint.
         ValueError: a checkpoint cannot be read or written, or too many steps went wrong.
     """
     ranks, recipe = engine.ranks, engine.recipe
     updater = Updater(engine, stage, policy, optim, num_steps)
     checkpoints = Checkpoints(engine.run_dir, stage, ranks, recipe.run.keep_checkpoints)
+
+    def state() -> State:
+        updater.progress.pending = pending()
+        return _state(updater, reference)
+
     with closing(checkpoints), stop_requests() as stop_requested:
         progress = updater.progress
         if (newest := checkpoints.newest()) is not None:
             _load(checkpoints, newest, updater, reference)
             engine.log.say(f"{stage}: going on from {newest}")
         engine.log.rewind(stage, progress.step)
+        if ranks.is_main:
+            forget_after(engine.run_dir, stage, progress.step)
         policy.vlm.model.train()
         engine.log.start(stage, num_steps, progress.step)
         while progress.step < num_steps:
-            metrics, seconds = _timed_step(engine, updater, step_fn)
+            try:
+                metrics, seconds = _timed_step(engine, updater, step_fn)
+            except EngineLost as error:
+                checkpoints.wait()
+                if checkpoints.newest() != checkpoints.folder(progress.step):
+                    checkpoints.save(progress.step, state(), wait=True)
+                raise EngineLost(f"{error}; {stage} goes on after step {progress.step}") from error
             accuracy = None
             if recipe.eval.every and progress.step % recipe.eval.every == 0:
                 figures, accuracy = _validated(policy, validate)
@@ -184,7 +188,7 @@ def run_stage(
             better = recipe.eval.keep_best and accuracy is not None and (not best or accuracy > best[1])
             stop = ranks.any(stop_requested())
             if stop or better or progress.step % config.save_every == 0:
-                checkpoints.save(progress.step, _state(updater, reference), wait=stop)
+                checkpoints.save(progress.step, state(), wait=stop)
             if better:
                 assert accuracy is not None
                 checkpoints.mark_best(progress.step, accuracy)
@@ -264,13 +268,6 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory so far, MiB: of the GPU's allocator, or of the process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def load_rewards(config: RewardConfig) -> dict[str, RewardFunction]:

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, HTTPError
+from transformers import PreTrainedConfig
 
 from geo_r1.data import PromptEncoder, World, exemplars
 from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
 from geo_r1.train.config import GRPOConfig, ParallelConfig, Recipe, SFTConfig
+from geo_r1.train.parallel.lifeline import Lifeline
 from geo_r1.train.parallel.policy import Policy, spread, strategy_of
 from geo_r1.train.parallel.ranks import Ranks
 
@@ -112,9 +116,40 @@ def encoder_of(recipe: Recipe, config: Any, tokenizer: Any, image_processor: Any
         max_pixels=options.max_pixels,
         max_prompt_tokens=options.max_prompt_tokens,
         on_overlong=options.on_overlong,
+        keep_pictures=recipe.rollout.engine == "vllm",
     )
 
 
 def world_of(recipe: Recipe) -> World:
     """The procedural world of a recipe."""
     return World(**recipe.world.model_dump(exclude=TEACHER))
+
+
+def without_weights(recipe: Recipe) -> tuple[PreTrainedConfig, Any, Any]:
+    """Config, tokenizer and image processor of the recipe's model.
+
+    Raises:
+        ValueError: there is no such model, or it is of an unsupported family.
+    """
+    check_model_exists(recipe.model.path)
+    if recipe.model.path != TINY:
+        vlm, tokenizer, image_processor = load_model(recipe.model.path, liger=False, weights=False)
+    else:  # is made on the spot
+        alone = Ranks(0, 1, torch.device("cpu"), Lifeline(0, {}))
+        vlm, tokenizer, image_processor = Models(recipe, world_of(recipe), alone).load(TINY)
+    return vlm.model.config, tokenizer, image_processor
+
+
+def check_model_exists(path: str) -> None:
+    """Answer a mistyped path at once; transformers would ask the hub for half a minute."""
+    if path == TINY or Path(path).is_dir():
+        return
+    try:
+        if not try_to_load_from_cache(path, "config.json"):
+            model_info(path, timeout=10)
+    except HFValidationError:
+        raise ValueError(f"model folder {path} does not exist") from None
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"model {path}: no such folder, and the hub does not answer for it: {error}"
+        ) from error

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-PHASE_ORDER = ("rollout", "reward", "reference", "update")
+PHASE_ORDER = ("sync", "rollout", "reward", "reference", "update")
 PALETTE = ("#1f5fa8", "#d5702a", "#2c8f6b", "#b04a86", "#8a6d1f", "#4fa3d1", "#7a5fc0", "#666c75")
 SIZE = (4.3, 2.8)  # inches; at a third of the page its letters are 10 pixels tall
 MANY_POINTS = 400  # above it raw dots are drawn as one bitmap inside the SVG
@@ -42,6 +42,9 @@ def draw_plots(metrics: Metrics, *, chance: float | None = None) -> dict[str, Fi
         "length": _draw_lines("Completion length", "tokens", of_grpo({"": "completions/mean_length"})),
         "kl": _draw_lines("KL to the reference", "nats a token", of_grpo({"": "kl"})),
         "entropy": _draw_lines("Entropy", "nats a token", of_grpo({"": "entropy"})),
+        "mismatch": _draw_lines(
+            "Sampler against trainer", "nats a token", of_grpo({"": "sampling/logp_difference/mean"})
+        ),
         "no_signal": _draw_lines("Groups of equal rewards", "%", of_grpo({"": "frac_reward_zero_std"}), 100),
         "loss": _draw_lines("Loss", "nats a token", of_stages(tuning, "loss")),
         "time": _draw_stack(

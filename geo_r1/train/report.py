@@ -1,6 +1,7 @@
 """The run report: one page without scripts or requests that shows what a run learned and how.
 
     run folder:  recipe.toml  metrics.jsonl  summary.json  eval/<row>/gallery.jsonl  eval/images/
+                 rollouts/<stage>-<step>.parquet
     written:     report.html  plots/*.png
 
 Plots enter the page as SVG and pictures as they lie on disk, both in data URIs, so that the file can be
@@ -8,12 +9,8 @@ mailed. Completions are text from a model nobody vetted: the template escapes ev
 security policy in its head forbids all but inline style and inline pictures.
 """
 
-import base64
 import io
 import json
-import math
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,27 +18,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
-from PIL import Image
 
+from geo_r1.train.files import written_beside
+from geo_r1.train.page import Picture, data_uri, embedded, is_finite, split_completion
 from geo_r1.train.plots import Metrics, draw_plots
+from geo_r1.train.training_gallery import read_training_gallery
 
 STAGE_ORDER = ("base", "pretrain", "sft", "grpo")
 GALLERY_FIELDS = ("id", "images", "labels", "answer", "correct", "completion")
-TINY_PIXELS = 256  # pictures up to this side are embedded untouched and scaled without blur
-LARGE_PIXELS = 1024  # pictures beyond this side are shrunk to it: the page must stay mailable
-
-# A completion that opens inside its think block (the prompt ended with the tag) has only the closing tag.
-PARTS = re.compile(
-    r"(?P<think>\A(?:(?!<answer>|<think>).)*?</think>|<think>.*?(?:</think>|\Z))|(?P<answer><answer>.*?(?:</answer>|\Z))",
-    re.DOTALL,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    label: str
-    uri: str | None  # None: the file is missing or unreadable
-    tiny: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +65,8 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         ValueError: `run_dir` is no folder; a line other than the last is unreadable; a line lacks a field;
-            `summary.json` is not a JSON object. The message names the file and the line.
+            `summary.json` is not a JSON object; a file of rollouts is broken. The message names the file and
+            the line.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -98,12 +83,12 @@ def write_report(run_dir: Path) -> Path:
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         plots=_save_plots(draw_plots(metrics, chance=chance), run_dir / "plots"),
         samples=read_gallery(run_dir, order=[*summary, *STAGE_ORDER]),
+        training=read_training_gallery(run_dir),
     )
     report = run_dir / "report.html"
-    partial = run_dir / f".report.{os.getpid()}.tmp"
-    # A lone surrogate is legal in JSON and not in UTF-8: it becomes a question mark.
-    partial.write_bytes(page.encode("utf-8", errors="replace"))
-    os.replace(partial, report)
+    with written_beside(report) as partial:
+        # A lone surrogate is legal in JSON and not in UTF-8: it becomes a question mark.
+        partial.write_bytes(page.encode("utf-8", errors="replace"))
     return report
 
 
@@ -117,7 +102,7 @@ def read_metrics(path: Path) -> Metrics:
         stage, step = record.get("stage"), record.get("step")
         if not isinstance(stage, str) or not isinstance(step, int):
             raise ValueError(f"{path}, line {number}: expected a string 'stage' and an integer 'step'")
-        values = {key: float(value) for key, value in record.items() if key != "step" and _finite(value)}
+        values = {key: float(value) for key, value in record.items() if key != "step" and is_finite(value)}
         metrics.setdefault(stage, {})[step] = values
     return dict(sorted(metrics.items(), key=lambda item: _rank(item[0], STAGE_ORDER)))
 
@@ -143,17 +128,6 @@ def read_gallery(run_dir: Path, *, order: list[str]) -> list[Sample]:
     return list(samples.values())
 
 
-def split_completion(text: str) -> list[tuple[str, str]]:
-    """Cut a completion into ("think" | "answer" | "text", piece); tags stay, the pieces join to `text`."""
-    parts, end = [], 0
-    for match in PARTS.finditer(text):
-        parts.append(("text", text[end : match.start()]))
-        parts.append((match.lastgroup or "text", match.group()))
-        end = match.end()
-    parts.append(("text", text[end:]))
-    return [(kind, piece) for kind, piece in parts if piece]
-
-
 def _save_plots(figures: dict[str, Figure], folder: Path) -> list[tuple[str, str]]:
     """Save `<name>.png` each; return (title, SVG data URI) each. SVG in an <img> keeps its ids to itself."""
     plots = []
@@ -162,41 +136,21 @@ def _save_plots(figures: dict[str, Figure], folder: Path) -> list[tuple[str, str
         figure.savefig(folder / f"{name}.png", dpi=160)
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", dpi=160, metadata={"Date": None})
-        plots.append((figure.get_suptitle(), _data_uri("image/svg+xml", svg.getvalue())))
+        plots.append((figure.get_suptitle(), data_uri("image/svg+xml", svg.getvalue())))
     return plots
 
 
 def _sample(run_dir: Path, record: dict[str, Any]) -> Sample:
     files = zip(record["images"], record["labels"], strict=True)
-    pictures = [_picture(run_dir / path, label) for path, label in files]
+    pictures = [embedded(run_dir / path, label) for path, label in files]
     panorama = pictures[0] if pictures else None
     return Sample(record["id"], record.get("city") or "", record["answer"], panorama, pictures[1:])
 
 
 def _attempt(row: str, record: dict[str, Any]) -> Attempt:
-    rewards = {name: value for name, value in (record.get("rewards") or {}).items() if _finite(value)}
+    rewards = {name: value for name, value in (record.get("rewards") or {}).items() if is_finite(value)}
     parts, length = split_completion(record["completion"]), record.get("completion_length")
     return Attempt(row, record.get("prediction"), bool(record["correct"]), parts, rewards, length)
-
-
-def _picture(path: Path, label: str) -> Picture:
-    try:
-        with Image.open(path) as image:
-            side = max(image.size)
-            if side <= LARGE_PIXELS:
-                uri = _data_uri(Image.MIME[image.format or "PNG"], path.read_bytes())
-            else:
-                small, jpeg = image.convert("RGB"), io.BytesIO()
-                small.thumbnail((LARGE_PIXELS, LARGE_PIXELS))
-                small.save(jpeg, "JPEG", quality=85)
-                uri = _data_uri("image/jpeg", jpeg.getvalue())
-    except OSError:  # missing, or no picture: the page says so in its place
-        return Picture(label, None, tiny=False)
-    return Picture(label, uri, tiny=side <= TINY_PIXELS)
-
-
-def _data_uri(mime: str, data: bytes) -> str:
-    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -225,10 +179,6 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if not isinstance(summary, dict) or not all(isinstance(row, dict) for row in summary.values()):
         raise ValueError(f"{path}: expected a JSON object of rows, found {str(summary)[:80]}")
     return summary
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _rank(name: str, order: list[str] | tuple[str, ...]) -> tuple[int, str]:

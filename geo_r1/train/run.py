@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import model_info, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers.utils import logging as transformers_logging
 
 from geo_r1.data import World, exemplars, read_samples
@@ -23,11 +21,12 @@ from geo_r1.eval.cross_view import question_of
 from geo_r1.models import PackedVLM
 from geo_r1.train.checkpoint import newest_checkpoint, prune
 from geo_r1.train.config import STAGES, Recipe
-from geo_r1.train.evaluate import evaluate, validate, write_summary, write_text
+from geo_r1.train.evaluate import evaluate, validate, write_summary
+from geo_r1.train.files import write_text
 from geo_r1.train.grpo import loss_config_of, run_grpo
 from geo_r1.train.log import Log
 from geo_r1.train.loop import Engine, load_rewards
-from geo_r1.train.models import TINY, Models, encoder_of, world_of
+from geo_r1.train.models import Models, check_model_exists, encoder_of, world_of
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe import dump_recipe
 from geo_r1.train.report import write_report
@@ -39,7 +38,16 @@ FREE_SECTIONS = ("parallel", "eval", "log")
 FREE_KEYS = {
     "data": ("num_workers", "cache_mib"),
     "model": ("checkpointing", "offload_activations", "compile", "liger"),
-    "rollout": ("max_tokens",),
+    "rollout": (
+        "max_tokens",
+        "tensor_parallel_size",
+        "gpu_memory",
+        "max_model_len",
+        "server_url",
+        "timeout",
+        "patience",
+        "max_mismatch",
+    ),
 }
 
 
@@ -197,21 +205,6 @@ def _first_difference(before: Any, now: Any, key: str) -> str | None:
                 return found
         return None
     return None if before == now else f"{key} = {before}, now {now}"
-
-
-def check_model_exists(path: str) -> None:
-    """Answer a mistyped path at once; transformers would ask the hub for half a minute."""
-    if path == TINY or Path(path).is_dir():
-        return
-    try:
-        if not try_to_load_from_cache(path, "config.json"):
-            model_info(path, timeout=10)
-    except HFValidationError:
-        raise ValueError(f"model folder {path} does not exist") from None
-    except (HTTPError, OSError) as error:
-        raise ValueError(
-            f"model {path}: no such folder, and the hub does not answer for it: {error}"
-        ) from error
 
 
 def _check_later_stages(run_dir: Path, stage: str) -> None:

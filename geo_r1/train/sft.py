@@ -12,8 +12,9 @@ from geo_r1.kernels import linear_cross_entropy
 from geo_r1.models import PackedBatch, PackedVLM
 from geo_r1.train.batches import Work, share_out
 from geo_r1.train.config import SFTConfig
-from geo_r1.train.loop import Engine, Phases, Updater, Validate, run_stage
+from geo_r1.train.loop import Engine, Updater, Validate, run_stage
 from geo_r1.train.parallel.policy import Policy
+from geo_r1.train.phases import Phases
 
 
 def run_sft(

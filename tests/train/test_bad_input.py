@@ -357,9 +357,9 @@ def test_overwrite_deletes_only_a_run_and_only_for_one_that_can_start(stopped, t
 
 
 def test_a_cached_model_is_not_asked_of_the_hub(monkeypatch):
-    monkeypatch.setattr(geo_r1.train.run, "try_to_load_from_cache", lambda *_: "/cache/config.json")
-    monkeypatch.setattr(geo_r1.train.run, "model_info", None)
-    geo_r1.train.run.check_model_exists("Qwen/Qwen2.5-VL-3B-Instruct")
+    monkeypatch.setattr(geo_r1.train.models, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    monkeypatch.setattr(geo_r1.train.models, "model_info", None)
+    geo_r1.train.models.check_model_exists("Qwen/Qwen2.5-VL-3B-Instruct")
 
 
 def test_from_a_shell_without_the_hub(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import small_runs as runs
 import torch
 
-import geo_r1.train.groups
 import geo_r1.train.grpo
+import geo_r1.train.samplers
 from geo_r1.data import World, exemplars
 from geo_r1.data.source import Source
 from geo_r1.train.groups import Sampler
@@ -42,11 +42,11 @@ def expected_sampling(num_steps: int, wanted: int, rounds: int):
 @pytest.mark.parametrize("resamples", [1, 4])
 def test_groups_with_equal_rewards_are_replaced(resamples, tmp_path, monkeypatch):
     asked, updates = [], []
-    groups, work = Sampler._groups, geo_r1.train.grpo._work
+    scored, work = Sampler._scored, geo_r1.train.grpo._work
     monkeypatch.setattr(
         Sampler,
-        "_groups",
-        lambda self, positions, *args: asked.append(positions) or groups(self, positions, *args),
+        "_scored",
+        lambda self, draw, *args: asked.append(draw.positions) or scored(self, draw, *args),
     )
     monkeypatch.setattr(geo_r1.train.grpo, "_work", lambda *args: updates.append(args[-1]) or work(*args))
     run_dir = runs.train(tmp_path / "run", "grpo", **DYNAMIC, grpo__max_resamples=resamples)
@@ -73,7 +73,7 @@ def test_the_cursor_is_in_the_checkpoint(tmp_path):
     run_dir = option_runs.stopped(tmp_path / "run", "grpo", 3, **DYNAMIC, grpo__max_resamples=4)
     rounds, _ = expected_sampling(3, 2, 5)
     state = json.loads((run_dir / "checkpoints" / "grpo-000003" / "trainer.json").read_text())
-    assert state["trainer"] == {"step": 3, "drawn": rounds[-1][-1][-1] + 1, "bad_steps": 0}
+    assert state["trainer"] == {"step": 3, "drawn": rounds[-1][-1][-1] + 1, "bad_steps": 0, "pending": []}
     assert state["trainer"]["drawn"] > 3 * 2
 
 
@@ -106,7 +106,7 @@ def test_two_ranks_replace_the_groups_that_one_does(tmp_path):
 
 def set_endings(monkeypatch, *ended):
     """Say which of each group's four completions ended by themselves."""
-    real = geo_r1.train.groups.generate
+    real = geo_r1.train.samplers.generate
 
     def generate(*args, **options):
         groups = real(*args, **options)
@@ -114,7 +114,7 @@ def set_endings(monkeypatch, *ended):
             [dataclasses.replace(c, ended=e) for c, e in zip(group, ended, strict=True)] for group in groups
         ]
 
-    monkeypatch.setattr(geo_r1.train.groups, "generate", generate)
+    monkeypatch.setattr(geo_r1.train.samplers, "generate", generate)
 
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo"])

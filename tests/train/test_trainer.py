@@ -23,6 +23,7 @@ GRPO_FIGURES = {
     "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length", "num_tokens",
     "tokens/computed", "tokens/saved_by_sharing", "tokens/saved_by_packing", "tokens/repeated_prompt",
     "completions/dropped_zero_advantage", "tokens/dropped_zero_advantage", *PLAN_FIGURES,
+    "sampling/logp_difference/mean", "sampling/logp_difference/max", "sampling/token_mult_prob_error",
 }  # fmt: skip
 LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")
 POLICIES = ("clip", "cispo", "sapo")

@@ -15,16 +15,13 @@ from transformers import PreTrainedConfig
 from geo_r1.data import PromptEncoder
 from geo_r1.data.prompt import OverlongPrompt
 from geo_r1.data.source import Source
-from geo_r1.models import load_model
 from geo_r1.models.cost import ModelCost
 from geo_r1.train.config import EvalConfig, GRPOConfig, Recipe
 from geo_r1.train.estimate.holdings import spread_of
 from geo_r1.train.estimate.memory import Estimate, Load, estimate
 from geo_r1.train.estimate.model_weights import entries, model_weights
-from geo_r1.train.models import TINY, Models, encoder_of, world_of
-from geo_r1.train.parallel.lifeline import Lifeline
-from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.run import check_model_exists, open_source
+from geo_r1.train.models import encoder_of, without_weights, world_of
+from geo_r1.train.run import open_source
 
 NUM_SAMPLES = 32  # of a stage's data that are looked at
 ASSUMED = 80 * 10**9  # bytes of a GPU where there is none
@@ -43,7 +40,7 @@ def dry_run(recipe: Recipe, num_ranks: int) -> str:
     Raises:
         ValueError: the recipe, its model's config or its samples are wrong, as in a run.
     """
-    config, tokenizer, image_processor = _config_of(recipe)
+    config, tokenizer, image_processor = without_weights(recipe)
     encoder = encoder_of(recipe, config, tokenizer, image_processor)
     capacity, device = _device()
     fused = recipe.model.liger and recipe.model.dtype != "float64" and find_spec("liger_kernel") is not None
@@ -52,7 +49,7 @@ def dry_run(recipe: Recipe, num_ranks: int) -> str:
     lines.append(f"assumed    norms, SwiGLU and rotary positions by {computed} on that GPU")
     for stage in recipe.run.stages:
         work = _Measured.of(recipe, config, stage, encoder)
-        found = estimate(recipe, config, num_ranks, stage, work.load, fused=fused)
+        found = _estimate(recipe, config, num_ranks, stage, work.load, fused, capacity)
         lines += ["", f"== {stage}: {work.headline}", *work.lines, "", *memory_table(found)]
         if found.peak <= capacity:
             lines.append(f"fits: {_gib(found.peak)} of {_gib(capacity)}")
@@ -60,12 +57,29 @@ def dry_run(recipe: Recipe, num_ranks: int) -> str:
             lines.append(f"does not fit: {_gib(found.peak)}, but there are {_gib(capacity)}. Instead:")
             for change, other, counts in _remedies(recipe, num_ranks, stage):
                 for ranks in counts:
-                    peak = estimate(other, config, ranks, stage, work.load, fused=fused).peak
+                    peak = _estimate(other, config, ranks, stage, work.load, fused, capacity).peak
                     if peak <= capacity:
                         break
                 verdict = ", fits" if peak <= capacity else ""
                 lines.append(f"    {change.format(ranks=ranks)}: {_gib(peak)}{verdict}")
     return "\n".join(lines)
+
+
+def _estimate(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    num_ranks: int,
+    stage: str,
+    load: Load | None,
+    fused: bool,
+    capacity: int,
+) -> Estimate:
+    """`estimate`, and vLLM's share of a device of `capacity` bytes where it is inside the ranks."""
+    found, rollout = estimate(recipe, config, num_ranks, stage, load, fused=fused), recipe.rollout
+    if stage == "grpo" and rollout.engine == "vllm" and rollout.server_url is None:
+        parts = found.held if rollout.max_staleness else found.phases["rollout"]
+        parts["vLLM"] = round(rollout.gpu_memory * capacity)
+    return found
 
 
 def memory_table(found: Estimate) -> list[str]:
@@ -184,7 +198,8 @@ def _teraflop(
     if isinstance(options, EvalConfig):
         phases = {"sampling": forward}
     elif isinstance(options, GRPOConfig):
-        again = bool(options.loss.beta) + (options.num_iterations > 1)
+        old = options.num_iterations > 1 or recipe.rollout.importance_sampling != "none"
+        again = bool(options.loss.beta) + old
         phases = {"rollout": forward, "reference": again * forward, "update": options.num_iterations * both}
     else:
         phases = {"update": both}
@@ -210,17 +225,6 @@ def _about_ranks(recipe: Recipe, num_ranks: int) -> Iterator[str]:
         more = f", weights in {parallel.shard_size or num_ranks} shards{more}"
     kind = f"layers compute in {recipe.model.dtype}, checkpointing {recipe.model.checkpointing}"
     yield f"ranks      {num_ranks}, {strategy}{more}; {kind}"
-
-
-def _config_of(recipe: Recipe) -> tuple[PreTrainedConfig, Any, Any]:
-    """Config, tokenizer and image processor of the recipe's model."""
-    check_model_exists(recipe.model.path)
-    if recipe.model.path != TINY:
-        vlm, tokenizer, image_processor = load_model(recipe.model.path, liger=False, weights=False)
-    else:  # is made on the spot
-        alone = Ranks(0, 1, torch.device("cpu"), Lifeline(0, {}))
-        vlm, tokenizer, image_processor = Models(recipe, world_of(recipe), alone).load(TINY)
-    return vlm.model.config, tokenizer, image_processor
 
 
 def _device() -> tuple[int, str]:

@@ -106,6 +106,14 @@ class Holdings:
             return sum(weight.row_shard(self.shards) for weight in weights)
         return sum(-(-weight.numel // self.shards) for weight in weights)
 
+    def plain(self) -> int:
+        """Bytes of a whole model as layers compute with it, adapters merged."""
+        return entries([weight for weight in self.weights if ".lora_" not in weight.name]) * self.compute
+
+    def largest(self) -> int:
+        """Bytes of the largest of those weights."""
+        return max(weight.numel for weight in self.weights) * self.compute
+
     def always(self) -> Parts:
         """What is there in every phase."""
         parts: Parts = {}

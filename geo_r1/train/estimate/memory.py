@@ -21,6 +21,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from geo_r1.kernels.chunks import MAX_NARROW_SUMS, SCRATCH_BYTES, KernelRows
+from geo_r1.models.cost import cached_bytes
+from geo_r1.models.qwen_vl import VISION
 from geo_r1.train.config import EvalConfig, GRPOConfig, LoraConfig, Recipe, SFTConfig
 from geo_r1.train.estimate.activations import Numbers, kept_bytes, text_layer, vision_block, working_bytes
 from geo_r1.train.estimate.holdings import WIDTH, Holdings, Parts
@@ -125,11 +127,18 @@ def estimate(
         if options.loss.beta and not recipe.lora.rank:  # with adapters it is the policy without them
             held |= own.reference()
         groups = -(-options.prompts_per_step // num_ranks)
-        sampling, most = recipe.rollout, recipe.rollout.max_tokens
-        phases["rollout"] = _to_sample_with(own) | work.sampling(
-            groups, options.num_completions, sampling.max_new_tokens, most
-        )
-        if options.loss.beta or options.num_iterations > 1:
+        rollout = recipe.rollout
+        sampling: Parts = {}
+        if rollout.engine == "native":
+            sampling = work.sampling(
+                groups, options.num_completions, rollout.max_new_tokens, rollout.max_tokens
+            )
+            if rollout.max_staleness:  # beside all that a step does
+                held |= {"copy that samples": own.plain(), **sampling}
+            phases["rollout"] = {} if rollout.max_staleness else _to_sample_with(own) | sampling
+        else:
+            phases["rollout"] = {"a weight on its way": own.largest()}
+        if options.loss.beta or options.num_iterations > 1 or rollout.importance_sampling != "none":
             phases["reference"] = own.at_work(backward=False) | work.forward(tokens)
     if recipe.eval.every:
         phases["evaluation"] = _to_sample_with(own) | work.evaluation(num_ranks)
@@ -140,8 +149,7 @@ def estimate(
 
 def _to_sample_with(own: Holdings) -> Parts:
     if own.spread in ("fsdp2", "zero3"):
-        plain = [weight for weight in own.weights if ".lora_" not in weight.name]  # adapters are merged
-        return {"whole replica": entries(plain) * own.compute}
+        return {"whole replica": own.plain()}
     head = {"head in bfloat16": own.head * own.compute} if own.casts else {}
     return own.at_work(backward=False) | head
 
@@ -172,8 +180,7 @@ class _Work:
         text, prompt = self.text, self.load.prompt_tokens
         group = prompt + completions * new_tokens
         groups = max(1, min(groups, max_tokens // group))
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        token = 2 * text.num_key_value_heads * head_size * text.num_hidden_layers * self.numbers.compute
+        token = cached_bytes(self.config, self.numbers.compute)
         logits = groups * completions * text.vocab_size * SAMPLED_LOGIT
         pictures = self.patches(groups * self.load.picture_tokens)
         return {
@@ -200,7 +207,7 @@ class _Work:
     def update(self, tokens: int, own: Holdings) -> Parts:
         """What forward keeps for backward, and the walk through the vocabulary."""
         kind, rows = self.recipe.model.checkpointing, self.rows(tokens)
-        tower = any(weight.name.startswith("model.visual.") for weight in own.learning)
+        tower = any(weight.name.startswith(VISION) for weight in own.learning)
         patches = self.patches(tokens * self.load.picture_share)
         kept = kept_bytes(self.config, self.numbers, kind, tokens, patches, tower=tower)
         working = working_bytes(self.config, self.numbers, kind, tokens, patches if tower else 0)

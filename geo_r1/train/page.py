@@ -1,0 +1,74 @@
+"""Pieces of the report's page: pictures in data URIs, completions cut into what was thought and answered."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from geo_r1.data import load_image
+
+TINY_PIXELS = 256  # pictures up to this side are embedded untouched and scaled without blur
+LARGE_PIXELS = 1024  # pictures beyond this side are shrunk to it: the page must stay mailable
+LARGE_BYTES = 2**19  # and larger files are encoded anew
+SHOWN_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")  # that every browser shows
+
+# A completion that opens inside its think block (the prompt ended with the tag) has only the closing tag.
+PARTS = re.compile(
+    r"(?P<think>\A(?:(?!<answer>|<think>).)*?</think>|<think>.*?(?:</think>|\Z))|(?P<answer><answer>.*?(?:</answer>|\Z))",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    label: str
+    uri: str | None  # None: the file is missing or unreadable
+    tiny: bool
+
+
+def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -> Picture:
+    """A picture as it lies on disk, or a JPEG of it where it is too large for a page.
+
+    Args:
+        source: a file, or its bytes.
+        largest: pixels of the longer side.
+    """
+    try:
+        data = source.read_bytes() if isinstance(source, Path) else source
+        with Image.open(io.BytesIO(data)) as image:
+            side = max(image.size)
+            if side <= largest and len(data) <= LARGE_BYTES and image.format in SHOWN_FORMATS:
+                uri = data_uri(Image.MIME[image.format], data)
+            else:
+                small, jpeg = load_image(data, label), io.BytesIO()
+                small.thumbnail((largest, largest))
+                small.save(jpeg, "JPEG", quality=85)
+                uri = data_uri("image/jpeg", jpeg.getvalue())
+    except (OSError, ValueError, Image.DecompressionBombError):  # missing, or no picture: the page says so
+        return Picture(label, None, tiny=False)
+    return Picture(label, uri, tiny=side <= TINY_PIXELS)
+
+
+def data_uri(mime: str, data: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def split_completion(text: str) -> list[tuple[str, str]]:
+    """Cut a completion into ("think" | "answer" | "text", piece); tags stay, the pieces join to `text`."""
+    parts, end = [], 0
+    for match in PARTS.finditer(text):
+        parts.append(("text", text[end : match.start()]))
+        parts.append((match.lastgroup or "text", match.group()))
+        end = match.end()
+    parts.append(("text", text[end:]))
+    return [(kind, piece) for kind, piece in parts if piece]
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,159 @@
+"""What samples a GRPO stage's completions, as the recipe's section `rollout` asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from geo_r1.data.loader import PromptLoader
+from geo_r1.models import EncodedPrompt, PackedVLM
+from geo_r1.models.cost import cached_bytes
+from geo_r1.rollout import Completion, SamplingConfig, generate
+from geo_r1.rollout.engine import RolloutEngine
+from geo_r1.train.config import GRPOConfig, Recipe
+from geo_r1.train.loop import Engine
+from geo_r1.train.parallel.policy import Policy
+from geo_r1.train.rollouts import Rollouts
+
+MOST_AT_A_TIME = 256  # completions that vLLM says at once; its own default
+
+
+class OwnWeights:
+    """The native sampler on the policy's own weights, between two updates."""
+
+    def __init__(self, policy: Policy, ends: set[int], max_tokens: int) -> None:
+        self.policy, self.ends, self.max_tokens = policy, ends, max_tokens
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        raise AssertionError("its weights are the policy's")
+
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        num_completions: int,
+        sampling: SamplingConfig,
+        streams: Sequence[str],
+    ) -> list[list[Completion]]:
+        with self._model() as vlm:
+            return generate(
+                vlm,
+                prompts,
+                num_completions,
+                sampling=sampling,
+                eos_token_id=self.ends,
+                streams=streams,
+                max_tokens=self.max_tokens,
+            )
+
+    def sleep(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _model(self) -> AbstractContextManager[PackedVLM]:
+        return self.policy.whole()
+
+
+class Copy(OwnWeights):
+    """The native sampler on a copy of the policy, which an update does not disturb."""
+
+    def __init__(self, policy: Policy, ends: set[int], max_tokens: int) -> None:
+        super().__init__(policy, ends, max_tokens)
+        vlm = policy.replica(policy.vlm.compute_dtype, policy.ranks.device)
+        assert vlm is not None
+        self.vlm = vlm
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        own = dict(self.vlm.model.named_parameters())
+        for name, tensor in tensors:
+            own[name].copy_(tensor)
+
+    def _model(self) -> AbstractContextManager[PackedVLM]:
+        return nullcontext(self.vlm)
+
+
+def open_rollouts(
+    engine: Engine, policy: Policy, config: GRPOConfig, loader: PromptLoader, num_steps: int
+) -> Rollouts:
+    """The draws of a stage, to be closed at its end.
+
+    Raises:
+        ValueError: vLLM is not installed, cannot run the model, or its server does not answer.
+    """
+    recipe = engine.recipe.rollout
+    return Rollouts(
+        policy,
+        _open_sampler(engine, policy, config),
+        loader,
+        SamplingConfig(recipe.temperature, recipe.top_p, recipe.top_k, recipe.max_new_tokens),
+        loads=recipe.engine != "native" or recipe.max_staleness > 0,
+        shared=recipe.server_url is not None,
+        seed=engine.recipe.run.seed,
+        num_steps=num_steps,
+        num_prompts=config.prompts_per_step,
+        num_completions=config.num_completions,
+        max_staleness=recipe.max_staleness,
+        budgets={"rollout.max_tokens": recipe.max_tokens, "grpo.optim.max_tokens": config.optim.max_tokens},
+    )
+
+
+def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> RolloutEngine:
+    recipe, vlm, ranks = engine.recipe.rollout, policy.vlm, policy.ranks
+    ends = {engine.tokenizer.eos_token_id, *vlm.end_token_ids}
+    if recipe.engine == "native":
+        kind = Copy if recipe.max_staleness else OwnWeights
+        return kind(policy, ends, recipe.max_tokens)
+    from geo_r1.rollout import vllm_input
+
+    folder = engine.run_dir / "rollout-model"
+    if ranks.is_main:
+        vllm_input.write_engine_folder(folder, vlm.model.config, engine.tokenizer, engine.image_processor)
+    ranks.barrier()
+    tokens: dict[str, Any] = {"end_token_ids": ends, "vision_token_ids": vlm.vision_token_ids}
+    if recipe.server_url is not None:
+        from geo_r1.rollout.server import ServerEngine
+
+        name = ranks.gather(uuid4().hex)[0]
+        return ServerEngine(
+            recipe.server_url,
+            run=name,
+            timeout=recipe.timeout,
+            patience=recipe.patience,
+            folder=str(folder),
+            **tokens,
+        )
+    from geo_r1.rollout.vllm import VLLMEngine
+
+    on_gpu = ranks.device.type == "cuda"
+    return VLLMEngine(
+        folder,
+        dtype=vlm.compute_dtype,
+        max_model_len=max_model_len(engine.recipe, vlm.model.config),
+        max_num_seqs=min(MOST_AT_A_TIME, config.prompts_per_step * config.num_completions),
+        gpu_memory_utilization=recipe.gpu_memory,
+        kv_cache_bytes=None if on_gpu else kv_cache_bytes(engine.recipe, vlm.model.config),
+        tensor_parallel_size=recipe.tensor_parallel_size,
+        sleep=on_gpu and not recipe.max_staleness,
+        **tokens,
+    )
+
+
+def max_model_len(recipe: Recipe, config: Any) -> int:
+    """The most tokens of a prompt and a completion that vLLM has to be ready for."""
+    if recipe.rollout.max_model_len is not None:
+        return recipe.rollout.max_model_len
+    most = config.get_text_config().max_position_embeddings
+    prompt = recipe.data.max_prompt_tokens
+    return most if prompt is None else min(most, prompt + recipe.rollout.max_new_tokens)
+
+
+def kv_cache_bytes(recipe: Recipe, config: Any) -> int:
+    """What keys and values of `rollout.max_tokens` tokens take."""
+    return recipe.rollout.max_tokens * cached_bytes(config, getattr(torch, recipe.model.dtype).itemsize)

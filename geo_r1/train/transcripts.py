@@ -1,0 +1,250 @@
+"""What was asked and said in chosen steps: one parquet file a step, for notebooks and for the report.
+
+    rollouts/grpo-000100.parquet    a row a completion, a row group a prompt
+
+Any of these opens one, with the pictures in every row:
+
+    pandas.read_parquet("rollouts/grpo-000100.parquet")
+    pyarrow.parquet.read_table("rollouts/grpo-000100.parquet")
+    datasets.load_dataset("parquet", data_files="rollouts/*.parquet")    # decodes the pictures
+
+In the file a picture lies once a prompt: its bytes are dictionary-encoded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from geo_r1.data import Sample, load_image
+from geo_r1.data.sample import IMAGE_MARKER, ImageSource, read_image
+from geo_r1.rollout import Completion
+from geo_r1.train.files import beside, written_beside
+
+FOLDER = "rollouts"
+PART = "rewards/"  # of a column's name: the rewards of one function, as in metrics.jsonl
+MAX_DICTIONARY = 2**30  # bytes; with pyarrow's own 1 MiB, larger pictures would be stored once a completion
+
+# The same in every file, but for a column `rewards/<function>` each at the end; what follows may be null.
+COLUMNS = pa.schema(
+    [
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),  # from 1, as in metrics.jsonl
+        pa.field("position", pa.int64(), nullable=False),  # of the prompt in the order of training
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),  # with <image> where a picture stands
+        pa.field("answer", pa.string()),
+        pa.field("completion", pa.int32(), nullable=False),  # its number within the prompt's, from 0
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),  # the end token included
+        pa.field("ended", pa.bool_(), nullable=False),  # False: cut off
+        pa.field("reward", pa.float64()),
+        pa.field("advantage", pa.float64()),
+        pa.field("logp_mean", pa.float64()),  # nats a token, as it was sampled
+    ]
+)
+# Dictionaries, so that a prompt's completions share its pictures in memory too; files hold plain bytes.
+PICTURES = pa.list_(pa.struct([("bytes", pa.dictionary(pa.int32(), pa.binary())), ("path", pa.string())]))
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A prompt and what was answered; N completions.
+
+    Attributes:
+        position: in the training order.
+        texts: [N] the completions as text.
+        reward: [N] their totals, task units; None where nothing scored.
+        by_function: [N] the same of each reward function; the same functions in all of a step.
+        advantage: [N], no unit; None where it is not known.
+    """
+
+    position: int
+    sample: Sample
+    completions: Sequence[Completion]
+    texts: Sequence[str]
+    reward: Sequence[float | None]
+    by_function: Mapping[str, Sequence[float | None]]
+    advantage: Sequence[float] | None = None
+
+
+def write_transcripts(run_dir: Path, stage: str, step: int, transcripts: Sequence[Transcript]) -> Path | None:
+    """Write the file of a step; one that is there already is replaced in one move.
+
+    A prompt is its text, with `<image>` for each picture; of several messages each begins with its role.
+    Pictures are the files' own bytes; those that were never encoded are PNG. What UTF-8 does not know, a lone
+    surrogate, becomes a question mark.
+
+    Args:
+        step: counts from 1.
+
+    Returns:
+        The file; None, and nothing is written, where there are no transcripts.
+
+    Raises:
+        ValueError: a picture cannot be read any more; names the sample and the file.
+    """
+    if not transcripts:
+        return None
+    functions = list(transcripts[0].by_function)
+    schema = _schema(functions)
+    path = run_dir / FOLDER / f"{stage}-{step:06d}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        written_beside(path) as partial,
+        pq.ParquetWriter(
+            partial,
+            schema,
+            compression="zstd",
+            dictionary_pagesize_limit=MAX_DICTIONARY,
+            write_page_checksum=True,
+            store_schema=False,  # or readers get dictionaries instead of bytes
+        ) as writer,
+    ):
+        writer.add_key_value_metadata({"huggingface": _features(schema)})
+        for transcript in transcripts:
+            assert list(transcript.by_function) == functions, transcript.sample.id
+            writer.write_table(_table(stage, step, transcript, schema))
+    return path
+
+
+def read_transcripts(path: Path, most: int) -> tuple[list[list[dict[str, Any]]], int]:
+    """The first prompts of a file, and how many it holds.
+
+    Args:
+        most: prompts to read.
+
+    Returns:
+        The rows of each prompt; `images` in the first of them alone.
+
+    Raises:
+        ValueError: the file is broken or lacks a column; names it.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            missing = [name for name in [*COLUMNS.names, "images"] if name not in names]
+            if missing:
+                raise ValueError(f"no column {', '.join(missing)}")
+            rewards = [name for name in names if name.startswith(PART)]
+            wanted = pa.schema([*COLUMNS, *(pa.field(name, pa.float64()) for name in rewards)])
+            prompts = [_rows(file, i, wanted) for i in range(min(most, file.num_row_groups))]
+            return prompts, file.num_row_groups
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected the transcripts of a step, found: {reason:.200}") from error
+
+
+def transcript_files(run_dir: Path) -> list[tuple[str, int, Path]]:
+    """Stage, step and path of every file of a run, in this order. Other names are left alone."""
+    found = []
+    for path in (run_dir / FOLDER).glob("*.parquet"):
+        match = re.fullmatch(r"(.+)-(\d+)", path.stem)
+        if match and not path.name.startswith("."):
+            found.append((match[1], int(match[2]), path))
+    return sorted(found)
+
+
+def forget_after(run_dir: Path, stage: str, step: int) -> None:
+    """Delete a stage's files of the steps after the first `step`, and what a killed run left half-written."""
+    for name, number, path in transcript_files(run_dir):
+        if name == stage and number > step:
+            path.unlink()
+    for path in (run_dir / FOLDER).glob(beside(Path(f"{stage}-*.parquet")).name):
+        path.unlink()
+
+
+def _schema(functions: Iterable[str]) -> pa.Schema:
+    fields = list(COLUMNS)
+    # `datasets` takes only what may be null for pictures
+    fields.insert(COLUMNS.get_field_index("completion"), pa.field("images", PICTURES))
+    return pa.schema([*fields, *(pa.field(_utf8(PART + name), pa.float64()) for name in functions)])
+
+
+def _features(schema: pa.Schema) -> str:
+    """The columns as `datasets` describes them: it then decodes the pictures."""
+    features: dict[str, Any] = {
+        field.name: {"_type": "Value", "dtype": {"double": "float64"}.get(str(field.type), str(field.type))}
+        for field in schema
+    }
+    features["images"] = {"_type": "Sequence", "feature": {"_type": "Image"}}
+    return json.dumps({"info": {"features": features}})
+
+
+def _table(stage: str, step: int, transcript: Transcript, schema: pa.Schema) -> pa.Table:
+    sample, completions = transcript.sample, transcript.completions
+    size = len(completions)
+    columns: dict[str, Any] = {
+        "stage": [stage] * size,
+        "step": [step] * size,
+        "position": [transcript.position] * size,
+        "sample_id": [_utf8(sample.id)] * size,
+        "prompt": [_utf8(_prompt_text(sample.messages))] * size,
+        "answer": [None if sample.answer is None else _utf8(sample.answer)] * size,
+        "images": _pictures(sample, size),
+        "completion": range(size),
+        "text": [_utf8(text) for text in transcript.texts],
+        "num_tokens": [len(completion.token_ids) for completion in completions],
+        "ended": [completion.ended for completion in completions],
+        "reward": transcript.reward,
+        "advantage": [None] * size if transcript.advantage is None else transcript.advantage,
+        "logp_mean": [statistics.fmean(c.logp) if c.logp else None for c in completions],
+    }
+    columns |= {_utf8(PART + name): values for name, values in transcript.by_function.items()}
+    return pa.table(columns, schema=schema)
+
+
+def _pictures(sample: Sample, size: int) -> pa.Array:
+    """[size] lists of all of a sample's pictures, over one copy of their bytes."""
+    count = len(sample.images)
+    encoded = pa.array([_encoded(image, sample.id) for image in sample.images], pa.binary())
+    indices = pa.array([*range(count)] * size, pa.int32())
+    names = [_utf8(image.name) if isinstance(image, Path) else None for image in sample.images] * size
+    fields = [PICTURES.value_type.field(i) for i in range(2)]
+    pictures = pa.StructArray.from_arrays(
+        [pa.DictionaryArray.from_arrays(indices, encoded), pa.array(names, pa.string())], fields=fields
+    )
+    offsets = pa.array([i * count for i in range(size + 1)], pa.int32())
+    return pa.ListArray.from_arrays(offsets, pictures)
+
+
+def _encoded(image: ImageSource, owner: str) -> bytes:
+    if isinstance(image, Path | bytes):
+        return read_image(image, owner)
+    assert isinstance(image, Image.Image)
+    png = io.BytesIO()
+    load_image(image, owner).save(png, "PNG")
+    return png.getvalue()
+
+
+def _prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    texts = [
+        "".join(part["text"] if part["type"] == "text" else IMAGE_MARKER for part in message["content"])
+        for message in messages
+    ]
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
+
+
+def _rows(file: pq.ParquetFile, group: int, wanted: pa.Schema) -> list[dict[str, Any]]:
+    rows = file.read_row_group(group, columns=wanted.names).select(wanted.names).cast(wanted).to_pylist()
+    if len({row["position"] for row in rows}) != 1:
+        raise ValueError(f"row group {group} is not one prompt")
+    first = next(file.iter_batches(batch_size=1, row_groups=[group], columns=["images"]))
+    rows[0]["images"] = first.column(0).to_pylist()[0]
+    return rows
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", errors="replace").decode("utf-8")
