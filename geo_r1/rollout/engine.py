@@ -1,0 +1,64 @@
+"""What samples completions, wherever it runs: with the weights that it was last given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from geo_r1.models import EncodedPrompt
+from geo_r1.rollout.sampling import Completion, SamplingConfig
+
+
+class EngineLost(ValueError):  # noqa: N818  # a user's to mend: the message says what to do
+    """An engine does not answer any more; nothing that it was asked for has come."""
+
+
+class WeightsLost(EngineLost):
+    """An engine came back without the weights it was given: `load` them again, then ask again."""
+
+
+class RolloutEngine(Protocol):
+    """Samples with a copy of the policy of its own.
+
+    One caller at a time; any thread.
+    """
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over weights: every weight of the policy once, by the names of transformers, whole.
+
+        Raises:
+            ValueError: one is missing, unknown or of another shape; names it.
+            EngineLost: the engine has gone.
+        """
+        ...
+
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        num_completions: int,
+        sampling: SamplingConfig,
+        streams: Sequence[str],
+    ) -> list[list[Completion]]:
+        """`num_completions` completions of each prompt, in order.
+
+        Args:
+            prompts: with their pictures, where the engine encodes them itself.
+            streams: names of the prompts' random streams; the same name draws the same.
+
+        Raises:
+            ValueError: the engine refuses a prompt, or reads it otherwise than the policy does; names the
+                sample.
+            WeightsLost: the engine has no weights, or not those it was given.
+            EngineLost: the engine has gone.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Nothing is asked before the next `load`: memory may be given back until then."""
+        ...
+
+    def close(self) -> None:
+        """Let go of memory, processes and connections."""
+        ...

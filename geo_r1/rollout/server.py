@@ -1,0 +1,313 @@
+"""Sampling by a vLLM server: prompts go to it over HTTP, weights over TCP (`geo_r1.rollout.receiver`).
+
+The server may die and come back at any time. What it has said by then is kept, and only the rest is asked for
+again. Every load gives it a version, and every completion tells the version that said it: a server that was
+started anew has none, and nothing of what it says is used until it has been given weights.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import shlex
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from functools import partial
+from typing import Any, TypeVar
+
+from PIL import Image
+from torch import Tensor
+
+from geo_r1.models import EncodedPrompt
+from geo_r1.rollout.engine import EngineLost, WeightsLost
+from geo_r1.rollout.http_client import HttpClient, Unavailable, message_of
+from geo_r1.rollout.receiver import WeightSender, WorkerLost
+from geo_r1.rollout.sampling import Completion, SamplingConfig
+from geo_r1.rollout.vllm_input import (
+    check_expanded,
+    common_options,
+    pictures_of,
+    read_completions,
+    sampling_params,
+    seed_of,
+    serve_command,
+)
+
+GENERATE = "/inference/v1/generate"
+NO_LOGPROB = -9999.0  # what the server writes for NaN and for minus infinity
+MOST_REQUESTS = 256  # at a time; each has a thread that waits
+LONGEST_PAUSE = 5.0  # seconds between two attempts
+
+T = TypeVar("T")
+
+
+class ServerEngine:
+    """A `RolloutEngine` at a server that was started by `serve_command`.
+
+    The environment's VLLM_API_KEY is sent to it, where there is one.
+
+    Args:
+        url: such as http://host:8000.
+        end_token_ids: each ends a completion.
+        vision_token_ids: never sampled.
+        run: a name that the clients of one run share, of which one loads and all sample; None where there is
+            one client.
+        timeout: seconds that a request may take, and that sending weights may stand still.
+        patience: seconds that a server which does not answer is asked again.
+        model: the name of the model, where the server has several.
+        folder: of the model, for the error that says how to start a server.
+
+    Raises:
+        ValueError: the server was started otherwise; has the whole command.
+        EngineLost: there is no server within `patience`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        end_token_ids: Collection[int],
+        vision_token_ids: Collection[int],
+        run: str | None = None,
+        timeout: float = 600.0,
+        patience: float = 600.0,
+        model: str | None = None,
+        folder: str = "FOLDER",
+    ) -> None:
+        self._http = HttpClient(url, timeout)
+        self._end_token_ids, self._vision_token_ids = set(end_token_ids), set(vision_token_ids)
+        self._run = run or uuid.uuid4().hex
+        self._timeout, self._patience, self._model, self._folder = timeout, patience, model, folder
+        self._version: str | None = None  # of this client's last load
+        self._max_model_len = 0
+        self._failing_since: float | None = None
+        # Answers of a call that has not ended well, by request; the checksum of the weights that gave them.
+        self._kept: dict[bytes, list[Completion]] = {}
+        self._kept_of = ""
+        with self._http:
+            self._check_server()
+        self._failing_since = None
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Send weights to every worker of the server; see `RolloutEngine.load`.
+
+        If they are those that a `sample` was answered with which ended in `WeightsLost`, the same call asks
+        only for the completions that had not come.
+
+        Raises:
+            ValueError: one is missing, unknown or of another shape; names it.
+            WeightsLost: the server went, or came back, while they were sent.
+            EngineLost: it has gone for longer than `patience`.
+        """
+        with self._http:
+            num_workers = self._check_server()
+            version = f"{self._run}/{uuid.uuid4().hex}"
+            try:
+                self._http.json("POST", "/abort_requests", {})  # those of a call that was given up
+                self._http.json("POST", "/update_weight_version", {"new_version": f"{version}/loading"})
+                checksum = self._send(tensors, num_workers)
+                for cache in ("prefix", "mm", "encoder"):
+                    self._http.json("POST", f"/reset_{cache}_cache", {})
+                if self._weight_version() != f"{version}/loading":
+                    raise Unavailable("it was started again")
+                self._version = f"{version}/{checksum:08x}"
+                self._http.json("POST", "/update_weight_version", {"new_version": self._version})
+            except (Unavailable, WorkerLost) as error:
+                self._pause(error, 0)
+                raise WeightsLost(f"{self._http.url} did not take the weights: {error}") from error
+        self._failing_since = None
+
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        num_completions: int,
+        sampling: SamplingConfig,
+        streams: Sequence[str],
+    ) -> list[list[Completion]]:
+        """All prompts are asked at once; see `RolloutEngine.sample`.
+
+        Raises:
+            ValueError: the server refuses a prompt, or reads it otherwise; names the sample.
+            WeightsLost: the server has other weights than it was given last; `load`, then call again.
+            EngineLost: it does not answer for longer than `patience`.
+        """
+        for prompt in prompts:  # what is longer the server would cut off without a word
+            prompt.check_budget(sampling.max_new_tokens, self._max_model_len, "the server's max_model_len")
+        with ThreadPoolExecutor(min(len(prompts), MOST_REQUESTS) or 1) as pool, self._http:
+            version = self._insist(self._weight_version)
+            self._check_version(version)
+            if self._kept_of != (checksum := version.rpartition("/")[2]):
+                self._kept, self._kept_of = {}, checksum
+            asked = [
+                pool.submit(self._complete, prompt, num_completions, sampling, stream, version)
+                for prompt, stream in zip(prompts, streams, strict=True)
+            ]
+            for answer in as_completed(asked):
+                answer.result()
+        self._kept = {}
+        return [answer.result() for answer in asked]
+
+    def sleep(self) -> None:
+        """The server's memory is its own."""
+
+    def close(self) -> None:
+        """Give up what is asked for; the server goes on, for the next trainer."""
+        self._http.__exit__()
+
+    def _complete(
+        self,
+        prompt: EncodedPrompt,
+        num_completions: int,
+        sampling: SamplingConfig,
+        stream: str,
+        version: str,
+    ) -> list[Completion]:
+        """One prompt's; of all weights but those of `version` it raises WeightsLost."""
+        if self._http.stopped.is_set():
+            raise Unavailable("the call was given up")
+        request: dict[str, Any] = {
+            "token_ids": prompt.short_token_ids,
+            "content_parts": [{"type": "image_url", "url": _data_url(p)} for p in pictures_of(prompt)],
+            "sampling_params": sampling_params(
+                sampling, num_completions, seed_of(stream), self._end_token_ids, self._vision_token_ids
+            ),
+            "return_token_ids": True,
+        }
+        if self._model is not None:
+            request["model"] = self._model
+        body = json.dumps(request).encode()
+        key = hashlib.blake2b(body).digest()
+
+        def answers() -> list[Completion]:
+            answer = self._http.json("POST", GENERATE, body, f"sample {prompt.sample_id}: ")
+            try:
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                for choice in choices:
+                    for span in choice["weight_versions"]:
+                        self._check_version(span["version"], version)
+                said = [
+                    (c["token_ids"], [t["logprob"] for t in c["logprobs"]["content"]], c["finish_reason"])
+                    for c in choices
+                ]
+                check_expanded(prompt, answer["prompt_token_ids"])
+            except (KeyError, TypeError) as error:
+                raise Unavailable(f"its answer to {GENERATE} is not a list of completions") from error
+            if any(reason not in ("stop", "length") for _, _, reason in said):
+                raise Unavailable("it gave up a completion")
+            if any(NO_LOGPROB in logp for _, logp, _ in said):
+                raise ValueError(
+                    f"sample {prompt.sample_id}: a token has no log-probability: are weights NaN?"
+                )
+            self._failing_since = None
+            return read_completions(said, num_completions, sampling, self._vision_token_ids)
+
+        if key not in self._kept:
+            self._kept[key] = self._insist(answers)
+        return self._kept[key]
+
+    def _send(self, tensors: Iterable[tuple[str, Tensor]], num_workers: int) -> int:
+        """Send to all workers; returns the checksum of what was sent."""
+        checksum = None
+        broken = "its workers did not come for them"
+        with WeightSender(self._http.address, self._timeout) as sender, ThreadPoolExecutor(1) as pool:
+            call = {"method": "receive_weights", "kwargs": sender.arguments()}
+            told = pool.submit(self._http.json, "POST", "/collective_rpc", call, lasts=True)
+            try:
+                if sender.accept(num_workers, lambda: not told.done()):
+                    checksum = sender.send(tensors)
+            except WorkerLost as error:
+                broken = str(error)
+            finally:
+                sender.close()  # a worker that waits for more learns that there is none
+                wait([told], self._timeout)
+                self._http.cut()  # the pool would wait for an answer for as long as the server likes
+        results = told.result()["results"]
+        if refused := [result["refused"] for result in results if result["refused"]]:
+            raise ValueError(f"{self._http.url}: {refused[0]}")
+        if lost := [result["lost"] for result in results if result["lost"]]:
+            raise Unavailable(lost[0])
+        if checksum is None:
+            raise Unavailable(broken)
+        return checksum
+
+    def _weight_version(self) -> str:
+        return str(self._http.json("GET", "/weight_info")["weight_version"])
+
+    def _check_version(self, version: str, expected: str | None = None) -> None:
+        """Raise WeightsLost unless these are weights of this run: of this load, where one is expected."""
+        expected = expected or self._version
+        own = version.startswith(f"{self._run}/") and not version.endswith("/loading")
+        if not own or (expected is not None and version != expected):
+            raise WeightsLost(
+                f"{self._http.url} has no weights of this run: it was started again, or is another run's"
+            )
+
+    def _check_server(self) -> int:
+        """Wait for the server; returns how many workers it has."""
+        paths = ("/health", GENERATE, "/collective_rpc", "/weight_info")
+        found = {path: self._insist(partial(self._http.probe, path)) for path in paths}
+        if 401 in found.values():
+            raise ValueError(
+                f"{self._http.url} wants another key: set VLLM_API_KEY to the one it was started with"
+            )
+        wrong = [f"it has no {path}" for path, status in found.items() if status == 404]
+        workers: list[dict[str, Any]] = [] if wrong else self._insist(self._workers)
+        if not (wrong or workers):
+            wrong.append("its workers are not of WeightReceiver")
+        for worker in workers[:1]:
+            self._max_model_len = worker["max_model_len"]
+            if worker["logprobs_mode"] != (mode := common_options()["logprobs_mode"]):
+                wrong.append(f"its log-probabilities are {worker['logprobs_mode']}, not {mode}")
+            if worker["data_parallel_size"] != 1:
+                wrong.append("it has data parallel ranks, whose workers cannot all be reached")
+        if wrong:
+            environment, command = serve_command(self._folder, port=self._http.address[1])
+            start = " ".join(
+                [*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)]
+            )
+            raise ValueError(
+                f"{self._http.url} cannot be trained with: {'; '.join(wrong)}; start it with: {start}"
+            )
+        return len(workers)
+
+    def _workers(self) -> list[dict[str, Any]]:
+        """What the workers say of themselves; nothing where they are not ours."""
+        status, answer = self._http.ask("POST", "/collective_rpc", b'{"method": "describe_receiver"}')
+        if status == 200:
+            return json.loads(answer)["results"]
+        if b"describe_receiver" in answer:  # it is named as what they do not have
+            return []
+        raise Unavailable(f"/collective_rpc: {status} {message_of(answer)}")
+
+    def _insist(self, ask: Callable[[], T]) -> T:
+        """Ask until there is an answer, or patience ends."""
+        attempt = 0
+        while True:
+            try:
+                return ask()
+            except Unavailable as error:
+                self._pause(error, attempt)
+            attempt += 1
+
+    def _pause(self, error: Exception, attempt: int) -> None:
+        if self._http.stopped.is_set():
+            raise error
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        waited = now - self._failing_since
+        if waited >= self._patience:
+            raise EngineLost(
+                f"{self._http.url} has not answered for {waited:.0f} s ({error}); start it again, and the "
+                "trainer's same command goes on from the last checkpoint"
+            ) from error
+        self._http.stopped.wait(min(0.05 * 2**attempt, LONGEST_PAUSE))
+
+
+def _data_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)  # a few times as fast as the best
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,128 @@
+"""A vLLM server in processes of its own says what the policy would say, also after it was killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+
+import pytest
+import torch
+from engine_lab import END
+
+from geo_r1.rollout import SamplingConfig, generate
+from geo_r1.rollout.engine import WeightsLost
+from geo_r1.rollout.server import ServerEngine
+from geo_r1.rollout.vllm_input import cpu_options, flags, serve_command
+
+MAX_LEN = 320
+MAX_SEQS = 32
+SAMPLING = SamplingConfig(max_new_tokens=48)
+STREAMS = [f"7/{index}" for index in range(16)]
+
+
+class Server:
+    """A server that can be killed, with all its processes, and started again."""
+
+    def __init__(self, lab, log):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        options = {"enforce_eager": True, "max_num_seqs": MAX_SEQS, "kv_cache_memory_bytes": 1 << 26}
+        options |= {} if torch.cuda.is_available() else cpu_options(MAX_LEN)
+        environment, command = serve_command(
+            str(lab.folder), port=port, dtype="float32", max_model_len=MAX_LEN, options=flags(options)
+        )
+        # `vllm serve` asks for the version of a package named vllm, which the build for CPUs is not.
+        module = "vllm.entrypoints.openai.api_server"
+        self.command = [sys.executable, "-m", module, "--model", *command[2:], "--host", "127.0.0.1"]
+        self.environment = os.environ | environment | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        self.url, self.log, self.process = f"http://127.0.0.1:{port}", log, None
+
+    def start(self):
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(lab, tmp_path_factory):
+    server = Server(lab, tmp_path_factory.mktemp("server") / "log")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def engine(lab, server):
+    vision = lab.vlm.vision_token_ids
+    return ServerEngine(server.url, end_token_ids=[END], vision_token_ids=vision, timeout=60, patience=300)
+
+
+def assert_logp(lab, prompts, groups):
+    told = torch.tensor([value for group in groups for c in group for value in c.logp])
+    assert (told - lab.logp(prompts, groups)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_after_each_load_it_samples_from_the_policys_weights(lab, engine, seed):
+    engine.load(lab.weights(seed).items())
+    prompts = lab.prompts[:4]
+    groups = engine.sample(prompts, 4, SAMPLING, STREAMS[:4])
+    assert_logp(lab, prompts, groups)
+    assert all(len({tuple(c.token_ids) for c in group}) == 4 for group in groups)
+    assert groups == engine.sample(prompts, 4, SAMPLING, STREAMS[:4])
+
+    prompts, greedy = lab.prompts[:16], replace(SAMPLING, temperature=0.0)
+    own = generate(lab.vlm, prompts, 1, sampling=greedy, eos_token_id=END, streams=STREAMS)
+    theirs = engine.sample(prompts, 1, greedy, STREAMS)
+    assert [group[0].token_ids for group in theirs] == [group[0].token_ids for group in own]
+
+
+def test_what_cannot_be_answered_is_told(lab, engine):
+    sample = f"sample {lab.prompts[0].sample_id}"
+    with pytest.raises(ValueError, match=f"{sample}: .* over the server's max_model_len = {MAX_LEN}"):
+        engine.sample(lab.prompts[:1], 1, replace(SAMPLING, max_new_tokens=MAX_LEN), STREAMS[:1])
+    with pytest.raises(ValueError, match=f"{sample}: .* refuses .*: 400 .*max_num_seqs"):
+        engine.sample(lab.prompts[:1], MAX_SEQS + 1, SAMPLING, STREAMS[:1])
+
+
+def test_a_load_that_broke_off_is_followed_by_a_good_one(lab, engine):
+    tensors = lab.weights(3)
+    name = list(tensors)[-1]
+    with pytest.raises(ValueError, match=f"1 weights do not fit the engine's model: {name} is missing"):
+        engine.load([item for item in tensors.items() if item[0] != name])
+
+    def broken():
+        yield from list(tensors.items())[:20]
+        raise KeyError("the trainer's")
+
+    with pytest.raises(KeyError):
+        engine.load(broken())
+    with pytest.raises(WeightsLost):
+        engine.sample(lab.prompts[:1], 1, SAMPLING, STREAMS[:1])
+    engine.load(tensors.items())
+    assert_logp(lab, lab.prompts[:4], engine.sample(lab.prompts[:4], 4, SAMPLING, STREAMS[:4]))
+
+
+def test_a_server_that_was_killed_says_the_same_when_it_is_back(lab, server, engine):
+    tensors, prompts = lab.weights(4), lab.prompts[:16]
+    engine.load(tensors.items())
+    undisturbed = engine.sample(prompts, 8, SAMPLING, STREAMS)
+    with ThreadPoolExecutor(1) as pool:
+        sampling = pool.submit(engine.sample, prompts, 8, SAMPLING, STREAMS)
+        while not engine._kept:
+            assert not wait([sampling], 0.01).done
+        server.kill()
+        server.start()
+        with pytest.raises(WeightsLost):
+            sampling.result()
+    assert 0 < len(engine._kept) < len(prompts)
+    engine.load(tensors.items())
+    assert engine.sample(prompts, 8, SAMPLING, STREAMS) == undisturbed
