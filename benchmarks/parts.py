@@ -92,7 +92,13 @@ PARTS = (
     benchmark("bench_train_step", 100, needs=MODEL, chosen=f"not ({SLOW} or {SCALING})"),
     benchmark("bench_grpo_loss, bench_group_advantage", 40, "bench_grpo_loss", "bench_group_advantage"),
     Part("compute-sanitizer", ("-m", "benchmarks.sanitizer", "{record}", "--device", "{device}"), 40),
-    pytest_part("tests of the models", 20, "tests/models", needs=(*MODEL, "pyarrow", "jinja2"), processes=4),
+    pytest_part(
+        "tests of the models",
+        20,
+        *("tests/models", "tests/rollout/test_cuda_graphs.py"),
+        needs=(*MODEL, "pyarrow", "jinja2"),
+        processes=4,
+    ),
     Part(
         "world run",
         (
@@ -104,9 +110,10 @@ PARTS = (
         reads="run",
     ),
     benchmark("scaling of the step", 20, "bench_train_step", needs=MODEL, chosen=SCALING),
-    benchmark(  # and what the others have left over
+    benchmark("bench_sampling", 10, needs=MODEL),  # these two have what the others have left over
+    benchmark(
         "slow peers",
-        20,
+        10,
         *("bench_attention", "bench_linear", "bench_train_step", "bench_grpo_loss", "bench_group_advantage"),
         chosen=SLOW,
     ),

@@ -1,130 +1,223 @@
-"""Keys and values while sampling: each group's prompt once, each completion's own tokens apart.
+"""Keys and values while sampling: each prompt once, in a lane; each completion's own tokens apart, in a row.
 
-A step attends from one new token a completion to its prompt, which its siblings share, and to its own past.
-Groups of equal prompt length are one product; a completion that has ended leaves the cache.
+Lanes and rows are allocated once. Those in use stand first, so a step's products are views of them: what ends
+leaves a hole, and the last one moves in. A step attends from one new token a row to the lane of its prompt,
+which its siblings share, and to the row's own past. The two parts are softmaxes of their own, merged by their
+largest scores and sums:
+
+    out = (exp(m_lane - m) o_lane + exp(m_own - m) o_own) / (exp(m_lane - m) s_lane + exp(m_own - m) s_own)
+    o = sum_j exp(scale q k_j - m_part) v_j,   s = sum_j exp(scale q k_j - m_part),   m = max(m_lane, m_own)
+
+Rows of one lane sit on its seats: the product with a lane reads its keys once for all of them.
+
+Source: shared-prefix attention as in Hydragen, arXiv:2402.05099.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from geo_r1.models.packed import to_device
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What a cache holds at a time.
+
+    Attributes:
+        rows: completions.
+        row_len: tokens of each.
+        lanes: prompts.
+        lane_len: tokens of the longest.
+        seats: completions of one prompt at a time, at most.
+        layers: text layers.
+        heads: key and value heads of each.
+    """
+
+    rows: int
+    row_len: int
+    lanes: int
+    lane_len: int
+    seats: int
+    layers: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a cache a step reads.
+
+    Attributes:
+        rows, lanes: the first ones.
+        seats: of each lane.
+        width: tokens of each lane; `ragged` if some of these lanes are shorter.
+        own: tokens of each row, the new one included; `uneven` if some of these rows have said less.
+    """
+
+    rows: int
+    lanes: int
+    seats: int
+    width: int
+    ragged: bool
+    own: int
+    uneven: bool
+
 
 class GroupCache:
-    """The cache of one batch of groups.
+    """The cache of one run of the sampler.
 
     Args:
-        prompt_len: tokens of each group's prompt; equal lengths must stand next to each other.
-        group_of_row: for each completion, its group, ascending.
+        size: what it holds.
+        device: where.
+        fixed: let a step read rows and lanes by halves of their number, and of these everything, behind
+            masks: few shapes, at the price of reading what is empty. Otherwise exactly what is in use.
     """
 
-    def __init__(self, prompt_len: Sequence[int], group_of_row: Sequence[int]) -> None:
-        self.prompt_len = list(prompt_len)
-        self.group_of_row = list(group_of_row)
-        self.step = 0
-        self.prompts: list[list[tuple[Tensor, Tensor]]] = []  # [layer][group] -> k and v, [K, P, D]
-        self.own: list[tuple[Tensor, Tensor]] = []  # [layer] -> k and v, [n, K, capacity, D]
-        self.buckets: list[_Bucket] = []
+    def __init__(self, size: CacheSize, device: torch.device, fixed: bool = False) -> None:
+        self.size, self.device, self.fixed = size, device, fixed
+        self.lanes: Tensor | None = None  # [layers, k and v, lanes, K, lane_len, D]
+        self.own: Tensor  # [layers, k and v, rows, K, row_len, D]
+        # A lane that was never filled, which fixed shapes read, too, has one token of zeros.
+        self.lane_len = torch.ones(size.lanes, dtype=torch.int64, device=device)
+        self.lens: list[int] = []  # of the lanes in use
+        self.seat_of_row = torch.zeros(size.rows, dtype=torch.int64, device=device)
+        self.row_of_seat = torch.zeros(size.lanes * size.seats, dtype=torch.int64, device=device)
+        self.row = torch.arange(size.rows, device=device)
+        self._num_seats = 0
+
+    def open(self, lengths: Sequence[int]) -> None:
+        """Take the next lanes for prompts of these lengths; `fill` follows, layer by layer."""
+        first, length = len(self.lens), torch.tensor(lengths)
+        lane = torch.arange(first, first + len(lengths)).repeat_interleave(length)
+        token = torch.cat([torch.arange(n) for n in lengths])
+        head = torch.arange(self.size.heads)
+        places = (lane[:, None] * self.size.heads + head) * self.size.lane_len + token[:, None]
+        self._places = to_device(places.flatten(), self.device)
+        self.lane_len[first : first + len(lengths)] = to_device(length, self.device)
+        self.lens += lengths
 
     def fill(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        """Store the prompts' keys and values of a layer; layers come in order."""
-        assert layer == len(self.prompts)
-        pairs = zip(k_TKD.split(self.prompt_len), v_TKD.split(self.prompt_len), strict=True)
-        self.prompts.append([(k.transpose(0, 1), v.transpose(0, 1)) for k, v in pairs])
-        empty = k_TKD.new_empty(len(self.group_of_row), k_TKD.shape[1], 0, k_TKD.shape[2])
-        self.own.append((empty, empty))
+        """Store what a layer makes of the prompts that were opened last."""
+        size, dim = self.size, k_TKD.shape[2]
+        if self.lanes is None:  # zeros: what a mask hides must be finite
+            self.lanes = k_TKD.new_zeros(size.layers, 2, size.lanes, size.heads, size.lane_len, dim)
+            self.own = k_TKD.new_zeros(size.layers, 2, size.rows, size.heads, size.row_len, dim)
+        for stored, new in zip(self.lanes[layer], (k_TKD, v_TKD), strict=True):
+            stored.view(-1, dim).index_copy_(0, self._places, new.reshape(-1, dim))
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Forget all completions but these."""
-        index = torch.tensor(rows, device=self.own[0][0].device)
-        self.own = [(k[index], v[index]) for k, v in self.own]
-        self.group_of_row = [self.group_of_row[row] for row in rows]
-        self.buckets = []
+    def move_rows(self, source: Tensor, target: Tensor, own: int) -> None:
+        """Move rows, of at most `own` tokens, into others' places."""
+        self.own[:, :, target, :, :own] = self.own[:, :, source, :, :own]
 
-    def advance(self) -> None:
-        """The step's tokens are in the cache of every layer; the next ones come after them."""
-        self.step += 1
+    def close(self, moves: Sequence[tuple[int, int]], num_kept: int) -> None:
+        """Move lanes into others' places, (from, to) of each, then keep the first ones."""
+        assert self.lanes is not None
+        for old, new in moves:
+            self.lanes[:, :, new] = self.lanes[:, :, old]
+            self.lane_len[new] = self.lane_len[old]
+            self.lens[new] = self.lens[old]
+        del self.lens[num_kept:]
+
+    def seat(self, lane_of_row: Sequence[int]) -> None:
+        """Say which lane each row in use has; to be called when that changed."""
+        taken = [0] * len(self.lens)
+        seats = []
+        for lane in lane_of_row:
+            seats.append(taken[lane])
+            taken[lane] += 1
+        self._num_seats = self.size.seats if self.fixed else max(taken)
+        places = [lane * self._num_seats + seat for lane, seat in zip(lane_of_row, seats, strict=True)]
+        occupants = [0] * len(self.row_of_seat)  # on a free seat sits row 0: nobody reads what it gets
+        for row, place in enumerate(places):
+            occupants[place] = row
+        places += [0] * (self.size.rows - len(places))
+        self.seat_of_row.copy_(to_device(torch.tensor(places), self.device))
+        self.row_of_seat.copy_(to_device(torch.tensor(occupants), self.device))
+
+    def rows_read(self, num_rows: int) -> int:
+        """How many rows a step reads to have these."""
+        return _halved(num_rows, self.size.rows) if self.fixed else num_rows
+
+    def extent(self, said: Sequence[int]) -> Extent:
+        """What the next step reads, where rows have said that many tokens, the new one included."""
+        if self.fixed:
+            rows, lanes = self.rows_read(len(said)), _halved(len(self.lens), self.size.lanes)
+            return Extent(rows, lanes, self._num_seats, self.size.lane_len, True, self.size.row_len, True)
+        uneven, ragged = min(said) < max(said), min(self.lens) < max(self.lens)
+        return Extent(len(said), len(self.lens), self._num_seats, max(self.lens), ragged, max(said), uneven)
+
+    def begin(self, extent: Extent, step: Tensor) -> None:
+        """Get ready for a step whose new tokens are these of their rows, counted from 0: [rows] int64."""
+        self._extent, self._step = extent, step
+        self._lane_hidden = self._own_hidden = None
+        if extent.ragged:
+            token = torch.arange(extent.width, device=self.device)
+            self._lane_hidden = (token >= self.lane_len[: extent.lanes, None])[:, None, None]
+        if extent.uneven:
+            token = torch.arange(extent.own, device=self.device)
+            self._own_hidden = (token > step[:, None])[:, None, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """One new token a completion: q [n, H, D], k and v [n, K, D]; returns [n, H, D]."""
-        if not self.buckets:
-            self._make_buckets()
-        own_k, own_v = self._append(layer, k, v)
-        q = (q * scale).unflatten(1, (k.shape[1], -1))  # [n, K, H/K, D]
-        outs = []
-        for bucket in self.buckets:
-            prompt_k, prompt_v = bucket.prompts[layer]
-            rows = slice(bucket.first_row, bucket.first_row + len(bucket.group))
-            scores = torch.cat(
-                [
-                    bucket.to_rows(bucket.to_slots(q[rows]) @ prompt_k.mT),  # [n, K, H/K, P]
-                    q[rows] @ own_k[rows].mT,  # [n, K, H/K, t]
-                ],
-                -1,
-            )
-            weight = scores.float().softmax(-1).to(q.dtype)
-            on_prompt, on_own = weight.split([prompt_k.shape[2], own_k.shape[2]], -1)
-            outs.append(bucket.to_rows(bucket.to_slots(on_prompt) @ prompt_v) + on_own @ own_v[rows])
-        return torch.cat(outs).flatten(1, 2)
+        """One new token a row: q [n, H, D], k and v [n, K, D]; returns [n, H, D]."""
+        assert self.lanes is not None
+        now = self._extent
+        own_k, own_v = self.own[layer, :, : now.rows]
+        row = self.row[: now.rows]
+        own_k[row, :, self._step], own_v[row, :, self._step] = k, v
+        lane_k, lane_v = self.lanes[layer, :, : now.lanes, :, : now.width]
+        q = q.unflatten(1, (k.shape[1], -1))  # [n, K, H/K, D]
+        on_lane = _part(self._to_seats(q), lane_k, lane_v, scale, self._lane_hidden)
+        out, total, most = (self._to_rows(x) for x in on_lane)
+        own_out, own_total, own_most = _part(
+            q, own_k[:, :, : now.own], own_v[:, :, : now.own], scale, self._own_hidden
+        )
+        largest = torch.maximum(most, own_most)
+        share, own_share = (most - largest).exp_(), (own_most - largest).exp_()
+        out = (out * share + own_out * own_share) / (total * share + own_total * own_share)
+        return out.to(v.dtype).flatten(1, 2)
 
-    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        own_k, own_v = self.own[layer]
-        if own_k.shape[2] == self.step:  # full: grow by half, at least 32 tokens
-            room = own_k.new_empty(*own_k.shape[:2], max(32, self.step // 2), own_k.shape[3])
-            own_k, own_v = torch.cat([own_k, room], 2), torch.cat([own_v, room], 2)
-            self.own[layer] = own_k, own_v
-        own_k[:, :, self.step], own_v[:, :, self.step] = k, v
-        return own_k[:, :, : self.step + 1], own_v[:, :, : self.step + 1]
+    def _to_seats(self, x: Tensor) -> Tensor:
+        """[n, K, h, d] rows to [lanes, K, seats * h, d]."""
+        now = self._extent
+        seats = x.index_select(0, self.row_of_seat[: now.lanes * now.seats])
+        return seats.unflatten(0, (now.lanes, now.seats)).transpose(1, 2).flatten(2, 3)
 
-    def _make_buckets(self) -> None:
-        """Group the completions by prompt length; groups whose completions have all ended drop out."""
-        first = 0
-        while first < len(self.group_of_row):
-            length = self.prompt_len[self.group_of_row[first]]
-            end = first
-            while end < len(self.group_of_row) and self.prompt_len[self.group_of_row[end]] == length:
-                end += 1
-            members = self.group_of_row[first:end]
-            groups = sorted(set(members))
-            self.buckets.append(
-                _Bucket(
-                    first,
-                    [groups.index(group) for group in members],
-                    [
-                        (
-                            torch.stack([pairs[g][0] for g in groups]),
-                            torch.stack([pairs[g][1] for g in groups]),
-                        )
-                        for pairs in self.prompts
-                    ],
-                )
-            )
-            first = end
+    def _to_rows(self, x: Tensor) -> Tensor:
+        """[lanes, K, seats * h, d] back to [n, K, h, d]."""
+        seats = x.unflatten(2, (self._extent.seats, -1)).transpose(1, 2).flatten(0, 1)
+        return seats.index_select(0, self.seat_of_row[: self._extent.rows])
 
 
-class _Bucket:
-    """Completions whose prompts have one length.
+def _part(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A part's o, s and m, [.., queries, D or 1], float32 at least; nothing is seen where `hidden`."""
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    if hidden is not None:
+        scores.masked_fill_(hidden, -torch.inf)
+    most = scores.amax(-1, keepdim=True)
+    weight = scores.sub_(most).mul_(scale).exp_()
+    return (weight.to(v.dtype) @ v).to(weight.dtype), weight.sum(-1, keepdim=True), most * scale
 
-    Each group has as many slots as the largest group has completions: [G, K, slots * H/K, ...] products.
-    """
 
-    def __init__(self, first_row: int, group: list[int], prompts: list[tuple[Tensor, Tensor]]) -> None:
-        self.first_row = first_row
-        self.prompts = prompts
-        device = prompts[0][0].device
-        slot = [group[:row].count(g) for row, g in enumerate(group)]
-        self.num_groups, self.num_slots = max(group) + 1, max(slot) + 1
-        self.group = torch.tensor(group, device=device)
-        self.place = self.group * self.num_slots + torch.tensor(slot, device=device)
+def _halved(count: int, limit: int) -> int:
+    """The smallest of limit, limit / 2, limit / 4 and so on, rounded up, that is at least `count`."""
+    while limit > 1 and (half := -(-limit // 2)) >= count:
+        limit = half
+    return limit
 
-    def to_slots(self, x: Tensor) -> Tensor:
-        """[n, K, h, d] rows to [G, K, slots * h, d]."""
-        slots = x.new_zeros(self.num_groups * self.num_slots, *x.shape[1:])
-        slots[self.place] = x
-        return slots.unflatten(0, (self.num_groups, self.num_slots)).transpose(1, 2).flatten(2, 3)
 
-    def to_rows(self, x: Tensor) -> Tensor:
-        """[G, K, slots * h, d] back to [n, K, h, d]."""
-        return x.unflatten(2, (self.num_slots, -1)).transpose(1, 2).flatten(0, 1)[self.place]
+def compact(items: list[Any], gone: Sequence[int]) -> list[tuple[int, int]]:
+    """Take out the items of these places; the last ones move in: (from, to) of each."""
+    left_out, num_kept = set(gone), len(items) - len(gone)
+    source = [i for i in range(num_kept, len(items)) if i not in left_out]
+    moves = list(zip(source, sorted(i for i in left_out if i < num_kept), strict=True))
+    for old, new in moves:
+        items[new] = items[old]
+    del items[num_kept:]
+    return moves

@@ -1,5 +1,8 @@
 """Sampling in process: a prompt and its pictures are computed once, for all completions of its group.
 
+Completions that have ended make room for those that wait: prompts are prefilled, by the attention that
+training uses, when there is room for one of their completions, and held until their last one has ended.
+
 Every completion draws from a random stream of its own, named by its prompt's stream and its index: what it
 says does not depend on which prompts share its batch, on the number of ranks, or on the order of work, up to
 the rounding of products of other shapes: a draw that falls within it of a boundary may turn.
@@ -7,58 +10,21 @@ the rounding of products of other shapes: a draw that falls within it of a bound
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from geo_r1.kernels import packed_attention
-from geo_r1.kernels.layout import PackedLayout, plan_batches
-from geo_r1.models import EncodedPrompt, PackedVLM, pack
-from geo_r1.rollout.cache import GroupCache
+from geo_r1.models import EncodedPrompt, PackedVLM
+from geo_r1.rollout.cache import CacheSize, GroupCache, compact
+from geo_r1.rollout.decoder import Decoder
+from geo_r1.rollout.graphs import CudaGraphs, run_eagerly
+from geo_r1.rollout.sampling import Completion, SamplingConfig
 
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are drawn.
-
-    Attributes:
-        temperature: divides the logits; 0 takes the most likely token.
-        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
-        top_k: keep this many of the most likely tokens; 0 keeps all.
-        max_new_tokens: a completion that reaches it is cut off there.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
-            raise ValueError(
-                "sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_new_tokens >= 1, got "
-                f"{self.temperature}, {self.top_p}, {self.top_k} and {self.max_new_tokens}"
-            )
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What one completion says.
-
-    Attributes:
-        token_ids: its tokens, the end token included when it ended by itself.
-        logp: natural log-probability of each token under the distribution it was drawn from.
-        ended: False when it was cut off at `max_new_tokens`.
-    """
-
-    token_ids: list[int]
-    logp: list[float]
-    ended: bool
+SPARE_LANES = 1.5  # prompts held for each that rows suffice for: stragglers of a group leave rows to the next
 
 
 @torch.no_grad()
@@ -71,6 +37,7 @@ def generate(
     eos_token_id: int | Collection[int],
     streams: Sequence[str],
     max_tokens: int = 65536,
+    cuda_graphs: bool = False,
 ) -> list[list[Completion]]:
     """Sample `num_completions` completions of each prompt.
 
@@ -78,119 +45,168 @@ def generate(
         prompts: encoded prompts.
         eos_token_id: the token, or tokens, that end a completion.
         streams: names of the prompts' random streams, such as "seed/position"; the same name draws the same.
-        max_tokens: cached tokens (prompts once, completions at full length) held at a time; more prompts
-            than fit are sampled one batch after another, with the same result.
+        max_tokens: cached tokens held at a time: prompts once, each as long as the longest, and completions
+            at full length. Where not all fit, those that wait take the place of those that have ended, with
+            the same result.
+        cuda_graphs: decode by CUDA graphs. Off by default: they have not run on a GPU yet.
 
     Returns:
         For each prompt, its completions. Vision tokens never occur in them.
 
     Raises:
-        ValueError: one prompt with one completion does not fit `max_tokens`.
+        ValueError: one prompt with one completion does not fit `max_tokens`; or `cuda_graphs` without a GPU.
     """
-    lengths = [[sampling.max_new_tokens] * num_completions for _ in prompts]
-    plan = plan_batches([len(p.token_ids) for p in prompts], lengths, max_tokens)
-    results: list[list[Completion | None]] = [[None] * num_completions for _ in prompts]
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    if cuda_graphs and vlm.device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a model on a GPU, this one is on the {vlm.device.type}")
+    for prompt in prompts:
+        prompt.check_budget(sampling.max_new_tokens, max_tokens, "max_tokens")
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
+    results: dict[tuple[int, int], Completion] = {}
     training = vlm.model.training
     vlm.model.eval()
     try:
         with vlm.autocast():  # around all steps, so that weights are cast once
-            for batch in plan.batches:
-                _generate_batch(vlm, prompts, batch, sampling, ends, streams, results)
+            for size, groups in _runs(vlm, prompts, num_completions, sampling.max_new_tokens, max_tokens):
+                decoder = Decoder(vlm, sampling, ends, GroupCache(size, vlm.device, fixed=cuda_graphs))
+                launch = CudaGraphs() if cuda_graphs else run_eagerly
+                results |= _Run(decoder, launch, prompts, streams, groups, num_completions).complete()
     finally:
         vlm.model.train(training)
-    return results  # type: ignore[return-value]  # every slot is filled: the plan holds each completion once
+    return [[results[group, i] for i in range(num_completions)] for group in range(len(prompts))]
 
 
-def _generate_batch(
-    vlm: PackedVLM,
-    prompts: Sequence[EncodedPrompt],
-    batch: Sequence[tuple[int, Sequence[int]]],
-    sampling: SamplingConfig,
-    ends: set[int],
-    streams: Sequence[str],
-    results: list[list[Completion | None]],
-) -> None:
-    # Groups of one prompt length stand next to each other, so that their attention is one product.
-    batch = sorted(batch, key=lambda piece: (len(prompts[piece[0]].token_ids), piece[0]))
-    group_prompts = [prompts[group] for group, _ in batch]
-    owner = [(slot, group, index) for slot, (group, indices) in enumerate(batch) for index in indices]
-    cache = GroupCache([len(p.token_ids) for p in group_prompts], [slot for slot, _, _ in owner])
-    slots = torch.tensor([slot for slot, _, _ in owner], device=vlm.device)
-    hidden = _prefill(vlm, group_prompts, cache)[slots]
-    uniform = torch.from_numpy(
-        np.stack([_uniform(f"{streams[g]}/{i}", sampling.max_new_tokens) for _, g, i in owner])
-    ).to(vlm.device)
-    position = torch.tensor([group_prompts[slot].next_position for slot, _, _ in owner], device=vlm.device)
-    forbidden = torch.tensor(vlm.vision_token_ids, device=vlm.device)
-    embed, head = vlm.model.get_input_embeddings(), vlm.lm_head.to(vlm.compute_dtype).T
+def _runs(
+    vlm: PackedVLM, prompts: Sequence[EncodedPrompt], num_completions: int, row_len: int, max_tokens: int
+) -> Iterator[tuple[CacheSize, list[int]]]:
+    """What is sampled with one cache: all prompts if they fit at once.
 
-    said: list[tuple[list[int], list[float]]] = [([], []) for _ in owner]
-    active = list(range(len(owner)))
-    for step in range(sampling.max_new_tokens):
-        logits = (hidden @ head).float().index_fill_(1, forbidden, -math.inf)
-        token, logp = draw(logits, uniform[:, step], sampling)
-        kept = []
-        for row, (token_id, value) in enumerate(zip(token.tolist(), logp.tolist(), strict=True)):
-            tokens, logps = said[active[row]]
-            tokens.append(token_id)
-            logps.append(value)
-            if token_id in ends or step + 1 == sampling.max_new_tokens:
-                _, group, index = owner[active[row]]
-                results[group][index] = Completion(tokens, logps, token_id in ends)
-            else:
-                kept.append(row)
-        if not kept:
-            return
-        if len(kept) < len(active):
-            rows = torch.tensor(kept, device=vlm.device)
-            token, uniform, position = token[rows], uniform[rows], position[rows]
-            active = [active[row] for row in kept]
-            cache.keep(kept)
-        hidden = vlm.run_text(embed(token), (position + step).expand(3, -1), cache.attend)
-        cache.advance()
-
-
-def _prefill(vlm: PackedVLM, prompts: Sequence[EncodedPrompt], cache: GroupCache) -> Tensor:
-    """Run the prompts once, keep their keys and values, return each one's last hidden state [B, C]."""
-    batch = pack(prompts, [[] for _ in prompts], vlm.device)
-    layout: PackedLayout = batch.layout
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        cache.fill(layer, k, v)
-        return packed_attention(q, k, v, layout, scale=scale)
-
-    return vlm.hidden_states(batch, attend)[layout.cu_group[1:].long() - 1]
-
-
-def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the distribution function.
-
-    Args:
-        logits: [n, V] float32.
-        uniform: [n] float64 in [0, 1), one number a row.
-
-    Returns:
-        Tokens [n] int64 and their log-probability [n] under the distribution after temperature, top-k and
-        top-p (0 for temperature 0).
+    If not, prompts of which none is under half as long as another, longest first: short ones do not wait in
+    lanes made for a long one.
     """
-    if sampling.temperature == 0:
-        return logits.argmax(1), torch.zeros(len(logits), device=logits.device)
-    logp = (logits / sampling.temperature).log_softmax(1)
-    if sampling.top_k and sampling.top_k < logp.shape[1]:
-        smallest = logp.topk(sampling.top_k, 1).values[:, -1:]
-        logp = logp.masked_fill(logp < smallest, -math.inf).log_softmax(1)
-    if sampling.top_p < 1:
-        ordered, order = logp.sort(1, descending=True)
-        before = ordered.exp().cumsum(1) - ordered.exp()
-        kept = torch.zeros_like(logp, dtype=torch.bool).scatter_(1, order, before < sampling.top_p)
-        logp = logp.masked_fill(~kept, -math.inf).log_softmax(1)
-    cumulative = logp.double().exp().cumsum(1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logp.shape[1] - 1)
-    return token[:, 0], logp.gather(1, token)[:, 0]
+    config = vlm.model.config.text_config
+
+    def held(num_prompts: int, rows: int) -> int:
+        return min(num_prompts, rows, math.ceil(SPARE_LANES * rows / num_completions))
+
+    left = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), i))
+    while left and num_completions:
+        longest, count = len(prompts[left[0]].token_ids), len(left)
+        if count * (longest + num_completions * row_len) > max_tokens:
+            count = sum(2 * len(prompts[i].token_ids) >= longest for i in left)
+        rows = lanes = 1
+        while rows < count * num_completions and (
+            held(count, rows + 1) * longest + (rows + 1) * row_len <= max_tokens
+        ):
+            rows += 1
+            lanes = held(count, rows)
+        seats = min(num_completions, rows)
+        heads = config.num_key_value_heads
+        yield CacheSize(rows, row_len, lanes, longest, seats, config.num_hidden_layers, heads), left[:count]
+        left = left[count:]
 
 
-def _uniform(name: str, count: int) -> np.ndarray:
-    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+@dataclass(eq=False)
+class _Group:
+    """A prompt that is held: its completions that have not begun, and how many are being said."""
+
+    index: int
+    waiting: deque[int]
+    hidden: Tensor = field(init=False)  # [C] the prompt's last hidden state
+    live: int = 0
+
+
+@dataclass(eq=False)
+class _Row:
+    """A completion that is being said, and the tokens of it that were drawn."""
+
+    group: _Group
+    index: int
+    said: int = 0
+
+
+class _Run:
+    """The completions of some prompts, from the first to the last, through one cache."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        launch: Callable[..., None],
+        prompts: Sequence[EncodedPrompt],
+        streams: Sequence[str],
+        groups: Sequence[int],
+        num_completions: int,
+    ) -> None:
+        self.decoder, self.cache, self.launch = decoder, decoder.cache, launch
+        self.prompts, self.streams, self.num_completions = prompts, streams, num_completions
+        self.queue = deque(groups)
+        self.num_results = len(groups) * num_completions
+        self.held: list[_Group] = []  # in the order of the cache's lanes
+        self.rows: list[_Row] = []  # in the order of the cache's rows
+        self.results: dict[tuple[int, int], Completion] = {}
+
+    def complete(self) -> dict[tuple[int, int], Completion]:
+        """Completions by prompt and index."""
+        while True:
+            changed = self._admit()
+            self.launch(self.decoder.draw, self.cache.rows_read(len(self.rows)))
+            changed |= self._collect()
+            if len(self.results) == self.num_results:
+                return self.results
+            if not self.rows:
+                continue
+            if changed:
+                lane = {group: i for i, group in enumerate(self.held)}
+                self.cache.seat([lane[row.group] for row in self.rows])
+            self.launch(self.decoder.run, self.cache.extent([row.said for row in self.rows]))
+
+    def _admit(self) -> bool:
+        """Let what waits begin where there is room; True if anything did."""
+        size = self.cache.size
+        opened: list[_Group] = []
+        entering: list[_Row] = []
+        waiting = [group for group in self.held if group.waiting]
+        while len(self.rows) + len(entering) < size.rows:
+            if not waiting:
+                if not self.queue or len(self.held) + len(opened) == size.lanes:
+                    break
+                waiting.append(_Group(self.queue.popleft(), deque(range(self.num_completions))))
+                opened += waiting
+            group = waiting[0]
+            entering.append(_Row(group, group.waiting.popleft()))
+            group.live += 1
+            if not group.waiting:
+                waiting.pop(0)
+        if opened:
+            hidden = self.decoder.prefill([self.prompts[group.index] for group in opened])
+            for group, group.hidden in zip(opened, hidden, strict=True):
+                self.held.append(group)
+        if entering:
+            self.decoder.enter(
+                len(self.rows),
+                torch.stack([row.group.hidden for row in entering]),
+                [self.prompts[row.group.index].next_position for row in entering],
+                [f"{self.streams[row.group.index]}/{row.index}" for row in entering],
+            )
+            self.rows += entering
+        return bool(entering)
+
+    def _collect(self) -> bool:
+        """Take out what the last token ended, or cut off; True if anything was."""
+        row_len = self.cache.size.row_len
+        ended = self.decoder.ended[: len(self.rows)].tolist()  # the one wait of a step
+        for row in self.rows:
+            row.said += 1
+        gone = [i for i, row in enumerate(self.rows) if ended[i] or row.said == row_len]
+        if not gone:
+            return False
+        for i, token_ids, logp in zip(gone, *self.decoder.read(gone), strict=True):
+            row = self.rows[i]
+            row.group.live -= 1
+            completion = Completion(token_ids[: row.said], logp[: row.said], ended[i])
+            self.results[row.group.index, row.index] = completion
+        longest = max(row.said for row in self.rows)
+        if moves := compact(self.rows, gone):
+            self.decoder.move_rows(moves, longest)
+        if closed := [i for i, group in enumerate(self.held) if not group.live and not group.waiting]:
+            self.cache.close(compact(self.held, closed), len(self.held))
+        return True

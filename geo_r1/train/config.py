@@ -308,6 +308,8 @@ class RolloutConfig(Section):
     """A completion that reaches this length is cut off."""
     max_tokens: PositiveInt = 65536
     """Tokens cached at a time; more prompts wait for room, with the same result."""
+    cuda_graphs: bool = False
+    """native, on a GPU: a token's step is captured once and replayed. Has not run on a GPU yet."""
     max_staleness: Natural = 0
     """Updates that may lie between the weights that sample and those that learn from it. 0: a step samples,
     then learns. 1: the next step's completions are sampled while this one learns. More evens out steps of

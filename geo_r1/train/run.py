@@ -40,6 +40,7 @@ FREE_KEYS = {
     "model": ("checkpointing", "offload_activations", "compile", "liger"),
     "rollout": (
         "max_tokens",
+        "cuda_graphs",
         "tensor_parallel_size",
         "gpu_memory",
         "max_model_len",

@@ -15,7 +15,7 @@ from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.models.cost import cached_bytes
 from geo_r1.rollout import Completion, SamplingConfig, generate
 from geo_r1.rollout.engine import RolloutEngine
-from geo_r1.train.config import GRPOConfig, Recipe
+from geo_r1.train.config import GRPOConfig, Recipe, RolloutConfig
 from geo_r1.train.loop import Engine
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.rollouts import Rollouts
@@ -26,8 +26,8 @@ MOST_AT_A_TIME = 256  # completions that vLLM says at once; its own default
 class OwnWeights:
     """The native sampler on the policy's own weights, between two updates."""
 
-    def __init__(self, policy: Policy, ends: set[int], max_tokens: int) -> None:
-        self.policy, self.ends, self.max_tokens = policy, ends, max_tokens
+    def __init__(self, policy: Policy, ends: set[int], recipe: RolloutConfig) -> None:
+        self.policy, self.ends, self.recipe = policy, ends, recipe
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         raise AssertionError("its weights are the policy's")
@@ -47,7 +47,8 @@ class OwnWeights:
                 sampling=sampling,
                 eos_token_id=self.ends,
                 streams=streams,
-                max_tokens=self.max_tokens,
+                max_tokens=self.recipe.max_tokens,
+                cuda_graphs=self.recipe.cuda_graphs,
             )
 
     def sleep(self) -> None:
@@ -63,8 +64,8 @@ class OwnWeights:
 class Copy(OwnWeights):
     """The native sampler on a copy of the policy, which an update does not disturb."""
 
-    def __init__(self, policy: Policy, ends: set[int], max_tokens: int) -> None:
-        super().__init__(policy, ends, max_tokens)
+    def __init__(self, policy: Policy, ends: set[int], recipe: RolloutConfig) -> None:
+        super().__init__(policy, ends, recipe)
         vlm = policy.replica(policy.vlm.compute_dtype, policy.ranks.device)
         assert vlm is not None
         self.vlm = vlm
@@ -109,7 +110,7 @@ def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> Rollout
     ends = {engine.tokenizer.eos_token_id, *vlm.end_token_ids}
     if recipe.engine == "native":
         kind = Copy if recipe.max_staleness else OwnWeights
-        return kind(policy, ends, recipe.max_tokens)
+        return kind(policy, ends, recipe)
     from geo_r1.rollout import vllm_input
 
     folder = engine.run_dir / "rollout-model"
