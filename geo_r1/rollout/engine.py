@@ -25,11 +25,22 @@ class RolloutEngine(Protocol):
     One caller at a time; any thread.
     """
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over weights: every weight of the policy once, by the names of transformers, whole.
+    @property
+    def holds_base(self) -> bool:
+        """Whether adapters alone are wanted by the next `load`: what they are added to is here already."""
+        ...
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
+        """Take over weights: every weight of the policy once, whole.
+
+        Args:
+            tensors: by the names of transformers; of a model with adapters by that model's own names, and
+                where the engine `holds_base` those of its adapters alone.
+            alpha: of the adapters, which are merged here (see `geo_r1.models.lora`); None where there are none.
 
         Raises:
             ValueError: one is missing, unknown or of another shape; names it.
+            WeightsLost: it came back without the base weights: all are wanted.
             EngineLost: the engine has gone.
         """
         ...

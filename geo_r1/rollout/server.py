@@ -83,6 +83,8 @@ class ServerEngine:
         self._run = run or uuid.uuid4().hex
         self._timeout, self._patience, self._model, self._folder = timeout, patience, model, folder
         self._version: str | None = None  # of this client's last load
+        # Name and checksum of the base weights that all workers keep, after a good load with adapters.
+        self._base: tuple[str, int] | None = None
         self._max_model_len = 0
         self._failing_since: float | None = None
         # Answers of a call that has not ended well, by request; the checksum of the weights that gave them.
@@ -92,7 +94,12 @@ class ServerEngine:
             self._check_server()
         self._failing_since = None
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    @property
+    def holds_base(self) -> bool:
+        """Whether the next load is of adapters alone; not after one that failed, nor after `WeightsLost`."""
+        return self._base is not None
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
         """Send weights to every worker of the server; see `RolloutEngine.load`.
 
         If they are those that a `sample` was answered with which ended in `WeightsLost`, the same call asks
@@ -106,16 +113,21 @@ class ServerEngine:
         with self._http:
             num_workers = self._check_server()
             version = f"{self._run}/{uuid.uuid4().hex}"
+            base, self._base = self._base, None
+            call = {"alpha": alpha, "base": base[0] if base else version, "whole": base is None}
             try:
                 self._http.json("POST", "/abort_requests", {})  # those of a call that was given up
                 self._http.json("POST", "/update_weight_version", {"new_version": f"{version}/loading"})
-                checksum = self._send(tensors, num_workers)
+                rest, adapters = self._send(tensors, num_workers, call)
+                rest = base[1] if base else rest
                 for cache in ("prefix", "mm", "encoder"):
                     self._http.json("POST", f"/reset_{cache}_cache", {})
                 if self._weight_version() != f"{version}/loading":
                     raise Unavailable("it was started again")
-                self._version = f"{version}/{checksum:08x}"
+                # The same weights have the same, whether all were sent or adapters alone.
+                self._version = f"{version}/{rest:08x}-{adapters:08x}-{alpha}"
                 self._http.json("POST", "/update_weight_version", {"new_version": self._version})
+                self._base = None if alpha is None else (str(call["base"]), rest)
             except (Unavailable, WorkerLost) as error:
                 self._pause(error, 0)
                 raise WeightsLost(f"{self._http.url} did not take the weights: {error}") from error
@@ -209,16 +221,18 @@ class ServerEngine:
             self._kept[key] = self._insist(answers)
         return self._kept[key]
 
-    def _send(self, tensors: Iterable[tuple[str, Tensor]], num_workers: int) -> int:
-        """Send to all workers; returns the checksum of what was sent."""
-        checksum = None
+    def _send(
+        self, tensors: Iterable[tuple[str, Tensor]], num_workers: int, how: dict[str, Any]
+    ) -> tuple[int, int]:
+        """Send to all workers; returns the checksums of what was sent."""
+        checksums = None
         broken = "its workers did not come for them"
         with WeightSender(self._http.address, self._timeout) as sender, ThreadPoolExecutor(1) as pool:
-            call = {"method": "receive_weights", "kwargs": sender.arguments()}
+            call = {"method": "receive_weights", "kwargs": sender.arguments() | how}
             told = pool.submit(self._http.json, "POST", "/collective_rpc", call, lasts=True)
             try:
                 if sender.accept(num_workers, lambda: not told.done()):
-                    checksum = sender.send(tensors)
+                    checksums = sender.send(tensors)
             except WorkerLost as error:
                 broken = str(error)
             finally:
@@ -230,9 +244,9 @@ class ServerEngine:
             raise ValueError(f"{self._http.url}: {refused[0]}")
         if lost := [result["lost"] for result in results if result["lost"]]:
             raise Unavailable(lost[0])
-        if checksum is None:
+        if checksums is None:
             raise Unavailable(broken)
-        return checksum
+        return checksums
 
     def _weight_version(self) -> str:
         return str(self._http.json("GET", "/weight_info")["weight_version"])
@@ -242,6 +256,7 @@ class ServerEngine:
         expected = expected or self._version
         own = version.startswith(f"{self._run}/") and not version.endswith("/loading")
         if not own or (expected is not None and version != expected):
+            self._base = None  # it went with them
             raise WeightsLost(
                 f"{self._http.url} has no weights of this run: it was started again, or is another run's"
             )

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from geo_r1.models import EncodedPrompt
+from geo_r1.models.lora import merged_state
 from geo_r1.rollout import vllm_input
 from geo_r1.rollout.sampling import Completion, SamplingConfig
 
@@ -59,6 +60,8 @@ class VLLMEngine:
     Raises:
         ValueError: vLLM is not installed or cannot do what is asked for.
     """
+
+    holds_base = False
 
     def __init__(
         self,
@@ -119,8 +122,9 @@ class VLLMEngine:
             self._llm: Any = LLM(**options)
         self._engine: Any = self._llm.llm_engine
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
         """Take over weights; see `RolloutEngine`."""
+        tensors = tensors if alpha is None else merged_state(tensors, alpha)
         self._ready = False
         if self._asleep:
             self._llm.wake_up(tags=["weights"])

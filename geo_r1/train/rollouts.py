@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from geo_r1.data.loader import Encoded, PromptLoader
-from geo_r1.models.lora import merged_state
+from geo_r1.models.lora import DOWN, UP
 from geo_r1.rollout import Completion, SamplingConfig
 from geo_r1.rollout.engine import EngineLost, RolloutEngine, WeightsLost
 from geo_r1.train.loop import Progress
@@ -232,21 +232,23 @@ class Rollouts:
 
     def _load_once(self) -> list[EngineLost]:
         """What went wrong with it, on any rank."""
-        ranks, tensors = self.policy.ranks, self._tensors()
+        ranks = self.policy.ranks
+        holds_base = ranks.gather(self.sampler.holds_base)
+        tensors = self._tensors(holds_base[0] if self.shared else all(holds_base))
         failure: EngineLost | None = None
         if not self.shared or ranks.is_main:
             try:
-                self.sampler.load(tensors)
+                self.sampler.load(tensors, alpha=self.policy.alpha)
             except EngineLost as error:
                 failure = error
         for _ in tensors:  # the ranks gather them together, whoever wants them
             pass
         return [error for error in ranks.gather(failure) if error is not None]
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        policy = self.policy
-        tensors = policy.full_tensors(policy.vlm.compute_dtype)
-        return tensors if policy.alpha is None else merged_state(tensors, policy.alpha)
+    def _tensors(self, adapters_only: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.policy.full_tensors(self.policy.vlm.compute_dtype):
+            if not adapters_only or name.endswith((DOWN, UP)):
+                yield name, tensor
 
     def _restored(self, kept: dict[str, Any], version: int, phases: Phases) -> Draw:
         """A draw from a checkpoint of a policy of this version, dealt to the ranks that there are now."""

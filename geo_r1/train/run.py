@@ -30,6 +30,7 @@ from geo_r1.train.models import Models, check_model_exists, encoder_of, world_of
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe import dump_recipe
 from geo_r1.train.report import write_report
+from geo_r1.train.samplers import check_sampler
 from geo_r1.train.sft import run_sft
 
 # What may change when a run goes on in its folder: speed, memory, what is shown and which model is kept.
@@ -68,6 +69,8 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     # Wrong rewards and loss options are errors now, not when their stage comes.
     load_rewards(recipe.rewards)
     loss_config_of(recipe)
+    if "grpo" in recipe.run.stages:
+        check_sampler(recipe, ranks.size)
     _check_folder(recipe, run_dir)
     check_model_exists(recipe.model.path)
     models = Models(recipe, world, ranks)

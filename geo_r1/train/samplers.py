@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 from uuid import uuid4
 
@@ -13,8 +14,10 @@ from torch import Tensor
 from geo_r1.data.loader import PromptLoader
 from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.models.cost import cached_bytes
+from geo_r1.models.lora import merged_state
 from geo_r1.rollout import Completion, SamplingConfig, generate
 from geo_r1.rollout.engine import RolloutEngine
+from geo_r1.rollout.vllm_input import sampling_params, write_engine_folder
 from geo_r1.train.config import GRPOConfig, Recipe, RolloutConfig
 from geo_r1.train.loop import Engine
 from geo_r1.train.parallel.policy import Policy
@@ -26,10 +29,12 @@ MOST_AT_A_TIME = 256  # completions that vLLM says at once; its own default
 class OwnWeights:
     """The native sampler on the policy's own weights, between two updates."""
 
+    holds_base = False
+
     def __init__(self, policy: Policy, ends: set[int], recipe: RolloutConfig) -> None:
         self.policy, self.ends, self.recipe = policy, ends, recipe
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
         raise AssertionError("its weights are the policy's")
 
     def sample(
@@ -71,13 +76,34 @@ class Copy(OwnWeights):
         self.vlm = vlm
 
     @torch.no_grad()
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
         own = dict(self.vlm.model.named_parameters())
-        for name, tensor in tensors:
+        for name, tensor in tensors if alpha is None else merged_state(tensors, alpha):
             own[name].copy_(tensor)
 
     def _model(self) -> AbstractContextManager[PackedVLM]:
         return nullcontext(self.vlm)
+
+
+def check_sampler(recipe: Recipe, num_ranks: int) -> None:
+    """Raise ValueError if what is to sample cannot, before the stages in front of it have run."""
+    rollout = recipe.rollout
+    if rollout.engine == "native":
+        return
+    if recipe.model.dtype == "float64":
+        raise ValueError("vLLM computes in float32 or bfloat16, not in model.dtype = float64")
+    sampling_params(sampling_of(rollout), 1, 0, (), ())  # refuses what vLLM would
+    if rollout.server_url is not None:
+        return
+    if find_spec("vllm") is None:
+        raise ValueError("rollout.engine = vllm needs vLLM: pip install '.[vllm]'")
+    if num_ranks % rollout.tensor_parallel_size:
+        size = rollout.tensor_parallel_size
+        raise ValueError(f"rollout.tensor_parallel_size = {size} does not divide the {num_ranks} ranks")
+
+
+def sampling_of(rollout: RolloutConfig) -> SamplingConfig:
+    return SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
 
 
 def open_rollouts(
@@ -93,7 +119,7 @@ def open_rollouts(
         policy,
         _open_sampler(engine, policy, config),
         loader,
-        SamplingConfig(recipe.temperature, recipe.top_p, recipe.top_k, recipe.max_new_tokens),
+        sampling_of(recipe),
         loads=recipe.engine != "native" or recipe.max_staleness > 0,
         shared=recipe.server_url is not None,
         seed=engine.recipe.run.seed,
@@ -111,11 +137,9 @@ def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> Rollout
     if recipe.engine == "native":
         kind = Copy if recipe.max_staleness else OwnWeights
         return kind(policy, ends, recipe)
-    from geo_r1.rollout import vllm_input
-
     folder = engine.run_dir / "rollout-model"
     if ranks.is_main:
-        vllm_input.write_engine_folder(folder, vlm.model.config, engine.tokenizer, engine.image_processor)
+        write_engine_folder(folder, vlm.model.config, engine.tokenizer, engine.image_processor)
     ranks.barrier()
     tokens: dict[str, Any] = {"end_token_ids": ends, "vision_token_ids": vlm.vision_token_ids}
     if recipe.server_url is not None:

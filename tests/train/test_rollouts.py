@@ -2,17 +2,21 @@
 
 import json
 import math
+import os
 from contextlib import contextmanager
 
 import option_runs
 import pytest
 import small_runs as runs
+from transformers import AutoConfig
 
 import geo_r1.train.grpo
 import geo_r1.train.samplers
+import geo_r1.train.serve
 from geo_r1.rollout.engine import EngineLost, WeightsLost
 from geo_r1.train.__main__ import main
-from geo_r1.train.samplers import Copy
+from geo_r1.train.config import Recipe
+from geo_r1.train.samplers import Copy, check_sampler, max_model_len
 
 AHEAD = {"rollout__max_staleness": 1, "grpo__num_iterations": 1, "model__dtype": "float64"}
 DYNAMIC = AHEAD | {
@@ -199,3 +203,74 @@ def test_a_mismatch_above_the_limit_stops_the_run_before_its_update(tmp_path, ca
 def test_an_option_that_nothing_reads_is_refused(changes, message, tmp_path, capfd):
     assert main(runs.arguments(tmp_path / "run", "grpo", **changes)) == 2
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__dtype": "float64"}, "vLLM computes in float32 or bfloat16, not in model.dtype = float64"),
+        ({"rollout__temperature": 3.0}, "vLLM samples at temperature 0 or 0.01 to 2.0, not 3.0"),
+        ({}, "rollout.engine = vllm needs vLLM: pip install '.[vllm]'"),
+    ],
+)
+def test_what_vllm_cannot_do_is_said_before_anything_is_trained(
+    changes, message, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(geo_r1.train.samplers, "find_spec", lambda name: None)
+    argv = runs.arguments(tmp_path / "run", "sft", "grpo", rollout__engine="vllm", **changes)
+    assert main(argv) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_engines_do_not_divide_are_refused(monkeypatch):
+    monkeypatch.setattr(geo_r1.train.samplers, "find_spec", lambda name: object())
+    recipe = Recipe(rollout={"engine": "vllm", "tensor_parallel_size": 2})
+    check_sampler(recipe, 4)
+    with pytest.raises(ValueError, match="tensor_parallel_size = 2 does not divide the 3 ranks"):
+        check_sampler(recipe, 3)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "data", "length"),
+    [
+        ({}, {}, 4096),
+        ({}, {"max_prompt_tokens": 300}, 556),
+        ({}, {"max_prompt_tokens": 4000}, 4096),
+        ({"max_model_len": 777}, {"max_prompt_tokens": 300}, 777),
+    ],
+)
+def test_how_long_vllm_has_to_be_ready_for(rollout, data, length, tiny_model):
+    recipe = Recipe(rollout={"engine": "vllm", **rollout}, data=data)
+    assert max_model_len(recipe, AutoConfig.from_pretrained(tiny_model)) == length
+
+
+def test_a_server_is_not_started_where_vllm_is_not(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(geo_r1.train.serve, "find_spec", lambda name: None)
+    assert main([*runs.arguments(tmp_path / "run", "grpo"), "--serve"]) == 2
+    assert "there is no vLLM beside geo_r1 here" in capfd.readouterr().err
+    assert main([*runs.arguments(tmp_path / "run", "grpo"), "--serve=x"]) == 2
+    assert "--serve takes a number, such as --serve=8, not x" in capfd.readouterr().err
+
+
+def test_a_server_is_vllms_own_with_the_recipes_model_but_no_weights(tmp_path, capfd, monkeypatch):
+    became = []
+    monkeypatch.setattr(geo_r1.train.serve, "find_spec", lambda name: object())
+    monkeypatch.setattr(
+        os, "execve", lambda *command: became.append(command) or (_ for _ in ()).throw(SystemExit)
+    )
+    with pytest.raises(SystemExit):
+        main([*runs.arguments(tmp_path / "run", "grpo", data__max_prompt_tokens=300), "--serve=9000"])
+    [(_, command, environment)] = became
+    folder = tmp_path / "run-server"
+    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    assert command[command.index("--port") + 1] == "9000"
+    assert command[command.index("--max-model-len") + 1] == str(300 + 16)
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.json",
+        "tokenizer.json",
+        "preprocessor_config.json",
+    }
+    assert not [*folder.glob("*.safetensors")]
+    assert "vllm serve" in capfd.readouterr().out
