@@ -36,7 +36,7 @@ class RolloutEngine(Protocol):
         Args:
             tensors: by the names of transformers; of a model with adapters by that model's own names, and
                 where the engine `holds_base` those of its adapters alone.
-            alpha: of the adapters, which are merged here (see `geo_r1.models.lora`); None where there are none.
+            alpha: of the adapters, which are merged here (see `geo_r1.models.lora`); None where none are.
 
         Raises:
             ValueError: one is missing, unknown or of another shape; names it.

@@ -30,14 +30,21 @@ class HttpClient:
         self.address = (parts.hostname, parts.port or (443 if secure else 80))
         self._kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         self.stopped = Event()
+        self._closed = False
         self._open: set[socket.socket] = set()
 
     def __enter__(self) -> None:
-        self.stopped.clear()
+        if not self._closed:
+            self.stopped.clear()
 
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
         self.cut()
+
+    def close(self) -> None:
+        """End all requests, and those that are yet to come."""
+        self._closed = True
+        self.__exit__()
 
     def cut(self) -> None:
         """End the requests that are under way."""

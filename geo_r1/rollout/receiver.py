@@ -5,6 +5,10 @@ empty header ends the stream. Whoever connects proves to know the key of the tra
 listens. The bytes are not encrypted: the network between the two has to be a private one.
 
 Every worker gets every tensor and keeps its part, so N workers cost N times the model's bytes of network.
+
+Of a model with adapters all is sent once, and each worker keeps it whole in the memory of its host. From then
+on adapters alone are sent, and merged where they arrive: the arithmetic is the trainer's own, any layer may
+have adapters, and sampling costs what it costs without.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ import secrets
 import socket
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from geo_r1.models.lora import BASE, DOWN, UP, merged_state
 from geo_r1.rollout.vllm_input import CheckedWeights, expected_weights, reload
 
 _LENGTH = struct.Struct("!I")
@@ -38,6 +43,9 @@ class WeightReceiver:
     """What a worker of vLLM can do besides; `vllm serve --worker-extension-cls` mixes it in."""
 
     model_runner: Any
+    device: torch.device
+    # The name of base weights, and the state of the model with adapters that they are of.
+    kept_weights: tuple[str, dict[str, Tensor]] | None = None
 
     def describe_receiver(self) -> dict[str, Any]:
         """What a trainer has to know of this server before it sends anything."""
@@ -48,13 +56,25 @@ class WeightReceiver:
             "max_model_len": config.model_config.max_model_len,
         }
 
-    def receive_weights(self, host: str, port: int, key: str, timeout: float) -> dict[str, str | None]:
-        """Fetch all weights from the trainer, into the place of the old ones.
+    def receive_weights(
+        self,
+        host: str,
+        port: int,
+        key: str,
+        timeout: float,
+        alpha: float | None = None,
+        base: str = "",
+        whole: bool = True,
+    ) -> dict[str, str | None]:
+        """Fetch weights from the trainer, into the place of the old ones.
 
         Args:
             host, port: where the trainer's `WeightSender` listens.
             key: of this transfer, in hexadecimal digits.
             timeout: seconds to wait for the connection, and for the next bytes.
+            alpha: of the adapters that the model has; None where it has none, and nothing is kept.
+            base: the name of the base weights below the adapters.
+            whole: whether they come, too; else they are those that came by this name.
 
         Returns:
             "refused": what to change before these weights are sent again; "lost": why the stream broke off.
@@ -63,12 +83,25 @@ class WeightReceiver:
         stream = _Stream(bytes.fromhex(key))
         refused = None
         try:
+            if whole:
+                self.kept_weights = None  # there may not be memory for two
+            elif self.kept_weights is None or self.kept_weights[0] != base:
+                return {"refused": None, "lost": "a worker of the server has lost the base weights"}
+            kept = self.kept_weights[1] if self.kept_weights else {}
             expected = expected_weights(self.model_runner.vllm_config.model_config.hf_config)
-            weights = CheckedWeights(stream, expected)
             with stream.connect(host, port, timeout):
-                not_loaded = reload(self, weights)
+                if alpha is None:
+                    not_loaded = reload(self, weights := CheckedWeights(stream, expected))
+                else:
+                    arrived = list(stream)
+                    weights = CheckedWeights(arrived, _with_adapters(expected, arrived, kept))
+                    fitting = dict(weights)
             if stream.lost is None:
                 weights.check()
+                if alpha is not None:  # vLLM's layers are taken apart only now that all is here
+                    kept = {**kept, **fitting}
+                    self.kept_weights = base, kept
+                    not_loaded = reload(self, merged_state(_near(kept, self.device), alpha))
                 if not_loaded:
                     raise ValueError(f"vLLM has {len(not_loaded)} weights more, such as {not_loaded[0]}")
         except ValueError as error:
@@ -78,6 +111,40 @@ class WeightReceiver:
         ) as error:  # whatever vLLM raises is the trainer's to show: its user does not see this log
             refused = f"vLLM cannot load the weights: {type(error).__name__}: {error}"
         return {"refused": refused, "lost": stream.lost}
+
+
+def _with_adapters(
+    expected: Mapping[str, torch.Size],
+    arrived: Sequence[tuple[str, Tensor]],
+    kept: Mapping[str, Tensor],
+) -> dict[str, torch.Size]:
+    """Names and shapes that have to come of a model with adapters.
+
+    Args:
+        expected: those of the model without.
+        arrived: what came: it says which layers have adapters, and of what rank.
+        kept: what is here already; adapters alone have to come, and just as these.
+    """
+    if kept:
+        return {name: tensor.shape for name, tensor in kept.items() if name.endswith((DOWN, UP))}
+    shapes = dict(expected)
+    for name, tensor in arrived:
+        path = name.removesuffix(DOWN).removesuffix(UP)
+        weight = shapes.get(f"{path}.weight")
+        if path == name or weight is None or not len(weight) == tensor.ndim == 2:
+            continue
+        rank = tensor.shape[0 if name.endswith(DOWN) else 1]
+        shapes |= {path + DOWN: torch.Size((rank, weight[1])), path + UP: torch.Size((weight[0], rank))}
+        for end in ("weight", "bias"):
+            if (shape := shapes.pop(f"{path}.{end}", None)) is not None:
+                shapes[f"{path}{BASE}{end}"] = shape
+    return shapes
+
+
+def _near(state: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """A model's state; what is merged goes to the device first."""
+    for name, tensor in state.items():
+        yield name, tensor.to(device) if name.endswith((f"{BASE}weight", DOWN, UP)) else tensor
 
 
 class _Stream:
@@ -180,26 +247,28 @@ class WeightSender:
             self._workers.append(self._open.enter_context(connection))
         return len(self._workers) == num_workers
 
-    def send(self, tensors: Iterable[tuple[str, Tensor]]) -> int:
+    def send(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         """Send each tensor to all workers, and the end.
 
         Returns:
-            A checksum of all names and of the start of every tensor: the same for the same weights.
+            Two checksums, of names and of the start of each tensor: the same for the same weights. The second
+            is that of adapters, the first that of all else.
 
         Raises:
             WorkerLost: one has gone, or takes nothing more.
         """
-        checksum = 0
+        checksums = [0, 0]
         for name, tensor in tensors:
             flat = tensor.detach().cpu().contiguous().view(-1)
             dtype = str(tensor.dtype).removeprefix("torch.")
             header = json.dumps({"name": name, "dtype": dtype, "shape": list(tensor.shape)}).encode()
             data = flat.view(torch.uint8).numpy().data
-            checksum = zlib.crc32(data[:_SAMPLE], zlib.crc32(header, checksum))
+            part = name.endswith((DOWN, UP))
+            checksums[part] = zlib.crc32(data[:_SAMPLE], zlib.crc32(header, checksums[part]))
             self._send_all(_LENGTH.pack(len(header)) + header)
             self._send_all(data)
         self._send_all(_LENGTH.pack(2) + b"{}")
-        return checksum
+        return checksums[0], checksums[1]
 
     def _send_all(self, data: bytes | memoryview) -> None:
         try:

@@ -113,7 +113,7 @@ class ServerEngine:
         with self._http:
             num_workers = self._check_server()
             version = f"{self._run}/{uuid.uuid4().hex}"
-            base, self._base = self._base, None
+            base, self._base = self._base if alpha is not None else None, None
             call = {"alpha": alpha, "base": base[0] if base else version, "whole": base is None}
             try:
                 self._http.json("POST", "/abort_requests", {})  # those of a call that was given up

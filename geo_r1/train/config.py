@@ -322,9 +322,10 @@ class RolloutConfig(Section):
     """See `importance_sampling`."""
     max_mismatch: Annotated[float, Field(gt=1)] | None = None
     """The run stops where sampling/token_mult_prob_error, the mean over tokens of exp(|difference of the
-    sampler's and the trainer's log-probability|), is above this."""
+    sampler's and the trainer's log-probability|), is above this. What top_p and top_k cut off counts as a
+    difference, and so does dropout."""
     tensor_parallel_size: PositiveInt = 1
-    """vllm in ranks: so many of them share a copy of the weights."""
+    """vllm in ranks: so many of them share a copy of the weights; with --serve, the server's GPUs."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.35
     """vllm in ranks: share of the GPU for its weights and cache; given back while the policy learns, where
     `max_staleness` is 0. On a CPU its cache holds `max_tokens`."""
@@ -346,6 +347,15 @@ class RolloutConfig(Section):
                     raise ValueError(f"{key} is for engine = vllm, not native")
         if self.tensor_parallel_size > 1 and (self.engine == "native" or self.server_url):
             raise ValueError("tensor_parallel_size is for vllm inside the ranks; a server has its own")
+        if self.tensor_parallel_size > 1 and self.max_staleness:
+            raise ValueError(
+                "tensor_parallel_size > 1 would talk between ranks while the trainer does: sample ahead "
+                "(max_staleness) by a server, or with one copy a rank"
+            )
+        if self.cuda_graphs and (self.engine != "native" or self.max_staleness):
+            raise ValueError(
+                "cuda_graphs is for engine = native with max_staleness = 0: nothing may run beside a capture"
+            )
         return self
 
 

@@ -68,20 +68,20 @@ class Sampler:
         self.num_skipped = draw.num_skipped
         kept = self._kept(sampled)
         first = progress.drawn
-        for _ in range(self.config.max_resamples):
-            missing = wanted - round(ranks.sum([len(kept)])[0])
-            if not missing:
-                break
-            try:
+        try:
+            for _ in range(self.config.max_resamples):
+                missing = wanted - round(ranks.sum([len(kept)])[0])
+                if not missing:
+                    break
                 draw, answers = self.rollouts.more(progress, missing, phases)
-            except EngineLost:
-                progress.drawn = first
-                raise
-            groups = self._scored(draw, answers, phases)
-            self.num_skipped += draw.num_skipped
-            sampled += groups
-            kept += self._kept(groups)
-        self.rollouts.go_ahead(progress, phases)
+                groups = self._scored(draw, answers, phases)
+                self.num_skipped += draw.num_skipped
+                sampled += groups
+                kept += self._kept(groups)
+            self.rollouts.go_ahead(progress, phases)
+        except EngineLost:
+            progress.drawn = first
+            raise
         return sampled, kept
 
     def _kept(self, groups: list[Group]) -> list[Group]:

@@ -73,9 +73,9 @@ def importance_metrics(
 def check_mismatch(stage: str, step: int, figures: dict[str, float], limit: float | None) -> None:
     """Raise ValueError where the sampler is further from the trainer than the recipe allows."""
     error = figures.get("sampling/token_mult_prob_error", 1.0)
-    if limit is not None and error > limit:
+    if limit is not None and not error <= limit:  # nor may it be no number
         raise ValueError(
             f"{stage} step {step}: sampling/token_mult_prob_error is {error:.4g}, rollout.max_mismatch is "
-            f"{limit:g}: what samples is not the policy that learns. Compare precision, rollout.engine and "
-            "rollout.max_staleness; the step was not taken"
+            f"{limit:g}: what samples is not the policy that learns. Compare precision, rollout.engine, "
+            "rollout.max_staleness, and top_p and top_k, which count too; the step was not taken"
         )

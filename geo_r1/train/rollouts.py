@@ -12,12 +12,12 @@ What was drawn and is not used yet belongs to a checkpoint: `Rollouts.state`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from geo_r1.data.loader import Encoded, PromptLoader
 from geo_r1.models.lora import DOWN, UP
@@ -87,7 +87,7 @@ class Rollouts:
         self.max_staleness, self.budgets = max_staleness, budgets
         self.version = -1  # of the sampler's weights
         self._queue: deque[Draw] = deque()  # this step's first
-        self._thread = ThreadPoolExecutor(1, "rollouts") if max_staleness else None
+        self._thread = ThreadPoolExecutor(1, "rollouts", self._on_device) if max_staleness else None
 
     def take(self, progress: Progress, phases: Phases) -> tuple[Draw, list[list[Completion]]]:
         """The draw of the step that begins, with this rank's answers."""
@@ -109,16 +109,20 @@ class Rollouts:
         return draw, self._answers(draw, phases)
 
     def go_ahead(self, progress: Progress, phases: Phases) -> None:
-        """The step has what it needs: begin with what the next ones may have by now."""
-        draw = self._queue.popleft()
-        if not self.max_staleness:
+        """The step has what it needs: begin with what the next ones may have by now.
+
+        Raises:
+            EngineLost: on every rank; the step's own draw is still there.
+        """
+        begun = self._queue[-1].step
+        if self.max_staleness and begun + 1 < self.num_steps:
+            self._renew(progress.step, phases)
+            last = min(self.version + self.max_staleness, self.num_steps - 1)
+            for step in range(begun + 1, last + 1):
+                self._queue.append(self._drawn(step, progress, self.num_prompts, phases))
+        elif not self.max_staleness:
             self.sampler.sleep()
-            return
-        self._renew(progress.step, phases)
-        begun = self._queue[-1].step if self._queue else draw.step
-        last = min(self.version + self.max_staleness, self.num_steps - 1)
-        for step in range(begun + 1, last + 1):
-            self._queue.append(self._drawn(step, progress, self.num_prompts, phases))
+        self._queue.popleft()
 
     def state(self) -> list[dict[str, Any]]:
         """The draws that wait for their steps, answered, for `Progress.pending`; of all ranks, on each.
@@ -140,7 +144,7 @@ class Rollouts:
             states.append(
                 {
                     "step": draw.step,
-                    "version": draw.version,
+                    "version": min(self.policy.ranks.gather(draw.version)),
                     "positions": draw.positions,
                     "answers": everyone,
                 }
@@ -148,10 +152,20 @@ class Rollouts:
         return states
 
     def close(self) -> None:
-        """Wait for what is being sampled, and let the sampler go."""
+        """Let the sampler go; a server is not waited for, another sampler until it has said what it says."""
+        if self.shared:
+            self.sampler.close()
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-        self.sampler.close()
+        if not self.shared:
+            self.sampler.close()
+
+    def _on_device(self) -> None:
+        """A thread has a current GPU of its own, and shares the default stream unless it takes another."""
+        device = self.policy.ranks.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.cuda.set_stream(torch.cuda.Stream(device))
 
     def _drawn(self, step: int, progress: Progress, count: int, phases: Phases) -> Draw:
         """Draw the next `count` prompts, and begin to answer this rank's."""
@@ -207,9 +221,9 @@ class Rollouts:
             wait([other.answers for other in self._queue])  # weights change while nothing is sampled
             self._load(draw.step, phases, again=True)
             if failure is not None:
+                draw.version = draw.step
                 draw.answers = self._begin(draw, phases)
-            draw.version = draw.step
-        raise EngineLost(str(failures[0]))
+        raise EngineLost(_reason(failures))
 
     def _renew(self, version: int, phases: Phases) -> None:
         """Give the sampler the policy's weights of now, unless it is busy on some rank."""
@@ -228,13 +242,15 @@ class Rollouts:
                     return
                 if any(not isinstance(error, WeightsLost) for error in failures):
                     break
-        raise EngineLost(str(failures[0]))
+        raise EngineLost(_reason(failures))
 
     def _load_once(self) -> list[EngineLost]:
         """What went wrong with it, on any rank."""
         ranks = self.policy.ranks
         holds_base = ranks.gather(self.sampler.holds_base)
-        tensors = self._tensors(holds_base[0] if self.shared else all(holds_base))
+        adapters_alone = holds_base[0] if self.shared else all(holds_base)
+        ends = (DOWN, UP) if adapters_alone else ("",)
+        tensors = self.policy.full_tensors(self.policy.vlm.compute_dtype, ends)
         failure: EngineLost | None = None
         if not self.shared or ranks.is_main:
             try:
@@ -244,11 +260,6 @@ class Rollouts:
         for _ in tensors:  # the ranks gather them together, whoever wants them
             pass
         return [error for error in ranks.gather(failure) if error is not None]
-
-    def _tensors(self, adapters_only: bool) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.policy.full_tensors(self.policy.vlm.compute_dtype):
-            if not adapters_only or name.endswith((DOWN, UP)):
-                yield name, tensor
 
     def _restored(self, kept: dict[str, Any], version: int, phases: Phases) -> Draw:
         """A draw from a checkpoint of a policy of this version, dealt to the ranks that there are now."""
@@ -263,6 +274,11 @@ class Rollouts:
         else:
             draw.answers.set_result([[Completion(**values) for values in group] for group in found if group])
         return draw
+
+
+def _reason(failures: Sequence[EngineLost]) -> str:
+    """Of all ranks', the one that says most."""
+    return str(next((error for error in failures if not isinstance(error, WeightsLost)), failures[0]))
 
 
 def _done(function: Callable[[], Any]) -> Future[Any]:

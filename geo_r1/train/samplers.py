@@ -71,9 +71,7 @@ class Copy(OwnWeights):
 
     def __init__(self, policy: Policy, ends: set[int], recipe: RolloutConfig) -> None:
         super().__init__(policy, ends, recipe)
-        vlm = policy.replica(policy.vlm.compute_dtype, policy.ranks.device)
-        assert vlm is not None
-        self.vlm = vlm
+        self.vlm = policy.blank(policy.vlm.compute_dtype, policy.ranks.device)  # the first load fills it
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
@@ -89,6 +87,8 @@ def check_sampler(recipe: Recipe, num_ranks: int) -> None:
     """Raise ValueError if what is to sample cannot, before the stages in front of it have run."""
     rollout = recipe.rollout
     if rollout.engine == "native":
+        if rollout.cuda_graphs and not torch.cuda.is_available():
+            raise ValueError("rollout.cuda_graphs needs a GPU, and there is none")
         return
     if recipe.model.dtype == "float64":
         raise ValueError("vLLM computes in float32 or bfloat16, not in model.dtype = float64")

@@ -42,7 +42,12 @@ def serve(recipe: Recipe, port: int) -> None:
             "enforce_eager": True,  # a small model is compiled for longer than it then saves
         }
     environment, command = serve_command(
-        str(folder), port=port, dtype=recipe.model.dtype, max_model_len=length, options=flags(options)
+        str(folder),
+        port=port,
+        dtype=recipe.model.dtype,
+        max_model_len=length,
+        tensor_parallel_size=recipe.rollout.tensor_parallel_size,
+        options=flags(options),
     )
     shown = [*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)]
     print(" ".join(shown), flush=True)

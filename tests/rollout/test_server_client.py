@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from geo_r1.models import EncodedPrompt
+from geo_r1.models.lora import DOWN, UP, merged_state
 from geo_r1.rollout import SamplingConfig, receiver
 from geo_r1.rollout.engine import EngineLost, WeightsLost
 from geo_r1.rollout.receiver import WeightReceiver, WeightSender
@@ -30,13 +31,37 @@ WEIGHTS = {
     "d": torch.empty(0, 3),
     "e": torch.arange(100_000.0).view(400, 250).T,  # not contiguous, and more than a socket takes at once
 }
+ALPHA = 5.0
+
+
+def with_adapters(seed):
+    """A model with adapters on two layers, one of them with a bias; only they depend on the seed."""
+    frozen, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+
+    def drawn(*shape, generator=own):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    return {
+        "x.base_layer.weight": drawn(40, 90, generator=frozen),
+        "x.base_layer.bias": drawn(40, generator=frozen),
+        f"x{DOWN}": drawn(3, 90),
+        f"x{UP}": drawn(40, 3),
+        "y.base_layer.weight": drawn(70, 50, generator=frozen),
+        f"y{DOWN}": drawn(3, 50),
+        f"y{UP}": drawn(70, 3),
+        "z.weight": drawn(7, 5, generator=frozen),
+    }
+
+
+def adapters_of(tensors):
+    return {name: tensor for name, tensor in tensors.items() if name.endswith((DOWN, UP))}
 
 
 class Worker(WeightReceiver):
     """Stands in for a worker of vLLM: a model that keeps what it is given."""
 
     def __init__(self):
-        self.given, self.fails_at = {}, None
+        self.given, self.fails_at, self.device = {}, None, torch.device("cpu")
         self.config = SimpleNamespace(
             model_config=SimpleNamespace(logprobs_mode="processed_logprobs", hf_config=None, max_model_len=9),
             parallel_config=SimpleNamespace(data_parallel_size=1),
@@ -477,6 +502,134 @@ def test_a_worker_that_cannot_reach_the_trainer_says_so(server):
         arguments = sender.arguments()
     told = Worker().receive_weights(**arguments)["refused"]
     assert f"cannot connect to the trainer at 127.0.0.1:{arguments['port']}" in told
+
+
+@pytest.fixture
+def adapted(server, monkeypatch):
+    """The server's model is one that may have adapters; it has been sent all of it once."""
+    plain = {"x.weight": (40, 90), "x.bias": (40,), "y.weight": (70, 50), "z.weight": (7, 5)}
+    shapes = {name: torch.Size(shape) for name, shape in plain.items()}
+    monkeypatch.setattr(receiver, "expected_weights", lambda _: shapes)
+    server.workers = [Worker(), Worker()]
+    engine = engine_of(server)
+    assert not engine.holds_base
+    engine.load(with_adapters(1).items(), alpha=ALPHA)
+    return engine
+
+
+def assert_has_merged(server, tensors):
+    expected = dict(merged_state(tensors.items(), ALPHA))
+    for worker in server.workers:
+        assert worker.given.keys() == expected.keys() == {"x.weight", "x.bias", "y.weight", "z.weight"}
+        for name, tensor in expected.items():
+            assert worker.given[name].dtype == torch.bfloat16 and torch.equal(worker.given[name], tensor)
+
+
+def test_adapters_alone_are_merged_where_they_arrive(server, adapted, monkeypatch):
+    assert_has_merged(server, with_adapters(1))
+    sent, send = [], WeightSender._send_all
+    monkeypatch.setattr(WeightSender, "_send_all", lambda self, data: (sent.append(data), send(self, data)))
+    for seed in (2, 3):
+        sent.clear()
+        assert adapted.holds_base
+        adapters = adapters_of(with_adapters(seed))
+        adapted.load(adapters.items(), alpha=ALPHA)
+        assert_has_merged(server, with_adapters(seed))
+        assert sampled(adapted) == expected()
+        values = sum(len(data) for data in sent if isinstance(data, memoryview))
+        assert values == sum(tensor.nbytes for tensor in adapters.values()) == 2 * 3 * (90 + 40 + 50 + 70)
+        assert len(sent) == 2 * len(adapters) + 1  # headers, values, the end
+
+
+def test_workers_that_lost_the_base_weights_want_all(server, adapted):
+    server.workers = [Worker(), Worker()]
+    adapters = adapters_of(with_adapters(2)).items()
+    with pytest.raises(WeightsLost, match=r"did not take the weights: a worker .* has lost the base weights"):
+        adapted.load(adapters, alpha=ALPHA)
+    assert not adapted.holds_base and not server.workers[0].given
+    adapted.load(with_adapters(2).items(), alpha=ALPHA)
+    assert_has_merged(server, with_adapters(2))
+    other = engine_of(server)  # another run's base weights are not this one's
+    other.load(with_adapters(3).items(), alpha=ALPHA)
+    with pytest.raises(WeightsLost, match="has lost the base weights"):
+        adapted.load(adapters, alpha=ALPHA)
+
+
+@pytest.mark.parametrize(
+    ("change", "alpha", "asked"),
+    [
+        ({}, ALPHA, 1),
+        (adapters_of(with_adapters(3)), ALPHA, 3),
+        ({"z.weight": torch.zeros(7, 5).bfloat16()}, ALPHA, 3),
+        ({}, ALPHA + 1, 3),
+    ],
+    ids=["the same", "other adapters", "another base", "another alpha"],
+)
+def test_what_was_said_is_kept_for_the_same_weights_however_they_are_sent(
+    server, adapted, change, alpha, asked
+):
+    adapted.load(adapters_of(with_adapters(2)).items(), alpha=ALPHA)
+    lose_the_last(server, adapted, "forgets")
+    assert not adapted.holds_base
+    adapted.load((with_adapters(2) | change).items(), alpha=alpha)
+    assert sampled(adapted) == expected() and server.count() == asked
+
+
+WHOLE = with_adapters(2)
+ALONE = adapters_of(WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        (WHOLE | {"x.base_layer.bias": None}, "1 .*: x.base_layer.bias is missing"),
+        (WHOLE | {f"y{DOWN}": None}, f"1 .*: y{DOWN} is missing"),
+        (WHOLE | {f"x{UP}": torch.zeros(40, 4)}, rf"1 .*: x{UP} has shape \[40, 4\], not \[40, 3\]"),
+        (WHOLE | {f"x{DOWN}": torch.zeros(3, 9)}, rf"1 .*: x{DOWN} has shape \[3, 9\], not \[3, 90\]"),
+        (WHOLE | {f"w{UP}": torch.zeros(9, 3)}, f"1 .*: w{UP} is no weight of this model"),
+        (WHOLE | dict.fromkeys(ALONE), "6 .*: x.base_layer.weight is no weight of this model; .*"),
+        (ALONE | {f"y{UP}": None}, f"1 .*: y{UP} is missing"),
+        (ALONE | {f"y{UP}": torch.zeros(70, 2)}, rf"1 .*: y{UP} has shape \[70, 2\], not \[70, 3\]"),
+        (ALONE | {"z.weight": torch.zeros(7, 5)}, "1 .*: z.weight is no weight of this model"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_named(server, adapted, tensors, told):
+    if "x.base_layer.weight" in tensors:
+        adapted = engine_of(server)
+    sent = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    with pytest.raises(ValueError, match=rf"^{server.url}: {told}$"):
+        adapted.load(sent, alpha=ALPHA)
+    assert_has_merged(server, with_adapters(1))  # as they were before
+    assert not adapted.holds_base
+    with pytest.raises(WeightsLost):
+        sampled(adapted)
+    adapted.load(WHOLE.items(), alpha=ALPHA)
+    assert_has_merged(server, WHOLE)
+
+
+def test_adapters_that_came_twice_are_named(server, adapted):
+    with pytest.raises(ValueError, match=f"1 weights .*: x{UP} came twice"):
+        adapted.load([*ALONE.items(), (f"x{UP}", ALONE[f"x{UP}"])], alpha=ALPHA)
+
+
+def test_adapters_that_came_in_part_change_nothing(server, adapted):
+    def broken():
+        yield from [*ALONE.items()][:2]
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        adapted.load(broken(), alpha=ALPHA)
+    assert_has_merged(server, with_adapters(1))
+    assert not adapted.holds_base
+    adapted.load(WHOLE.items(), alpha=ALPHA)
+    assert_has_merged(server, WHOLE)
+    assert sampled(adapted) == expected()
+
+
+def test_without_adapters_nothing_is_kept(server, adapted):
+    adapted.load(merged_state(WHOLE.items(), ALPHA))
+    assert_has_merged(server, WHOLE)
+    assert not adapted.holds_base and server.workers[0].kept_weights is None
 
 
 def test_the_checksum_tells_weights_apart(server):

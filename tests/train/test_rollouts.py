@@ -1,21 +1,30 @@
 """Rollouts ahead of their step: whose weights sample, what survives a checkpoint, a sampler that goes."""
 
+import dataclasses
 import json
 import math
 import os
+import socket
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
+import forked_ranks
 import option_runs
 import pytest
 import small_runs as runs
+import torch
 from transformers import AutoConfig
 
 import geo_r1.train.grpo
 import geo_r1.train.samplers
 import geo_r1.train.serve
+from geo_r1.models.lora import DOWN, UP, merged_state
 from geo_r1.rollout.engine import EngineLost, WeightsLost
 from geo_r1.train.__main__ import main
 from geo_r1.train.config import Recipe
+from geo_r1.train.rollouts import Rollouts
 from geo_r1.train.samplers import Copy, check_sampler, max_model_len
 
 AHEAD = {"rollout__max_staleness": 1, "grpo__num_iterations": 1, "model__dtype": "float64"}
@@ -36,9 +45,9 @@ def watched():
     asked = []
     load, sample = Copy.load, Copy.sample
 
-    def loads(self, tensors):
+    def loads(self, tensors, **options):
         asked.append("load")
-        load(self, tensors)
+        load(self, tensors, **options)
 
     def samples(self, prompts, count, sampling, streams):
         asked.append([int(stream.split("/")[1]) for stream in streams])
@@ -54,7 +63,7 @@ def test_the_next_step_is_sampled_with_the_weights_before_this_one_learns(tmp_pa
     with watched() as asked:
         rows = runs.metrics(runs.train(tmp_path / "run", "grpo", **AHEAD), "grpo")
     # steps 0 and 1 by the weights at the start, step n by those before step n - 1 learns
-    assert asked == ["load", [0, 1], [2, 3], "load", [4, 5], "load", [6, 7], "load", [8, 9], "load"]
+    assert asked == ["load", [0, 1], [2, 3], "load", [4, 5], "load", [6, 7], "load", [8, 9]]
     assert [row["sampling/staleness"] for row in rows] == [0, 1, 1, 1, 1]
     apart = [row["sampling/logp_difference/mean"] for row in rows]
     assert apart[0] < FORBIDDEN < 2 * FORBIDDEN < min(apart[1:4])
@@ -92,7 +101,7 @@ def test_a_checkpoint_holds_what_was_sampled_ahead(tmp_path):
     assert {place: len(group) for place, group in draw["answers"].items()} == {"4": 4, "5": 4}
     with watched() as asked:
         runs.train(run_dir, "grpo", **AHEAD)
-    assert asked == ["load", [6, 7], "load", [8, 9], "load"]
+    assert asked == ["load", [6, 7], "load", [8, 9]]
 
 
 def test_two_ranks_and_one_sample_the_same_ahead(tmp_path):
@@ -141,11 +150,63 @@ def test_a_sampler_that_goes_loses_nothing(number, changes, tmp_path, capfd):
         option_runs.assert_same_run(found, whole, "grpo")
 
 
+@pytest.mark.parametrize(("staleness", "number"), [(1, 2), (1, 3), (3, 2)])
+def test_a_sampler_that_goes_while_it_is_given_weights_loses_nothing(staleness, number, tmp_path, capfd):
+    """By then the step's own completions are there, and have not been learnt from."""
+    changes = AHEAD | {"rollout__max_staleness": staleness}
+    calls, load = [], Copy.load
+
+    def loads(self, tensors, **options):
+        calls.append(options)
+        if len(calls) == number:
+            raise EngineLost("the server at http://here does not answer")
+        load(self, tensors, **options)
+
+    with pytest.MonkeyPatch.context() as patch, watched() as first:
+        patch.setattr(Copy, "load", loads)
+        assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 2
+    assert "grpo goes on after step" in capfd.readouterr().err
+    with watched() as then:
+        found = runs.train(tmp_path / "lost", "grpo", **changes)
+    positions = [place for entry in (*first, *then) if entry != "load" for place in entry]
+    assert positions == [*range(10)]
+    assert [row["step"] for row in runs.metrics(found, "grpo")] == [1, 2, 3, 4, 5]
+
+
+def test_a_sampler_whose_log_probabilities_are_no_numbers_stops_the_run(tmp_path, monkeypatch, capfd):
+    sample = Copy.sample
+
+    def samples(self, *args):
+        groups = sample(self, *args)
+        return [[dataclasses.replace(c, logp=[math.nan] * len(c.logp)) for c in group] for group in groups]
+
+    monkeypatch.setattr(Copy, "sample", samples)
+    changes = AHEAD | {"rollout__max_mismatch": 1.5}
+    assert main(runs.arguments(tmp_path / "run", "grpo", **changes)) == 2
+    assert "sampling/token_mult_prob_error is nan" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_deepspeed_samples_ahead_too(zero_stage, tmp_path):
+    pytest.importorskip("deepspeed")
+    changes = {
+        "rollout__max_staleness": 1,
+        "grpo__num_iterations": 1,
+        "grpo__steps": 2,
+        "grpo__loss__beta": 0.0,
+    }
+    zero = {"parallel__strategy": "deepspeed", "parallel__zero_stage": zero_stage}
+    one = runs.train(tmp_path / "one", "grpo", **changes)
+    ended = forked_ranks.run(runs.arguments(tmp_path / "two", "grpo", **changes, **zero), 2)
+    assert ended.codes == [0, 0], ended.stderr
+    option_runs.assert_same_figures(tmp_path / "two", one, "grpo")
+
+
 def test_a_sampler_that_lost_its_weights_gets_them_again(tmp_path):
     changes = AHEAD | {"grpo__steps": 3}
     with failing(2, WeightsLost("it was started anew")), watched() as asked:
         rows = runs.metrics(runs.train(tmp_path / "run", "grpo", **changes), "grpo")
-    assert asked == ["load", [0, 1], [2, 3], "load", [2, 3], [4, 5], "load"]
+    assert asked == ["load", [0, 1], [2, 3], "load", [2, 3], [4, 5]]
     assert [row["sampling/staleness"] for row in rows] == [0, 0, 1]
 
 
@@ -156,6 +217,95 @@ def test_one_that_loses_them_every_time_is_given_up(tmp_path, monkeypatch, capfd
     monkeypatch.setattr(Copy, "sample", lost)
     assert main(runs.arguments(tmp_path / "run", "grpo", **AHEAD)) == 2
     assert "http://here has other weights" in capfd.readouterr().err
+
+
+class Shared(Copy):
+    """Stands in for a server: what rank 0 sent it lies in a folder, and every rank samples with that.
+
+    Attributes:
+        folder: has the weights, and the names of those that came with each load.
+        forgets_at: the load, counted from 0, at which it is found to have been started again.
+    """
+
+    folder: Path
+    forgets_at: int | None = None
+    calls = 0
+
+    def load(self, tensors, *, alpha=None):
+        self.calls += 1
+        if self.calls - 1 == self.forgets_at:
+            self.holds_base, self.kept = False, {}
+            raise WeightsLost("it has lost the base weights")
+        came = {name: tensor.clone() for name, tensor in tensors}
+        self.kept = self.kept | came if self.holds_base else came
+        torch.save(dict(merged_state(self.kept.items(), alpha)), self.folder / "weights.pt")
+        with (self.folder / "came.jsonl").open("a") as file:
+            file.write(json.dumps([*came]) + "\n")
+        self.holds_base = True
+
+    def sample(self, *args):
+        super().load(torch.load(self.folder / "weights.pt").items())
+        return super().sample(*args)
+
+
+@contextmanager
+def shared_sampler(folder, forgets_at=None):
+    """Runs sample with a `Shared` one."""
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shared, "folder", folder, raising=False)
+        patch.setattr(Shared, "forgets_at", forgets_at)
+        patch.setattr(geo_r1.train.samplers, "Copy", Shared)
+        patch.setattr(
+            geo_r1.train.samplers, "Rollouts", lambda *args, **kw: Rollouts(*args, **kw | {"shared": True})
+        )
+        yield
+
+
+def assert_came(folder, whole):
+    """All weights came with the loads that `whole` says, with the others those of adapters alone."""
+    loads = [json.loads(line) for line in (folder / "came.jsonl").read_text().splitlines()]
+    plain = set(option_runs.started_from())
+    assert {name for name, _ in merged_state(((n, torch.zeros(1, 1)) for n in loads[0]), 1.0)} == plain
+    adapters = [name for name in loads[0] if name.endswith((DOWN, UP))]
+    assert 10 < len(adapters) < len(loads[0]) / 2
+    assert loads == [loads[0] if all_came else adapters for all_came in whole]
+
+
+ADAPTERS = AHEAD | {"lora__rank": 4, "lora__alpha": 8.0, "lora__vision": True, "grpo__steps": 4}
+
+
+@pytest.mark.parametrize("forgets_at", [None, 2])
+def test_a_sampler_that_has_the_base_weights_gets_adapters_alone(forgets_at, tmp_path):
+    """And the run is that of a sampler which is given merged weights every time."""
+    merged = runs.train(tmp_path / "merged", "grpo", **ADAPTERS)
+    with shared_sampler(tmp_path / "sampler", forgets_at):
+        found = runs.train(tmp_path / "run", "grpo", **ADAPTERS)
+    assert_came(tmp_path / "sampler", [True, False, forgets_at == 2])
+    option_runs.assert_same_run(found, merged, "grpo")
+
+
+def test_two_ranks_send_what_one_does(tmp_path):
+    changes = ADAPTERS | {"grpo__prompts_per_step": 3, "grpo__steps": 3}
+    one = runs.train(tmp_path / "one", "grpo", **changes)
+    argv = runs.arguments(tmp_path / "two", "grpo", **changes, parallel__strategy="fsdp2")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common = os.environ | address | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = []
+    try:
+        for rank in ("0", "1"):
+            command = [sys.executable, __file__, str(tmp_path / "sampler"), *argv]
+            with (tmp_path / f"log{rank}").open("w") as log:
+                own = common | {"RANK": rank, "LOCAL_RANK": rank}
+                ranks.append(subprocess.Popen(command, env=own, stderr=log))
+        codes = [rank.wait(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], "\n".join(path.read_text() for path in tmp_path.glob("log?"))
+    assert_came(tmp_path / "sampler", [True, False])
+    option_runs.assert_same_figures(tmp_path / "two", one, "grpo")
 
 
 @pytest.mark.parametrize("kind", ["truncate", "mask"])
@@ -198,6 +348,12 @@ def test_a_mismatch_above_the_limit_stops_the_run_before_its_update(tmp_path, ca
         ({"rollout__server_url": "http://here:1"}, "server_url is for engine = vllm, not native"),
         ({"rollout__max_model_len": 9}, "max_model_len is for engine = vllm, not native"),
         ({"rollout__tensor_parallel_size": 2}, "tensor_parallel_size is for vllm inside the ranks"),
+        (
+            {"rollout__engine": "vllm", "rollout__tensor_parallel_size": 2, "rollout__max_staleness": 1},
+            "sample ahead (max_staleness) by a server, or with one copy a rank",
+        ),
+        ({"rollout__cuda_graphs": True, "rollout__max_staleness": 1}, "nothing may run beside a capture"),
+        ({"rollout__cuda_graphs": True}, "rollout.cuda_graphs needs a GPU"),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused(changes, message, tmp_path, capfd):
@@ -274,3 +430,8 @@ def test_a_server_is_vllms_own_with_the_recipes_model_but_no_weights(tmp_path, c
     }
     assert not [*folder.glob("*.safetensors")]
     assert "vllm serve" in capfd.readouterr().out
+
+
+if __name__ == "__main__":  # one of the ranks of test_two_ranks_send_what_one_does
+    with shared_sampler(Path(sys.argv[1])):
+        sys.exit(main(sys.argv[2:]))

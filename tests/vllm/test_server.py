@@ -1,5 +1,6 @@
 """A vLLM server in processes of its own says what the policy would say, also after it was killed."""
 
+import copy
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ import pytest
 import torch
 from engine_lab import END
 
+from geo_r1.models import PackedVLM
+from geo_r1.models.lora import DOWN, UP, add_lora, merged_state
 from geo_r1.rollout import SamplingConfig, generate
 from geo_r1.rollout.engine import WeightsLost
 from geo_r1.rollout.server import ServerEngine
@@ -83,6 +86,29 @@ def test_after_each_load_it_samples_from_the_policys_weights(lab, engine, seed):
     own = generate(lab.vlm, prompts, 1, sampling=greedy, eos_token_id=END, streams=STREAMS)
     theirs = engine.sample(prompts, 1, greedy, STREAMS)
     assert [group[0].token_ids for group in theirs] == [group[0].token_ids for group in own]
+
+
+def test_adapters_alone_make_its_weights_the_policys(lab, engine):
+    model = copy.deepcopy(lab.vlm.model)
+    add_lora(model, 4, 8.0, 0.0, ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"], vision=True)
+    lab = replace(lab, vlm=PackedVLM(model))
+    weights = lab.weights(5)
+    adapters = {name: tensor for name, tensor in weights.items() if name.endswith((DOWN, UP))}
+    prompts, streams = lab.prompts[:8], STREAMS[:8]
+    groups = None
+    for seed, sent in ((1, weights), (2, adapters), (3, adapters)):
+        generator = torch.Generator().manual_seed(seed)
+        before = lab.logp(prompts, groups) if groups else None
+        with torch.no_grad():
+            for tensor in adapters.values():  # larger ones make the model magnify what is rounded off
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+        assert groups is None or (lab.logp(prompts, groups) - before).abs().mean() > 0.1
+        assert engine.holds_base == (sent is adapters)
+        engine.load(sent.items(), alpha=8.0)
+        groups = engine.sample(prompts, 4, SAMPLING, streams)
+        assert_logp(lab, prompts, groups)
+    engine.load(merged_state(weights.items(), 8.0))
+    assert not engine.holds_base and engine.sample(prompts, 4, SAMPLING, streams) == groups
 
 
 def test_what_cannot_be_answered_is_told(lab, engine):

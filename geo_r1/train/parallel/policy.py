@@ -150,10 +150,18 @@ class Policy:
         if optimizer is not None:
             load_optimizer_state(self.vlm.model, optimizer, state["optim"])
 
-    def full_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole tensor of every weight, one after another, on every rank; a tied one once."""
+    def full_tensors(
+        self, dtype: torch.dtype | None = None, ends: tuple[str, ...] = ("",)
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of every weight, one after another, on every rank; a tied one once.
+
+        Args:
+            dtype: of the tensors; None: as they are.
+            ends: only of weights whose names end so; the others are not gathered.
+        """
         for name, parameter in self.vlm.model.named_parameters():
-            yield name, _full(parameter.detach().to(self.ranks.device), dtype)
+            if name.endswith(ends):
+                yield name, _full(parameter.detach().to(self.ranks.device), dtype)
 
     @torch.no_grad()
     def move_towards(self, other: Policy, share: float) -> None:
@@ -172,9 +180,7 @@ class Policy:
         Args:
             fill: whether this rank wants it; it takes part in gathering all the same, and gets None.
         """
-        copy = self.vlm.skeleton(dtype=dtype, device=device)
-        if fill:
-            replace_all(copy.model, lambda tensor: torch.empty_like(tensor, device=device))
+        copy = self.blank(dtype, device) if fill else self.vlm.skeleton(dtype=dtype, device=device)
         slots = dict(copy.model.named_parameters())
         tensors = self.full_tensors(dtype)
         if self.alpha is not None:
@@ -183,11 +189,17 @@ class Policy:
             for name, tensor in tensors:
                 if fill:
                     slots[name].copy_(tensor)
-            own = dict(self.vlm.model.named_buffers())
-            for name, buffer in copy.model.named_buffers() if fill else ():
-                buffer.copy_(own[name])
-        copy.model.requires_grad_(False).eval()
         return copy if fill else None
+
+    def blank(self, dtype: torch.dtype, device: torch.device | str) -> PackedVLM:
+        """A plain model of this one's shape on this rank, not trained, whose weights are still to come."""
+        copy = self.vlm.skeleton(dtype=dtype, device=device)
+        replace_all(copy.model, lambda tensor: torch.empty_like(tensor, device=device))
+        own = dict(self.vlm.model.named_buffers())
+        for name, buffer in copy.model.named_buffers():
+            buffer.copy_(own[name])
+        copy.model.requires_grad_(False).eval()
+        return copy
 
 
 def spread(

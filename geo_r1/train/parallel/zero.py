@@ -134,10 +134,13 @@ class ZeroPolicy(Policy):
     def exported(self) -> Iterator[PreTrainedModel | None]:
         yield self._plain_copy(torch.float32)
 
-    def full_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_tensors(
+        self, dtype: torch.dtype | None = None, ends: tuple[str, ...] = ("",)
+    ) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.vlm.model.named_parameters():
-            tensor = self._full(parameter, dtype)
-            yield name, tensor if dtype is None else tensor.to(dtype)
+            if name.endswith(ends):
+                tensor = self._full(parameter, dtype)
+                yield name, tensor if dtype is None else tensor.to(dtype)
 
     def state(self, optimizer: Optimizer | None) -> dict[str, dict[str, Any]]:
         from deepspeed.utils import safe_get_full_optimizer_state
