@@ -11,7 +11,6 @@ import base64
 import hashlib
 import io
 import json
-import shlex
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -34,7 +33,6 @@ from geo_r1.rollout.vllm_input import (
     read_completions,
     sampling_params,
     seed_of,
-    serve_command,
 )
 
 GENERATE = "/inference/v1/generate"
@@ -58,8 +56,7 @@ class ServerEngine:
             one client.
         timeout: seconds that a request may take, and that sending weights may stand still.
         patience: seconds that a server which does not answer is asked again.
-        model: the name of the model, where the server has several.
-        folder: of the model, for the error that says how to start a server.
+        say: told, once a time, that the server is waited for.
 
     Raises:
         ValueError: the server was started otherwise; has the whole command.
@@ -73,15 +70,15 @@ class ServerEngine:
         end_token_ids: Collection[int],
         vision_token_ids: Collection[int],
         run: str | None = None,
-        timeout: float = 600.0,
-        patience: float = 600.0,
-        model: str | None = None,
-        folder: str = "FOLDER",
+        timeout: float,
+        patience: float,
+        say: Callable[[str], object] = print,
     ) -> None:
         self._http = HttpClient(url, timeout)
         self._end_token_ids, self._vision_token_ids = set(end_token_ids), set(vision_token_ids)
         self._run = run or uuid.uuid4().hex
-        self._timeout, self._patience, self._model, self._folder = timeout, patience, model, folder
+        self._timeout, self._patience, self._say = timeout, patience, say
+        self._start = f"start it with: python -m geo_r1.train RECIPE --serve=HOST:{self._http.address[1]}"
         self._version: str | None = None  # of this client's last load
         # Name and checksum of the base weights that all workers keep, after a good load with adapters.
         self._base: tuple[str, int] | None = None
@@ -151,6 +148,7 @@ class ServerEngine:
             prompt.check_budget(sampling.max_new_tokens, self._max_model_len, "the server's max_model_len")
         with ThreadPoolExecutor(min(len(prompts), MOST_REQUESTS) or 1) as pool, self._http:
             version = self._insist(self._weight_version)
+            self._failing_since = None
             self._check_version(version)
             if self._kept_of != (checksum := version.rpartition("/")[2]):
                 self._kept, self._kept_of = {}, checksum
@@ -168,7 +166,7 @@ class ServerEngine:
 
     def close(self) -> None:
         """Give up what is asked for; the server goes on, for the next trainer."""
-        self._http.__exit__()
+        self._http.close()
 
     def _complete(
         self,
@@ -189,8 +187,6 @@ class ServerEngine:
             ),
             "return_token_ids": True,
         }
-        if self._model is not None:
-            request["model"] = self._model
         body = json.dumps(request).encode()
         key = hashlib.blake2b(body).digest()
 
@@ -280,13 +276,7 @@ class ServerEngine:
             if worker["data_parallel_size"] != 1:
                 wrong.append("it has data parallel ranks, whose workers cannot all be reached")
         if wrong:
-            environment, command = serve_command(self._folder, port=self._http.address[1])
-            start = " ".join(
-                [*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)]
-            )
-            raise ValueError(
-                f"{self._http.url} cannot be trained with: {'; '.join(wrong)}; start it with: {start}"
-            )
+            raise ValueError(f"{self._http.url} cannot be trained with: {'; '.join(wrong)}; {self._start}")
         return len(workers)
 
     def _workers(self) -> list[dict[str, Any]]:
@@ -312,12 +302,16 @@ class ServerEngine:
         if self._http.stopped.is_set():
             raise error
         now = time.monotonic()
-        self._failing_since = self._failing_since or now
+        if self._failing_since is None:
+            self._say(
+                f"{self._http.url} is waited for, up to {self._patience:.0f} s ({error}); {self._start}"
+            )
+            self._failing_since = now
         waited = now - self._failing_since
         if waited >= self._patience:
             raise EngineLost(
-                f"{self._http.url} has not answered for {waited:.0f} s ({error}); start it again, and the "
-                "trainer's same command goes on from the last checkpoint"
+                f"{self._http.url} has not answered for {waited:.0f} s ({error}); {self._start}; then the "
+                "trainer's same command goes on"
             ) from error
         self._http.stopped.wait(min(0.05 * 2**attempt, LONGEST_PAUSE))
 

@@ -79,8 +79,9 @@ class VLLMEngine:
         sleep: bool = False,
     ) -> None:
         os.environ.update(ENVIRONMENT)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         on_cpu = not torch.cuda.is_available()
+        # on a CPU it warns a dozen times of what cannot be had there
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING")
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         if num_ranks % tensor_parallel_size:
             raise ValueError(

@@ -84,6 +84,7 @@ def cpu_options(max_model_len: int) -> dict[str, Any]:
 def serve_command(
     folder: str,
     *,
+    host: str = "127.0.0.1",
     port: int = 8000,
     dtype: str = "bfloat16",
     max_model_len: int | None = None,
@@ -92,11 +93,12 @@ def serve_command(
 ) -> tuple[dict[str, str], list[str]]:
     """Environment and command line of a server that `ServerEngine` can use.
 
-    In its development mode whoever reaches the port can change what it runs, key or no key: keep it to a
-    private network.
+    In its development mode whoever reaches the port can change what it runs, key or no key: keep it to this
+    machine or a private network.
 
     Args:
         folder: of `write_engine_folder`.
+        host: the address that it listens at; who else is to reach it needs another than the default.
         max_model_len: tokens of a prompt and a completion; None takes the most that the model knows.
         options: further ones of the command line.
     """
@@ -105,6 +107,7 @@ def serve_command(
         **common_options(),
         "enable_scale_out": True,
         "worker_extension_cls": "geo_r1.rollout.receiver.WeightReceiver",
+        "host": host,
         "port": port,
         "dtype": dtype,
         "tensor_parallel_size": tensor_parallel_size,

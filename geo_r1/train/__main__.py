@@ -1,46 +1,51 @@
-"""Run a recipe: `torchrun -m geo_r1.train [recipe.toml] [--section.key value ...]`.
+"""Run a recipe: a TOML file, recipes/world.toml where none is named, and single keys of it on top.
 
-`--dry-run` only says what it would train and what that takes, on the ranks that are there; `--dry-run=8` on
-eight. `--serve` does not train either: it becomes the vLLM server that `rollout.server_url` names, on port
-8000 or, with `--serve=9000`, on another.
+--dry-run only says what it would train and what that takes, on the ranks that are there; --dry-run=8 on
+eight. --serve does not train either: it becomes the vLLM server that rollout.server_url names, for this
+machine alone, on port 8000 or, with --serve=9000, on another. Whoever reaches that port can run code there:
+--serve=HOST:9000 takes the address of a private network.
+
+On several GPUs or machines: torchrun [its options] -m geo_r1.train, and the same arguments.
 
 A mistake of the user's (recipe, data, rewards) is one line on stderr and exit code 2. A stage that is asked
 to stop writes a checkpoint and exits with 0; the same command goes on from there. torchrun turns any other
-exit code than 0 into 1, with a report of its own; one process needs none: `python -m geo_r1.train`.
+exit code than 0 into 1, with a report of its own.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from geo_r1.train.config import Recipe
-from geo_r1.train.recipe import load_recipe
+from geo_r1.train.recipe import DRY_RUN, SERVE, load_recipe
 
 SECONDS_FOR_THE_REASON = 2.0  # the rank that knows it is ending, too
 INTERRUPTED = 130
-DRY_RUN = "--dry-run"
-SERVE = "--serve"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe that the arguments name; returns the exit code."""
     is_main = os.environ.get("RANK", "0") == "0"  # every rank reads the same recipe
     try:
-        arguments, num_ranks = _without(DRY_RUN, sys.argv[1:] if argv is None else argv)
-        arguments, port = _without(SERVE, arguments)
-        recipe = load_recipe(arguments)
-        if port is not None:
+        arguments, ranks = _without(DRY_RUN, sys.argv[1:] if argv is None else argv)
+        arguments, address = _without(SERVE, arguments)
+        if ranks is not None and address is not None:
+            raise ValueError(f"{DRY_RUN} and {SERVE} do not go together: leave one out")
+        num_ranks = None if ranks is None else _number(ranks or os.environ.get("WORLD_SIZE", "1"))
+        recipe = load_recipe(arguments, __doc__)
+        if address is not None:
             from geo_r1.train.serve import serve
 
-            serve(recipe, port or 8000)
+            serve(recipe, address)
         if num_ranks is None:
             return _run(recipe)
         if is_main:
             from geo_r1.train.estimate.dry_run import dry_run
 
-            print(dry_run(recipe, num_ranks or int(os.environ.get("WORLD_SIZE", "1"))))
+            print(dry_run(recipe, num_ranks))
         return 0
     except ValueError as error:
         if is_main:
@@ -48,19 +53,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _without(flag: str, argv: Sequence[str]) -> tuple[list[str], int | None]:
-    """The other arguments, and the flag's number: 0 where it has none, None where it is not there."""
+def _without(flag: str, argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The other arguments, and the flag's value: empty where it has none, None where it is not there."""
     found = [argument for argument in argv if argument.split("=")[0] == flag]
     rest = [argument for argument in argv if argument not in found]
     if not found:
         return rest, None
     after = argv[[*argv].index(found[-1]) + 1 :][:1]
-    if "=" not in found[-1] and after and after[0].isdecimal():
+    _, equals, value = found[-1].partition("=")
+    if not equals and after and re.fullmatch(r"([^-/][^/]*:)?\d+", after[0]):
         raise ValueError(f"write {flag}={after[0]}, in one word")
-    number = found[-1].partition("=")[2]
-    if "=" in found[-1] and (not number.isdecimal() or int(number) < 1):
-        raise ValueError(f"{flag} takes a number, such as {flag}=8, not {number}")
-    return rest, int(number or 0)
+    if equals and not value:
+        raise ValueError(f"{flag}= has no value: write one, or {flag} alone")
+    return rest, value
+
+
+def _number(ranks: str) -> int:
+    if not ranks.isdecimal() or int(ranks) < 1:
+        raise ValueError(f"{DRY_RUN} takes a number of ranks, such as {DRY_RUN}=8, not {ranks}")
+    return int(ranks)
 
 
 def _run(recipe: Recipe) -> int:

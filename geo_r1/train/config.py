@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 STAGES = ("pretrain", "sft", "grpo", "eval")
@@ -325,7 +326,7 @@ class RolloutConfig(Section):
     sampler's and the trainer's log-probability|), is above this. What top_p and top_k cut off counts as a
     difference, and so does dropout."""
     tensor_parallel_size: PositiveInt = 1
-    """vllm in ranks: so many of them share a copy of the weights; with --serve, the server's GPUs."""
+    """vllm: ranks that share a copy of the weights; of a server, the GPUs that --serve gives it."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.35
     """vllm in ranks: share of the GPU for its weights and cache; given back while the policy learns, where
     `max_staleness` is 0. On a CPU its cache holds `max_tokens`."""
@@ -341,22 +342,43 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _read_by_its_engine(self) -> RolloutConfig:
-        if self.engine == "native":
-            for key in ("server_url", "max_model_len"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key} is for engine = vllm, not native")
-        if self.tensor_parallel_size > 1 and (self.engine == "native" or self.server_url):
-            raise ValueError("tensor_parallel_size is for vllm inside the ranks; a server has its own")
-        if self.tensor_parallel_size > 1 and self.max_staleness:
+        in_ranks = self.engine == "vllm" and self.server_url is None
+        readers = {
+            "server_url": (self.engine == "vllm", "engine = vllm"),
+            "max_model_len": (self.engine == "vllm", "engine = vllm"),
+            "tensor_parallel_size": (self.engine == "vllm", "engine = vllm"),
+            "gpu_memory": (in_ranks, "engine = vllm inside the ranks"),
+            "timeout": (self.server_url is not None, "a server: set server_url"),
+            "patience": (self.server_url is not None, "a server: set server_url"),
+            "importance_cap": (self.importance_sampling != "none", "importance_sampling = truncate or mask"),
+            "cuda_graphs": (
+                self.engine == "native" and not self.max_staleness,
+                "engine = native with max_staleness = 0: nothing may run beside a capture",
+            ),
+        }
+        for key, (read, by) in readers.items():
+            if not read and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for {by}")
+        if in_ranks and self.tensor_parallel_size > 1 and self.max_staleness:
             raise ValueError(
                 "tensor_parallel_size > 1 would talk between ranks while the trainer does: sample ahead "
                 "(max_staleness) by a server, or with one copy a rank"
             )
-        if self.cuda_graphs and (self.engine != "native" or self.max_staleness):
-            raise ValueError(
-                "cuda_graphs is for engine = native with max_staleness = 0: nothing may run beside a capture"
-            )
         return self
+
+    @field_validator("server_url")
+    @classmethod
+    def _address(cls, url: str | None) -> str | None:
+        if url is not None:
+            try:
+                parts = urlsplit(url)
+                whole = parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/")
+                known = parts.port is None or parts.port > 0
+            except ValueError:  # a port that is no number
+                whole = known = False
+            if not (whole and known):
+                raise ValueError(f"a server's address is like http://host:8000, not {url}")
+        return url
 
 
 class RewardConfig(Section):

@@ -11,6 +11,7 @@ from geo_r1.models import EncodedPrompt
 from geo_r1.rewards import RewardFunction
 from geo_r1.rollout import Completion, score_groups
 from geo_r1.rollout.engine import EngineLost
+from geo_r1.train.batches import StepBatches
 from geo_r1.train.config import GRPOConfig
 from geo_r1.train.loop import Engine, Updater, load_rewards
 from geo_r1.train.parallel.ranks import Ranks
@@ -132,8 +133,52 @@ def reward_metrics(ranks: Ranks, sampled: list[Group]) -> dict[str, float]:
     return metrics
 
 
-def transcripts(engine: Engine, sampled: list[Group]) -> list[Transcript]:
-    """What the first groups of a step say, for the main rank to keep; on the others, nothing."""
+def token_metrics(ranks: Ranks, kept: list[Group], batches: StepBatches) -> dict[str, float]:
+    """Lengths of the step's completions, and what its update computed of them, in tokens.
+
+    A step that pads every completion and its own copy of the prompt to the longest ones would compute
+    tokens/computed + saved_by_sharing + saved_by_packing + dropped_zero_advantage.
+    """
+    pairs = [(len(c.token_ids), c.ended) for group in kept for c in group.completions]
+    prompt_len = [len(group.prompt.token_ids) for group in kept]
+    copies = sum(length * len(group.completions) for length, group in zip(prompt_len, kept, strict=True))
+    everyone = ranks.gather((pairs, prompt_len, copies))
+    lengths = [length for pairs, *_ in everyone for length, _ in pairs]
+    if not lengths:
+        return {}
+    ended = [length for pairs, *_ in everyone for length, done in pairs if done]
+    longest_prompt = max(length for _, prompt_len, _ in everyone for length in prompt_len)
+    unshared = sum(lengths) + sum(copies for *_, copies in everyone)
+    plan = batches.plan
+    packed = sum(len(indices) for rank in plan.batches for batch in rank for _, indices in batch)
+    # left out: completions that do not reach the gradient, and the prompts of groups that have no others
+    needed = plan.num_tokens - plan.repeated_tokens
+    left_out = sum(lengths) + sum(sum(prompt_len) for _, prompt_len, _ in everyone) - needed
+    metrics = {
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - len(ended) / len(lengths),
+        "completions/mean_terminated_length": statistics.fmean(ended) if ended else 0.0,
+        "num_tokens": sum(lengths),
+        "completions/dropped_zero_advantage": len(lengths) - packed,
+        "tokens/dropped_zero_advantage": left_out,
+        "tokens/computed": plan.num_tokens,
+        "tokens/saved_by_sharing": unshared - left_out - plan.num_tokens,
+        "tokens/saved_by_packing": len(lengths) * (longest_prompt + max(lengths)) - unshared,
+        "tokens/repeated_prompt": plan.repeated_tokens,
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def transcripts(
+    engine: Engine, sampled: list[Group], advantages: Mapping[int, list[float]]
+) -> list[Transcript]:
+    """What the first groups of a step say, for the main rank to keep; on the others, nothing.
+
+    Args:
+        advantages: by position; groups that dynamic sampling left out have none.
+    """
     decode, count = engine.tokenizer.decode, engine.recipe.log.rollouts_prompts
     mine = [
         Transcript(
@@ -143,6 +188,7 @@ def transcripts(engine: Engine, sampled: list[Group]) -> list[Transcript]:
             [decode(c.token_ids, skip_special_tokens=True) for c in group.completions],
             group.reward,
             group.by_function,
+            advantages.get(group.position),
         )
         for group in sampled[:count]
     ]

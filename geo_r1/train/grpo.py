@@ -5,7 +5,6 @@ Source: GRPO, arXiv:2402.03300; its variants as in TRL, whose metric names these
 
 from __future__ import annotations
 
-import statistics
 from contextlib import closing
 
 import torch
@@ -24,7 +23,7 @@ from geo_r1.models import PackedBatch, PackedVLM
 from geo_r1.models.lora import adapters_off
 from geo_r1.train.batches import MicroBatch, StepBatches, Work, share_out
 from geo_r1.train.config import GRPOConfig, Recipe
-from geo_r1.train.groups import Group, Sampler, reward_metrics, staleness, transcripts
+from geo_r1.train.groups import Group, Sampler, reward_metrics, staleness, token_metrics, transcripts
 from geo_r1.train.loop import Engine, Updater, Validate, run_stage
 from geo_r1.train.mismatch import (
     check_mismatch,
@@ -34,7 +33,6 @@ from geo_r1.train.mismatch import (
     mismatch_metrics,
 )
 from geo_r1.train.parallel.policy import Policy
-from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.phases import Phases
 from geo_r1.train.samplers import open_rollouts
 from geo_r1.train.transcripts import write_transcripts
@@ -75,7 +73,8 @@ def run_grpo(
         if recipe.rollout.max_staleness:
             metrics["sampling/staleness"] = staleness(engine.ranks, updater.progress.step, sampled)
         with phases("plan"):
-            work = _work(engine, config, kept)
+            advantages = _advantages(engine, config, kept)
+            work = _work(config, kept, advantages)
             batches = share_out(policy, work, config.optim.max_tokens, _weights(engine, config, kept))
         with phases("reference"):
             for micro in batches.micro_batches:
@@ -100,8 +99,9 @@ def run_grpo(
                 reference.move_towards(policy, config.reference.sync_share)
         number, every = updater.progress.step + 1, recipe.log.rollouts_every
         if every and (number == 1 or number % every == 0):
-            write_transcripts(engine.run_dir, "grpo", number, transcripts(engine, sampled))
-        metrics |= _token_metrics(engine.ranks, kept, batches) | batches.figures
+            of = {group.position: own for group, own in zip(kept, advantages, strict=True)}
+            write_transcripts(engine.run_dir, "grpo", number, transcripts(engine, sampled, of))
+        metrics |= token_metrics(engine.ranks, kept, batches) | batches.figures
         return metrics, batches.num_tokens * config.num_iterations
 
     with (
@@ -139,13 +139,8 @@ def _counted(config: GRPOConfig, group: Group) -> list[bool]:
     ]
 
 
-def _work(engine: Engine, config: GRPOConfig, kept: list[Group]) -> list[Work]:
-    """This rank's groups with the completions that reach the gradient, and their advantages.
-
-    One that does not count weighs nothing. Without a KL or an entropy term a completion's advantage is a
-    factor of its whole loss, whatever the policy term or the level of the ratio: where it is zero, so is the
-    gradient. A group of which none contributes is left out with its prompt and pictures.
-    """
+def _advantages(engine: Engine, config: GRPOConfig, kept: list[Group]) -> list[list[float]]:
+    """Of this rank's groups, a number a completion; by batch they are those of all ranks together."""
     shared = engine.ranks.gather([group.reward for group in kept])
     rewards = [reward for groups in shared for reward in groups]
     flat = [value for reward in rewards for value in reward]
@@ -158,19 +153,28 @@ def _work(engine: Engine, config: GRPOConfig, kept: list[Group]) -> list[Work]:
         eps=config.advantage.eps,
     )
     first = sum(map(len, shared[: engine.ranks.rank]))
-    mine = advantage.view(-1, config.num_completions)[first : first + len(kept)].tolist()
+    return advantage.view(-1, config.num_completions)[first : first + len(kept)].tolist()
+
+
+def _work(config: GRPOConfig, kept: list[Group], advantages: list[list[float]]) -> list[Work]:
+    """This rank's groups with the completions that reach the gradient, and their advantages.
+
+    One that does not count weighs nothing. Without a KL or an entropy term a completion's advantage is a
+    factor of its whole loss, whatever the policy term or the level of the ratio: where it is zero, so is the
+    gradient. A group of which none contributes is left out with its prompt and pictures.
+    """
     always = bool(config.loss.beta or config.loss.entropy_coef)
     work = []
-    for group, advantages in zip(kept, mine, strict=True):
+    for group, own in zip(kept, advantages, strict=True):
         indices = [
             i
-            for i, (counts, value) in enumerate(zip(_counted(config, group), advantages, strict=True))
+            for i, (counts, value) in enumerate(zip(_counted(config, group), own, strict=True))
             if counts and (value or always)
         ]
         if indices:
             completions = [completion.token_ids for completion in group.completions]
             sampled_logp = [completion.logp for completion in group.completions]
-            work.append(Work(group.prompt, completions, advantages, sampled_logp).part(indices))
+            work.append(Work(group.prompt, completions, own, sampled_logp).part(indices))
     return work
 
 
@@ -205,7 +209,7 @@ def _update(
     Raises:
         ValueError: the sampler differs by more than `rollout.max_mismatch`.
     """
-    ranks, recipe = policy.ranks, updater.engine.recipe
+    ranks = policy.ranks
     sums = torch.zeros(7, dtype=torch.float64, device=ranks.device)  # read once, at the end
     apart = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     largest = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -222,7 +226,7 @@ def _update(
         means.pop("kl", None)
     if first and tokens:
         means |= mismatch_metrics(ranks, tokens, apart, largest)
-        check_mismatch("grpo", updater.progress.step + 1, means, recipe.rollout.max_mismatch)
+        check_mismatch(updater.progress.step + 1, means, updater.engine.recipe.rollout.max_mismatch)
     return {"loss": loss, **means, **updater.apply(loss, batches.micro_batches)}
 
 
@@ -250,44 +254,6 @@ def _loss(vlm: PackedVLM, micro: MicroBatch, config: GRPOLossConfig) -> tuple[Te
     sums = torch.stack([torch.where(counts, column, 0).double().sum() for column in columns])
     assert micro.sampled_logp is not None
     return out.loss, sums, *differences(out.logp_R, micro.sampled_logp, counts)
-
-
-def _token_metrics(ranks: Ranks, kept: list[Group], batches: StepBatches) -> dict[str, float]:
-    """Lengths of the step's completions, and what its update computed of them, in tokens.
-
-    A step that pads every completion and its own copy of the prompt to the longest ones would compute
-    tokens/computed + saved_by_sharing + saved_by_packing + dropped_zero_advantage.
-    """
-    pairs = [(len(c.token_ids), c.ended) for group in kept for c in group.completions]
-    prompt_len = [len(group.prompt.token_ids) for group in kept]
-    copies = sum(length * len(group.completions) for length, group in zip(prompt_len, kept, strict=True))
-    everyone = ranks.gather((pairs, prompt_len, copies))
-    lengths = [length for pairs, *_ in everyone for length, _ in pairs]
-    if not lengths:
-        return {}
-    ended = [length for pairs, *_ in everyone for length, done in pairs if done]
-    longest_prompt = max(length for _, prompt_len, _ in everyone for length in prompt_len)
-    unshared = sum(lengths) + sum(copies for *_, copies in everyone)
-    plan = batches.plan
-    packed = sum(len(indices) for rank in plan.batches for batch in rank for _, indices in batch)
-    # left out: completions that do not reach the gradient, and the prompts of groups that have no others
-    needed = plan.num_tokens - plan.repeated_tokens
-    left_out = sum(lengths) + sum(sum(prompt_len) for _, prompt_len, _ in everyone) - needed
-    metrics = {
-        "completions/mean_length": statistics.fmean(lengths),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": 1 - len(ended) / len(lengths),
-        "completions/mean_terminated_length": statistics.fmean(ended) if ended else 0.0,
-        "num_tokens": sum(lengths),
-        "completions/dropped_zero_advantage": len(lengths) - packed,
-        "tokens/dropped_zero_advantage": left_out,
-        "tokens/computed": plan.num_tokens,
-        "tokens/saved_by_sharing": unshared - left_out - plan.num_tokens,
-        "tokens/saved_by_packing": len(lengths) * (longest_prompt + max(lengths)) - unshared,
-        "tokens/repeated_prompt": plan.repeated_tokens,
-    }
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def _logp(vlm: PackedVLM, batch: PackedBatch, temperature: float) -> Tensor:

@@ -1,7 +1,8 @@
 """How far the sampler's log-probabilities are from the trainer's, and the weights that correct for it.
 
 Another engine, another precision or older weights: completions then come from a distribution q that is not
-quite the policy p. With d = log p - log q of a sampled token, both under the recipe's temperature,
+quite the policy p. With d = log p - log q of a sampled token, both under the recipe's temperature, and q as
+top_p, top_k and the tokens that are never sampled leave it,
 
     sampling/logp_difference/mean, max     mean and largest |d|
     sampling/token_mult_prob_error         mean exp(|d|): 1 where they agree; 1.02 is 2 % a token
@@ -70,12 +71,12 @@ def importance_metrics(
     }
 
 
-def check_mismatch(stage: str, step: int, figures: dict[str, float], limit: float | None) -> None:
+def check_mismatch(step: int, figures: dict[str, float], limit: float | None) -> None:
     """Raise ValueError where the sampler is further from the trainer than the recipe allows."""
     error = figures.get("sampling/token_mult_prob_error", 1.0)
     if limit is not None and not error <= limit:  # nor may it be no number
         raise ValueError(
-            f"{stage} step {step}: sampling/token_mult_prob_error is {error:.4g}, rollout.max_mismatch is "
+            f"grpo step {step}: sampling/token_mult_prob_error is {error:.4g}, rollout.max_mismatch is "
             f"{limit:g}: what samples is not the policy that learns. Compare precision, rollout.engine, "
             "rollout.max_staleness, and top_p and top_k, which count too; the step was not taken"
         )

@@ -16,15 +16,29 @@ from pydantic_settings import CliSettingsSource, SettingsError
 
 from geo_r1.train.config import Recipe
 
+PROGRAM = "python -m geo_r1.train"
+DRY_RUN = "--dry-run"
+SERVE = "--serve"
+USAGE = f"""{PROGRAM} [RECIPE.toml] [{DRY_RUN}[=RANKS]] [{SERVE}[=[HOST:]PORT]]
+                              [--section.key VALUE ...]"""
 
-def load_recipe(argv: Sequence[str]) -> Recipe:
-    """Read `[recipe.toml] [--section.key value ...]`.
+
+def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
+    """Read `[recipe.toml] [--section.key value ...]`; `--help` among them prints help and exits.
+
+    Args:
+        description: what help says before it lists the keys.
 
     Raises:
         ValueError: the file is missing or malformed, a key is unknown, or a value has the wrong type. The
             message names the key, says what was found, and suggests the nearest known key.
     """
     arguments = list(argv)
+    source: CliSettingsSource = CliSettingsSource(Recipe, cli_prog_name=PROGRAM, cli_exit_on_error=False)
+    source.root_parser.usage, source.root_parser.description = USAGE, description
+    if {"-h", "--help"} & {*arguments}:  # also where there is no recipe to read
+        source.root_parser.print_help()
+        raise SystemExit(0)
     path = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else _default_recipe()
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -35,13 +49,11 @@ def load_recipe(argv: Sequence[str]) -> Recipe:
     known = _keys(Recipe)
     for option in arguments:
         key = option.removeprefix("--").split("=")[0]
-        if option.startswith("--") and key not in (*known, "help"):
-            raise ValueError(f"unknown option --{key}{_nearest(key, known)}")
+        if option.startswith("--") and key not in known:
+            flags = [flag.removeprefix("--") for flag in (DRY_RUN, SERVE)]
+            raise ValueError(f"unknown option --{key}{_nearest(key, [*known, *flags])}")
     try:
-        source: CliSettingsSource = CliSettingsSource(
-            Recipe, cli_parse_args=arguments, cli_prog_name="python -m geo_r1.train", cli_exit_on_error=False
-        )
-        overrides = source()
+        overrides = source(args=arguments)()
     except SettingsError as error:
         raise ValueError(str(error).removeprefix("error parsing CLI: ").splitlines()[0]) from error
     try:

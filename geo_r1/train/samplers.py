@@ -99,7 +99,10 @@ def check_sampler(recipe: Recipe, num_ranks: int) -> None:
         raise ValueError("rollout.engine = vllm needs vLLM: pip install '.[vllm]'")
     if num_ranks % rollout.tensor_parallel_size:
         size = rollout.tensor_parallel_size
-        raise ValueError(f"rollout.tensor_parallel_size = {size} does not divide the {num_ranks} ranks")
+        raise ValueError(
+            f"rollout.tensor_parallel_size = {size} needs a multiple of {size} ranks, there are {num_ranks}: "
+            f"torchrun --nproc-per-node {size}"
+        )
 
 
 def sampling_of(rollout: RolloutConfig) -> SamplingConfig:
@@ -137,10 +140,6 @@ def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> Rollout
     if recipe.engine == "native":
         kind = Copy if recipe.max_staleness else OwnWeights
         return kind(policy, ends, recipe)
-    folder = engine.run_dir / "rollout-model"
-    if ranks.is_main:
-        write_engine_folder(folder, vlm.model.config, engine.tokenizer, engine.image_processor)
-    ranks.barrier()
     tokens: dict[str, Any] = {"end_token_ids": ends, "vision_token_ids": vlm.vision_token_ids}
     if recipe.server_url is not None:
         from geo_r1.rollout.server import ServerEngine
@@ -151,11 +150,15 @@ def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> Rollout
             run=name,
             timeout=recipe.timeout,
             patience=recipe.patience,
-            folder=str(folder),
+            say=engine.log.say,
             **tokens,
         )
     from geo_r1.rollout.vllm import VLLMEngine
 
+    folder = engine.run_dir / "rollout-model"
+    if ranks.is_main:
+        write_engine_folder(folder, vlm.model.config, engine.tokenizer, engine.image_processor)
+    ranks.barrier()
     on_gpu = ranks.device.type == "cuda"
     return VLLMEngine(
         folder,

@@ -4,28 +4,74 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import sys
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
-from geo_r1.rollout.vllm_input import cpu_options, flags, serve_command, write_engine_folder
 from geo_r1.train.config import Recipe
-from geo_r1.train.models import encoder_of, without_weights
-from geo_r1.train.samplers import kv_cache_bytes, max_model_len
+from geo_r1.train.recipe import SERVE
 
+HOST, PORT = "127.0.0.1", 8000
 SERVER = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs
 
 
-def serve(recipe: Recipe, port: int) -> None:
+def serve(recipe: Recipe, address: str) -> None:
     """Write `<run.dir>-server/`, all of the recipe's model but its weights, and become vLLM's server of it.
 
+    Args:
+        address: `[HOST:]PORT` to listen at; empty for 127.0.0.1:8000.
+
     Raises:
-        ValueError: the model cannot be read, the folder not written, or vLLM is not installed.
+        ValueError: the address is none or is taken, this is one of several ranks, vLLM is not installed or
+            cannot do what the recipe asks, the model cannot be read, or the folder not written.
     """
+    host, port = _host_and_port(address)
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"one process becomes the server, not {size} ranks: python -m geo_r1.train {SERVE}")
     if find_spec("vllm") is None:
         raise ValueError("there is no vLLM beside geo_r1 here; install it with: pip install '.[vllm]'")
+    _check_free(host, port)
+    environment, command = _command(recipe, host, port)
+    shown = [*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)]
+    print(" ".join(shown), flush=True)
+    os.execve(command[0], command, os.environ | environment)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":") if address else (HOST, ":", str(PORT))
+    if not (port.isdecimal() and 1 <= int(port) <= 65535 and bool(host) == bool(colon)):
+        raise ValueError(
+            f"{SERVE} takes a port of 1 to 65535 and, for other machines, an address before it, such as "
+            f"{SERVE}={PORT} or {SERVE}=10.0.0.1:{PORT}, not {address}"
+        )
+    return host.removeprefix("[").removesuffix("]") or HOST, int(port)
+
+
+def _check_free(host: str, port: int) -> None:
+    """vLLM itself would find out minutes later, or share the port with another server of its kind."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server may just have ended
+            listener.bind((host, port))
+            listener.listen()
+    except OSError as error:
+        raise ValueError(
+            f"{SERVE} cannot listen at {host}, port {port}: {error.strerror}; "
+            f"{SERVE}=[HOST:]PORT names another"
+        ) from error
+
+
+def _command(recipe: Recipe, host: str, port: int) -> tuple[dict[str, str], list[str]]:
+    """Environment and command line of the server, whose folder is written."""
+    import torch  # takes seconds: only once there is a server to start
+
+    from geo_r1.rollout.vllm_input import cpu_options, flags, serve_command, write_engine_folder
+    from geo_r1.train.models import encoder_of, without_weights
+    from geo_r1.train.samplers import check_sampler, kv_cache_bytes, max_model_len
+
+    served = {"engine": "vllm", "server_url": f"http://{host}:{port}"}  # what its trainer will be told
+    check_sampler(recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=served)}), 1)
     config, tokenizer, image_processor = without_weights(recipe)
     encoder_of(recipe, config, tokenizer, image_processor)  # sets the processor's limits, as the trainer's
     folder = recipe.run.dir.with_name(f"{recipe.run.dir.name}-server")
@@ -43,14 +89,12 @@ def serve(recipe: Recipe, port: int) -> None:
         }
     environment, command = serve_command(
         str(folder),
+        host=host,
         port=port,
         dtype=recipe.model.dtype,
         max_model_len=length,
         tensor_parallel_size=recipe.rollout.tensor_parallel_size,
         options=flags(options),
     )
-    shown = [*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)]
-    print(" ".join(shown), flush=True)
-    os.execve(
-        sys.executable, [sys.executable, "-m", SERVER, "--model", *command[2:]], os.environ | environment
-    )
+    # `vllm serve` asks for the version of a package named vllm, which the build for CPUs is not.
+    return environment, [sys.executable, "-m", SERVER, "--model", *command[2:]]

@@ -66,7 +66,7 @@ class Transcript:
         texts: [N] the completions as text.
         reward: [N] their totals, task units; None where nothing scored.
         by_function: [N] the same of each reward function; the same functions in all of a step.
-        advantage: [N], no unit; None where it is not known.
+        advantage: [N], no unit; None where dynamic sampling left the group out.
     """
 
     position: int

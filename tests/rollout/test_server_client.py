@@ -347,7 +347,7 @@ def test_patience_ends(server, engine):
     impatient = engine_of(server, patience=0.3)
     impatient.load(WEIGHTS.items())
     server.dead_for = 10**9
-    told = rf"^{server.url} has not answered for \d s \(.*\); start it again, and .* the last checkpoint$"
+    told = rf"^{server.url} has not answered for \d s \(.*\); start it with: .*; then the .* command goes on$"
     with pytest.raises(EngineLost, match=told) as caught:
         impatient.sample(PROMPTS, 2, SAMPLING, STREAMS)
     assert not isinstance(caught.value, WeightsLost)
@@ -359,9 +359,9 @@ def test_no_server_at_all():
     with socket.create_server(("127.0.0.1", 0)) as port:
         url = f"http://127.0.0.1:{port.getsockname()[1]}"
     with pytest.raises(EngineLost, match=rf"^{url} has not answered .*/health: ConnectionRefusedError"):
-        ServerEngine(url, end_token_ids=[END], vision_token_ids=[], patience=0.2)
+        ServerEngine(url, end_token_ids=[END], vision_token_ids=[], timeout=1.0, patience=0.2)
     with pytest.raises(ValueError, match="a server's address is like http://host:8000, not ftp://there"):
-        ServerEngine("ftp://there", end_token_ids=[END], vision_token_ids=[])
+        ServerEngine("ftp://there", end_token_ids=[END], vision_token_ids=[], timeout=1.0, patience=0.2)
 
 
 def lose_the_last(server, engine, fault):
@@ -643,11 +643,11 @@ def test_the_checksum_tells_weights_apart(server):
     assert same != checksum((WEIGHTS | {"d": torch.empty(0, 4)}).items())
 
 
-def test_a_server_that_was_started_otherwise_is_told_the_whole_command(server):
-    command = f"VLLM_SERVER_DEV_MODE=1 .* vllm serve /m .* --port {server.http.server_port} .*"
+def test_a_server_that_was_started_otherwise_is_refused_with_the_right_command(server):
+    command = rf"python -m geo_r1.train RECIPE --serve=HOST:{server.http.server_port}$"
     server.missing = {GENERATE, "/collective_rpc", "/weight_info"}
     with pytest.raises(ValueError, match=rf"it has no {GENERATE}; .*; start it with: {command}"):
-        engine_of(server, folder="/m")
+        engine_of(server)
     server.missing = set()
     server.workers[0].config.model_config.logprobs_mode = "raw_logprobs"
     with pytest.raises(ValueError, match="its log-probabilities are raw_logprobs, not processed_logprobs"):

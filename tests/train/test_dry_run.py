@@ -119,3 +119,24 @@ def test_an_unknown_model_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty cannot be loaded"):
         dry_run(recipe_of(tmp_path, "sft", model__path=tmp_path / "empty"), 1)
+
+
+def test_what_vllm_takes(tmp_path, no_weights, monkeypatch):
+    folder, config = no_weights
+    monkeypatch.setattr(geo_r1.train.estimate.dry_run, "_device", lambda: (64 << 20, "a small one"))
+    weights = 4 * ModelCost.of(config).num_parameters / 2**20
+    changes = {"model__path": folder, "rollout__engine": "vllm"}
+    text = dry_run(recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.25), 2)
+    assert f"sampled by vLLM, whose weights take {weights:.1f} MiB of its 16.0 MiB\n" in text + "\n"
+    [line] = [line for line in text.splitlines() if line.startswith("vLLM")]
+    first, *others = line.split()[1:]
+    assert first == "16.00" and {*others} == {"-"}  # it sleeps while the policy learns
+    small = dry_run(recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.001), 2)
+    assert "too much; raise rollout.gpu_memory or rollout.tensor_parallel_size" in small
+    ahead = dry_run(
+        recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.25, rollout__max_staleness=1), 2
+    )
+    [line] = [line for line in ahead.splitlines() if line.startswith("vLLM")]
+    assert {*line.split()[1:]} == {"16.00"}
+    served = dry_run(recipe_of(tmp_path, "grpo", **changes, rollout__server_url="http://here:1"), 2)
+    assert "sampled by vLLM at http://here:1, whose memory is its own" in served

@@ -48,7 +48,7 @@ def test_groups_with_equal_rewards_are_replaced(resamples, tmp_path, monkeypatch
         "_scored",
         lambda self, draw, *args: asked.append(draw.positions) or scored(self, draw, *args),
     )
-    monkeypatch.setattr(geo_r1.train.grpo, "_work", lambda *args: updates.append(args[-1]) or work(*args))
+    monkeypatch.setattr(geo_r1.train.grpo, "_work", lambda *args: updates.append(args[1]) or work(*args))
     run_dir = runs.train(tmp_path / "run", "grpo", **DYNAMIC, grpo__max_resamples=resamples)
     rounds, kept = expected_sampling(5, 2, 1 + resamples)
     assert asked == [positions for step in rounds for positions in step]

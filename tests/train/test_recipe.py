@@ -160,3 +160,30 @@ def test_the_papers_recipes_differ_in_their_stages_alone():
     for section in ("model", "data", "grpo", "rollout", "rewards", "eval"):
         assert getattr(full, section) == getattr(zero, section)
     assert full.grpo.prompts_per_step * full.grpo.num_completions == 64
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_says_the_arguments_before_the_keys(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        load_recipe(["none.toml", flag], "What it does.\n\nAnd how.")
+    assert leaving.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines[:6]] == [
+        "usage: python -m geo_r1.train [RECIPE.toml] [--dry-run[=RANKS]] [--serve[=[HOST:]PORT]]",
+        "[--section.key VALUE ...]",
+        "",
+        "What it does.",
+        "",
+        "And how.",
+    ]
+    assert any(line.startswith("  --grpo.loss.beta float") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"), [("sevre", "serve"), ("dry-rnu=8", "dry-run"), ("sft.stpes", "sft.steps")]
+)
+def test_a_mistyped_option_is_told_the_nearest(load, option, meant):
+    with pytest.raises(ValueError) as error:
+        load("", f"--{option}")
+    assert str(error.value) == f"unknown option --{option.split('=')[0]}; did you mean {meant}?"

@@ -19,7 +19,6 @@ from transformers import AutoConfig
 
 import geo_r1.train.grpo
 import geo_r1.train.samplers
-import geo_r1.train.serve
 from geo_r1.models.lora import DOWN, UP, merged_state
 from geo_r1.rollout.engine import EngineLost, WeightsLost
 from geo_r1.train.__main__ import main
@@ -345,15 +344,23 @@ def test_a_mismatch_above_the_limit_stops_the_run_before_its_update(tmp_path, ca
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout__server_url": "http://here:1"}, "server_url is for engine = vllm, not native"),
-        ({"rollout__max_model_len": 9}, "max_model_len is for engine = vllm, not native"),
-        ({"rollout__tensor_parallel_size": 2}, "tensor_parallel_size is for vllm inside the ranks"),
+        ({"rollout__server_url": "http://here:1"}, "server_url is for engine = vllm"),
+        ({"rollout__max_model_len": 9}, "max_model_len is for engine = vllm"),
+        ({"rollout__tensor_parallel_size": 2}, "tensor_parallel_size is for engine = vllm"),
         (
             {"rollout__engine": "vllm", "rollout__tensor_parallel_size": 2, "rollout__max_staleness": 1},
             "sample ahead (max_staleness) by a server, or with one copy a rank",
         ),
         ({"rollout__cuda_graphs": True, "rollout__max_staleness": 1}, "nothing may run beside a capture"),
         ({"rollout__cuda_graphs": True}, "rollout.cuda_graphs needs a GPU"),
+        ({"rollout__gpu_memory": 0.5}, "gpu_memory is for engine = vllm inside the ranks"),
+        ({"rollout__patience": 5}, "patience is for a server: set server_url"),
+        ({"rollout__importance_cap": 3}, "importance_cap is for importance_sampling = truncate or mask"),
+        (
+            {"rollout__engine": "vllm", "rollout__server_url": "here:80x"},
+            "like http://host:8000, not here:80x",
+        ),
+        ({"rollout__engine": "vllm", "rollout__server_url": "http://here:1/v1"}, "like http://host:8000"),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused(changes, message, tmp_path, capfd):
@@ -383,7 +390,7 @@ def test_ranks_that_engines_do_not_divide_are_refused(monkeypatch):
     monkeypatch.setattr(geo_r1.train.samplers, "find_spec", lambda name: object())
     recipe = Recipe(rollout={"engine": "vllm", "tensor_parallel_size": 2})
     check_sampler(recipe, 4)
-    with pytest.raises(ValueError, match="tensor_parallel_size = 2 does not divide the 3 ranks"):
+    with pytest.raises(ValueError, match="tensor_parallel_size = 2 needs a multiple of 2 ranks, there are 3"):
         check_sampler(recipe, 3)
 
 
@@ -399,37 +406,6 @@ def test_ranks_that_engines_do_not_divide_are_refused(monkeypatch):
 def test_how_long_vllm_has_to_be_ready_for(rollout, data, length, tiny_model):
     recipe = Recipe(rollout={"engine": "vllm", **rollout}, data=data)
     assert max_model_len(recipe, AutoConfig.from_pretrained(tiny_model)) == length
-
-
-def test_a_server_is_not_started_where_vllm_is_not(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(geo_r1.train.serve, "find_spec", lambda name: None)
-    assert main([*runs.arguments(tmp_path / "run", "grpo"), "--serve"]) == 2
-    assert "there is no vLLM beside geo_r1 here" in capfd.readouterr().err
-    assert main([*runs.arguments(tmp_path / "run", "grpo"), "--serve=x"]) == 2
-    assert "--serve takes a number, such as --serve=8, not x" in capfd.readouterr().err
-
-
-def test_a_server_is_vllms_own_with_the_recipes_model_but_no_weights(tmp_path, capfd, monkeypatch):
-    became = []
-    monkeypatch.setattr(geo_r1.train.serve, "find_spec", lambda name: object())
-    monkeypatch.setattr(
-        os, "execve", lambda *command: became.append(command) or (_ for _ in ()).throw(SystemExit)
-    )
-    with pytest.raises(SystemExit):
-        main([*runs.arguments(tmp_path / "run", "grpo", data__max_prompt_tokens=300), "--serve=9000"])
-    [(_, command, environment)] = became
-    folder = tmp_path / "run-server"
-    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    assert command[command.index("--port") + 1] == "9000"
-    assert command[command.index("--max-model-len") + 1] == str(300 + 16)
-    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
-    assert {path.name for path in folder.iterdir()} >= {
-        "config.json",
-        "tokenizer.json",
-        "preprocessor_config.json",
-    }
-    assert not [*folder.glob("*.safetensors")]
-    assert "vllm serve" in capfd.readouterr().out
 
 
 if __name__ == "__main__":  # one of the ranks of test_two_ranks_send_what_one_does

@@ -125,7 +125,7 @@ def test_a_completion_that_nothing_scores_takes_no_part(tmp_path, monkeypatch):
         monkeypatch.setattr(geo_r1.train.grpo, name, watched)
     changes = {"rewards__functions": ["small_runs:first_of_group_unscored"], "grpo__steps": 1}
     [row] = runs.metrics(runs.train(tmp_path / "run", "grpo", **changes), "grpo")
-    [((_, _, scored), _), (_, batches)] = seen
+    [((_, scored, _), _), (_, batches)] = seen
     [micro] = batches.micro_batches
     assert [[reward is not None for reward in group.reward] for group in scored] == [[False, *[True] * 3]] * 2
     lengths = [[len(completion.token_ids) for completion in group.completions] for group in scored]

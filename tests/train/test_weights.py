@@ -13,7 +13,7 @@ from geo_r1.models import EncodedPrompt, load_model
 from geo_r1.rollout import Completion
 from geo_r1.train.batches import Work, share_out
 from geo_r1.train.config import GRPOConfig, ParallelConfig
-from geo_r1.train.grpo import Group, _logp, _update, _weights, _work
+from geo_r1.train.grpo import Group, _advantages, _logp, _update, _weights, _work
 from geo_r1.train.parallel.lifeline import Lifeline
 from geo_r1.train.parallel.policy import spread
 from geo_r1.train.parallel.ranks import Ranks
@@ -32,7 +32,9 @@ def lab():
 
 
 def group_of(prompt, completions, rewards):
-    return Group(prompt, [Completion(ids, [0.0] * len(ids), True) for ids in completions], rewards, {})
+    said = [Completion(ids, [0.0] * len(ids), True) for ids in completions]
+    asked = ({"role": "user", "content": [{"type": "text", "text": "north?"}]},)
+    return Group(0, Sample(prompt.sample_id, asked, ()), prompt, said, rewards, {}, 0)
 
 
 def text_prompt(name):
@@ -41,7 +43,8 @@ def text_prompt(name):
 
 def batches_of(policy, config, groups, work=None):
     """What a step computes: of its groups, those completions that reach the gradient, or the given work."""
-    work = _work(engine, config, groups) if work is None else work
+    if work is None:
+        work = _work(config, groups, _advantages(engine, config, groups))
     return share_out(policy, work, config.optim.max_tokens, _weights(engine, config, groups))
 
 
@@ -110,7 +113,12 @@ def test_leaving_out_equal_rewards_changes_no_gradient(lab, pictures_matter, pol
         for i, prompt in enumerate(prompts)
     ]
     everything = [
-        Work(group.prompt, [completion.token_ids for completion in group.completions], group.reward)
+        Work(
+            group.prompt,
+            [c.token_ids for c in group.completions],
+            group.reward,
+            [c.logp for c in group.completions],
+        )
         for group in groups
     ]
     loss = {"policy": policy, "importance_sampling_level": level, "epsilon_high": 0.3}
@@ -128,7 +136,7 @@ def test_leaving_out_equal_rewards_changes_no_gradient(lab, pictures_matter, pol
             zero_grad=lambda: model.vlm.model.zero_grad(set_to_none=True),
         )
         updater = SimpleNamespace(apply=lambda *_: {"grad_norm": model.update(optimizer, math.inf, True)})
-        found = _update(model, options, batches, updater)
+        found = _update(model, options, batches, updater, False)
         return batches.plan.num_tokens, found, grads
 
     num_tokens, figures, grads = gradients(None)

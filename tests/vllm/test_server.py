@@ -39,7 +39,7 @@ class Server:
         )
         # `vllm serve` asks for the version of a package named vllm, which the build for CPUs is not.
         module = "vllm.entrypoints.openai.api_server"
-        self.command = [sys.executable, "-m", module, "--model", *command[2:], "--host", "127.0.0.1"]
+        self.command = [sys.executable, "-m", module, "--model", *command[2:]]
         self.environment = os.environ | environment | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         self.url, self.log, self.process = f"http://127.0.0.1:{port}", log, None
 

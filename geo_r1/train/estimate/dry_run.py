@@ -16,8 +16,8 @@ from geo_r1.data import PromptEncoder
 from geo_r1.data.prompt import OverlongPrompt
 from geo_r1.data.source import Source
 from geo_r1.models.cost import ModelCost
-from geo_r1.train.config import EvalConfig, GRPOConfig, Recipe
-from geo_r1.train.estimate.holdings import spread_of
+from geo_r1.train.config import EvalConfig, GRPOConfig, LoraConfig, Recipe
+from geo_r1.train.estimate.holdings import WIDTH, spread_of
 from geo_r1.train.estimate.memory import Estimate, Load, estimate
 from geo_r1.train.estimate.model_weights import entries, model_weights
 from geo_r1.train.models import encoder_of, without_weights, world_of
@@ -51,6 +51,8 @@ def dry_run(recipe: Recipe, num_ranks: int) -> str:
         work = _Measured.of(recipe, config, stage, encoder)
         found = _estimate(recipe, config, num_ranks, stage, work.load, fused, capacity)
         lines += ["", f"== {stage}: {work.headline}", *work.lines, "", *memory_table(found)]
+        if stage == "grpo":
+            lines += _about_sampler(recipe, config, capacity)
         if found.peak <= capacity:
             lines.append(f"fits: {_gib(found.peak)} of {_gib(capacity)}")
         else:
@@ -63,6 +65,20 @@ def dry_run(recipe: Recipe, num_ranks: int) -> str:
                 verdict = ", fits" if peak <= capacity else ""
                 lines.append(f"    {change.format(ranks=ranks)}: {_gib(peak)}{verdict}")
     return "\n".join(lines)
+
+
+def _about_sampler(recipe: Recipe, config: PreTrainedConfig, capacity: int) -> Iterator[str]:
+    rollout = recipe.rollout
+    if rollout.engine == "native":
+        return
+    if rollout.server_url is not None:
+        yield f"sampled by vLLM at {rollout.server_url}, whose memory is its own"
+        return
+    size = rollout.tensor_parallel_size
+    share, weights = round(rollout.gpu_memory * capacity), model_weights(config, (), LoraConfig())
+    own = entries(weights) * WIDTH[recipe.model.dtype] // size
+    more = "" if own < share else ": too much; raise rollout.gpu_memory or rollout.tensor_parallel_size"
+    yield f"sampled by vLLM, whose weights take {_gib(own)} of its {_gib(share)}{more}"
 
 
 def _estimate(
