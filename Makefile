@@ -25,8 +25,8 @@ zero: $(READY)  ## GRPO straight from the base model, same world
 extension: $(READY)  ## geo_r1._C brought up to date with csrc/, where nvcc is; it knows better than dates what changed
 	@$(RUN)python -m csrc.nvcc
 
-test: extension  ## every test, warnings as errors
-	$(RUN)pytest
+test: extension  ## every test, warnings as errors; a thread each, for tests are many and small
+	OMP_NUM_THREADS=1 $(RUN)pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Its own environment: vLLM wants versions of its own. The last line makes this checkout importable in it.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt $(VLLM_SOURCES)
