@@ -30,7 +30,7 @@ from geo_r1.train.models import Models, check_model_exists, encoder_of, world_of
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe import dump_recipe
 from geo_r1.train.report import write_report
-from geo_r1.train.samplers import check_sampler
+from geo_r1.train.samplers import check_sampler, look_for_server
 from geo_r1.train.sft import run_sft
 
 # What may change when a run goes on in its folder: speed, memory, what is shown and which model is kept.
@@ -75,6 +75,8 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     check_model_exists(recipe.model.path)
     models = Models(recipe, world, ranks)
     engine = _start(recipe, ranks, run_dir, models)
+    if "grpo" in recipe.run.stages and ranks.is_main:
+        look_for_server(recipe.rollout, engine.log.say)
     try:
         for stage in recipe.run.stages:
             # as rank 0 sees it: other machines may see a shared folder a minute late

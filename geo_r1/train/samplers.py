@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -17,12 +17,14 @@ from geo_r1.models.cost import cached_bytes
 from geo_r1.models.lora import merged_state
 from geo_r1.rollout import Completion, SamplingConfig, generate
 from geo_r1.rollout.engine import RolloutEngine
+from geo_r1.rollout.http_client import HttpClient, Unavailable
 from geo_r1.rollout.vllm_input import sampling_params, write_engine_folder
 from geo_r1.train.config import GRPOConfig, Recipe, RolloutConfig
 from geo_r1.train.loop import Engine
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.rollouts import Rollouts
 
+SECONDS_TO_LOOK = 5.0
 MOST_AT_A_TIME = 256  # completions that vLLM says at once; its own default
 
 
@@ -103,6 +105,17 @@ def check_sampler(recipe: Recipe, num_ranks: int) -> None:
             f"rollout.tensor_parallel_size = {size} needs a multiple of {size} ranks, there are {num_ranks}: "
             f"torchrun --nproc-per-node {size}"
         )
+
+
+def look_for_server(rollout: RolloutConfig, say: Callable[[str], object]) -> None:
+    """Say it at the start of a run, not hours later, where the server does not answer yet."""
+    if rollout.server_url is None:
+        return
+    try:
+        HttpClient(rollout.server_url, SECONDS_TO_LOOK).probe("/health")
+    except Unavailable as error:
+        seconds = f"{rollout.patience:.0f} s"
+        say(f"{rollout.server_url} does not answer yet ({error}); GRPO will wait {seconds} for it")
 
 
 def sampling_of(rollout: RolloutConfig) -> SamplingConfig:

@@ -408,6 +408,22 @@ def test_how_long_vllm_has_to_be_ready_for(rollout, data, length, tiny_model):
     assert max_model_len(recipe, AutoConfig.from_pretrained(tiny_model)) == length
 
 
+def test_a_server_that_is_not_there_is_said_at_once(tmp_path, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    changes = {
+        "rollout__engine": "vllm",
+        "rollout__server_url": url,
+        "rollout__patience": 0.2,
+        "sft__steps": 1,
+    }
+    assert main(runs.arguments(tmp_path / "run", "sft", "grpo", **changes)) == 2
+    told = capfd.readouterr()
+    first, tuned = (told.out.index(text) for text in (f"{url} does not answer yet", "sft 1/1"))
+    assert first < tuned
+    assert f"{url} has not answered for" in told.err and "--serve=HOST:" in told.err
+
+
 if __name__ == "__main__":  # one of the ranks of test_two_ranks_send_what_one_does
     with shared_sampler(Path(sys.argv[1])):
         sys.exit(main(sys.argv[2:]))
