@@ -162,9 +162,9 @@ def test_equal_rewards_cost_nothing_and_change_nothing(tmp_path, monkeypatch):
     without = runs.train(tmp_path / "without", "grpo", **changes)
     real = geo_r1.train.grpo._work
 
-    def all_that_count(engine, config, kept):  # as if a term of the loss needed them
+    def all_that_count(config, *rest):  # as if a term of the loss needed them
         loss = config.loss.model_copy(update={"entropy_coef": 1.0})
-        return real(engine, config.model_copy(update={"loss": loss}), kept)
+        return real(config.model_copy(update={"loss": loss}), *rest)
 
     monkeypatch.setattr(geo_r1.train.grpo, "_work", all_that_count)
     packed = runs.train(tmp_path / "packed", "grpo", **changes)
