@@ -54,7 +54,6 @@ class VLLMEngine:
         gpu_memory_utilization: share of a device's memory, that of the trainer included, to plan with.
         kv_cache_bytes: size of the cache of keys and values; None: what that share leaves. On a CPU it must
             be given, since memory that is free there is not this process's own.
-        eager: neither compile nor capture graphs; None: on a CPU, where compiling takes longer than it saves.
         sleep: give memory back when `sleep` is called.
 
     Raises:
@@ -75,7 +74,6 @@ class VLLMEngine:
         gpu_memory_utilization: float = 0.4,
         kv_cache_bytes: int | None = None,
         tensor_parallel_size: int = 1,
-        eager: bool | None = None,
         sleep: bool = False,
     ) -> None:
         os.environ.update(ENVIRONMENT)
@@ -106,7 +104,7 @@ class VLLMEngine:
             "max_num_seqs": max_num_seqs,
             "gpu_memory_utilization": gpu_memory_utilization,
             "kv_cache_memory_bytes": kv_cache_bytes,
-            "enforce_eager": on_cpu if eager is None else eager,
+            "enforce_eager": on_cpu,  # compiling takes longer there than it saves
             "enable_sleep_mode": sleep,
             "tensor_parallel_size": tensor_parallel_size,
             "disable_log_stats": True,
