@@ -154,6 +154,8 @@ class WorldConfig(Section):
     """Where GRPO's difficulty starts; it rises evenly to `difficulty`."""
     curriculum_samples: PositiveInt = 1000
     """Prompts over which it rises."""
+    response: Literal["chain_of_thought", "answer"] = "chain_of_thought"
+    """What fine-tuning learns to say: a chain of thought with its answer, or the answer alone."""
     careless: Share = 0.0
     """Share of the teacher's chains of thought that call every side they compare the same."""
     slip: Share = 0.0

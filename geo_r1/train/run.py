@@ -136,10 +136,11 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
     if stage == "pretrain":
         return Source(exemplars.Numbered(exemplars.pretraining, world, "train"), None)
     if stage == "sft":
+        first = 1_000_000
+        if options.response == "answer":
+            return Source(exemplars.Numbered(exemplars.direct_answer, world, "train", first), None)
         teacher = {"careless": options.careless, "slip": options.slip}
-        return Source(
-            exemplars.Numbered(exemplars.chain_of_thought, world, "train", 1_000_000, teacher), None
-        )
+        return Source(exemplars.Numbered(exemplars.chain_of_thought, world, "train", first, teacher), None)
     if stage == "grpo" and options.curriculum_start is not None:
         start, num_rising = options.curriculum_start, options.curriculum_samples
         return Source(exemplars.RisingQuestions(world, "train", 2_000_000, start, num_rising), None)

@@ -1,0 +1,283 @@
+"""Compare recipes that differ in one thing: `python -m geo_r1.train.ablate recipes/ablations_world.toml`.
+
+A TOML file names a recipe, what all runs change of it, and the variants:
+
+    recipe = "world.toml"                    # beside this file
+    dir = "runs/ablations"
+    set = { "grpo.steps" = 60 }              # for all
+
+    [[variant]]
+    name = "no length reward"
+    group = "rewards"                        # heading in the table and the plot
+    start = "Geo-R1/sft"                     # goes on from that variant's model instead of training one again
+    set = { "rewards.weights" = { length = 0 } }
+
+Every variant is a run of the trainer in a folder of its own, one after the other; what is finished is not run
+again, what was stopped goes on. After each, the comparison so far is written: `ablations.md`, `.json`, `.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from pydantic import ValidationError, field_validator
+
+from geo_r1.train.config import STAGES, Recipe, Section, Stage
+from geo_r1.train.files import write_text, written_beside
+from geo_r1.train.plots import PALETTE
+from geo_r1.train.recipe import load_recipe
+
+TRAINER = "geo_r1.train"
+COLUMNS = ("variant", "chance", "before GRPO", "after GRPO", "95 % interval", "mean length", "well formed")
+
+
+class Variant(Section):
+    """One run, and where it stands in the comparison."""
+
+    name: str
+    group: str
+    start: str | None = None
+    """`variant/stage`: a model of a variant that stands before this one; without it, the recipe's own."""
+    stages: tuple[Stage, ...] | None = None
+    """Without it the recipe's, of those behind `start`."""
+    set: dict[str, Any] = {}
+    """Keys of the recipe, with dots, and their values."""
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+class Ablations(Section):
+    """A comparison: what its runs share, and what they are."""
+
+    recipe: Path
+    dir: Path
+    set: dict[str, Any] = {}
+    variant: tuple[Variant, ...]
+
+    @field_validator("variant")
+    @classmethod
+    def _distinct(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        folders = [variant.folder for variant in variants]
+        for variant, folder in zip(variants, folders, strict=True):
+            if not folder or folders.count(folder) > 1:
+                raise ValueError(
+                    f"the variant {variant.name!r} needs a name of its own, in letters or digits"
+                )
+        return variants
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A variant's run: its arguments to the trainer, and the recipe that they make."""
+
+    variant: Variant
+    arguments: list[str]
+    recipe: Recipe
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """Figures by model, once the run has ended."""
+        path = self.recipe.run.dir / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def plan(file: Path, folder: Path | None = None, more: Sequence[str] = ()) -> list[Planned]:
+    """Every run of a comparison, checked before the first one starts.
+
+    Args:
+        folder: in place of the file's `dir`.
+        more: arguments for all runs, such as `--run.threads 1`.
+
+    Raises:
+        ValueError: the file is missing, malformed, or one of its recipes is wrong; names the variant.
+    """
+    try:
+        ablations = Ablations(**tomllib.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{file}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+    folder = ablations.dir if folder is None else folder
+    planned: dict[str, Planned] = {}
+    for variant in ablations.variant:
+        changes = {**ablations.set, **variant.set, "run.dir": str(folder / variant.folder)}
+        if variant.stages is not None:
+            changes["run.stages"] = list(variant.stages)
+        if variant.start is not None:
+            before, _, stage = variant.start.rpartition("/")
+            if before not in planned or stage not in planned[before].recipe.run.stages[:-1]:
+                known = [f"{name}/{s}" for name, p in planned.items() for s in p.recipe.run.stages[:-1]]
+                raise ValueError(
+                    f"{file}: variant {variant.name!r} starts from {variant.start!r}; "
+                    f"before it there are {', '.join(known) or 'no models'}"
+                )
+            changes["model.path"] = str(planned[before].recipe.run.dir / "models" / stage)
+            if variant.stages is None:
+                later = STAGES[STAGES.index(stage) + 1 :]
+                changes["run.stages"] = [s for s in planned[before].recipe.run.stages if s in later]
+        arguments = [str(file.parent / ablations.recipe), *_options(changes), *more]
+        try:
+            recipe = load_recipe(arguments)
+        except ValueError as error:
+            raise ValueError(f"{file}: variant {variant.name!r}: {error}") from error
+        if recipe.run.stages[-1] != "eval":
+            raise ValueError(f"{file}: variant {variant.name!r} does not end with eval")
+        planned[variant.name] = Planned(variant, arguments, recipe)
+    return list(planned.values())
+
+
+def _options(changes: dict[str, Any]) -> list[str]:
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()
+    ]
+
+
+def run_all(planned: Sequence[Planned], folder: Path, launch: Sequence[str]) -> None:
+    """Run what has no summary yet; write the comparison after each.
+
+    Raises:
+        ValueError: a run did not end well; the same command goes on with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, run in enumerate(planned, 1):
+        name = run.variant.name
+        if run.summary is None:
+            print(f"geo_r1: {name} ({number} of {len(planned)})", flush=True)
+            code = subprocess.run([*launch, TRAINER, *run.arguments]).returncode
+            if code or run.summary is None:  # a run that was asked to stop has exit code 0
+                raise ValueError(
+                    f"the run of {name!r} ended before its evaluation (exit code {code}); "
+                    "the same command goes on with it"
+                )
+        write_comparison([run for run in planned if run.summary is not None], folder)
+    print(f"geo_r1: comparison: {folder / 'ablations.md'}, {folder / 'ablations.png'}")
+
+
+def rows_of(planned: Sequence[Planned]) -> list[dict[str, Any]]:
+    """One row a variant that has ended: figures of its last model, and accuracy before GRPO."""
+    rows = []
+    for run in planned:
+        summary = run.summary
+        assert summary is not None
+        model = next(stage for stage in ("grpo", "sft", "base") if stage in summary)
+        before = next(
+            (summary[stage] for stage in ("sft", "base") if stage in summary and stage != model), None
+        )
+        if model == "sft":  # a variant without GRPO: what it has learned stands before it
+            before = None
+        rows.append(
+            {"variant": run.variant.name, "group": run.variant.group, "model": model}
+            | {"before": before and before["accuracy"], **summary[model]}
+        )
+    return rows
+
+
+def write_comparison(planned: Sequence[Planned], folder: Path) -> None:
+    """Write `ablations.json`, `.md` and `.png` of the variants that have ended."""
+    rows = rows_of(planned)
+    write_text(folder / "ablations.json", json.dumps(rows, indent=2))
+    write_text(folder / "ablations.md", markdown(rows))
+    with written_beside(folder / "ablations.png") as partial:
+        draw(rows).savefig(partial, dpi=160, format="png")
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The comparison as a table; a line of its own for each group."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join(['---'] * len(COLUMNS))} |"]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines.append(f"| **{group}** |" + " |" * (len(COLUMNS) - 1))
+        for row in rows:
+            if row["group"] != group:
+                continue
+            low, high = row["accuracy_interval"]
+            cells = [
+                row["variant"],
+                f"{row['chance']:.1%}",
+                "" if row["before"] is None else f"{row['before']:.1%}",
+                f"{row['accuracy']:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{row['completion_length']:.1f}",
+                f"{row['well_formed']:.1%}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> Figure:
+    """A line a variant: accuracy with its interval, a ring for before GRPO, a tick for guessing."""
+    lines: list[dict[str, Any] | str] = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines += [group, *(row for row in rows if row["group"] == group)]
+    figure = Figure(figsize=(7.2, 0.7 + 0.26 * len(lines)), layout="constrained")
+    axes = figure.add_subplot()
+    ink, color = "#20242b", PALETTE[0]
+    for y, line in enumerate(lines):
+        if isinstance(line, str):
+            continue
+        accuracy, (low, high) = 100 * line["accuracy"], line["accuracy_interval"]
+        errors = [[accuracy - 100 * low], [100 * high - accuracy]]
+        axes.errorbar(accuracy, y, xerr=errors, fmt="o", color=color, markersize=5, linewidth=1.4)
+        axes.plot(100 * line["chance"], y, "|", color="#8a9099", markersize=9)
+        if line["before"] is not None:
+            axes.plot(100 * line["before"], y, "o", color=color, markerfacecolor="white", markersize=5)
+    axes.set_yticks(
+        range(len(lines)), [x if isinstance(x, str) else x["variant"] for x in lines], fontsize=8.5
+    )
+    for label, line in zip(axes.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if isinstance(line, str) else "normal")
+        label.set_color(ink)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(
+        "accuracy on held-out cities, %   (● with 95 % interval, ○ before GRPO, | guessing)", fontsize=8.5
+    )
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8.5, color="#c9cdd4")
+    axes.grid(axis="x", color="#eceef1", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#c9cdd4")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison that the arguments name; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m geo_r1.train.ablate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Further arguments go to every run: --run.threads 1",
+    )
+    parser.add_argument("file", type=Path, help="TOML file of the comparison")
+    parser.add_argument("--dir", type=Path, help="folder of the runs, in place of the file's")
+    parser.add_argument("--launch", default=f"{shlex.quote(sys.executable)} -m", metavar="COMMAND",
+                        help="what starts a module: 'torchrun --nproc-per-node 8 -m'")  # fmt: skip
+    options, more = parser.parse_known_args(argv)
+    try:
+        planned = plan(options.file, options.dir, more)
+        run_all(planned, planned[0].recipe.run.dir.parent, shlex.split(options.launch))
+    except ValueError as error:
+        print(f"geo_r1: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
