@@ -13,7 +13,7 @@ A TOML file names a recipe, what all runs change of it, and the variants:
     set = { "rewards.weights" = { length = 0 } }
 
 Every variant is a run of the trainer in a folder of its own, one after the other; what is finished is not run
-again, what was stopped goes on. After each, the comparison so far is written: `ablations.md`, `.json`, `.png`.
+again, what was stopped goes on. After each, the comparison so far is written: ablations.md, .json and .png.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from pydantic import ValidationError, field_validator
+from matplotlib.lines import Line2D
+from pydantic import Field, ValidationError, field_validator
 
 from geo_r1.train.config import STAGES, Recipe, Section, Stage
 from geo_r1.train.files import write_text, written_beside
@@ -51,7 +52,7 @@ class Variant(Section):
     """`variant/stage`: a model of a variant that stands before this one; without it, the recipe's own."""
     stages: tuple[Stage, ...] | None = None
     """Without it the recipe's, of those behind `start`."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Keys of the recipe, with dots, and their values."""
 
     @property
@@ -64,7 +65,7 @@ class Ablations(Section):
 
     recipe: Path
     dir: Path
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     variant: tuple[Variant, ...]
 
     @field_validator("variant")
@@ -227,14 +228,14 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
         lines += [group, *(row for row in rows if row["group"] == group)]
     figure = Figure(figsize=(7.2, 0.7 + 0.26 * len(lines)), layout="constrained")
     axes = figure.add_subplot()
-    ink, color = "#20242b", PALETTE[0]
+    ink, grey, color = "#20242b", "#8a9099", PALETTE[0]
     for y, line in enumerate(lines):
         if isinstance(line, str):
             continue
         accuracy, (low, high) = 100 * line["accuracy"], line["accuracy_interval"]
         errors = [[accuracy - 100 * low], [100 * high - accuracy]]
         axes.errorbar(accuracy, y, xerr=errors, fmt="o", color=color, markersize=5, linewidth=1.4)
-        axes.plot(100 * line["chance"], y, "|", color="#8a9099", markersize=9)
+        axes.plot(100 * line["chance"], y, "|", color=grey, markersize=9)
         if line["before"] is not None:
             axes.plot(100 * line["before"], y, "o", color=color, markerfacecolor="white", markersize=5)
     axes.set_yticks(
@@ -245,9 +246,13 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
         label.set_color(ink)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel(
-        "accuracy on held-out cities, %   (● with 95 % interval, ○ before GRPO, | guessing)", fontsize=8.5
-    )
+    axes.set_xlabel("accuracy on held-out cities, %", fontsize=8.5, color=ink)
+    marks = [
+        Line2D([], [], marker="o", color=color, label="with its 95 % interval"),
+        Line2D([], [], marker="o", color=color, markerfacecolor="white", linewidth=0, label="before GRPO"),
+        Line2D([], [], marker="|", color=grey, linewidth=0, markersize=9, label="guessing"),
+    ]
+    axes.legend(handles=marks, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8.5)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8.5, color="#c9cdd4")
     axes.grid(axis="x", color="#eceef1", linewidth=0.8)

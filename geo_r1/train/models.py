@@ -21,7 +21,7 @@ from geo_r1.train.parallel.policy import Policy, spread, strategy_of
 from geo_r1.train.parallel.ranks import Ranks
 
 TINY = "tiny"
-TEACHER = {"response", "careless", "slip", "curriculum_start", "curriculum_samples"}  # not of the world itself
+TEACHER = {"response", "careless", "slip", "curriculum_start", "curriculum_samples"}  # not the world's
 TOKENIZER_SAMPLES = 200
 
 
