@@ -53,11 +53,13 @@ MAY_IMPORT = {
     "kernels": set(),
     "models": {"kernels"},
     "answers": set(),
-    "data": {"kernels", "models"},
+    "files": set(),
+    "places": set(),
+    "data": {"kernels", "models", "answers", "files", "places"},
     "rewards": {"answers"},
     "rollout": {"kernels", "models", "data", "rewards"},
-    "eval": {"kernels", "models", "answers", "data", "rewards", "rollout"},
-    "train": {"kernels", "models", "answers", "data", "rewards", "rollout", "eval"},
+    "eval": {"kernels", "models", "answers", "files", "places", "data", "rewards", "rollout"},
+    "train": {"kernels", "models", "answers", "files", "data", "rewards", "rollout", "eval"},
 }
 
 

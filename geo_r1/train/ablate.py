@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pydantic import Field, ValidationError, field_validator
 
+from geo_r1.files import write_text, written_beside
 from geo_r1.train.config import STAGES, Recipe, Section, Stage
-from geo_r1.train.files import write_text, written_beside
 from geo_r1.train.plots import PALETTE
 from geo_r1.train.recipe import load_recipe
 

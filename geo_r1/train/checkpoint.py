@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 from transformers import PreTrainedModel
 
-from geo_r1.train.files import beside, publish, sync
+from geo_r1.files import beside, publish, sync
 from geo_r1.train.parallel.ranks import PATIENCE, PeerLost, Ranks
 from geo_r1.train.shards import State, Writer, check, plain_of, reason_of, tensors_of
 

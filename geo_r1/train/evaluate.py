@@ -13,9 +13,9 @@ from rich.table import Table
 from geo_r1.data import Sample, load_image
 from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import Prediction, predict, summarise
+from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
 from geo_r1.rollout import score_groups
-from geo_r1.train.files import write_text
 from geo_r1.train.loop import Engine, load_rewards
 
 

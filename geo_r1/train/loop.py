@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from geo_r1.data import PromptEncoder
+from geo_r1.files import written_beside
 from geo_r1.models import PackedVLM
 from geo_r1.rewards import RewardFunction, load_reward
 from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.batches import MicroBatch
 from geo_r1.train.checkpoint import Checkpoints, save_folder
 from geo_r1.train.config import Duration, OptimConfig, Recipe, RewardConfig
-from geo_r1.train.files import written_beside
 from geo_r1.train.log import Log
 from geo_r1.train.optim import build_optimizer, set_learning_rate
 from geo_r1.train.parallel.policy import Policy

@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from geo_r1.train.files import written_beside
+from geo_r1.files import written_beside
 from geo_r1.train.page import Picture, data_uri, embedded, is_finite, split_completion
 from geo_r1.train.plots import Metrics, draw_plots
 from geo_r1.train.training_gallery import read_training_gallery

@@ -18,11 +18,11 @@ from transformers.utils import logging as transformers_logging
 from geo_r1.data import World, exemplars, read_samples
 from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import question_of
+from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
 from geo_r1.train.checkpoint import newest_checkpoint, prune
 from geo_r1.train.config import STAGES, Recipe
 from geo_r1.train.evaluate import evaluate, validate, write_summary
-from geo_r1.train.files import write_text
 from geo_r1.train.grpo import loss_config_of, run_grpo
 from geo_r1.train.log import Log
 from geo_r1.train.loop import Engine, load_rewards

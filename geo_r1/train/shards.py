@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from geo_r1.train.files import beside, publish, sync
+from geo_r1.files import beside, publish, sync
 
 TRAINER, PLAIN = "trainer", "trainer.json"
 State = dict[str, dict[str, Any]]

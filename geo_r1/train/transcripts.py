@@ -28,8 +28,8 @@ from PIL import Image
 
 from geo_r1.data import Sample, load_image
 from geo_r1.data.sample import IMAGE_MARKER, ImageSource, read_image
+from geo_r1.files import beside, written_beside
 from geo_r1.rollout import Completion
-from geo_r1.train.files import beside, written_beside
 
 FOLDER = "rollouts"
 PART = "rewards/"  # of a column's name: the rewards of one function, as in metrics.jsonl

@@ -1,0 +1,68 @@
+"""What a benchmark is: its questions, how an answer is scored, and how scores are summed up."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from geo_r1.data import Sample
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark.
+
+    Attributes:
+        sample: its prompt and pictures; its id is unique in the benchmark.
+        truth: JSON values that the scorer compares with.
+    """
+
+    sample: Sample
+    truth: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a benchmark's table.
+
+    Attributes:
+        title: as it is printed, with its unit.
+        key: of a summary; a dot goes into a mapping: "within.25".
+        unit: how a value is shown.
+    """
+
+    title: str
+    key: str
+    unit: Literal["share", "km", "number", "count"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark as functions.
+
+    Attributes:
+        name: on the command line.
+        help: one line.
+        configure: adds its options to a parser.
+        questions: options -> all questions. Raises ValueError with file and row where the data is malformed.
+        score: (question, text of the model, "" where there is none) -> a record of JSON values. Always has
+            "answered" (an answer could be read), and "latitude", "longitude", "predicted_latitude",
+            "predicted_longitude", "distance_km" where it has a place on the map (None where not predicted).
+        summarise: (records of all questions, each with "id" and "length" in tokens or None) -> figures.
+            Every question is in the denominator; "answered" is the share that could be read.
+        columns: of the table.
+        published: figures of others, by model, with the keys of a summary; shares from 0 to 1.
+        breakdowns: keys of a summary that hold a summary by group, shown as further tables.
+    """
+
+    name: str
+    help: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    questions: Callable[[argparse.Namespace], list[Question]]
+    score: Callable[[Question, str], dict[str, Any]]
+    summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    columns: Sequence[Column]
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    breakdowns: Sequence[str] = ()
