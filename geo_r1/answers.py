@@ -6,6 +6,7 @@ Mention = tuple[int, bool, bool]  # a choice's number from 1, asserted, rejected
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 DEFAULT_NUM_CHOICES = 5
+MOST_READ = 4096  # characters: of a longer answer its end is read, where a conclusion stands
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
@@ -44,6 +45,18 @@ _AFTER_A = re.compile(
 _AFTER_I = re.compile(r"\s*(?:$|[.:;!?)\]/]|is\b)")
 
 
+def well_formed(text: str) -> bool:
+    """Say whether a text is a think block, optional white space and a non-empty answer block, and no more."""
+    if any(text.count(tag) != 1 for tag in TAGS):
+        return False
+    before, _, rest = text.partition("<think>")
+    _, closed, rest = rest.partition("</think>")
+    between, opened, rest = rest.partition("<answer>")
+    answer, ended, after = rest.partition("</answer>")
+    blank = not (before.strip() or between.strip() or after.strip())
+    return bool(closed and opened and ended and blank and answer.strip())
+
+
 def extract_answer(text: str) -> str | None:
     """Return the content of the last complete `<answer>...</answer>` block, stripped; None without one."""
     blocks = _ANSWER.findall(text)
@@ -71,7 +84,7 @@ def extract_choice(text: str, num_choices: int = DEFAULT_NUM_CHOICES) -> str | N
         raise ValueError(f"num_choices: got {num_choices}, expected 2 to 26")
     if any(tag in text for tag in TAGS):
         text = extract_answer(text) or ""
-    text = text.lower().replace("’", "'").replace("“", '"').replace("”", '"').strip()
+    text = text[-MOST_READ:].lower().replace("’", "'").replace("“", '"').replace("”", '"').strip()
     text = re.sub(r"\\(?:boxed|text)\s*\{([^{}]*)\}", r"(\1)", text)  # \boxed{c}
     text = re.sub(r"(?<!\w)'|'(?!\w)|[*_`\"$]", " ", _MARKED.sub(r"(\1)", text)).strip()
     text = _REASON_LAST.sub("", _REASON_FIRST.sub(r"\1", text))

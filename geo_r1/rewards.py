@@ -9,18 +9,15 @@ import functools
 import importlib
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
-from geo_r1.answers import DEFAULT_NUM_CHOICES, TAGS, extract_answer, extract_choice
+from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_answer, extract_choice, well_formed
 
 Column = Sequence[Any] | None  # N values of a dataset column
 Values = list[float | None]  # N rewards
 RewardFunction = Callable[..., Sequence[float | None]]
-
-_FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>.*\S.*</answer>\s*", re.DOTALL)
 
 
 class RewardError(ValueError):
@@ -72,11 +69,7 @@ def format_reward(completions: Sequence[Any], answer: Column = None, **kwargs: A
     Each of the four tags stands exactly once; white space around the text is allowed. None where the answer
     column is given and None.
     """
-
-    def one(text: str) -> float:
-        return float(all(text.count(tag) == 1 for tag in TAGS) and _FORMAT.fullmatch(text) is not None)
-
-    return [None if text is None else one(text) for text in _texts(completions, answer)]
+    return [None if text is None else float(well_formed(text)) for text in _texts(completions, answer)]
 
 
 def repetition(completions: Sequence[Any], answer: Column = None, *, n: int = 6, **kwargs: Any) -> Values:

@@ -13,7 +13,10 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from geo_r1.data.journal import read_lines
+
 IMAGE_MARKER = "<image>"
+MAX_JSON = 2 * 2**30  # bytes of a .json file, which is parsed whole
 ImageSource = Image.Image | Path | bytes
 
 
@@ -119,8 +122,8 @@ def read_samples(path: Path | str, image_root: Path | str | None = None) -> list
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
     samples: dict[str, tuple[int, Sample]] = {}
-    for number, row in _rows(path):
-        sample = _from_row(row, f"{path}, row {number}", root)
+    for number, row in read_rows(path):
+        sample = sample_of(row, f"{path}, row {number}", root)
         if sample.id in samples:
             raise ValueError(f"{path}: rows {samples[sample.id][0]} and {number} share the id {sample.id!r}")
         samples[sample.id] = number, sample
@@ -129,40 +132,52 @@ def read_samples(path: Path | str, image_root: Path | str | None = None) -> list
     return [sample for _, sample in samples.values()]
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows, numbered from 1. Not read by `datasets`, which writes a cache and wants one type a column."""
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields the rows of a JSONL, JSON or parquet file, numbered from 1; JSONL by the line, as it is read.
+
+    Not read by `datasets`, which writes a cache and wants one type a column.
+
+    Raises:
+        ValueError: the file is missing, of another type, or cannot be read; names it.
+    """
     if not path.is_file():
         raise ValueError(f"data file {path} does not exist")
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise ValueError(f"data file {path}: expected .jsonl, .json or .parquet")
-    if path.stat().st_size == 0:
+    size = path.stat().st_size
+    if size == 0:
+        return
+    if path.suffix == ".jsonl":
+        yield from read_lines(path)
         return
     try:
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
 
             with ParquetFile(path) as table:
-                batches = table.iter_batches(batch_size=1024)
+                batches = table.iter_batches(batch_size=64)  # rows may hold pictures
                 yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
             return
-        text = path.read_text("utf-8-sig")
-        if path.suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise ValueError(f"it is a {type(rows).__name__}, not a list of samples")
-            yield from enumerate(rows, 1)
-            return
-    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        if size > MAX_JSON:
+            raise ValueError(f"it takes more than {MAX_JSON >> 30} GiB; .jsonl has no limit")
+        rows = json.loads(path.read_text("utf-8-sig"))
+        if not isinstance(rows, list):
+            raise ValueError(f"it is a {type(rows).__name__}, not a list of samples")
+        yield from enumerate(rows, 1)
+    except (OSError, ValueError, RecursionError) as error:  # pyarrow's are among them
         raise ValueError(f"data file {path} cannot be read: {_one_line(error)}") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, row {number}: broken JSON: {_one_line(error)}") from error
 
 
-def _from_row(row: Any, where: str, root: Path) -> Sample:
+def sample_of(row: Any, where: str, root: Path) -> Sample:
+    """Make a sample of a row as `read_samples` does.
+
+    Args:
+        where: names the row in errors, and the sample if it has no id.
+        root: what relative paths start from.
+
+    Raises:
+        ValueError: the row is malformed; begins with `where`.
+    """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a sample must be a mapping of columns, got {_shown(row)}")
     columns = {key: value for key, value in row.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,7 +36,7 @@ class Column:
 
     title: str
     key: str
-    unit: Literal["share", "km", "number", "count"]
+    unit: Literal["share", "interval", "km", "number", "count"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Benchmark:
         columns: of the table.
         published: figures of others, by model, with the keys of a summary; shares from 0 to 1.
         breakdowns: keys of a summary that hold a summary by group, shown as further tables.
+        note: what the table's reader should know of how it is measured.
     """
 
     name: str
@@ -66,3 +68,34 @@ class Benchmark:
     columns: Sequence[Column]
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     breakdowns: Sequence[str] = ()
+    note: str = ""
+
+
+def broken_down(
+    records: Sequence[Mapping[str, Any]],
+    key: Callable[[Mapping[str, Any]], Any],
+    summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """A summary for each group of records that have a key, in the keys' order."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if (name := key(record)) is not None:
+            groups.setdefault(name, []).append(record)
+    alike = len({isinstance(name, str) for name in groups}) < 2
+    return {str(name): summarise(groups[name]) for name in sorted(groups, key=None if alike else str)}
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a proportion. Source: Wilson's score interval, 1927."""
+    share = successes / trials
+    spread = Z_95**2 / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_choice
-from geo_r1.data import OverlongPrompt, PromptEncoder, Sample
-from geo_r1.models import EncodedPrompt, PackedVLM
-from geo_r1.rewards import format_reward
-from geo_r1.rollout import Completion, SamplingConfig, generate
-
-Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
-PROMPTS_A_TURN = 64  # between two moves of the progress line
-UNANSWERED = Completion([], [], False)
+from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_choice, well_formed
+from geo_r1.data import PromptEncoder, Sample, read_samples
+from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down, is_finite, wilson_interval
+from geo_r1.eval.native import complete
+from geo_r1.models import PackedVLM
+from geo_r1.rollout import Completion
 
 
 @dataclass(frozen=True)
@@ -87,62 +85,144 @@ def predict(
         ValueError: a sample has no answer to compare with, or cannot be encoded; names it.
     """
     predictions: list[Prediction] = []
-    for start in range(0, len(samples), PROMPTS_A_TURN):
-        turn = samples[start : start + PROMPTS_A_TURN]
-        prompts = {i: prompt for i, s in enumerate(turn) if (prompt := _encode(encoder, s)) is not None}
-        for prompt in prompts.values():
-            prompt.check_budget(max_new_tokens, max_tokens, "eval.max_tokens")
-        groups = generate(
-            vlm,
-            [*prompts.values()],
-            1,
-            sampling=SamplingConfig(temperature=0, max_new_tokens=max_new_tokens),
-            eos_token_id={tokenizer.eos_token_id, *vlm.end_token_ids},
-            streams=[turn[i].id for i in prompts],
-            max_tokens=max_tokens,
-        )
-        completions = dict(zip(prompts, (completion for [completion] in groups), strict=True))
-        for i, sample in enumerate(turn):
-            completion = completions.get(i, UNANSWERED)
-            answer, num_choices = question_of(sample)
-            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            choice = extract_choice(text, num_choices)
-            city = str(sample.metadata.get("city", ""))
-            well_formed = format_reward([text]) == [1.0]
+    completions = complete(
+        vlm, tokenizer, encoder, samples, max_new_tokens=max_new_tokens, max_tokens=max_tokens
+    )
+    for turn in completions:
+        for sample, (completion, text) in zip(samples[len(predictions) :], turn, strict=False):
+            record = score(Question(sample, truth_of(sample)), text)
             predictions.append(
-                Prediction(sample.id, city, answer, num_choices, completion, text, choice, well_formed)
+                Prediction(
+                    sample.id,
+                    record["city"],
+                    record["answer"],
+                    record["num_choices"],
+                    completion,
+                    text,
+                    record["prediction"],
+                    record["well_formed"],
+                )
             )
         progress(len(predictions))
     return predictions
 
 
-def _encode(encoder: PromptEncoder, sample: Sample) -> EncodedPrompt | None:
-    try:
-        return encoder.encode(sample)
-    except OverlongPrompt:
-        if encoder.on_overlong != "skip":
-            raise
-        return None
-
-
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Accuracy, its 95 % interval and chance level; mean completion length in tokens; share well formed."""
-    count = len(predictions)
-    correct = sum(p.correct for p in predictions)
+    return figures(
+        [
+            {
+                "correct": p.correct,
+                "answered": p.choice is not None,
+                "well_formed": p.well_formed,
+                "length": len(p.completion.token_ids),
+                "num_choices": p.num_choices,
+            }
+            for p in predictions
+        ]
+    )
+
+
+def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of records of `score`; every one of them counts, lengths where they are known."""
+    count, correct = len(records), sum(r["correct"] for r in records)
+    lengths = [r["length"] for r in records if r["length"] is not None]
     return {
         "accuracy": correct / count,
         "accuracy_interval": wilson_interval(correct, count),
-        "completion_length": statistics.fmean(len(p.completion.token_ids) for p in predictions),
-        "well_formed": sum(p.well_formed for p in predictions) / count,
+        "completion_length": statistics.fmean(lengths) if lengths else None,
+        "well_formed": sum(r["well_formed"] for r in records) / count,
+        "answered": sum(r["answered"] for r in records) / count,
         "num_samples": count,
-        "chance": statistics.fmean(1 / p.num_choices for p in predictions),
+        "chance": statistics.fmean(1 / r["num_choices"] for r in records),
     }
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a proportion. Source: Wilson's score interval, 1927."""
-    share = successes / trials
-    spread = Z_95**2 / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def truth_of(sample: Sample) -> dict[str, Any]:
+    """What an answer is compared with, and what accuracy is broken down by.
+
+    Raises:
+        ValueError: the sample is no question; see `question_of`.
+    """
+    answer, num_choices = question_of(sample)
+    known = {key: sample.metadata.get(key) for key in ("confusers", "difficulty", "latitude", "longitude")}
+    city = sample.metadata.get("city")
+    return {"answer": answer, "num_choices": num_choices, "city": "" if city is None else str(city), **known}
+
+
+def score(question: Question, text: str) -> dict[str, Any]:
+    """Read the choice; see `Benchmark.score`."""
+    truth = question.truth
+    choice = extract_choice(text, truth["num_choices"])
+    return {
+        "answered": choice is not None,
+        "prediction": choice,
+        "correct": choice == truth["answer"],
+        "well_formed": well_formed(text),
+        **truth,
+    }
+
+
+def by_group(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`figures` of all, and by number of choices, kind of confuser, their difficulty, and city."""
+    groups: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "by_k": lambda r: r["num_choices"],
+        "by_confusers": lambda r: r["confusers"],
+        "by_difficulty": _third_of(records),
+        "by_city": lambda r: r["city"] or None,
+    }
+    return figures(records) | {name: broken_down(records, key, figures) for name, key in groups.items()}
+
+
+def _third_of(records: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str | None]:
+    """Which third of the known difficulties a record is in, named by its bounds."""
+    known = sorted(r["difficulty"] for r in records if is_finite(r["difficulty"]))
+    if not known:
+        return lambda r: None
+    low, high = known[len(known) // 3], known[2 * len(known) // 3]
+    names = (f"below {low:.3g}", f"{low:.3g} to {high:.3g}", f"{high:.3g} and above")
+
+    def third(record: Mapping[str, Any]) -> str | None:
+        value = record["difficulty"]
+        return names[(value >= low) + (value >= high)] if is_finite(value) else None
+
+    return third
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="JSONL or parquet, as `pairs` writes it")
+    parser.add_argument(
+        "--images", type=Path, help="image paths are relative to this folder, not to the file"
+    )
+
+
+def _questions(options: argparse.Namespace) -> list[Question]:
+    return [Question(sample, truth_of(sample)) for sample in read_samples(options.data, options.images)]
+
+
+# Source: Geo-R1, arXiv:2510.00072, cross-view pairing of CV-Cities, k = 5.
+PUBLISHED = {
+    "Qwen2.5-VL-7B": {"accuracy": 0.190, "completion_length": 204.6},
+    "Geo-SFT": {"accuracy": 0.231, "completion_length": 1127.6},
+    "Geo-R1-Zero": {"accuracy": 0.781, "completion_length": 587.4},
+    "Geo-R1": {"accuracy": 0.824, "completion_length": 378.8},
+}
+BENCHMARK = Benchmark(
+    name="cross-view",
+    help="which satellite tile shows the place of a panorama: accuracy, length; by k, confusers and city",
+    configure=_configure,
+    questions=_questions,
+    score=score,
+    summarise=by_group,
+    columns=(
+        Column("accuracy", "accuracy", "share"),
+        Column("95 % interval", "accuracy_interval", "interval"),
+        Column("guessing", "chance", "share"),
+        Column("mean length", "completion_length", "number"),
+        Column("well formed", "well_formed", "share"),
+        Column("answered", "answered", "share"),
+        Column("samples", "num_samples", "count"),
+    ),
+    published=PUBLISHED,
+    breakdowns=("by_k", "by_confusers", "by_difficulty", "by_city"),
+)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from geo_r1.data import Sample, load_image, read_samples
 from geo_r1.data import sample as sample_module
+from geo_r1.data.journal import MAX_LINE
 
 IMAGE = {"type": "image"}
 
@@ -239,7 +240,7 @@ def test_no_rows(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"prompt": "?"', "Expecting ',' delimiter: line 1 column 15 (char 14)"),
+        ('{"prompt": "?"', "Expecting ',' delimiter: line 2 column 1 (char 15)"),
         ("prompt", "Expecting value: line 1 column 1 (char 0)"),
         ("{} {}", "Extra data: line 1 column 4 (char 3)"),
     ],
@@ -247,7 +248,7 @@ def test_no_rows(tmp_path):
 def test_broken_line(tmp_path, line, reason):
     path = tmp_path / "x.jsonl"
     path.write_text(f'{{"prompt": "?"}}\n{line}\n{{"prompt": "?"}}\n')
-    reads_as(f"{path}, row 2: broken JSON: {reason}", lambda: read_samples(path))
+    reads_as(f"{path}, line 2: broken JSON: {reason}", lambda: read_samples(path))
 
 
 @pytest.mark.parametrize(
@@ -255,12 +256,39 @@ def test_broken_line(tmp_path, line, reason):
     [
         ("x.json", b"[{}\n", "Expecting ',' delimiter: line 2 column 1 (char 4)"),
         ("x.json", b'{"prompt": "?"}', "it is a dict, not a list of samples"),
-        ("x.jsonl", b"\xff\xfe", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        ("x.json", b"\xff\xfe", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
     ],
 )
 def test_broken_file(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     reads_as(f"data file {tmp_path}/{name} cannot be read: {reason}", lambda: read_samples(tmp_path / name))
+
+
+def test_lines_that_are_not_utf8_or_too_long_or_too_deep(tmp_path):
+    path, good = tmp_path / "x.jsonl", b'{"prompt": "?"}\n'
+    for bad, reason in (
+        (
+            b'{"prompt": "\xff"}',
+            "broken JSON: 'utf-8' codec can't decode byte 0xff in position 12: invalid start byte",
+        ),
+        (
+            b"[" * 10**5,
+            "broken JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+        ),
+        (b" " * (MAX_LINE + 1), "longer than 16 MiB; one record a line is expected"),
+    ):
+        path.write_bytes(good + bad + b"\n" + good)
+        reads_as(f"{path}, line 2: {reason}", lambda: read_samples(path))
+
+
+def test_a_list_is_limited_in_bytes_and_in_depth(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.json", [{"prompt": "?"}])
+    path.write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=f"^data file {path} cannot be read: maximum recursion depth"):
+        read_samples(path)
+    monkeypatch.setattr(sample_module, "MAX_JSON", 10)
+    reason = "it takes more than 0 GiB; .jsonl has no limit"
+    reads_as(f"data file {path} cannot be read: {reason}", lambda: read_samples(path))
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.99])
@@ -346,7 +374,9 @@ def test_reading_leaves_no_trace(tmp_path):
     write(data / "x.jsonl", [ROW])
     write(data / "x.parquet", [ROW])
     program = (
-        "import runpy, sys\n"  # the file alone: the package would import torch
+        "import pathlib, runpy, sys, types\n"
+        "package = sys.modules['geo_r1.data'] = types.ModuleType('geo_r1.data')\n"  # it would import torch
+        "package.__path__ = [str(pathlib.Path(sys.argv[1]).parent)]\n"
         "read_samples = runpy.run_path(sys.argv[1])['read_samples']\n"
         "for path in sys.argv[2:]: assert len(read_samples(path)) == 1\n"
         "assert 'datasets' not in sys.modules\n"

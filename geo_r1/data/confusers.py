@@ -1,0 +1,279 @@
+"""Which wrong tiles stand beside the right one.
+
+Sites are many and bounds are mostly wide, so uniform choices are drawn and those that do not fit are thrown
+away, for all sites of a city at once. The few sites where too little is left, and all that want what is
+nearest, ask a ball tree. What is drawn depends on the seed and the site's id and on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from geo_r1.data.manifests import Sites
+from geo_r1.places import EARTH_RADIUS_KM
+
+KINDS = ("same_city", "nearest", "global")
+DRAWS = (
+    16,
+    128,
+    1024,
+)  # a site: most need the first, and fewer than one place in a hundred fits after the last
+WIDTHS = (8, 64, 512)  # neighbours of a site that are looked at beyond those too near; wider by enumeration
+ENTRIES = 1 << 20  # pairs of a site and a tile that are judged at once
+EARTH_RADIUS_M = 1000 * EARTH_RADIUS_KM
+LEAF = 8  # places: with breadth first, 12 neighbours of 16 K take 45 us a site, and 190 with the tree's defaults
+SLACK = 1e-9  # radians, 6 mm: between the tree's arithmetic and ours
+FAR = 3.14  # radians; so far off the tree misses antipodes
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Places:
+    """Where tiles are: tiles at the same coordinates, to a tenth of a metre, are one place.
+
+    A tile whose rows give several coordinates is at those of the first.
+
+    Attributes:
+        of_site: [N] place of each site's own tile.
+        row: [P] the site whose tile shows the place.
+        latitude, longitude: [P] degrees.
+        reach: [P] metres to the farthest coordinates that a row gives for the place.
+        of_tile: place by satellite path.
+    """
+
+    def __init__(self, sites: Sites) -> None:
+        first = dict(zip(reversed(sites.satellite), range(len(sites) - 1, -1, -1), strict=True))
+        first_N = np.array([first[path] for path in sites.satellite], dtype=np.int64)
+        latitude, longitude = sites.tile_latitude[first_N], sites.tile_longitude[first_N]
+        north = np.rint(latitude * 1e6).astype(np.int64)
+        east = np.rint(longitude * 1e6).astype(np.int64) % 360_000_000
+        east[np.abs(north) == 90_000_000] = 0  # every longitude is the pole
+        _, index, self.of_site = np.unique(north * 400_000_000 + east, return_index=True, return_inverse=True)
+        self.row = first_N[index]
+        self.latitude, self.longitude = sites.tile_latitude[self.row], sites.tile_longitude[self.row]
+        here = _radians(self.latitude, self.longitude)[self.of_site]
+        self.reach = np.zeros(len(index))
+        strays = _metres(_radians(sites.tile_latitude, sites.tile_longitude), here)
+        np.maximum.at(self.reach, self.of_site, strays)
+        self.of_tile = {path: int(self.of_site[row]) for path, row in first.items()}
+
+
+class Chooser:
+    """Chooses wrong tiles for sites, among the tiles of these sites.
+
+    A wrong tile is at least `min_distance` and at most `max_distance` metres from the site on the great
+    circle, is not the site's own nor a semi-positive of it, and no two of a site are at the same place.
+
+    Args:
+        num_wrong: [N] how many each site wants, 2 to 9.
+        max_distance: None is no bound.
+
+    Attributes:
+        row: [N, most wanted] the sites whose tiles were chosen; -1 past the number wanted, and everywhere
+            where a site has too few.
+        distance: of them from the site, in metres; NaN where there is none.
+    """
+
+    def __init__(
+        self,
+        sites: Sites,
+        num_wrong: np.ndarray,
+        *,
+        min_distance: float,
+        max_distance: float | None,
+        seed: int,
+    ) -> None:
+        self.places = Places(sites)
+        self.num_wrong = num_wrong
+        self.least, self.most = min_distance, np.inf if max_distance is None else max_distance
+        self.site = _radians(sites.latitude, sites.longitude)
+        self.place = _radians(self.places.latitude, self.places.longitude)
+        self.key = keys(sites.id, f"{seed}/confusers")
+        self.place_key = keys([sites.satellite[row] for row in self.places.row.tolist()], "tiles")
+        tiles = self.places.of_tile
+        pairs = [(i, tiles.get(name, -1)) for i, semi in enumerate(sites.semi_positives) for name in semi]
+        owner, semi = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        own = self._pair(np.arange(len(sites)), self.places.of_site)
+        self.excluded = np.unique(np.concatenate([own, self._pair(owner, semi)[semi >= 0]]))
+        shape = len(sites), int(num_wrong.max(initial=0))
+        self.row, self.distance = np.full(shape, -1), np.full(shape, np.nan)
+
+    def choose(self, kind: str, members: np.ndarray, progress: Callable[[int], None] | None = None) -> None:
+        """Choose for these sites among their tiles.
+
+        Args:
+            kind: "nearest" takes the closest ones that fit; any other draws uniformly from those that fit.
+            members: positions of sites: a city's, or a whole split's.
+            progress: called with the number of sites that are done.
+        """
+        candidates = np.unique(self.places.of_site[members])
+        group = _Group(candidates, self.place[candidates])
+        rest = members
+        for step in WIDTHS if kind == "nearest" else DRAWS:
+            if step > len(candidates) or not len(rest):
+                break
+            before = len(rest)
+            rest = self._nearest(group, rest, step) if kind == "nearest" else self._drawn(group, rest, step)
+            rest = self._possible(group, rest)
+            if progress:
+                progress(before - len(rest))
+        self._enumerated(group, rest, by_distance=kind == "nearest")
+        if progress:
+            progress(len(rest))
+        self._shuffle(members)
+
+    def _drawn(self, group: _Group, members: np.ndarray, draws: int) -> np.ndarray:
+        """Take the first that fit of so many draws each; returns who is still short."""
+        for chunk in _chunks(members, np.full(len(members), draws)):
+            numbers = _mixed(self.key[chunk][:, None], np.arange(draws, dtype=np.uint64))
+            index = ((numbers >> np.uint64(11)) * 2.0**-53 * len(group.candidates)).astype(np.int64)
+            self._settle(np.repeat(chunk, draws), group.candidates[index].ravel())
+        return self._short(members)
+
+    def _nearest(self, group: _Group, members: np.ndarray, width: int) -> np.ndarray:
+        """Look at the nearest places, later beyond those too near; returns who is still short."""
+        wanted = self.num_wrong[members] + width
+        if width > WIDTHS[0]:
+            wanted += group.count(self.site[members], self.least, -SLACK)
+        wanted = np.minimum(wanted, len(group.candidates))
+        order = np.argsort(wanted, kind="stable")
+        for chunk, size in _chunks_of(members[order], wanted[order]):
+            k = int(size.max())
+            index = group.tree.query(self.site[chunk], k=k, return_distance=False, breadth_first=True)
+            self._settle(np.repeat(chunk, k), group.candidates[index].ravel())
+        return self._short(members)
+
+    def _possible(self, group: _Group, members: np.ndarray) -> np.ndarray:
+        """Leave out who cannot have enough, by mere count."""
+        inside = group.count(self.site[members], self.most, SLACK)
+        near = group.count(self.site[members], self.least, -SLACK)
+        return members[inside - near >= self.num_wrong[members]]
+
+    def _enumerated(self, group: _Group, members: np.ndarray, by_distance: bool) -> None:
+        """Judge every place within the upper bound."""
+        members = self._possible(group, members)
+        for chunk in _chunks(members, group.count(self.site[members], self.most, SLACK)):
+            found = group.within(self.site[chunk], self.most)
+            owner = np.repeat(chunk, [len(index) for index in found])
+            candidate = group.candidates[np.concatenate(found)]
+            if by_distance:
+                priority = _metres(self.site[owner], self.place[candidate])
+            else:
+                priority = _mixed(self.key[owner], self.place_key[candidate])
+            order = np.lexsort((candidate, priority, owner))
+            self._settle(owner[order], candidate[order])
+
+    def _settle(self, owner: np.ndarray, candidate: np.ndarray) -> None:
+        """Give each owner the first of its candidates that fit, if they are enough; owners stand together."""
+        distance = _metres(self.site[owner], self.place[candidate])
+        pair = self._pair(owner, candidate)
+        fits = (distance >= self.least + self.places.reach[candidate]) & (distance <= self.most)
+        place = np.searchsorted(self.excluded, pair)
+        fits &= self.excluded[np.minimum(place, len(self.excluded) - 1)] != pair
+        kept = np.flatnonzero(fits)
+        kept = kept[
+            np.sort(np.unique(pair[kept], return_index=True)[1])
+        ]  # each place once, where it is first
+        owner, candidate, distance = owner[kept], candidate[kept], distance[kept]
+        start = np.flatnonzero(np.diff(owner, prepend=-1))
+        count = np.diff(start, append=len(owner))
+        rank = np.arange(len(owner)) - np.repeat(start, count)
+        wanted = self.num_wrong[owner]
+        taken = (rank < wanted) & (np.repeat(count, count) >= wanted)
+        self.row[owner[taken], rank[taken]] = self.places.row[candidate[taken]]
+        self.distance[owner[taken], rank[taken]] = distance[taken]
+
+    def _short(self, members: np.ndarray) -> np.ndarray:
+        return members[self.row[members, 0] < 0]
+
+    def _shuffle(self, members: np.ndarray) -> None:
+        """Put each site's tiles in an order that tells nothing."""
+        priority = _mixed(
+            self.key[members][:, None], np.arange(1, self.row.shape[1] + 1, dtype=np.uint64) << np.uint64(32)
+        )
+        absent = np.arange(self.row.shape[1]) >= self.num_wrong[members][:, None]
+        order = np.argsort(np.where(absent, np.uint64(2**64 - 1), priority), axis=1, kind="stable")
+        for column in (self.row, self.distance):
+            column[members] = np.take_along_axis(column[members], order, 1)
+
+    def _pair(self, owner: np.ndarray, place: np.ndarray) -> np.ndarray:
+        return owner * len(self.places.row) + place
+
+
+class _Group:
+    """Places that some sites choose from, and a tree of them."""
+
+    def __init__(self, candidates: np.ndarray, place: np.ndarray) -> None:
+        self.candidates = candidates
+        self._place = place
+        self._tree: Any = None
+
+    @property
+    def tree(self) -> Any:
+        if self._tree is None:
+            try:
+                from sklearn.neighbors import BallTree
+            except ImportError:
+                raise ValueError("choosing tiles needs scikit-learn: pip install 'geo_r1[data]'") from None
+            self._tree = BallTree(self._place, metric="haversine", leaf_size=LEAF)
+        return self._tree
+
+    def count(self, sites: np.ndarray, metres: float, slack: float) -> np.ndarray:
+        """How many places are this near to each site."""
+        radius = metres / EARTH_RADIUS_M + slack
+        if radius < 0 or not len(sites):
+            return np.zeros(len(sites), np.int64)
+        if radius > (FAR if slack > 0 else np.pi):
+            return np.full(len(sites), len(self.candidates))
+        return self.tree.query_radius(sites, r=radius, count_only=True)
+
+    def within(self, sites: np.ndarray, metres: float) -> list[np.ndarray]:
+        """Which places are this near to each site, and maybe some farther off."""
+        radius = metres / EARTH_RADIUS_M + SLACK
+        if radius > FAR:
+            return [np.arange(len(self.candidates))] * len(sites)
+        return list(self.tree.query_radius(sites, r=radius))
+
+
+def _chunks(members: np.ndarray, size: np.ndarray) -> Iterator[np.ndarray]:
+    return (chunk for chunk, _ in _chunks_of(members, size))
+
+
+def _chunks_of(members: np.ndarray, size: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cut where the sizes add up to `ENTRIES`."""
+    cuts = np.flatnonzero(np.diff(np.cumsum(size) // ENTRIES)) + 1
+    if len(members):
+        yield from zip(np.split(members, cuts), np.split(size, cuts), strict=True)
+
+
+def _radians(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
+    return np.radians(np.stack([latitude, longitude], 1))
+
+
+def _metres(here: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Great-circle distances between [n, 2] points in radians, as `places.distance_km` in kilometres."""
+    turn = np.sin((there - here) / 2) ** 2
+    half = turn[:, 0] + np.cos(here[:, 0]) * np.cos(there[:, 0]) * turn[:, 1]
+    return 2 * EARTH_RADIUS_M * np.arcsin(np.sqrt(np.clip(half, 0, 1)))
+
+
+def keys(names: Sequence[str], stream: str) -> np.ndarray:
+    """64 random bits for each name, the same at every call; another stream is other bits."""
+    prefix = blake2b(f"{stream}/".encode(), digest_size=8)
+    digests = []
+    for name in names:
+        digest = prefix.copy()
+        digest.update(name.encode())
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def _mixed(key: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """The number-th draw of 64 bits from a key's stream: SplitMix64 (Steele, Lea, Flood, 2014)."""
+    z = key + (number + np.uint64(1)) * GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

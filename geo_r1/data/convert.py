@@ -1,0 +1,238 @@
+"""Rewrite a file of samples for another trainer: its columns, and image paths as seen from the new file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from geo_r1.data.formats import FORMATS, detect
+from geo_r1.data.journal import MAX_LINE
+from geo_r1.data.sample import read_rows
+from geo_r1.files import beside, write_text, written_beside
+
+Rows = Iterator[tuple[str, dict[str, Any]]]  # where, row
+BATCH = 256  # rows of a parquet row group; they may hold pictures
+
+# How LLaMA-Factory is told of a file. A table of columns or tags that leaves one out resets it.
+DATASET_INFO: dict[str, dict[str, Any]] = {
+    "llama-factory": {
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "images": "images"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+            "system_tag": "system",
+        },
+    },
+    "sharegpt": {"formatting": "sharegpt", "columns": {"messages": "conversations", "images": "images"}},
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--from", dest="source", default="auto", choices=["auto", *FORMATS],
+                        help="format of --in; auto, the default, goes by its first row")  # fmt: skip
+    parser.add_argument("--to", dest="target", required=True, choices=[*FORMATS], help="format of --out")
+    parser.add_argument("--in", dest="input", type=Path, required=True, metavar="FILE",
+                        help=".jsonl, .json (one list) or .parquet")  # fmt: skip
+    parser.add_argument("--out", dest="output", type=Path, required=True, metavar="FILE",
+                        help="of the same kinds; replaced if it exists")  # fmt: skip
+    parser.add_argument("--image-root", type=Path, metavar="DIR",
+                        help="what relative image paths start from; default: the folder of --in")  # fmt: skip
+    parser.add_argument("--flatten", action="store_true",
+                        help="if the format cannot hold them: pictures first, named by number in the text; "
+                        "a system turn begins the text")  # fmt: skip
+
+
+def command(options: argparse.Namespace) -> None:
+    """Convert a file and say how many rows there were.
+
+    Raises:
+        ValueError: the format is unclear, a row is malformed or cannot be held; names file and row.
+    """
+    source, why = options.source, ""
+    if source == "auto":
+        number, first = next(read_rows(options.input), (0, None))
+        source, why = detect(first), ", as the first one looks,"
+        if not number:
+            raise ValueError(f"{options.input} holds no samples")
+        if source is None:
+            raise ValueError(
+                f"{options.input}, row {number}: of no format, or of several; "
+                f"say --from with one of {', '.join(FORMATS)}"
+            )
+    count = convert(
+        options.input,
+        options.output,
+        source=source,
+        target=options.target,
+        image_root=options.image_root,
+        flatten=options.flatten,
+    )
+    print(f"{count} rows of {source}{why} written as {options.target}: {options.output}")
+
+
+def convert(
+    path: Path, out: Path, *, source: str, target: str, image_root: Path | None = None, flatten: bool = False
+) -> int:
+    """Convert a file, and enter it in `dataset_info.json` beside it where LLaMA-Factory wants that.
+
+    Args:
+        path, out: .jsonl, .json or .parquet; JSONL and parquet are never in memory as a whole.
+        source, target: names of `FORMATS`.
+        image_root: what relative image paths start from; the folder of `path` if None.
+        flatten: see `Format.write`.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ValueError: a file cannot be read or written so, or there is no row; names file and row.
+    """
+    if out.suffix not in WRITERS:
+        raise ValueError(f"{out}: expected {', '.join(WRITERS)}")
+    info = out.with_name("dataset_info.json")
+    if out == info and target in DATASET_INFO:
+        raise ValueError(f"{out}: LLaMA-Factory lists its data sets there; name the file otherwise")
+    known = _known_sets(info) if target in DATASET_INFO else {}
+    root = (path.parent if image_root is None else image_root).absolute()
+    folder = out.parent.absolute()
+
+    def rows() -> Rows:
+        for number, row in track(read_rows(path), "rows", console=Console(stderr=True), transient=True):
+            where = f"{path}, row {number}"
+            try:
+                own = FORMATS[source].read(row, where)
+                if isinstance(own.get("images"), list):
+                    own["images"] = [_moved(image, root, folder) for image in own["images"]]
+                yield where, FORMATS[target].write(own, flatten=flatten)
+            except RecursionError:
+                raise ValueError(f"{where}: nested too deep") from None
+            except ValueError as error:
+                raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(out) as partial:
+            count = WRITERS[out.suffix](rows, partial)
+            if not count:
+                raise ValueError(f"{path} holds no samples")
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # there is none if all went well
+            beside(out).unlink()
+    if target in DATASET_INFO:
+        known[out.stem] = {"file_name": out.name} | DATASET_INFO[target]
+        write_text(info, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+    return count
+
+
+def _moved(image: Any, root: Path, folder: Path) -> Any:
+    """A picture's path as seen from a folder: relative where it is in it, absolute elsewhere."""
+    if isinstance(image, bytes):
+        return {"bytes": image, "path": None}
+    if isinstance(image, dict) and image.get("bytes") is None and isinstance(image.get("path"), str):
+        image = image["path"]
+    if not isinstance(image, str):
+        return image
+    if "://" in image or image.startswith("data:"):
+        raise ValueError(f"image {image!r:.80} is no path; save it as a file")
+    path = root / image
+    if ".." in path.parts:
+        path = _resolved(path.parent) / path.name
+    for base in (folder, _resolved(folder)):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return str(path)
+
+
+@lru_cache(4096)
+def _resolved(folder: Path) -> Path:
+    return Path(os.path.realpath(folder))
+
+
+def _known_sets(info: Path) -> dict[str, Any]:
+    if not info.exists():
+        return {}
+    try:
+        known = json.loads(info.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{info} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(known, dict):
+        raise ValueError(f"{info} is a {type(known).__name__}, not a table of data sets")
+    return known
+
+
+def _json(where: str, row: dict[str, Any]) -> bytes:
+    try:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # bytes or dates; NaN, halves of characters
+        raise ValueError(f"{where}: not to be written as JSON: {error}") from error
+    if len(line) >= MAX_LINE:
+        raise ValueError(f"{where}: it takes {len(line)} bytes as JSON, more than {MAX_LINE >> 20} MiB")
+    return line
+
+
+def _write_jsonl(rows: Callable[[], Rows], path: Path) -> int:
+    count = 0
+    with path.open("wb") as file:
+        for count, (where, row) in enumerate(rows(), 1):  # noqa: B007
+            file.write(_json(where, row) + b"\n")
+    return count
+
+
+def _write_list(rows: Callable[[], Rows], path: Path) -> int:
+    count = 0
+    with path.open("wb") as file:
+        for count, (where, row) in enumerate(rows(), 1):
+            file.write((b",\n" if count > 1 else b"[\n") + _json(where, row))
+        file.write(b"\n]\n")
+    return count
+
+
+def _batches(rows: Rows) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    while batch := list(islice(rows, BATCH)):
+        yield batch
+
+
+def _write_parquet(rows: Callable[[], Rows], path: Path) -> int:
+    """Twice through the rows: their types, which differ by what is absent, then their values."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    schema, count, where = pa.schema([]), 0, ""
+    try:
+        for batch in _batches(rows()):
+            where = f"{batch[0][0]} and the {len(batch) - 1} after it"
+            found = pa.schema(list(pa.array([row for _, row in batch]).type))
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+            count += len(batch)
+        with ParquetWriter(path, schema) as writer:
+            for batch in _batches(rows()):
+                where = f"{batch[0][0]} and the {len(batch) - 1} after it"
+                table = pa.array([row for _, row in batch], pa.struct(list(schema)))
+                writer.write_batch(pa.RecordBatch.from_struct_array(table))
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: a table wants one type a column: {reason}; .jsonl does not") from error
+    return count
+
+
+WRITERS: dict[str, Callable[[Callable[[], Rows], Path], int]] = {
+    ".jsonl": _write_jsonl,
+    ".json": _write_list,
+    ".parquet": _write_parquet,
+}

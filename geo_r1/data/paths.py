@@ -1,0 +1,48 @@
+"""Paths of pictures in rows that move to another file: still right from there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+def moved_row(row: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any]:
+    """A row of our own columns with its pictures' paths as seen from a folder; see `moved`."""
+    images = row.get("images")
+    return {**row, "images": [moved(i, root, folder) for i in images]} if isinstance(images, list) else {**row}
+
+
+def moved(image: Any, root: Path, folder: Path) -> Any:
+    """A picture's path as seen from a folder: relative where it is in it, absolute elsewhere.
+
+    Args:
+        image: a path, {"path", "bytes"} or bytes; what is none of these is returned as it is.
+        root: what a relative path is relative to now.
+        folder: of the file that it moves to.
+
+    Raises:
+        ValueError: it is an address and no path.
+    """
+    if isinstance(image, bytes):
+        return {"bytes": image, "path": None}
+    if isinstance(image, Mapping) and image.get("bytes") is None and isinstance(image.get("path"), str):
+        image = image["path"]
+    if not isinstance(image, str):
+        return image
+    if "://" in image or image.startswith("data:"):
+        raise ValueError(f"image {image!r:.80} is no path; save it as a file")
+    folder, path = folder.absolute(), root.absolute() / image
+    if ".." in path.parts:
+        path = _resolved(path.parent) / path.name
+    for base in (folder, _resolved(folder)):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return str(path)
+
+
+@lru_cache(4096)
+def _resolved(folder: Path) -> Path:
+    return Path(os.path.realpath(folder))

@@ -1,0 +1,252 @@
+"""Pictures of a data set, checked, shrunk and stitched in processes of their own."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from geo_r1.data.sample import load_image
+from geo_r1.files import written_beside
+
+CHUNK = 16  # pictures or questions that a process is given at a time
+AHEAD = 8  # chunks that wait for each process
+STITCHED_PIXELS = 1 << 20  # of one picture with all candidates, if nothing else is said
+NARROWEST, WIDEST = 448, 2048  # pixels; of a stitched picture
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Pictures:
+    """Where the pictures are that a data set's paths stand for.
+
+    Args:
+        root: the folder that the paths start from; an absolute path.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._start = f"{root}/".replace("//", "/")
+        self._moved: dict[str, str] = {}
+
+    def move(self, path: str, where: str) -> None:
+        """Let a path stand for another file from now on."""
+        if where != self[path]:
+            self._moved[path] = where
+
+    def __getitem__(self, path: str) -> str:
+        return self._moved.get(path) or self._start + path
+
+
+@dataclass(frozen=True)
+class Check:
+    """What to make of a data set's pictures.
+
+    Attributes:
+        root: the folder that they must be in, an absolute path; a link must not lead out of it.
+        shrunk: where pictures of more than `max_pixels` are written, shrunk to it.
+        max_pixels: None lets every size pass that Pillow's own limit does.
+    """
+
+    root: Path
+    shrunk: Path
+    max_pixels: int | None = None
+
+    def __call__(self, path: str) -> tuple[str, str | None]:
+        """Decode a picture.
+
+        Args:
+            path: below `root`.
+
+        Returns:
+            Where the picture is that can be used, and None; or where it was looked for, and what is wrong.
+
+        Raises:
+            ValueError: a shrunk picture cannot be written.
+        """
+        full = self.root / path
+        where = str(full)
+        try:
+            real = os.path.realpath(full)
+            if os.path.commonpath([real, os.path.realpath(self.root)]) != os.path.realpath(self.root):
+                return where, "an image leads outside the root"
+            if not os.path.isfile(real):
+                return where, "an image does not exist"
+            image = open_picture(full)
+        except ValueError as error:
+            return where, _fault(str(error), f"sample {full}: image {full} ")
+        if self.max_pixels is None or image.width * image.height <= self.max_pixels:
+            return where, None
+        kind = "JPEG" if full.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+        target = self.shrunk / path
+        if kind == "PNG" and target.suffix.lower() != ".png":  # beside one of that name, if there is one
+            target = target.with_name(f"{target.name}.png")
+        _save(shrink(image, self.max_pixels), target, kind)
+        return str(target), None
+
+
+@dataclass(frozen=True)
+class Stitch:
+    """Make one picture of a question: the view from the ground, the labelled tiles in a grid below.
+
+    Attributes:
+        folder: where it is written, under a name that stands for what it shows.
+        max_pixels: of the whole picture.
+    """
+
+    folder: Path
+    max_pixels: int = STITCHED_PIXELS
+
+    def __call__(self, images: Sequence[str]) -> str:
+        """Stitch a ground picture and the candidates in order; returns the path of the result.
+
+        Raises:
+            ValueError: a picture cannot be read, or the result cannot be written; names it.
+        """
+        name = blake2b("\0".join([*images, str(self.max_pixels)]).encode(), digest_size=16).hexdigest()
+        target = self.folder / f"{name}.jpg"
+        _save(
+            stitched(*(open_picture(Path(path)) for path in images), max_pixels=self.max_pixels),
+            target,
+            "JPEG",
+        )
+        return str(target)
+
+
+def in_processes(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_workers: int,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Result]:
+    """Do work on each item in processes; yields the results in order.
+
+    Args:
+        num_workers: processes; 0 does it here.
+        progress: called with the number of items that are done.
+
+    Raises:
+        ValueError: a process ended; or what the work raises.
+    """
+    stream = iter(items)
+    chunks = iter(partial(_next_chunk, stream), [])
+    for results in _results(partial(_each, work), chunks, num_workers):
+        if progress:
+            progress(len(results))
+        yield from results
+
+
+def _results(work: Callable[[Any], Any], chunks: Iterator[Any], num_workers: int) -> Iterator[Any]:
+    if num_workers == 0:
+        yield from map(work, chunks)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    executor = ProcessPoolExecutor(num_workers, context, torch.set_num_threads, (1,))
+    try:
+        waiting = [executor.submit(work, chunk) for chunk in islice(chunks, AHEAD * num_workers)]
+        while waiting:
+            yield waiting.pop(0).result()
+            waiting += [executor.submit(work, chunk) for chunk in islice(chunks, 1)]
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that works on pictures ended unexpectedly (mostly a lack of memory): lower "
+            "--num-workers (0 needs no such processes)"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _next_chunk(stream: Iterator[Item]) -> list[Item]:
+    return list(islice(stream, CHUNK))
+
+
+def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+    return [work(item) for item in items]
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Decode a picture as `load_image` does; where Pillow would warn of a bomb, that is an error.
+
+    Raises:
+        ValueError: the picture is missing, broken, too large, or has more than 8 bits a channel; names it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return load_image(path, str(path))
+        except Image.DecompressionBombWarning as error:
+            raise ValueError(f"sample {path}: image {path} cannot be read: {error}") from error
+
+
+def _fault(message: str, prefix: str) -> str:
+    """What is wrong with a picture, without what differs from one to the next."""
+    message = message.removeprefix(prefix)
+    if "decompression bomb" in message:
+        return "an image has more pixels than Pillow's limit"
+    if "8 bits" in message:
+        return "an image has more than 8 bits a channel"
+    return f"an image {message.partition(':')[0]}"
+
+
+def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
+    """A smaller picture of about the same shape with at most so many pixels."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    height = min(max(1, int(image.height * scale)), max_pixels)
+    width = min(max(1, int(image.width * scale)), max_pixels // height)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image.Image:
+    """The ground picture above the tiles, labelled A, B, ... row by row, on white."""
+    columns = len(tiles) if len(tiles) <= 3 else math.ceil(len(tiles) / 2)
+    rows = math.ceil(len(tiles) / columns)
+    tall = min(1.0, ground.height / ground.width)  # in widths; a taller picture is fitted into a square
+    label = 0.15 / columns
+    own = max(ground.width, columns * max(tile.width for tile in tiles))
+    most = math.sqrt(max_pixels / (tall + rows * (1 / columns + label)))
+    width = int(min(WIDEST, max(NARROWEST, own), most))
+    side, band, top = width // columns, int(width * label), int(width * tall)
+    if band < 8:
+        raise ValueError(f"a picture of {len(tiles)} labelled tiles needs more than {max_pixels} pixels")
+    page = Image.new("RGB", (width, top + rows * (side + band)), "white")
+    _place(page, ground, (0, 0, width, top))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=band * 0.9)
+    for i, tile in enumerate(tiles):
+        left, upper = i % columns * side, top + i // columns * (side + band)
+        draw.text((left + side / 2, upper + band / 2), ascii_uppercase[i], "black", font, anchor="mm")
+        _place(page, tile, (left, upper + band, side, side))
+    return page
+
+
+def _place(page: Image.Image, image: Image.Image, box: tuple[int, int, int, int]) -> None:
+    """Paste a picture into the middle of a box (left, top, width, height), as large as it fits."""
+    left, top, width, height = box
+    scale = min(width / image.width, height / image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    resized = image.resize(size, Image.Resampling.LANCZOS)
+    page.paste(resized, (left + (width - size[0]) // 2, top + (height - size[1]) // 2))
+
+
+def _save(image: Image.Image, path: Path, kind: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(path) as beside:
+            image.save(beside, kind, quality=92)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error

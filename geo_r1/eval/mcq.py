@@ -1,0 +1,121 @@
+"""Any multiple-choice set: does general skill survive the training?
+
+Reads our own rows (`prompt`, `images`, `answer`, `num_choices`), and rows in the manner of MMMU and
+GEOBench-VLM: `question`, `options` (a list, or its text), `answer`, and pictures as `image`, `images` or
+`image_1`, `image_2`, …; in the text `<image>` or `<image 1>` marks their place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from geo_r1.data.sample import read_rows, sample_of
+from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
+from geo_r1.eval.cross_view import figures, question_of, score
+
+SUFFIX = "Think in <think> </think>, then answer with the letter of the right choice in <answer> </answer>."
+LONGEST_OPTIONS = 65536  # characters of options that come as text
+_NUMBERED = re.compile(r"<image ?(\d{1,2})>")
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="JSONL, JSON or parquet")
+    parser.add_argument("--images", type=Path, help="image paths are relative to it, not to the file")
+    parser.add_argument(
+        "--by", action="append", default=[], metavar="COLUMN", help="a table by it; may be repeated"
+    )
+
+
+def _questions(options: argparse.Namespace) -> list[Question]:
+    root = options.images or options.data.parent
+    questions = []
+    for number, row in read_rows(options.data):
+        where = f"{options.data}, row {number}"
+        sample = sample_of(_own_columns(row, where) if "options" in row else row, where, root)
+        answer, num_choices = question_of(sample)
+        by = {column: _group(sample.metadata, column, where) for column in options.by}
+        truth = {"answer": answer, "num_choices": num_choices, "city": "", "by": by}
+        questions.append(Question(sample, truth))
+    return questions
+
+
+def _group(metadata: Mapping[str, Any], column: str, where: str) -> str | None:
+    if column not in metadata:
+        raise ValueError(
+            f"{where}: --by {column}: no such column; it has {', '.join(metadata) or 'none'}"[:300]
+        )
+    return str(metadata[column])
+
+
+def _own_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A row with `question` and `options` in our own columns."""
+    columns = {key: value for key, value in row.items() if value is not None}
+    text, options = str(columns.pop("question", "")), _options(columns.pop("options"), where)
+    images = [columns.pop(name) for name in _image_columns(columns)]
+    images = [image for entry in images for image in (entry if isinstance(entry, list) else [entry])]
+    lettered = "\n".join(
+        f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)
+    )
+    prompt = f"{text}\n{lettered}\n{SUFFIX}"
+    order = [int(number) for number in _NUMBERED.findall(prompt)]
+    if order:  # numbered marks may repeat, and come in any order
+        if max(order) > len(images) or min(order) < 1:
+            raise ValueError(f"{where}: the text marks image {max(order)}, the row has {len(images)}")
+        images = [images[number - 1] for number in order]
+        prompt = _NUMBERED.sub("<image>", prompt)
+    answer = columns.pop("answer", None)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        answer = ascii_uppercase[answer]  # an index
+    elif answer in options:
+        answer = ascii_uppercase[options.index(answer)]
+    return {**columns, "prompt": prompt, "images": images, "answer": answer, "num_choices": len(options)}
+
+
+def _options(options: Any, where: str) -> list[str]:
+    if isinstance(options, str) and len(options) <= LONGEST_OPTIONS:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            options = ast.literal_eval(options)  # MMMU writes the list as Python does
+    if not isinstance(options, list) or not 2 <= len(options) <= len(ascii_uppercase):
+        raise ValueError(f"{where}: options must be a list of 2 to 26, got {options!r:.80}")
+    return [str(option) for option in options]
+
+
+def _image_columns(row: Mapping[str, Any]) -> Iterator[str]:
+    numbered = [name for name in row if re.fullmatch(r"image_\d{1,2}", name)]
+    yield from (name for name in ("image", "images") if name in row)
+    yield from sorted(numbered, key=lambda name: int(name[6:]))
+
+
+def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of all records, and by each column of `--by`."""
+    summary = figures(records)
+    for column in records[0]["by"]:
+        summary[f"by_{column}"] = broken_down(records, lambda r, c=column: r["by"][c], figures)
+    summary["by"] = {f"{c}: {g}": row for c in records[0]["by"] for g, row in summary.pop(f"by_{c}").items()}
+    return summary
+
+
+BENCHMARK = Benchmark(
+    name="mcq",
+    help="any multiple-choice set in JSONL or parquet, such as MMMU or GEOBench-VLM",
+    configure=_configure,
+    questions=_questions,
+    score=score,
+    summarise=summarise,
+    columns=(
+        Column("accuracy", "accuracy", "share"),
+        Column("95 % interval", "accuracy_interval", "interval"),
+        Column("guessing", "chance", "share"),
+        Column("mean length", "completion_length", "number"),
+        Column("answered", "answered", "share"),
+        Column("samples", "num_samples", "count"),
+    ),
+    breakdowns=("by",),
+)

@@ -1,0 +1,234 @@
+"""Where answers to a benchmark's questions come from: a model in process, vLLM, an endpoint, or a file."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geo_r1.data import PromptEncoder
+from geo_r1.data.endpoint import Endpoint, EndpointConfig, Reply, add_endpoint_arguments, chat_messages
+from geo_r1.data.journal import read_lines
+from geo_r1.eval.benchmark import Question
+from geo_r1.eval.native import PROMPTS_A_TURN, complete, encode
+from geo_r1.models import PackedVLM, load_model
+from geo_r1.models.cost import cached_bytes
+from geo_r1.rollout import SamplingConfig
+
+TEXT_COLUMNS = ("text", "prediction", "response", "completion", "raw_response", "answer", "output")
+ID_COLUMNS = ("id", "image_id", "img_id", "image_file", "question_id", "key")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said to one question.
+
+    Attributes:
+        id: of the question's sample.
+        text: empty where nothing was said.
+        length: in tokens; None where it is not known.
+        error: why there is no answer; such a question is asked again by the next call.
+    """
+
+    id: str
+    text: str
+    length: int | None = None
+    error: str | None = None
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say who answers."""
+    group = parser.add_argument_group("who answers")
+    group.add_argument(
+        "--engine", choices=tuple(ENGINES), help="without it: by --predictions, --url, --model"
+    )
+    group.add_argument("--model", help="a folder or hub name; of an endpoint, the model's name there")
+    group.add_argument("--predictions", type=Path, help="JSONL or CSV of somebody's answers: id and text")
+    group.add_argument("--max-new-tokens", type=int, default=2048, help="tokens of an answer (2048)")
+    group.add_argument("--max-tokens", type=int, default=65536, help="tokens cached at a time (65536)")
+    group.add_argument("--max-pixels", type=int, help="larger pictures are shrunk to it")
+    group.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    group.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU")
+    add_endpoint_arguments(group, sampling=False)
+
+
+def engine_of(options: argparse.Namespace) -> str:
+    """Which engine the options ask for.
+
+    Raises:
+        ValueError: they name none, or lack what it needs.
+    """
+    guesses = {"predictions": "file", "url": "endpoint", "model": "native"}
+    engine = options.engine or next((e for name, e in guesses.items() if getattr(options, name)), None)
+    if engine is None:
+        raise ValueError("nobody to ask: give --model, --url with --model, or --predictions")
+    for name in {"file": ("predictions",), "endpoint": ("url", "model")}.get(engine, ("model",)):
+        if not getattr(options, name):
+            raise ValueError(f"--engine {engine} needs --{name}")
+    return engine
+
+
+def identity(engine: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What decides the answers of an engine, besides the questions."""
+    if engine == "file":
+        return {"predictions": str(options.predictions)}
+    decisive: dict[str, Any] = {"engine": engine, "model": options.model}
+    if engine != "endpoint" and (folder := Path(options.model)).is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        digest = hashlib.sha256(
+            repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()
+        )
+        decisive["weights"] = digest.hexdigest()[:16]
+    names = ("max_new_tokens", "max_pixels", "temperature", "dtype")
+    return decisive | {name: getattr(options, name) for name in names}
+
+
+def from_file(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
+    """Somebody's answers; a question that they leave out has none.
+
+    Raises:
+        ValueError: the file is malformed, answers a question twice, or knows none of these questions.
+    """
+    said = _read_predictions(options.predictions)
+    known = {question.sample.id for question in questions}
+    if said and known.isdisjoint(said):
+        raise ValueError(
+            f"{options.predictions} answers none of these questions: its ids are such as "
+            f"{next(iter(said))!r:.80}, the questions' such as {next(iter(known))!r:.80}"
+        )
+    for question in questions:
+        yield Answer(question.sample.id, said.get(question.sample.id, ""))
+
+
+def _read_predictions(path: Path) -> dict[str, str]:
+    said: dict[str, str] = {}
+    for number, row in _rows(path):
+        where = f"{path}, row {number}"
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}: expected an object with id and text")
+        lowered = {str(key).lower(): value for key, value in row.items() if value is not None}
+        key = next((lowered[name] for name in ID_COLUMNS if name in lowered), None)
+        text = next((lowered[name] for name in TEXT_COLUMNS if name in lowered), None)
+        if key is None or text is None:
+            raise ValueError(
+                f"{where}: needs an id ({', '.join(ID_COLUMNS)}) and a text ({', '.join(TEXT_COLUMNS)}); "
+                f"it has {', '.join(lowered) or 'nothing'}"[:300]
+            )
+        key = str(key)
+        if key in said:
+            raise ValueError(f"{where}: {key!r:.80} is answered twice")
+        said[key] = text if isinstance(text, str) else json.dumps(text)
+    return said
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    if path.suffix != ".csv":
+        yield from read_lines(path)
+        return
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            yield from enumerate(csv.DictReader(file, strict=True), 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not CSV: {error}") from error
+
+
+def from_native(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
+    """A checkpoint in this process, by the native sampler."""
+    vlm, tokenizer, encoder = _load(options, keep_pictures=False)
+    samples = [question.sample for question in questions]
+    turns = complete(
+        vlm,
+        tokenizer,
+        encoder,
+        samples,
+        max_new_tokens=options.max_new_tokens,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+    )
+    answered = 0
+    for turn in turns:
+        for sample, (completion, text) in zip(samples[answered:], turn, strict=False):
+            yield Answer(sample.id, text, len(completion.token_ids))
+        answered += len(turn)
+
+
+def from_vllm(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
+    """A checkpoint by vLLM in this process, with the weights and prompts of the native sampler."""
+    from geo_r1.rollout.vllm import VLLMEngine
+    from geo_r1.rollout.vllm_input import write_engine_folder
+
+    vlm, tokenizer, encoder = _load(options, keep_pictures=True, weights_on="cpu")
+    prompts = [encode(encoder, question.sample) for question in questions]
+    longest = max((len(prompt.token_ids) for prompt in prompts if prompt), default=0)
+    on_gpu = torch.cuda.is_available()
+    cache = options.max_tokens * cached_bytes(vlm.model.config, vlm.compute_dtype.itemsize)
+    sampling = SamplingConfig(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        write_engine_folder(Path(folder) / "model", vlm.model.config, tokenizer, encoder.image_processor)
+        engine = VLLMEngine(
+            Path(folder) / "model",
+            end_token_ids={tokenizer.eos_token_id, *vlm.end_token_ids},
+            vision_token_ids=vlm.vision_token_ids,
+            dtype=vlm.compute_dtype,
+            max_model_len=longest + options.max_new_tokens,
+            gpu_memory_utilization=0.85,
+            kv_cache_bytes=None if on_gpu else cache,
+        )
+        try:
+            engine.load(vlm.model.named_parameters())
+            everything = [(q.sample.id, p) for q, p in zip(questions, prompts, strict=True) if p is not None]
+            for start in range(0, len(everything), PROMPTS_A_TURN):
+                asked = everything[start : start + PROMPTS_A_TURN]
+                groups = engine.sample([p for _, p in asked], 1, sampling, [name for name, _ in asked])
+                for (name, _), [completion] in zip(asked, groups, strict=True):
+                    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+                    yield Answer(name, text, len(completion.token_ids))
+        finally:
+            engine.close()
+
+
+def _load(
+    options: argparse.Namespace, *, keep_pictures: bool, weights_on: str | None = None
+) -> tuple[PackedVLM, Any, PromptEncoder]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    vlm, tokenizer, image_processor = load_model(options.model, dtype, device=device, weights_on=weights_on)
+    vlm.model.requires_grad_(False).eval()
+    image_token = vlm.model.config.image_token_id
+    encoder = PromptEncoder(
+        tokenizer, image_processor, image_token, options.max_pixels, keep_pictures=keep_pictures
+    )
+    return vlm, tokenizer, encoder
+
+
+def from_endpoint(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
+    """A model behind an OpenAI-compatible address."""
+    requests = (
+        (q.sample.id, lambda q=q: chat_messages(q.sample, max_pixels=options.max_pixels)) for q in questions
+    )
+    config = EndpointConfig.of(options, max_tokens=options.max_new_tokens)
+    with Endpoint(config) as endpoint:
+        for name, outcome in endpoint.run(requests):
+            if isinstance(outcome, Reply):
+                yield Answer(name, outcome.text, outcome.output_tokens)
+            else:
+                yield Answer(name, "", error=outcome.reason)
+
+
+Predictor = Callable[[Sequence[Question], argparse.Namespace], Iterator[Answer]]
+ENGINES: dict[str, Predictor] = {
+    "native": from_native,
+    "vllm": from_vllm,
+    "endpoint": from_endpoint,
+    "file": from_file,
+}

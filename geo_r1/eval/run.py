@@ -1,0 +1,107 @@
+"""From a benchmark's questions to its table: ask, score, sum up, write.
+
+<out>/eval.json      what the answers were made with; another call must agree with it
+      answers.jsonl  id, text and length of each answer, appended as they come
+      records.jsonl  what was read of each answer, and whether it is right
+      summary.json   table.md   map.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from geo_r1.data.journal import Journal
+from geo_r1.eval.benchmark import Benchmark, Question
+from geo_r1.eval.map import draw_map
+from geo_r1.eval.predictors import ENGINES, Answer, engine_of, identity
+from geo_r1.eval.table import markdown, show
+from geo_r1.files import write_text, written_beside
+
+
+def evaluate(benchmark: Benchmark, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Run a benchmark; what a run before this one has answered is not asked again.
+
+    Returns:
+        The summary, which is written too.
+
+    Raises:
+        ValueError: the data, the model or the predictions are wrong, or the folder is another evaluation's.
+    """
+    engine = engine_of(options)
+    questions = benchmark.questions(options)[: options.limit]
+    if not questions:
+        raise ValueError(f"{options.data} asks nothing")
+    seen: set[str] = set()
+    for question in questions:
+        if question.sample.id in seen:
+            raise ValueError(f"{options.data}: two questions share the id {question.sample.id!r:.80}")
+        seen.add(question.sample.id)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    _check_folder(out / "eval.json", {"benchmark": benchmark.name, **identity(engine, options)}, questions)
+    if engine == "file":
+        answers = {answer.id: answer for answer in ENGINES[engine](questions, options)}
+    else:
+        answers = _ask(questions, ENGINES[engine], options, out / "answers.jsonl", console)
+    records = []
+    for question in questions:
+        answer = answers[question.sample.id]
+        scored = benchmark.score(question, answer.text)
+        records.append({"id": answer.id, "length": answer.length, "error": answer.error, **scored})
+    summary = {"num_samples": len(records), **benchmark.summarise(records)}
+    summary["failed"] = sum(record["error"] is not None for record in records)
+    name = options.name or str(options.model or options.predictions.stem)
+    write_text(out / "records.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    write_text(out / "summary.json", json.dumps(summary, indent=2))
+    write_text(out / "table.md", markdown(benchmark, name, summary))
+    if (figure := draw_map(records)) is not None:
+        with written_beside(out / "map.png") as partial:
+            figure.savefig(partial, dpi=160, format="png")
+    show(benchmark, name, summary, console)
+    return summary
+
+
+def _ask(
+    questions: Sequence[Question],
+    predictor: Callable[..., Any],
+    options: argparse.Namespace,
+    path: Path,
+    console: Console,
+) -> dict[str, Answer]:
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
+    with Journal(path) as journal, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        answers = {key: Answer(key, row["text"], row["length"]) for key, row in journal.records.items()}
+        todo = [question for question in questions if question.sample.id not in answers]
+        task = progress.add_task("answers", total=len(questions), completed=len(questions) - len(todo))
+        for answer in predictor(todo, options) if todo else ():
+            answers[answer.id] = answer
+            if answer.error is None:
+                journal.append({"id": answer.id, "text": answer.text, "length": answer.length})
+            progress.advance(task)
+    for question in todo:  # a prompt that was too long to be asked
+        answers.setdefault(question.sample.id, Answer(question.sample.id, "", error="not asked"))
+    return answers
+
+
+def _check_folder(path: Path, decisive: dict[str, Any], questions: Sequence[Question]) -> None:
+    """Keep answers of other questions, or of another model, out of this evaluation."""
+    asked = [(q.sample.id, q.sample.messages, [str(i) for i in q.sample.images]) for q in questions]
+    digest = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
+    decisive = json.loads(json.dumps(decisive | {"questions": digest}))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in decisive.items():
+            if before.get(key) != value:
+                raise ValueError(
+                    f"{path.parent} was made with {key} = {before.get(key)}, now {value}; give another --out"
+                )
+    else:
+        write_text(path, json.dumps(decisive, indent=2))

@@ -1,0 +1,200 @@
+"""How places are written: folded names, aliases and corrections that GeoNames lacks, coordinates in prose."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from typing import NamedTuple
+
+# Names that GeoNames has otherwise, or not at all; folded.
+COUNTRY_ALIASES = """
+AE:uae/emirates AX:aland BA:bosnia/bosnia herzegovina/bosnia hercegovina BL:saint barts BN:brunei darussalam
+BO:plurinational state of bolivia/bolivia plurinational state of BQ:bonaire/caribbean netherlands
+BY:byelorussia/belorussia CC:cocos keeling islands/keeling islands
+CD:dr congo/d r congo/drc/congo kinshasa/zaire/democratic republic of congo/congo dr
+CD:congo democratic republic of/congo democratic republic of the
+CG:congo/congo brazzaville/republic of congo CI:cote d ivoire
+CN:prc/mainland china/people s republic of china CV:cape verde CZ:czech republic
+FK:falklands/malvinas/falkland islands malvinas
+FM:federated states of micronesia/micronesia federated states of
+FO:faeroe islands/faroes GB:uk/u k/great britain/britain/england/scotland/wales/northern ireland
+GB:united kingdom of great britain and northern ireland HK:hong kong sar/hong kong china/hong kong sar china
+IE:eire/republic of ireland IR:iran islamic republic of/persia KG:kyrgyz republic/kirghizia KH:kampuchea
+KP:dprk/democratic people s republic of korea/korea north/korea democratic people s republic of
+KR:korea/republic of korea/korea south/korea republic of LA:lao/lao pdr/lao people s democratic republic
+LK:ceylon MD:moldova republic of MK:macedonia/fyrom/former yugoslav republic of macedonia MM:burma
+MO:macau/macau sar/macao sar/macao sar china NL:holland NZ:aotearoa PN:pitcairn islands
+PS:palestine/state of palestine/palestinian territories/occupied palestinian territory/west bank/gaza strip
+RU:russian federation SH:saint helena ascension and tristan da cunha SY:syrian arab republic SZ:swaziland
+TL:east timor TR:turkiye TW:republic of china/chinese taipei/taiwan province of china
+TZ:tanzania united republic of/united republic of tanzania US:usa/u s/u s a/united states of america/america
+VA:vatican city/holy see/vatican city state
+VE:bolivarian republic of venezuela/venezuela bolivarian republic of
+VG:virgin islands british VI:us virgin islands/united states virgin islands/virgin islands u s VN:viet nam
+"""
+COUNTRY_CODES = {"UK": "GB", "UAE": "AE", "DRC": "CD", "PRC": "CN"}
+FORMER = {"AN", "CS"}  # Netherlands Antilles, Serbia and Montenegro
+CORRECTED = {  # code: name, continent, capital where GeoNames has an old, unusual or no one
+    "BQ": ("Bonaire, Sint Eustatius and Saba", None, "Kralendijk"),
+    "KZ": (None, None, "Astana"),
+    "NL": ("Netherlands", None, None),
+    "PW": (None, None, "Ngerulmud"),
+    "TL": ("Timor-Leste", "Asia", None),
+}
+DRIVES_LEFT = """
+AG AI AU BB BD BM BN BS BT BW CC CK CX CY DM FJ FK GB GD GG GS GY HK ID IE IM IN JE JM JP KE KI KN KY LC LK LS
+MO MS MT MU MV MW MY MZ NA NF NP NR NU NZ PG PK PN SB SC SG SH SR SZ TC TH TK TL TO TT TV TZ UG VC VG VI WS ZA
+ZM ZW
+"""
+TERRITORIES = {  # where people also say the state: "Hong Kong, China"
+    "AU": {"CC", "CX", "NF"},
+    "CN": {"HK", "MO"},
+    "DK": {"FO", "GL"},
+    "FI": {"AX"},
+    "FR": {"BL", "GF", "GP", "MF", "MQ", "NC", "PF", "PM", "RE", "WF", "YT"},
+    "GB": {"AI", "BM", "FK", "GG", "GI", "IM", "JE", "KY", "MS", "SH", "TC", "VG"},
+    "NL": {"AW", "BQ", "CW", "SX"},
+    "NO": {"SJ"},
+    "NZ": {"CK", "NU", "TK"},
+    "US": {"AS", "GU", "MP", "PR", "VI"},
+}
+CONTINENT_ALIASES = {
+    "australasia": "Oceania",
+    "australia and oceania": "Oceania",
+    "central america": "North America",
+}
+REGIONS = """
+CA 01 AB Alberta/CA 02 BC British Columbia/CA 03 MB Manitoba/CA 04 NB New Brunswick
+CA 05 NL Newfoundland and Labrador/CA 07 NS Nova Scotia/CA 08 ON Ontario/CA 09 PE Prince Edward Island
+CA 10 QC Quebec/CA 11 SK Saskatchewan/CA 12 YT Yukon/CA 13 NT Northwest Territories/CA 14 NU Nunavut
+AU 01 ACT Australian Capital Territory/AU 02 NSW New South Wales/AU 03 NT Northern Territory
+AU 04 QLD Queensland/AU 05 SA South Australia/AU 06 TAS Tasmania/AU 07 VIC Victoria/AU 08 WA Western Australia
+"""
+NICKNAMES = {
+    "NYC": "New York City", "NY": "New York City", "LA": "Los Angeles", "SF": "San Francisco",
+    "DC": "Washington, D.C.", "KL": "Kuala Lumpur", "HK": "Hong Kong", "CDMX": "Mexico City",
+}  # fmt: skip
+
+_LETTERS = {"ø": "o", "ł": "l", "đ": "d", "ð": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th"}
+_WORDS = re.compile(r"[^ ]{1,256}")  # normal forms take quadratic time on a long run of accents
+_SAINT = re.compile(r"\bst(e?)(?![^ ])")
+
+
+class _Folded(dict[int, str]):
+    """What each character of a name becomes; found when it is first met."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = folded = "".join(
+            "" if "\u0300" <= c <= "\u036f" or "\u02b0" <= c <= "\u02ff"  # accents, and letters like '
+            else _LETTERS.get(c, c) if unicodedata.category(c)[0] in "LMN"
+            else " and " if c == "&"
+            else "" if unicodedata.category(c) == "Cf"
+            else " "
+            for c in unicodedata.normalize("NFKD", chr(code)).casefold()
+        )  # fmt: skip
+        return folded
+
+
+_FOLDED = _Folded()
+
+
+def fold(name: str) -> str:
+    """The form in which names are compared: no case, accents or punctuation, single spaces, St. as Saint.
+
+    Scripts other than Latin stay, so that 東京 is found by its own name. Words of over 256 letters are cut.
+    """
+    text = name.translate(_FOLDED)
+    if text.isascii():
+        text = " ".join(text.split())
+    else:
+        text = " ".join(unicodedata.normalize("NFC", word) for word in _WORDS.findall(text))
+    return _SAINT.sub(r"saint\1", text) if "st" in text else text
+
+
+def is_coordinate(latitude: float, longitude: float) -> bool:
+    """Whether a latitude and a longitude are finite and on the globe, in degrees."""
+    return abs(latitude) <= 90 and abs(longitude) <= 180  # NaN compares false
+
+
+_LAT, _LON = "lat(?:itude)?", "(?:lon(?:g(?:itude)?)?|lng)"
+_AND = r"[\s,/&]{1,3}(?:and\s)?"
+_SKIP = r"(?:[^\w+−–-]|[-–](?=\s)){0,8}"  # what may stand between a label and its number
+_SMALL = r"\d{1,2}(?:\.\d{1,20})?"
+_ANGLE = re.compile(  # every repetition is bounded, so that reading is linear
+    rf"""
+    (?: (?<![^\W_])(?P<label>(?i:{_LAT}(?:{_AND}{_LON})?|{_LON}(?:{_AND}{_LAT})?))\b{_SKIP}
+        (?:(?i:is|of|at|about|around|near|roughly|approx|approximately)\b{_SKIP}){{0,2}}
+        (?:(?P<label_before>[NSEW])\s?)?
+      | (?<!\w)(?P<before>[NSEW])\s? | (?<![\w.]) )
+    (?P<sign>[+−–-]?) (?P<degrees>\d{{1,3}}(?:\.\d{{1,20}})?(?:[eE][+-]\d{{1,3}})?) (?!\d|\.\d)
+    (?:\s?(?P<mark>[°º˚]|deg(?:rees?)?\b)
+        (?:\s?(?P<minutes>{_SMALL})\s?['′’] (?:\s?(?P<seconds>{_SMALL})\s?(?:["″”]|['′’]{{2}}))?)?)?
+    (?(before)|(?(label_before)|(?:\s?(?P<after>[NSEW](?![^\W\d]|['’])|(?i:north|south|east|west)\b))?))
+    (?![^\WNSEW]|\s?%|\s(?:km|m|miles?|met(?:er|re)s?)\b)
+    """,
+    re.VERBOSE,
+)
+_LINK = re.compile(r"[ \t]+|[\"']?\s*[,;]\s*[\"']?")
+_CLOSE = 64  # characters, at most, between two numbers of a pair
+
+
+class _Angle(NamedTuple):
+    value: float
+    axes: str  # "lat" or "lon"; "lat lon" or "lon lat" for this and the next; "" where nothing says
+    sure: bool  # it has decimals or a degree sign
+    start: int
+    end: int
+
+
+def _angle(match: re.Match[str]) -> _Angle:
+    minutes, seconds = float(match["minutes"] or 0), float(match["seconds"] or 0)
+    value = float(match["degrees"]) + minutes / 60 + seconds / 3600
+    if max(minutes, seconds) >= 60:
+        value = math.nan  # which is off the globe
+    hemisphere = (match["before"] or match["label_before"] or match["after"] or "")[:1].upper()
+    if match["sign"] in ("-", "−", "–") or (hemisphere and hemisphere in "SW"):
+        value = -value
+    axes = ""
+    if hemisphere:
+        axes = "lat" if hemisphere in "NS" else "lon"
+    elif match["label"]:
+        axes = " ".join(re.findall("lat|lon|lng", match["label"].lower())).replace("lng", "lon")
+    sure = "." in match["degrees"] or match["mark"] is not None
+    return _Angle(value, axes, sure, match.start(), match.end())
+
+
+def _pair(text: str, one: _Angle, other: _Angle) -> tuple[float, float] | None:
+    """Latitude and longitude, if two angles in a row are some."""
+    gap = text[one.end : other.start]
+    if len(gap) > _CLOSE:
+        return None
+    axes = f"{one.axes} {other.axes}".strip()
+    if one.axes and other.axes:
+        belong = not any(map(str.isdigit, gap))
+    else:
+        before, after = text[max(0, one.start - 3) : one.start], text[other.end : other.end + 3]
+        bracketed = before.rstrip().endswith(("(", "[", "{")) and after.lstrip().startswith((")", "]", "}"))
+        belong = bool(_LINK.fullmatch(gap)) and bool(axes or bracketed or (one.sure and other.sure))
+        axes = axes or "lat lon"
+    if not belong or axes not in ("lat lon", "lon lat"):
+        return None
+    return (one.value, other.value) if axes == "lat lon" else (other.value, one.value)
+
+
+def parse_coordinates(text: str) -> list[tuple[float, float]]:
+    """Every pair of latitude and longitude in a text, in order, in degrees.
+
+    Read are decimals ("48.8566, 2.3522": latitude first), brackets ("(48, 2)"), hemispheres ("48.85° N,
+    2.35° E", "N 48.85 E 2.35"), minutes and seconds ("48°51'24\"N 2°21'08\"E") and names in either order
+    ("longitude: 2.35, latitude: 48.85"). Two bare whole numbers are no pair, nor is what is off the globe.
+    """
+    pairs = []
+    waiting: _Angle | None = None
+    for match in _ANGLE.finditer(text):
+        angle = _angle(match)
+        pair = _pair(text, waiting, angle) if waiting else None
+        waiting = None if pair else angle
+        if pair and is_coordinate(*pair):
+            pairs.append(pair)
+    return pairs

@@ -1,0 +1,442 @@
+"""The chain-of-thought engine against a server that misbehaves: each sample ends once, whatever happens."""
+
+import argparse
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from chat_server import RUBBISH, ChatServer, closed_port, completion
+from PIL import Image
+
+import geo_r1
+from geo_r1.data import Sample, cot, cot_output, endpoint, load_image, read_samples
+
+KEY = "sk-secret-0123456789abcdef"
+FAST = ("--concurrency", "4", "--retries", "2", "--timeout", "10")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    async def pause(seconds):
+        pass
+
+    monkeypatch.setattr(endpoint, "pause", pause)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+def picture(path, colour=(9, 99, 9)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 7), colour).save(path)
+    return path
+
+
+def dataset(folder, num=12, **columns):
+    """Samples s0, s1, ... of one picture each, in folder/data/train.jsonl."""
+    rows = []
+    for i in range(num):
+        picture(folder / "data" / "pictures" / f"{i}.png")
+        row = {"id": f"s{i}", "prompt": f"<image>[s{i}] which tile?", "images": [f"pictures/{i}.png"]}
+        rows.append({**row, "answer": "B", "num_choices": 5, "city": "Lisbon", **columns})
+    return write(folder / "data" / "train.jsonl", rows)
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(*given):
+    parser = argparse.ArgumentParser()
+    cot.configure(parser)
+    return parser.parse_args([str(argument) for argument in given])
+
+
+def run(server, data, out, *more):
+    url = server if isinstance(server, str) else server.url
+    cot.command(arguments("--data", data, "--out", out, "--url", url, "--model", "teach", *FAST, *more))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def files(out):
+    """Ids of whole samples and of failures."""
+    assert not [*out.parent.glob("*.partial"), *out.parent.glob(".*.partial")]
+    failed = lines(out.with_suffix(".failed.jsonl"))
+    return [row["id"] for row in lines(out)], [row["id"] for row in failed]
+
+
+def card(out):
+    return json.loads(out.with_suffix(".card.json").read_text())
+
+
+def ends_with(message, call):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+# What is written
+
+
+def test_a_sample_is_its_training_row_and_the_teachers_words(tmp_path, capsys):
+    data, out = dataset(tmp_path, 3, latitude=38.7), tmp_path / "made" / "here" / "cot.jsonl"
+    with ChatServer(reply=lambda name: f"<think>{name}</think><answer>B</answer>") as server:
+        run(server, data, out, "--price-in", "2", "--price-out", "10", "--seed", "3")
+    rows = {row["id"]: row for row in lines(out)}
+    assert rows["s1"] == {
+        "id": "s1",
+        "prompt": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "[s1] which tile?"}]}
+        ],
+        "images": ["../../data/pictures/1.png"],
+        "response": "<think>s1</think><answer>B</answer>",
+        "answer": "B",
+        "num_choices": 5,
+        "city": "Lisbon",
+        "latitude": 38.7,
+        "teacher": "teach",
+        "usage": {"input_tokens": 100, "output_tokens": 10},
+    }
+    samples = read_samples(out)
+    assert [load_image(s.images[0], s.id).size for s in samples] == [(9, 7)] * 3
+    assert samples[0].metadata["city"] == "Lisbon"
+    made = card(out)
+    assert len(made.pop("prompt_sha256")) == 64
+    assert made == {
+        "teacher": "endpoint",
+        "model": "teach",
+        "url": server.url,
+        "temperature": None,
+        "max_tokens": 2048,
+        "max_pixels": None,
+        "num_samples": 3,
+        "num_failed": 0,
+        "input_tokens": 300,
+        "output_tokens": 30,
+        "cost_usd": pytest.approx(0.0009),
+    }
+    assert capsys.readouterr().out == f"{out}: 3 samples, 330 tokens, 0.00 USD, 0 failed\n"
+
+
+def test_the_teacher_sees_pictures_question_answer_and_place(tmp_path):
+    data = dataset(tmp_path, 1, country="PT", latitude=38.72, longitude=-9.14, driving_side="right", mood="x")
+    with ChatServer() as server:
+        run(server, data, tmp_path / "cot.jsonl", "--max-pixels", "20")
+    [(_, body, _)] = server.requests
+    [message] = body["messages"]
+    kinds = [part["type"] for part in message["content"]]
+    asked = message["content"][2]["text"]
+    assert kinds == ["image_url", "text", "text"] and message["content"][1]["text"] == "[s0] which tile?"
+    assert (
+        "- right answer: B\n- city: Lisbon\n- country: PT\n- latitude: 38.72\n- longitude: -9.14\n" in asked
+    )
+    assert "- driving side: right\n" in asked and "mood" not in asked and asked.endswith("<answer>B</answer>")
+    steps = ["Visual cues:", "Knowledge association:", "Evidence corroboration:", "Conclusion:"]
+    assert re.findall(r"^(?:Vis|Kno|Evi|Con)[^:]*:", asked, re.MULTILINE) == steps * 2
+
+
+def test_a_prompt_of_ones_own_is_filled_in_once(tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("{metadata} {answer} {other} {0} {answer.__class__} {{answer}}")
+    sample = Sample(
+        "x", ({"role": "user", "content": []},), answer="{metadata}", metadata={"city": "a\nb {answer}"}
+    )
+    assert cot.fill(prompt.read_text(), sample) == (
+        "- city: a b {answer} {metadata} {other} {0} {answer.__class__} {{metadata}}"
+    )
+    data = dataset(tmp_path, 1)
+    with ChatServer() as server:
+        run(server, data, tmp_path / "cot.jsonl", "--prompt", prompt)
+    assert "- city: Lisbon B {other}" in json.dumps(server.requests[0][1])
+
+
+def test_embedded_pictures_become_files(tmp_path):
+    data = (tmp_path / "0.png", tmp_path / "1.jpg")
+    encoded = [picture(path).read_bytes() for path in data]
+    rows = [
+        {
+            "id": name,
+            "prompt": "<image><image>[s] which?",
+            "images": [{"bytes": b, "path": None} for b in encoded],
+            "answer": "A",
+            "taken": date(2020, 1, 2),
+        }
+        for name in ("s", "../../s")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    out = tmp_path / "out" / "cot.jsonl"
+    with ChatServer() as server:
+        run(server, tmp_path / "train.parquet", out)
+    written = {row["id"]: row for row in lines(out)}
+    assert written["s"]["images"] == ["cot_images/s_0.png", "cot_images/s_1.jpeg"]
+    assert written["s"]["taken"] == "2020-01-02"
+    assert [(out.parent / name).read_bytes() for name in written["s"]["images"]] == encoded
+    assert all(
+        re.fullmatch(r"cot_images/[0-9a-f]{32}_\d\.\w+", name) for name in written["../../s"]["images"]
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"0.png", "1.jpg", "train.parquet", "out"}
+
+
+def test_the_worlds_teacher_writes_without_an_endpoint(tmp_path, capsys):
+    out = tmp_path / "world.jsonl"
+    command = ("--teacher", "world", "--out", out, "--num")
+    cot.command(arguments(*command, 3))
+    first = out.read_bytes()
+    cot.command(arguments(*command, 5))
+    assert out.read_bytes().startswith(first)
+    samples = read_samples(out)
+    assert len({sample.id for sample in samples}) == 5
+    for sample in samples:
+        assert f"<answer>{sample.answer}</answer>" in sample.response
+        assert sample.metadata["teacher"] == "world" and "city" in sample.metadata
+        assert all(image.parent == tmp_path / "world_images" for image in sample.images)
+        assert load_image(sample.images[0], sample.id).mode == "RGB"
+    assert card(out)["num_samples"] == 5
+    assert capsys.readouterr().out.endswith("world.jsonl: 5 samples, 0 tokens, 0 failed\n")
+    again = f"{out} was made with seed 0, not 1: choose another --out"
+    ends_with(again, lambda: cot.command(arguments(*command, 5, "--seed", 1)))
+
+
+# Every sample ends once
+
+
+def test_every_sample_ends_once_on_a_server_that_fails_stalls_and_talks_rubbish(tmp_path):
+    data, out = dataset(tmp_path, 40), tmp_path / "cot.jsonl"
+    (tmp_path / "data" / "pictures" / "3.png").unlink()
+    (tmp_path / "data" / "pictures" / "4.png").write_bytes(b"GIF89a")
+    troubles = [500, 503, (429, {"Retry-After": "9"}, b""), "stall", "close", *RUBBISH]
+    script = {f"s{i}": [trouble, "answer"] for i, trouble in enumerate(troubles, 5)}
+    script |= {"s30": [400], "s31": [500], "s32": ["html"], "s33": [completion("<think>", "length", (50, 7))]}
+    script |= {"s34": [completion("x", "content_filter")], "s35": [completion("é" * 10)]}
+    with ChatServer(script) as server:
+        run(server, data, out, "--timeout", "0.5", "--retries", "30", "--price-in", "1")
+    written, failed = files(out)
+    assert sorted(written + failed) == sorted(f"s{i}" for i in range(40))
+    assert sorted(failed) == ["s3", "s30", "s31", "s32", "s33", "s34", "s4"]
+    assert server.most_at_once <= 4
+    assert "s3" not in server.asked and server.asked["s30"] == 1 and server.asked["s31"] == 31
+    errors = {row["id"]: row["error"] for row in lines(out.with_suffix(".failed.jsonl"))}
+    assert errors["s3"] == f"sample s3: image {tmp_path / 'data/pictures/3.png'} does not exist"
+    assert errors["s33"] == "cut off after 7 tokens: raise --max-tokens"
+    assert (card(out)["num_samples"], card(out)["num_failed"]) == (33, 7)
+    assert card(out)["output_tokens"] == 33 * 10 + 7
+
+
+def test_what_has_ended_is_not_asked_again_unless_failures_shall_be(tmp_path):
+    data, out = dataset(tmp_path, 6), tmp_path / "cot.jsonl"
+    script = {"s1": [400, "answer"], "s4": [400, 400, "answer"]}
+    with ChatServer(script) as server:
+        run(server, data, out, "--limit", "3")
+        assert sorted(server.asked.elements()) == ["s0", "s1", "s2"]
+        run(server, data, out)
+        run(server, data, out)
+        assert server.asked.total() == 6 and server.asked["s1"] == 1
+        run(server, data, out, "--retry-failed", "--limit", "2")  # s4 is not among these
+        assert sorted(files(out)[0]) == ["s0", "s1", "s2", "s3", "s5"] and files(out)[1] == ["s4"]
+        run(server, data, out, "--retry-failed")
+        assert files(out)[1] == ["s4"]
+        run(server, data, out, "--retry-failed", "--max-tokens", "4096")
+    assert sorted(files(out)[0]) == [f"s{i}" for i in range(6)] and files(out)[1] == []
+    assert server.asked == {"s0": 1, "s1": 2, "s2": 1, "s3": 1, "s4": 3, "s5": 1}
+    assert card(out)["max_tokens"] == 4096
+
+
+def test_a_kill_and_restart_loses_and_repeats_none(tmp_path):
+    data, out, num, limit = dataset(tmp_path, 30), tmp_path / "cot.jsonl", 30, 4
+    held = {"count": 0}
+
+    def gate(name):
+        if server.answered.total() >= 13 and process.poll() is None:
+            held["count"] += 1
+            if held["count"] == limit:  # all that may be in flight are held, so whatever came is recorded
+                process.send_signal(signal.SIGKILL)
+            process.wait(60)
+
+    program = "import sys; from geo_r1.data import cot, endpoint; sys.path.append(sys.argv[1]); "
+    program += "from test_cot import arguments; cot.command(arguments(*sys.argv[2:]))"
+    with ChatServer({"s7": [400]}, gate=gate) as server:
+        given = ["--data", data, "--out", out, "--url", server.url, "--model", "teach", *FAST]
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, Path(__file__).parent, *given],
+            cwd=Path(geo_r1.__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL, said
+        written, failed = files(out)
+        before = dict(server.asked)
+        unfinished = before.keys() - {*written, *failed}
+        # what the server has answered since it held a request may not have been seen
+        assert len(unfinished) <= limit and 13 <= len(written) + len(failed) < num
+        with out.open("a") as file:
+            file.write('{"id": "s29", "resp')  # the line that was being written
+        run(server, data, out)
+    written, failed = files(out)
+    assert sorted(written + failed) == sorted(f"s{i}" for i in range(num))
+    assert failed == ["s7"]
+    for name, count in server.asked.items():
+        assert count == 1 + (name in unfinished), name
+    assert KEY not in said
+    read_samples(out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_keeps_what_came(tmp_path, number, capsys):
+    data, out = dataset(tmp_path, 8), tmp_path / "cot.jsonl"
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    def gate(name):
+        if name == "s5" and server.asked["s5"] == 1:
+            os.kill(os.getpid(), number)
+
+    with ChatServer({"s5": ["stall", "answer"]}, gate=gate) as server:
+        with pytest.raises(KeyboardInterrupt):
+            run(server, data, out, "--concurrency", "1")
+        assert files(out) == ([f"s{i}" for i in range(5)], [])
+        assert card(out)["num_samples"] == 5
+        run(server, data, out)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert sorted(files(out)[0]) == [f"s{i}" for i in range(8)]
+    assert server.asked == {f"s{i}": 1 + (i == 5) for i in range(8)}
+    assert "5 samples" in capsys.readouterr().out
+
+
+def test_the_end_of_all_keeps_what_came(tmp_path):
+    data, out = dataset(tmp_path, 8), tmp_path / "cot.jsonl"
+    with ChatServer({"s5": [401, "answer"]}) as server:
+        message = f"{server.url}, model 'teach': status 401: sorry, 401"
+        ends_with(message, lambda: run(server, data, out, "--concurrency", "1"))
+        assert files(out) == ([f"s{i}" for i in range(5)], [])
+        run(server, data, out)
+    assert sorted(files(out)[0]) == [f"s{i}" for i in range(8)]
+
+
+def test_a_reply_that_fits_into_no_line_is_a_failure(tmp_path, monkeypatch):
+    data, out = dataset(tmp_path, 2), tmp_path / "cot.jsonl"
+    monkeypatch.setattr("geo_r1.data.journal.MAX_LINE", 2000)
+    with ChatServer({"s1": [completion("x" * 3000)]}) as server:
+        run(server, data, out)
+    assert files(out) == (["s0"], ["s1"])
+    assert "too many for a line" in lines(out.with_suffix(".failed.jsonl"))[0]["error"]
+
+
+# The key
+
+
+def test_the_key_is_nowhere(tmp_path, capfd, caplog):
+    caplog.set_level("DEBUG")
+    data, out = dataset(tmp_path, 3), tmp_path / "out" / "cot.jsonl"
+    body = json.dumps({"error": {"message": f"you sent {KEY}"}}).encode()
+    with ChatServer({"s0": [(400, {}, body)], "s1": [completion(f"I know {KEY}")]}) as server:
+        run(server, data, out, "--concurrency", "1")
+        server.script["s9"] = [(401, {}, body)]
+        more = write(tmp_path / "data" / "more.jsonl", [{"id": "s9", "prompt": "[s9]", "answer": "A"}])
+        ends_with(f"{server.url}, model 'teach': status 401: you sent [key]", lambda: run(server, more, out))
+    assert all(headers["Authorization"] == f"Bearer {KEY}" for _, _, headers in server.requests)
+    for path in out.parent.iterdir():
+        assert KEY not in path.read_text(), path
+    assert KEY not in caplog.text + "".join(capfd.readouterr())
+
+
+# Mistakes
+
+
+def test_another_model_or_prompt_does_not_go_on_with_a_file(tmp_path):
+    data, out, prompt = dataset(tmp_path, 1), tmp_path / "cot.jsonl", tmp_path / "prompt.txt"
+    prompt.write_text("why {answer}?")
+    with ChatServer() as server:
+        run(server, data, out)
+        ends_with(
+            f"{out} was made with model 'teach', not 'other': choose another --out",
+            lambda: run(server, data, out, "--model", "other"),
+        )
+        with pytest.raises(ValueError, match=f"^{out} was made with prompt_sha256 '"):
+            run(server, data, out, "--prompt", prompt)
+        out.with_suffix(".card.json").write_text("[]")
+        ends_with(
+            f"{out} has no readable cot.card.json, which says how it was made: choose another --out",
+            lambda: run(server, data, out),
+        )
+        out.write_text("")
+        run(server, data, out, "--model", "other")
+    assert card(out)["model"] == "other"
+
+
+def test_mistakes_are_one_line(tmp_path):
+    data, out, url = dataset(tmp_path, 1), tmp_path / "cot.jsonl", closed_port()
+    bare = write(tmp_path / "bare.jsonl", [{"id": "s0", "prompt": "where?"}])
+    broken = tmp_path / "broken.txt"
+    broken.write_bytes(b"abc\xff")
+    (tmp_path / "empty.txt").write_text(" \n")
+    long = tmp_path / "long.txt"
+    long.write_text("x" * (2**20 + 1))
+    for message, more in [
+        (f"{bare}: sample s0 has no answer to tell the teacher", ("--data", bare)),
+        (f"--out {data} is --data itself: choose another", ("--out", data)),
+        (f"--out {tmp_path / 'x.json'} must end in .jsonl", ("--out", tmp_path / "x.json")),
+        ("--limit must be at least 1, got 0", ("--limit", 0)),
+        ("--max-pixels must be at least 1, got -4", ("--max-pixels", -4)),
+        ("--price-in must be at least 0, got nan", ("--price-in", "nan")),
+        (f"--prompt {broken} is not UTF-8: byte 3", ("--prompt", broken)),
+        (
+            f"--prompt {tmp_path / 'gone'} cannot be read: No such file or directory",
+            ("--prompt", tmp_path / "gone"),
+        ),
+        (f"--prompt {long} must hold from 1 byte to 1 MiB of text", ("--prompt", long)),
+        (
+            f"--prompt {tmp_path / 'empty.txt'} must hold from 1 byte to 1 MiB of text",
+            ("--prompt", tmp_path / "empty.txt"),
+        ),
+        (f"data file {tmp_path / 'no.jsonl'} does not exist", ("--data", tmp_path / "no.jsonl")),
+        ("an endpoint needs --url and --model", ("--url", "")),
+        (
+            "--teacher world makes its own samples and asks nobody: leave out --data and --url",
+            ("--teacher", "world"),
+        ),
+    ]:
+        ends_with(message, lambda more=more: run(url, data, out, *more))
+    with pytest.raises(ValueError, match=f"^{url}/v1 cannot be reached"):
+        run(url, data, out)
+    assert files(out) == ([], [])
+
+
+def test_the_figures_of_a_bar(tmp_path, monkeypatch):
+    said = io.StringIO()
+    console = cot_output.Console(file=said, force_terminal=True, width=120, color_system=None)
+    monkeypatch.setattr(cot_output, "Console", lambda stderr: console)
+    data = dataset(tmp_path, 4)
+    with ChatServer({"s2": [400]}) as server:
+        run(server, data, tmp_path / "cot.jsonl", "--price-out", "1000")
+    last = said.getvalue().split("\r")[-1] + said.getvalue().split("\n")[-2]
+    assert "chains of thought" in last and "4/4" in last
+    assert re.search(r"/s, 330 tokens, 0\.03 USD, 1 failed", last)
+
+
+def test_pictures_may_be_anywhere(tmp_path):
+    elsewhere = picture(tmp_path / "elsewhere" / "x.png")
+    (tmp_path / "data").mkdir()
+    link = tmp_path / "data" / "link.png"
+    link.symlink_to(elsewhere)
+    rows = [{"id": "s0", "prompt": "[s0]", "images": [str(elsewhere)], "answer": "A"}]
+    rows.append({"id": "s1", "prompt": "[s1]", "images": ["link.png"], "answer": "A"})
+    out = tmp_path / "out" / "cot.jsonl"
+    with ChatServer() as server:
+        run(server, write(tmp_path / "data" / "train.jsonl", rows), out)
+    assert [row["images"] for row in lines(out)] == [["../elsewhere/x.png"]] * 2
+    assert np.asarray(load_image(read_samples(out)[1].images[0], "s1"))[0, 0].tolist() == [9, 99, 9]
