@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 # Names that GeoNames has otherwise, or not at all; folded.
 COUNTRY_ALIASES = """
+AT:osterreich BE:belgique/belgie BR:brasil CH:schweiz/suisse/svizzera CN:中国/中國 CZ:cesko/ceska republika
+DE:deutschland/bundesrepublik deutschland DK:danmark ES:espana FI:suomi FR:republique francaise GR:hellas
+HU:magyarorszag IT:italia JP:日本/nippon KR:대한민국/한국 NL:nederland NO:norge PL:polska RU:россия/rossiya
+SE:sverige
 AE:uae/emirates AX:aland BA:bosnia/bosnia herzegovina/bosnia hercegovina BL:saint barts BN:brunei darussalam
 BO:plurinational state of bolivia/bolivia plurinational state of BQ:bonaire/caribbean netherlands
 BY:byelorussia/belorussia CC:cocos keeling islands/keeling islands

@@ -185,7 +185,7 @@ def reply_of(body: bytes) -> Reply:
             pass
         case _:
             raise Trouble("the response has no choices", again=True)
-    finish, text = str(choice.get("finish_reason")), message.get("content")
+    finish, text = str(choice.get("finish_reason") or "unknown"), message.get("content")
     if finish == "content_filter" or message.get("refusal"):
         raise Trouble(f"the model refuses: {message.get('refusal') or finish}")
     if not isinstance(text, str) or not text.strip():

@@ -16,7 +16,7 @@ from geo_r1.places import City, Country, Gazetteer, distance_km, fold, parse_coo
 LONGEST_SPAN = 5  # words of a name
 PARTICLE = 4  # letters of a small word within a name: "de", "das", "upon"
 LARGE = 500_000  # inhabitants of a city that a sentence may begin with
-EQUATOR = 1.0  # degrees: nearer to the equator, or to 0 or 180 east, no hemisphere is wrong
+EQUATOR = 0.1  # degrees: nearer to the equator, or to 0 or 180 east, no hemisphere is wrong
 SHORT_NAMES = {"US", "USA", "UK", "UAE", "DRC"}  # other capitals are mostly no countries: TV, AC, NO
 TWO_CONTINENTS = {"RU", "TR", "KZ", "GE", "AZ", "AM", "CY"}  # in Europe and in Asia
 

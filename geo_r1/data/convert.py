@@ -150,18 +150,20 @@ def _moved(image: Any, root: Path, folder: Path) -> Any:
         return image
     if "://" in image or image.startswith("data:"):
         raise ValueError(f"image {image!r:.80} is no path; save it as a file")
-    path = root / image
-    if ".." in path.parts:
-        path = _resolved(path.parent) / path.name
-    for base in (folder, _resolved(folder)):
+    parent, name = os.path.split(image)
+    return os.path.join(_seen_from(folder, root, parent), name)
+
+
+@lru_cache(65536)
+def _seen_from(folder: Path, root: Path, parent: str) -> str:
+    """What stands before the names of a folder's files: "" for `folder` itself."""
+    path = root / parent
+    if ".." in path.parts:  # of a link, it is the parent of where that leads
+        path = Path(os.path.realpath(path))
+    for base in (folder, Path(os.path.realpath(folder))):
         if path.is_relative_to(base):
-            return path.relative_to(base).as_posix()
+            return "" if path == base else path.relative_to(base).as_posix()
     return str(path)
-
-
-@lru_cache(4096)
-def _resolved(folder: Path) -> Path:
-    return Path(os.path.realpath(folder))
 
 
 def _known_sets(info: Path) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class _Reader:
     def used(self, path: Path, before: int) -> None:
         """Insist that a file brought a row."""
         if len(self.rows) == before:
-            raise ValueError(f"{path} has no usable row: {self.drops or 'it is empty'}")
+            raise ValueError(f"{path} has no usable row: {str(self.drops) or 'it is empty'}")
 
     def table(self, path: Path) -> None:
         """A plain table; its semi-positives are satellite paths, or ids of rows."""

@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from geo_r1.data.confusers import KINDS, Places
 from geo_r1.data.manifests import SOURCES, VIGOR_SPLIT, Sites, read_sites
@@ -177,8 +178,8 @@ def _split_cities(cities: Sequence[str], options: argparse.Namespace) -> dict[st
         test = set(names) if options.test_share else set()
     elif len(names) == 1:
         raise ValueError(
-            f"all sites are in one city, {names[0]!r}, and the splits share no city: give two or more cities "
-            "or put all into one split with --test-share 0 (train) or 1 (test)"
+            f"all sites are in one city, {names[0]!r}, and the splits share no city: "
+            "give two or more cities, or put all into one split with --test-share 0 (train) or 1 (test)"
         )
     else:
         count = min(max(1, round(options.test_share * len(names))), len(names) - 1)
@@ -204,7 +205,7 @@ def _card(options: argparse.Namespace, counts: dict[str, Any], drops: Drops) -> 
 
 
 def _table(counts: dict[str, Any], drops: Drops, out: Path) -> Table:
-    table = Table("", "questions", "cities", "median distance", title=f"{out}")
+    table = Table("", "questions", "cities", "median distance", title=Text(str(out)))
     for split, count in counts.items():
         median = f"{count['confuser_distance_m']['50%']:,.0f} m"
         table.add_row(split, f"{count['questions']:,}", f"{len(count['cities']):,}", median)

@@ -99,10 +99,11 @@ class Questions:
             stitch = Stitch(out / "stitched", self.options.max_pixels or STITCHED_PIXELS)
             pages = in_processes(stitch, images, self.options.num_workers)
             images = ([page] for page in pages)
+        encode = json.JSONEncoder(ensure_ascii=False).encode
         with path.open("w", encoding="utf-8") as file:
             for i, shown in enumerate(images):
                 row = self._row(i, [name.removeprefix(folder) for name in shown])
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(encode(row) + "\n")
                 if i % 1024 == 1023:
                     progress(1024)
         progress(len(self.k) % 1024)

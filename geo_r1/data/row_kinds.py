@@ -77,7 +77,7 @@ class Format(ABC):
         Raises:
             ValueError: the columns are malformed, or hold what the format cannot; names the sample.
         """
-        named = columns.get("id") is not None
+        named = columns.get("id") not in (None, "")
         where = f"sample {columns['id']!s:.80}" if named else "a sample without id"
         sample = sample_of(columns, where, Path())
         turns = [{"role": turn["role"], "content": merged(turn["content"])} for turn in sample.messages]
@@ -135,9 +135,8 @@ class Chat(Format):
     alternates: bool = False
 
     def _own(self, columns: Columns) -> Columns:
-        theirs = _bare(columns.pop(self.answer, None))
-        images = _images(columns, single=not self.alternates)
-        own: Columns = {"answer": theirs, "images": images}
+        answer, images = columns.pop(self.answer, None), _images(columns, single=not self.alternates)
+        own: Columns = {"answer": _bare(answer) if self.answer == "solution" else answer, "images": images}
         completed = self.response == "completion" and "messages" not in columns
         key = "messages" if self.response == "completion" and not completed else self.key
         turns = self._turns(_taken(columns, key), "user")
@@ -205,7 +204,7 @@ class Problem(Format):
                 isinstance(turns, list) and len(turns) == 2 and all(isinstance(t, Mapping) for t in turns)
             ):
                 raise ValueError(f"'conversations' must be a question and its answer, got {shown(turns)}")
-            text, answer = (turn.get("value") for turn in turns)
+            text, answer = turns[0].get("value"), _bare(turns[1].get("value"))
         else:
             text, answer = _taken(columns, "problem"), columns.pop("answer", None)
         if not isinstance(text, str):
@@ -215,7 +214,7 @@ class Problem(Format):
             text = IMAGE_MARKER * num_images + text.replace(IMAGE_MARKER, "")
         elif images and IMAGE_MARKER not in text:
             raise ValueError(f"its text has no {IMAGE_MARKER}, but the row has images")
-        return {"prompt": text, "images": images, "answer": _bare(answer)}
+        return {"prompt": text, "images": images, "answer": answer}
 
     def _row(self, turns: list[Turn], images: list[Any], sample: Sample, flatten: bool) -> Columns:
         roles = [turn["role"] for turn in turns]
@@ -261,6 +260,6 @@ def _images(columns: Columns, single: bool) -> Any:
 
 
 def _bare(answer: Any) -> Any:
-    """An answer without its tags."""
+    """An answer without the tags that some put around it."""
     inner = extract_answer(answer) if isinstance(answer, str) else None
     return answer if inner is None else inner

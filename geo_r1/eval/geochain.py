@@ -225,7 +225,6 @@ BENCHMARK = Benchmark(
         Column("within 25 km", "coordinates.within.25", "share"),
         Column("median, km", "coordinates.median_km", "km"),
         Column("questions", "num_samples", "count"),
-        Column("photos", "num_images", "count"),
         Column("no truth", "left_out", "count"),
     ),
     breakdowns=("by_rank", "by_difficulty", "by_category", "by_city"),

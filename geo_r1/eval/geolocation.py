@@ -18,7 +18,7 @@ from typing import Any
 from geo_r1.answers import MOST_READ, extract_answer
 from geo_r1.data import Sample
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
-from geo_r1.eval.rows import Pictures, coordinates_of, first_of, read_table
+from geo_r1.eval.rows import Pictures, coordinates_of, first_of, name_of, read_table
 from geo_r1.places import Gazetteer, distance_km, open_gazetteer, parse_coordinates
 
 THRESHOLDS_KM = (1, 25, 200, 750, 2500)  # street, city, region, country, continent
@@ -39,19 +39,19 @@ def answered_place(text: str, gazetteer: Gazetteer) -> dict[str, Any]:
     """
     block = extract_answer(text) if "<answer>" in text else text
     block = " ".join((block or "")[-MOST_READ:].replace("\r", "\n").split(" "))
-    lines = {name.lower(): value.strip(" \t*_`\"'.") for name, value in _LINE.findall(block)}
+    lines = {name.lower(): name_of(value) for name, value in _LINE.findall(block)}
     country = lines.get("country")
     city = lines.get("city") or lines.get("town") or lines.get("place") or lines.get("location")
     if not lines and "," in block and "\n" not in block.strip():  # "Lyon, France"
-        city, _, country = (part.strip(" .") for part in block.strip().rpartition(","))
+        city, _, country = map(name_of, block.rpartition(","))
     elif not lines and "\n" not in block.strip():
-        name = block.strip(" .\n")
-        country, city = (name, None) if gazetteer.country(name) else (None, name)
+        name = name_of(block)
+        country, city = (name, None) if name and gazetteer.country(name) else (None, name)
     pairs = set(parse_coordinates(block))
     found = pairs.pop() if len(pairs) == 1 else None
     if found is None and not pairs:
-        found = gazetteer.locate(city or None, country or None)
-    return {"country": country or None, "city": city or None, "coordinates": found}
+        found = gazetteer.locate(city, country)
+    return {"country": country, "city": city, "coordinates": found}
 
 
 def score(question: Question, text: str) -> dict[str, Any]:

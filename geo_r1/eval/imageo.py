@@ -18,7 +18,7 @@ from geo_r1.answers import extract_answer
 from geo_r1.data import Sample
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
 from geo_r1.eval.geolocation import distances, share
-from geo_r1.eval.rows import Pictures, coordinates_of, first_of, read_table
+from geo_r1.eval.rows import Pictures, coordinates_of, first_of, name_of, read_table
 from geo_r1.places import Gazetteer, distance_km, is_coordinate, open_gazetteer, same_state
 
 LEVELS = ("city", "state", "country")
@@ -59,7 +59,7 @@ def score(question: Question, text: str) -> dict[str, Any]:
     answer = parse_answer(text)
     address = answer.get("address")
     address = address if isinstance(address, dict) else {}
-    said = {level: _name(address.get(level)) for level in LEVELS}
+    said = {level: name_of(address.get(level)) for level in LEVELS}
     latitude, longitude = _coordinates(answer.get("coordinates"))
     record: dict[str, Any] = {**truth, **{f"predicted_{level}": said[level] for level in LEVELS}}
     record |= {"predicted_latitude": latitude, "predicted_longitude": longitude, "distance_km": None}
@@ -81,11 +81,6 @@ def _same(gazetteer: Gazetteer, level: str, one: str, other: str) -> bool:
     if level == "state":
         return same_state(one, other)
     return (gazetteer.same_city if level == "city" else gazetteer.same_country)(one, other)
-
-
-def _name(value: Any) -> str | None:
-    name = value.strip() if isinstance(value, str) else ""
-    return None if name.lower() in ("", "none", "null", "unknown", "n/a") else name
 
 
 def _coordinates(value: Any) -> tuple[float | None, float | None]:

@@ -28,11 +28,11 @@ def draw_map(records: Sequence[Mapping[str, Any]]) -> Figure | None:
     located = [r for r in placed if is_finite(r.get("distance_km"))]
     if not placed:
         return None
-    figure = Figure(figsize=(9, 4.9), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.add_subplot()
     cities = open_gazetteer().all_cities
     land = np.array([(city.longitude, city.latitude) for city in cities])
-    axes.plot(land[:, 0], land[:, 1], ".", color=LAND, markersize=1.2, markeredgewidth=0, rasterized=True)
+    axes.plot(land[:, 0], land[:, 1], ".", color=LAND, markersize=1.6, markeredgewidth=0, zorder=0)
     if located:
         _errors(figure, axes, located)
         missing = [r for r in placed if "distance_km" in r and r["distance_km"] is None]
@@ -42,7 +42,9 @@ def draw_map(records: Sequence[Mapping[str, Any]]) -> Figure | None:
             chosen = [r for r in placed if bool(r.get("correct")) is right]
             _dots(axes, chosen, label, color=color, marker="o", s=9, linewidth=0, alpha=0.7)
     axes.set_xlim(-180, 180)
-    axes.set_ylim(-90, 90)
+    axes.set_ylim(
+        min(-60, *(r["latitude"] - 2 for r in placed)), max(82, *(r["latitude"] + 2 for r in placed))
+    )
     axes.set_aspect("equal")
     axes.set_xticks([])
     axes.set_yticks([])

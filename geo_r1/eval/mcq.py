@@ -12,6 +12,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -95,11 +96,16 @@ def _image_columns(row: Mapping[str, Any]) -> Iterator[str]:
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures of all records, and by each column of `--by`."""
-    summary = figures(records)
-    for column in records[0]["by"]:
-        summary[f"by_{column}"] = broken_down(records, lambda r, c=column: r["by"][c], figures)
-    summary["by"] = {f"{c}: {g}": row for c in records[0]["by"] for g, row in summary.pop(f"by_{c}").items()}
-    return summary
+    groups = {
+        f"{column}: {group}": row
+        for column in records[0]["by"]
+        for group, row in broken_down(records, partial(_value, column), figures).items()
+    }
+    return figures(records) | {"by": groups}
+
+
+def _value(column: str, record: Mapping[str, Any]) -> str:
+    return record["by"][column]
 
 
 BENCHMARK = Benchmark(

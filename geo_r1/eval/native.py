@@ -22,6 +22,7 @@ def complete(
     max_new_tokens: int,
     max_tokens: int,
     temperature: float = 0.0,
+    budget: str = "eval.max_tokens",
 ) -> Iterator[list[tuple[Completion, str]]]:
     """Yields the completions of some samples at a time, in order, with their texts.
 
@@ -30,6 +31,7 @@ def complete(
     Args:
         max_new_tokens: longer completions are cut off, which usually leaves no answer.
         max_tokens: cached tokens at a time.
+        budget: what errors call `max_tokens`.
 
     Raises:
         ValueError: a sample cannot be encoded; names it.
@@ -39,7 +41,7 @@ def complete(
         turn = samples[start : start + PROMPTS_A_TURN]
         prompts = {i: prompt for i, s in enumerate(turn) if (prompt := encode(encoder, s)) is not None}
         for prompt in prompts.values():
-            prompt.check_budget(max_new_tokens, max_tokens, "eval.max_tokens")
+            prompt.check_budget(max_new_tokens, max_tokens, budget)
         groups = generate(
             vlm,
             [*prompts.values()],

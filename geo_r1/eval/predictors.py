@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from geo_r1.data import PromptEncoder
 from geo_r1.data.endpoint import Endpoint, EndpointConfig, Reply, add_endpoint_arguments, chat_messages
@@ -154,6 +155,7 @@ def from_native(questions: Sequence[Question], options: argparse.Namespace) -> I
         max_new_tokens=options.max_new_tokens,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
+        budget="--max-tokens",
     )
     answered = 0
     for turn in turns:
@@ -200,6 +202,7 @@ def from_vllm(questions: Sequence[Question], options: argparse.Namespace) -> Ite
 def _load(
     options: argparse.Namespace, *, keep_pictures: bool, weights_on: str | None = None
 ) -> tuple[PackedVLM, Any, PromptEncoder]:
+    transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     vlm, tokenizer, image_processor = load_model(options.model, dtype, device=device, weights_on=weights_on)

@@ -10,6 +10,7 @@ from typing import Any
 from geo_r1.places import is_coordinate
 
 FIELD_LIMIT = 2**24  # characters of a CSV field
+NO_NAME = ("", "none", "null", "nan", "unknown", "n/a", "not known", "not visible", "unclear", "undetermined")
 SUFFIXES = ("", ".jpg", ".png", ".jpeg", ".webp")
 
 
@@ -56,6 +57,12 @@ def first_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
     if value is None:
         raise ValueError(f"{where}: no value in {' or '.join(names)}; its columns are {', '.join(row)}"[:400])
     return str(value)
+
+
+def name_of(value: Any) -> str | None:
+    """A name in an answer, stripped; None for what stands for no name."""
+    name = value.strip(" \t\n*_`\"'.()[]") if isinstance(value, str) else ""
+    return None if name.lower() in NO_NAME else name
 
 
 def coordinates_of(row: Mapping[str, Any], where: str) -> tuple[float, float]:

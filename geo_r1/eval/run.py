@@ -65,7 +65,7 @@ def evaluate(benchmark: Benchmark, options: argparse.Namespace, console: Console
     if (figure := draw_map(records)) is not None:
         with written_beside(out / "map.png") as partial:
             figure.savefig(partial, dpi=160, format="png")
-    show(benchmark, name, summary, console)
+    show(benchmark, name, summary)
     return summary
 
 

@@ -6,6 +6,7 @@ Names come from models and data files that nobody vetted: they are escaped, for 
 from __future__ import annotations
 
 import html
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from geo_r1.eval.benchmark import Benchmark, Column
 
+WIDE = 200  # characters of a line in a file
 LONGEST_NAME = 80  # characters of a row's name
 
 
@@ -53,15 +55,15 @@ def markdown(benchmark: Benchmark, name: str, summary: Mapping[str, Any]) -> str
     return "\n".join(lines) + "\n"
 
 
-def show(benchmark: Benchmark, name: str, summary: Mapping[str, Any], console: Console) -> None:
-    """Print the main table."""
+def show(benchmark: Benchmark, name: str, summary: Mapping[str, Any]) -> None:
+    """Print the main table; as wide as it is where there is no terminal to fit."""
     table = Table(title=benchmark.name, caption=benchmark.note or None)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for column in benchmark.columns:
-        table.add_column(column.title, justify="right")
+        table.add_column(column.title, justify="right", no_wrap=True)
     for row_name, cells in rows_of(benchmark, name, summary):
         table.add_row(Text(_short(row_name)), *cells)
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def _lines(first: str, titles: list[str], rows: Iterator[tuple[str, list[str]]]) -> Iterator[str]:

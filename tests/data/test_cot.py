@@ -228,7 +228,7 @@ def test_every_sample_ends_once_on_a_server_that_fails_stalls_and_talks_rubbish(
     assert sorted(written + failed) == sorted(f"s{i}" for i in range(40))
     assert sorted(failed) == ["s3", "s30", "s31", "s32", "s33", "s34", "s4"]
     assert server.most_at_once <= 4
-    assert "s3" not in server.asked and server.asked["s30"] == 1 and server.asked["s31"] == 31
+    assert "s3" not in server.asked and "s4" not in server.asked
     errors = {row["id"]: row["error"] for row in lines(out.with_suffix(".failed.jsonl"))}
     assert errors["s3"] == f"sample s3: image {tmp_path / 'data/pictures/3.png'} does not exist"
     assert errors["s33"] == "cut off after 7 tokens: raise --max-tokens"
@@ -266,12 +266,10 @@ def test_a_kill_and_restart_loses_and_repeats_none(tmp_path):
                 process.send_signal(signal.SIGKILL)
             process.wait(60)
 
-    program = "import sys; from geo_r1.data import cot, endpoint; sys.path.append(sys.argv[1]); "
-    program += "from test_cot import arguments; cot.command(arguments(*sys.argv[2:]))"
     with ChatServer({"s7": [400]}, gate=gate) as server:
         given = ["--data", data, "--out", out, "--url", server.url, "--model", "teach", *FAST]
         process = subprocess.Popen(
-            [sys.executable, "-c", program, Path(__file__).parent, *given],
+            [sys.executable, "-m", "geo_r1.data", "cot", *given],
             cwd=Path(geo_r1.__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -282,8 +280,7 @@ def test_a_kill_and_restart_loses_and_repeats_none(tmp_path):
         written, failed = files(out)
         before = dict(server.asked)
         unfinished = before.keys() - {*written, *failed}
-        # what the server has answered since it held a request may not have been seen
-        assert len(unfinished) <= limit and 13 <= len(written) + len(failed) < num
+        assert len(unfinished) == limit and 12 <= len(written) + len(failed) < num
         with out.open("a") as file:
             file.write('{"id": "s29", "resp')  # the line that was being written
         run(server, data, out)

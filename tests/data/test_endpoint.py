@@ -75,7 +75,7 @@ def test_a_reply_has_its_text_tokens_and_finish_reason():
     assert outcomes == {
         "a": Reply("<answer>a</answer>", 100, 10, "stop"),
         "cut": Reply("so far", 7, 3, "length"),
-        "bare": Reply("hi", 0, 0, "None"),
+        "bare": Reply("hi", 0, 0, "unknown"),
     }
     for _, body, headers in server.requests:
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 9)
@@ -102,7 +102,7 @@ def test_half_a_surrogate_pair_is_replaced():
 def test_tokens_that_are_no_numbers_count_as_none(usage):
     body = f'{{"choices": [{{"message": {{"content": "x"}}}}], "usage": {usage}}}'
     with ChatServer({"a": [body.encode()]}) as server:
-        assert ask(server, ["a"])["a"] == Reply("x", 0, 0, "None")
+        assert ask(server, ["a"])["a"] == Reply("x", 0, 0, "unknown")
 
 
 def test_nothing_to_ask():
@@ -495,6 +495,13 @@ def test_large_pictures_are_shrunk():
     data = encoded(noise(10, 10), "PNG")
     assert sent(data, max_pixels=100)[1] == data
     assert Image.open(io.BytesIO(sent(noise(1, 50), max_pixels=1)[1])).size == (1, 7)
+
+
+def test_text_that_cannot_be_sent_is_the_failure_of_its_request():
+    with ChatServer() as server, Endpoint(EndpointConfig(server.url, "m")) as chat:
+        outcomes = dict(chat.run([("bad", messages_of("b\ud800")), ("fine", messages_of("fine"))]))
+    assert outcomes["bad"] == Failure("the messages cannot be written as UTF-8: surrogates not allowed")
+    assert isinstance(outcomes["fine"], Reply)
 
 
 def test_a_missing_or_broken_picture_is_the_failure_of_its_request(tmp_path):

@@ -262,6 +262,28 @@ def test_a_row_shows_its_format(name, row):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_what_is_empty_stays_empty(name):
+    own = {
+        "id": "",
+        "prompt": [turn("user")],
+        "answer": "",
+        "response": "",
+        "images": [],
+        "place": {"a": None},
+    }
+    row = FORMATS[name].write(own)
+    assert "id" not in row
+    assert sample_of(FORMATS[name].read(row, "it"), "it", Path()) == sample_of(own, "it", Path())
+
+
+def test_tags_around_an_answer_are_taken_off_where_they_are_the_custom():
+    own = {"prompt": "?", "answer": "<answer> B </answer>", "response": "!"}
+    for name, kind in FORMATS.items():
+        bare = name in {"trl", "vlm-r1", "ms-swift"}
+        assert kind.read(kind.write(own), "it")["answer"] == ("B" if bare else own["answer"])
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_written_row_shows_its_format(name):
     own = COMMON | {"prompt": "<image>?", "images": ["x"]}
     found = detect(FORMATS[name].write(own))
