@@ -22,10 +22,13 @@ DRAWS = (
     128,
     1024,
 )  # a site: most need the first, and fewer than one place in a hundred fits after the last
+FEW = 8  # times as many places as draws: then they are listed instead
 WIDTHS = (8, 64, 512)  # neighbours of a site that are looked at beyond those too near; wider by enumeration
 ENTRIES = 1 << 20  # pairs of a site and a tile that are judged at once
 EARTH_RADIUS_M = 1000 * EARTH_RADIUS_KM
-LEAF = 8  # places: with breadth first, 12 neighbours of 16 K take 45 us a site, and 190 with the tree's defaults
+LEAF = (
+    8  # places: with breadth first, 12 neighbours of 16 K take 45 us a site, and 190 with the tree's defaults
+)
 SLACK = 1e-9  # radians, 6 mm: between the tree's arithmetic and ours
 FAR = 3.14  # radians; so far off the tree misses antipodes
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -111,16 +114,20 @@ class Chooser:
         """
         candidates = np.unique(self.places.of_site[members])
         group = _Group(candidates, self.place[candidates])
-        rest = members
-        for step in WIDTHS if kind == "nearest" else DRAWS:
-            if step > len(candidates) or not len(rest):
-                break
+        rest, nearest = members, kind == "nearest"
+        for step in WIDTHS if nearest else DRAWS:
             before = len(rest)
-            rest = self._nearest(group, rest, step) if kind == "nearest" else self._drawn(group, rest, step)
+            size = np.full(before, len(candidates))
+            if step > DRAWS[0]:
+                size = group.count(self.site[rest], self.most, SLACK)
+            few = size <= (step if nearest else FEW * step)
+            self._enumerated(group, rest[few], nearest)
+            rest = rest[~few]
+            rest = self._nearest(group, rest, step) if nearest else self._drawn(group, rest, step)
             rest = self._possible(group, rest)
             if progress:
                 progress(before - len(rest))
-        self._enumerated(group, rest, by_distance=kind == "nearest")
+        self._enumerated(group, rest, nearest)
         if progress:
             progress(len(rest))
         self._shuffle(members)
@@ -128,8 +135,7 @@ class Chooser:
     def _drawn(self, group: _Group, members: np.ndarray, draws: int) -> np.ndarray:
         """Take the first that fit of so many draws each; returns who is still short."""
         for chunk in _chunks(members, np.full(len(members), draws)):
-            numbers = _mixed(self.key[chunk][:, None], np.arange(draws, dtype=np.uint64))
-            index = ((numbers >> np.uint64(11)) * 2.0**-53 * len(group.candidates)).astype(np.int64)
+            index = self._indices(chunk, draws, len(group.candidates))
             self._settle(np.repeat(chunk, draws), group.candidates[index].ravel())
         return self._short(members)
 
@@ -153,18 +159,29 @@ class Chooser:
         return members[inside - near >= self.num_wrong[members]]
 
     def _enumerated(self, group: _Group, members: np.ndarray, by_distance: bool) -> None:
-        """Judge every place within the upper bound."""
+        """List every place within the upper bound; draw from the list, and go through it where that fails."""
         members = self._possible(group, members)
         for chunk in _chunks(members, group.count(self.site[members], self.most, SLACK)):
             found = group.within(self.site[chunk], self.most)
-            owner = np.repeat(chunk, [len(index) for index in found])
+            size = np.array([len(index) for index in found])
             candidate = group.candidates[np.concatenate(found)]
             if by_distance:
+                owner = np.repeat(chunk, size)
                 priority = _metres(self.site[owner], self.place[candidate])
             else:
+                index = (np.cumsum(size) - size)[:, None] + self._indices(chunk, DRAWS[0] * 2, size[:, None])
+                self._settle(np.repeat(chunk, index.shape[1]), candidate[index].ravel())
+                short = self.row[chunk, 0] < 0
+                candidate = candidate[np.repeat(short, size)]
+                owner = np.repeat(chunk[short], size[short])
                 priority = _mixed(self.key[owner], self.place_key[candidate])
             order = np.lexsort((candidate, priority, owner))
             self._settle(owner[order], candidate[order])
+
+    def _indices(self, members: np.ndarray, draws: int, below: Any) -> np.ndarray:
+        """[members, draws] random numbers from 0 to one less than `below`."""
+        numbers = _mixed(self.key[members][:, None], np.arange(draws, dtype=np.uint64))
+        return ((numbers >> np.uint64(11)) * 2.0**-53 * below).astype(np.int64)
 
     def _settle(self, owner: np.ndarray, candidate: np.ndarray) -> None:
         """Give each owner the first of its candidates that fit, if they are enough; owners stand together."""

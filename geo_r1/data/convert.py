@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from rich.progress import track
 
 from geo_r1.data.formats import FORMATS, detect
 from geo_r1.data.journal import MAX_LINE
+from geo_r1.data.paths import moved
 from geo_r1.data.sample import read_rows
 from geo_r1.files import beside, write_text, written_beside
 
@@ -116,7 +115,7 @@ def convert(
             try:
                 own = FORMATS[source].read(row, where)
                 if isinstance(own.get("images"), list):
-                    own["images"] = [_moved(image, root, folder) for image in own["images"]]
+                    own["images"] = [moved(image, root, folder) for image in own["images"]]
                 yield where, FORMATS[target].write(own, flatten=flatten)
             except RecursionError:
                 raise ValueError(f"{where}: nested too deep") from None
@@ -138,32 +137,6 @@ def convert(
         known[out.stem] = {"file_name": out.name} | DATASET_INFO[target]
         write_text(info, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
     return count
-
-
-def _moved(image: Any, root: Path, folder: Path) -> Any:
-    """A picture's path as seen from a folder: relative where it is in it, absolute elsewhere."""
-    if isinstance(image, bytes):
-        return {"bytes": image, "path": None}
-    if isinstance(image, dict) and image.get("bytes") is None and isinstance(image.get("path"), str):
-        image = image["path"]
-    if not isinstance(image, str):
-        return image
-    if "://" in image or image.startswith("data:"):
-        raise ValueError(f"image {image!r:.80} is no path; save it as a file")
-    parent, name = os.path.split(image)
-    return os.path.join(_seen_from(folder, root, parent), name)
-
-
-@lru_cache(65536)
-def _seen_from(folder: Path, root: Path, parent: str) -> str:
-    """What stands before the names of a folder's files: "" for `folder` itself."""
-    path = root / parent
-    if ".." in path.parts:  # of a link, it is the parent of where that leads
-        path = Path(os.path.realpath(path))
-    for base in (folder, Path(os.path.realpath(folder))):
-        if path.is_relative_to(base):
-            return "" if path == base else path.relative_to(base).as_posix()
-    return str(path)
 
 
 def _known_sets(info: Path) -> dict[str, Any]:

@@ -41,6 +41,11 @@ _STEP = re.compile(
     r"[\s*_]{0,4}(?::|\n)",
     re.IGNORECASE,
 )
+_LETTER = re.compile(  # A and I are words, E and the like may belong to a coordinate or an abbreviation
+    r"(?<![\w.'’°-])([B-HJ-Z])(?![\w'’-]|\.\w)(?<!\d [NESW])"
+    r"|(?i:tiles?|images?|options?|candidates?|answer|labelled|pick|choose)(?: is)?:? ?\(?([A-Z])(?![\w'’-])"
+    r"|(?<![\w.'’-])(A)(?=[.,;)]|$)"
+)
 JUDGE = (
     "You check a chain of thought about where pictures were taken against what is known of the place. "
     'Answer with one JSON object: {"contradictions": ["what it says, and what is known instead", …]}. '
@@ -96,7 +101,9 @@ def check(sample: Sample, gazetteer: Gazetteer, limits: Limits) -> list[Finding]
     if missing := [name for name in STEPS if not steps.get(name, "").strip()]:
         findings.append(Finding("steps", f"missing, empty or out of order: {', '.join(missing)}"))
     findings += _of_answer(sample, text, steps.get("conclusion", ""))
-    for found in contradictions(text, sample.metadata, gazetteer, limits.city_km, limits.coordinate_km):
+    conclusion = steps.get("conclusion", "")
+    far = limits.city_km, limits.coordinate_km
+    for found in contradictions(text, sample.metadata, gazetteer, *far, conclusion):
         findings.append(Finding(found.kind, f"says {found.said!r:.120}, known is {found.known}"))
     return findings
 
@@ -131,9 +138,9 @@ def _of_answer(sample: Sample, text: str, conclusion: str) -> Iterator[Finding]:
     said = extract_choice(text, num_choices) if any(tag in text for tag in TAGS) else None
     if said != truth.upper():
         yield Finding("answer", f"answers {said or 'nothing that can be read'}, the truth is {truth}")
-    concluded = extract_choice(conclusion, num_choices)
-    if None not in (said, concluded) and concluded != said:
-        yield Finding("conclusion", f"concludes {concluded}, answers {said}")
+    concluded = {match[1] or match[2] or match[3] for match in _LETTER.finditer(conclusion)}
+    if said is not None and concluded and said not in concluded:
+        yield Finding("conclusion", f"concludes {', '.join(sorted(concluded))}, answers {said}")
 
 
 def outcome(findings: list[Finding]) -> str:

@@ -1,4 +1,4 @@
-"""JSON lines that survive a kill: read up to a limit of a line's length, appended a whole record at a time."""
+"""JSON lines that survive a kill: a whole record is appended at a time, and no line is endless."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _value(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip())
     except (ValueError, RecursionError) as error:  # the latter of brackets, nested deep
         raise ValueError(f"{where}: broken JSON: {' '.join(str(error).split())}") from error
 

@@ -189,7 +189,7 @@ class _Reader:
         if not indexes:
             raise ValueError(f"--root {self.root} has no img_info.csv, nor has a folder in it")
         for path in indexes:
-            city, before, at_root = path.parent.name, len(self.rows), None
+            city, before, at_root, below = path.parent.name, len(self.rows), None, ""
             for number, row in csv_rows(path):
                 where = f"{path}, row {number}"
                 if len(row) != 6:
@@ -198,31 +198,21 @@ class _Reader:
                 _, longitude, latitude, _, satellite, ground = row
                 if at_root is None:  # else they are below the city's folder
                     at_root = not satellite.startswith(f"{city}/") and isfile(folder / satellite.strip())
-                if not at_root and path.parent != folder:
-                    here = f"{path.parent.relative_to(folder).as_posix()}/"
-                else:
-                    here = ""
+                    below = "" if at_root else f"{path.parent.relative_to(folder).as_posix()}/"
                 ground, satellite = (
-                    name
-                    if at_root or not name or name.startswith("/")
-                    else here + name.removeprefix(f"{city}/")
+                    name if at_root or name[:1] in ("", "/") else below + name.removeprefix(f"{city}/")
                     for name in (ground.strip(), satellite.strip())
                 )
-                self.add(
-                    where,
-                    id=f"{city}-{number}",
-                    place=(latitude, longitude),
-                    city=city,
-                    ground=ground,
-                    satellite=satellite,
-                )
+                place, name = (latitude, longitude), f"{city}-{number}"
+                self.add(where, id=name, place=place, city=city, ground=ground, satellite=satellite)
             self.used(path, before)
 
     def vigor(self, split: str) -> None:
         """Lists of panorama, positive and three semi-positives, each tile with its offset in pixels."""
         if "/" in split or not split:
             raise ValueError(f"--vigor-split must be the name of a list such as {VIGOR_SPLIT}, got {split!r}")
-        lists = sorted(self.root.glob(f"splits*/*/{split}.txt"))
+        lists = [folder / f"{split}.txt" for folder in sorted(self.root.glob("splits*/*"))]
+        lists = [path for path in lists if path.is_file()]
         if not lists:
             raise ValueError(f"{self.root}/splits/<city>/{split}.txt does not exist for any city")
         by_kind = (self.root / "satellite").is_dir()  # and not by city, as the archives are

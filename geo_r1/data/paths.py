@@ -12,7 +12,9 @@ from typing import Any
 def moved_row(row: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any]:
     """A row of our own columns with its pictures' paths as seen from a folder; see `moved`."""
     images = row.get("images")
-    return {**row, "images": [moved(i, root, folder) for i in images]} if isinstance(images, list) else {**row}
+    return (
+        {**row, "images": [moved(i, root, folder) for i in images]} if isinstance(images, list) else {**row}
+    )
 
 
 def moved(image: Any, root: Path, folder: Path) -> Any:
@@ -34,15 +36,17 @@ def moved(image: Any, root: Path, folder: Path) -> Any:
         return image
     if "://" in image or image.startswith("data:"):
         raise ValueError(f"image {image!r:.80} is no path; save it as a file")
-    folder, path = folder.absolute(), root.absolute() / image
-    if ".." in path.parts:
-        path = _resolved(path.parent) / path.name
-    for base in (folder, _resolved(folder)):
+    parent, name = os.path.split(image)
+    return os.path.join(_seen_from(folder.absolute(), root.absolute(), parent), name)
+
+
+@lru_cache(65536)
+def _seen_from(folder: Path, root: Path, parent: str) -> str:
+    """What stands before the names of a folder's files: "" for `folder` itself."""
+    path = root / parent
+    if ".." in path.parts:  # of a link, it is the parent of where that leads
+        path = Path(os.path.realpath(path))
+    for base in (folder, Path(os.path.realpath(folder))):
         if path.is_relative_to(base):
-            return path.relative_to(base).as_posix()
+            return "" if path == base else path.relative_to(base).as_posix()
     return str(path)
-
-
-@lru_cache(4096)
-def _resolved(folder: Path) -> Path:
-    return Path(os.path.realpath(folder))

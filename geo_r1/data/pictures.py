@@ -222,6 +222,7 @@ def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image
     most = math.sqrt(max_pixels / (tall + rows * (1 / columns + label)))
     width = int(min(WIDEST, max(NARROWEST, own), most))
     side, band, top = width // columns, int(width * label), int(width * tall)
+    gap = side // 50
     if band < 8:
         raise ValueError(f"a picture of {len(tiles)} labelled tiles needs more than {max_pixels} pixels")
     page = Image.new("RGB", (width, top + rows * (side + band)), "white")
@@ -230,7 +231,7 @@ def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image
     for i, tile in enumerate(tiles):
         left, upper = i % columns * side, top + i // columns * (side + band)
         draw.text((left + side / 2, upper + band / 2), ascii_uppercase[i], "black", font, anchor="mm")
-        _place(page, tile, (left, upper + band, side, side))
+        _place(page, tile, (left + gap, upper + band, side - 2 * gap, side))
     return page
 
 

@@ -27,8 +27,8 @@ STITCHED_QUESTION = (
     "labelled {labels}, shows the spot where it was taken. "
 )
 SUFFIX = (
-    "Which one? Compare what is seen from the ground with each tile. Think in <think> </think>, then give the "
-    "letter of the tile in <answer> </answer>."
+    "Which one? Compare what is seen from the ground with each tile. Think in <think> </think>, then give "
+    "the letter of the tile in <answer> </answer>."
 )
 
 
@@ -74,7 +74,7 @@ class Questions:
         if not len(rows):
             raise ValueError(
                 f"no question for {split}: not one of {len(sites)} sites has {least - 1} wrong tiles from "
-                f"{options.min_distance:g} m to {options.max_distance or np.inf:g} m away; lower -k or "
+                f"{options.min_distance:g} m to {chooser.most:g} m away; lower -k or "
                 "--min-distance, raise --max-distance, or use --confusers global"
             )
         if options.limit is not None:

@@ -1,8 +1,8 @@
 """A teacher for the procedural world that reasons as Geo-R1's does: four steps of prose that name a place.
 
 The world's cities are made up, and so is where they lie. Here each stands for a real city of the gazetteer,
-so that what a chain of thought says of its place (city, country, continent, coordinates, hemispheres, the side
-that traffic keeps to) can be checked against metadata as it is with real photographs.
+so that what a chain of thought says of its place (city, country, continent, coordinates, hemispheres, side of
+traffic) can be checked against metadata as it is with real photographs.
 """
 
 from __future__ import annotations

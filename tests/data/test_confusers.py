@@ -94,8 +94,9 @@ def test_nearest_does_not_stand_in_order_of_distance():
     assert 0.4 < (steps > 0).mean() < 0.6
 
 
-@pytest.mark.parametrize("draws", [confusers.DRAWS, (1000,)])
-def test_every_tile_that_fits_is_as_likely(monkeypatch, draws):
+@pytest.mark.parametrize(("few", "draws"), [(0, confusers.DRAWS), (8, confusers.DRAWS), (8, (1,))])
+def test_every_tile_that_fits_is_as_likely(monkeypatch, few, draws):
+    monkeypatch.setattr(confusers, "FEW", few)  # draws from all, from a list, or goes through the list
     monkeypatch.setattr(confusers, "DRAWS", draws)
     sites = town(30, spread=0.1)
     counts = Counter()

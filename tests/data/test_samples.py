@@ -240,7 +240,7 @@ def test_no_rows(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"prompt": "?"', "Expecting ',' delimiter: line 2 column 1 (char 15)"),
+        ('{"prompt": "?"', "Expecting ',' delimiter: line 1 column 15 (char 14)"),
         ("prompt", "Expecting value: line 1 column 1 (char 0)"),
         ("{} {}", "Extra data: line 1 column 4 (char 3)"),
     ],
