@@ -14,7 +14,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from geo_r1.data import convert, cot, fact_check, pairs
+from geo_r1.data.formats import convert
+from geo_r1.data.pairing import pairs
+from geo_r1.data.teaching import cot, fact_check
 
 COMMANDS = {"pairs": pairs, "cot": cot, "fact-check": fact_check, "convert": convert}
 INTERRUPTED = 130

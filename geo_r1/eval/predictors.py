@@ -16,8 +16,14 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from geo_r1.data import PromptEncoder
-from geo_r1.data.endpoint import Endpoint, EndpointConfig, Reply, add_endpoint_arguments, chat_messages
 from geo_r1.data.journal import read_lines
+from geo_r1.data.teaching.endpoint import (
+    Endpoint,
+    EndpointConfig,
+    Reply,
+    add_endpoint_arguments,
+    chat_messages,
+)
 from geo_r1.eval.benchmark import Question
 from geo_r1.eval.native import PROMPTS_A_TURN, complete, encode
 from geo_r1.models import PackedVLM, load_model

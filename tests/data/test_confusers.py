@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from geo_r1.data import confusers
-from geo_r1.data.confusers import KINDS, Chooser, Places
-from geo_r1.data.manifests import Sites
+from geo_r1.data.pairing.confusers import KINDS, Chooser, Places
+from geo_r1.data.pairing.manifests import Sites
 from geo_r1.places import distance_km
 
 

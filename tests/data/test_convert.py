@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from geo_r1.data import convert as converting
 from geo_r1.data import read_samples
-from geo_r1.data.convert import command, configure, convert
 from geo_r1.data.formats import FORMATS
+from geo_r1.data.formats import convert as converting
+from geo_r1.data.formats.convert import command, configure, convert
 from geo_r1.data.journal import MAX_LINE
 
 

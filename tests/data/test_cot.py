@@ -19,7 +19,8 @@ from chat_server import RUBBISH, ChatServer, closed_port, completion
 from PIL import Image
 
 import geo_r1
-from geo_r1.data import Sample, cot, cot_output, endpoint, load_image, read_samples
+from geo_r1.data import Sample, load_image, read_samples
+from geo_r1.data.teaching import cot, cot_output, endpoint
 
 KEY = "sk-secret-0123456789abcdef"
 FAST = ("--concurrency", "4", "--retries", "2", "--timeout", "10")

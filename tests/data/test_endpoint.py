@@ -14,8 +14,9 @@ import pytest
 from chat_server import RUBBISH, ChatServer, closed_port, completion
 from PIL import Image
 
-from geo_r1.data import Sample, endpoint
-from geo_r1.data.endpoint import (
+from geo_r1.data import Sample
+from geo_r1.data.teaching import endpoint
+from geo_r1.data.teaching.endpoint import (
     Endpoint,
     EndpointConfig,
     Failure,

@@ -8,11 +8,11 @@ from chat_server import ChatServer
 from rich.console import Console
 
 from geo_r1.data.__main__ import main
-from geo_r1.data.claims import contradictions
-from geo_r1.data.fact_check import FORM, Finding, Limits, check, outcome, read_verdict
-from geo_r1.data.planted import PLANTERS, measure
 from geo_r1.data.sample import Sample
-from geo_r1.data.world_teacher import world_samples
+from geo_r1.data.teaching.claims import contradictions
+from geo_r1.data.teaching.fact_check import FORM, Finding, Limits, check, outcome, read_verdict
+from geo_r1.data.teaching.planted import PLANTERS, measure
+from geo_r1.data.teaching.world_teacher import world_samples
 from geo_r1.places import open_gazetteer
 
 LYON = {

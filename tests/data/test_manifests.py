@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from geo_r1.data import manifests
-from geo_r1.data.manifests import read_sites
-from geo_r1.data.tables import lines_of
+from geo_r1.data.pairing.manifests import read_sites
+from geo_r1.data.pairing.tables import lines_of
 
 HEADER = "id,lat,lon,city,ground,satellite"
 PANORAMA = "rTW64elYRVtD5DWJ9kBgnA,40.731011,-73.995289,.jpg"
@@ -156,7 +156,7 @@ def test_missing_files_and_arguments(tmp_path):
 
 
 def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("geo_r1.data.tables.MAX_LINE", 2**20)
+    monkeypatch.setattr("geo_r1.data.pairing.tables.MAX_LINE", 2**20)
     path = tmp_path / "m.csv"
     path.write_text("x" * (2**20 + 1))
     reads_as(f"{path}, row 1: longer than 1 MiB", lambda: list(lines_of(path)))

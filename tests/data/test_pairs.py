@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from geo_r1.data import load_image, read_samples
-from geo_r1.data.confusers import KINDS
-from geo_r1.data.pairs import command, configure
-from geo_r1.data.questions import difficulty, prompt
+from geo_r1.data.pairing.confusers import KINDS
+from geo_r1.data.pairing.pairs import command, configure
+from geo_r1.data.pairing.questions import difficulty, prompt
 from geo_r1.places import distance_km
 
 HEADER = "id,lat,lon,city,ground,satellite,semi_positives"

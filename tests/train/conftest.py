@@ -1,9 +1,14 @@
+import sys
+from pathlib import Path
+
 import pytest
 import small_runs as runs
 
 import geo_r1.train.run
 from geo_r1.data import World, exemplars
 from geo_r1.models.tiny import build_tiny
+
+sys.path.append(str(Path(__file__).parent.parent / "data"))  # its chat server serves here too
 
 
 @pytest.fixture(scope="session", autouse=True)

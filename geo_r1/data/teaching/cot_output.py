@@ -19,9 +19,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from geo_r1.data.chat import Failure, Reply
 from geo_r1.data.journal import Journal
 from geo_r1.data.sample import Sample
+from geo_r1.data.teaching.chat import Failure, Reply
 from geo_r1.files import write_text, written_beside
 
 

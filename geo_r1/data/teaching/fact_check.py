@@ -24,10 +24,10 @@ from rich.progress import track
 from rich.table import Table
 
 from geo_r1.answers import DEFAULT_NUM_CHOICES, TAGS, extract_answer, extract_choice, well_formed
-from geo_r1.data.claims import contradictions
-from geo_r1.data.endpoint import Endpoint, EndpointConfig, Reply, add_endpoint_arguments
 from geo_r1.data.paths import moved_row
 from geo_r1.data.sample import Sample, read_rows, sample_of
+from geo_r1.data.teaching.claims import contradictions
+from geo_r1.data.teaching.endpoint import Endpoint, EndpointConfig, Reply, add_endpoint_arguments
 from geo_r1.files import write_text, written_beside
 from geo_r1.places import Gazetteer, open_gazetteer
 
@@ -202,7 +202,7 @@ def command(options: argparse.Namespace) -> None:
     limits = Limits(**{name: getattr(options, name) for name in asdict(Limits())})
     console = Console(stderr=True)
     if options.measure is not None:
-        from geo_r1.data.planted import measure
+        from geo_r1.data.teaching.planted import measure
 
         measure(options.measure, limits, console)
         return

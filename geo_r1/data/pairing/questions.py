@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from geo_r1.data.confusers import Chooser, keys
-from geo_r1.data.manifests import Sites
-from geo_r1.data.pictures import STITCHED_PIXELS, Pictures, Stitch, in_processes
-from geo_r1.data.tables import Drops
+from geo_r1.data.pairing.confusers import Chooser, keys
+from geo_r1.data.pairing.manifests import Sites
+from geo_r1.data.pairing.pictures import STITCHED_PIXELS, Pictures, Stitch, in_processes
+from geo_r1.data.pairing.tables import Drops
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 QUESTION = (

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from geo_r1.answers import extract_answer
-from geo_r1.data.sample import IMAGE_MARKER, Sample, sample_of
-from geo_r1.data.turns import (
+from geo_r1.data.formats.turns import (
     PICTURE,
     Turn,
     marked,
@@ -22,6 +21,7 @@ from geo_r1.data.turns import (
     text_of,
     unmarked,
 )
+from geo_r1.data.sample import IMAGE_MARKER, Sample, sample_of
 
 Row = Mapping[str, Any]
 Columns = dict[str, Any]

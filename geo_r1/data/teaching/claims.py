@@ -57,9 +57,9 @@ _BEHIND = re.compile(
 _ASIDE = re.compile(
     r"\b(?:not|cannot|never|no|nobody|none|neither|nor|unlike|rather than|instead of|except|exclud\w+|"
     r"rul(?:es?|ed|ing) out|different from|differs? from|distinct from|similar to|like|resembl\w+|"
-    r"reminiscent|compared?|could|might|may|would(?! (?:therefore|place|put|locate|conclude))|perhaps|possibly|"
-    r"maybe|either|whether|candidates?|if|than|elsewhere|other|also|too|twinned|named after|imported|"
-    r"exported|flights?|ferr(?:y|ies))\b|n't\b"
+    r"reminiscent|compared?|could|might|may|would(?! (?:therefore|place|put|locate|conclude))|perhaps|"
+    r"possibly|maybe|either|whether|candidates?|if|than|elsewhere|other|also|too|twinned|named after|"
+    r"imported|exported|flights?|ferr(?:y|ies))\b|n't\b"
 )
 _DENIED = re.compile(
     r"\s*(?:and \w+ )?(?:(?:is|are|was|were|seems?|looks?|can be|would|could|might|may)\b|n't|not\b|too\b|"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from geo_r1.data.row_kinds import WITHOUT_TOOLS, Chat, Format, Own, Problem
+from geo_r1.data.formats.row_kinds import WITHOUT_TOOLS, Chat, Format, Own, Problem
 from geo_r1.data.sample import IMAGE_MARKER
 
 

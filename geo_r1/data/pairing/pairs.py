@@ -21,11 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from geo_r1.data.confusers import KINDS, Places
-from geo_r1.data.manifests import SOURCES, VIGOR_SPLIT, Sites, read_sites
-from geo_r1.data.pictures import Check, Pictures, in_processes
-from geo_r1.data.questions import Questions, generator
-from geo_r1.data.tables import Drops
+from geo_r1.data.pairing.confusers import KINDS, Places
+from geo_r1.data.pairing.manifests import SOURCES, VIGOR_SPLIT, Sites, read_sites
+from geo_r1.data.pairing.pictures import Check, Pictures, in_processes
+from geo_r1.data.pairing.questions import Questions, generator
+from geo_r1.data.pairing.tables import Drops
 from geo_r1.files import written_beside
 
 SPLITS = ("train", "test")

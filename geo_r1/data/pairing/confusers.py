@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from geo_r1.data.manifests import Sites
+from geo_r1.data.pairing.manifests import Sites
 from geo_r1.places import EARTH_RADIUS_KM
 
 KINDS = ("same_city", "nearest", "global")

@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from geo_r1.data.chat import Failure, Messages, Reply, Trouble, chat_messages, reply_of, trouble_of
-from geo_r1.data.endpoint_options import EndpointConfig, add_endpoint_arguments
+from geo_r1.data.teaching.chat import Failure, Messages, Reply, Trouble, chat_messages, reply_of, trouble_of
+from geo_r1.data.teaching.endpoint_options import EndpointConfig, add_endpoint_arguments
 
 __all__ = [
     "Endpoint",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from geo_r1.data.tables import Drops, csv_rows, lines_of, table_rows
+from geo_r1.data.pairing.tables import Drops, csv_rows, lines_of, table_rows
 from geo_r1.places import is_coordinate
 
 SOURCES = ("cv-cities", "vigor", "cvusa", "manifest")

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from geo_r1.data.fact_check import Limits, check
 from geo_r1.data.sample import Sample
+from geo_r1.data.teaching.fact_check import Limits, check
+from geo_r1.data.teaching.world_teacher import LARGE, world_samples
 from geo_r1.data.world import LETTERS
-from geo_r1.data.world_teacher import LARGE, world_samples
 from geo_r1.places import City, Gazetteer, distance_km, open_gazetteer
 
 FAR_KM = 500.0  # a planted city or point is at least so far away

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from geo_r1.data.formats import FORMATS, detect
+from geo_r1.data.formats.known import FORMATS, detect
 from geo_r1.data.journal import MAX_LINE
 from geo_r1.data.paths import moved
 from geo_r1.data.sample import read_rows

@@ -15,9 +15,15 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from geo_r1.data.cot_output import CotOutput
-from geo_r1.data.endpoint import Endpoint, EndpointConfig, Messages, add_endpoint_arguments, chat_messages
 from geo_r1.data.sample import Sample, read_samples
+from geo_r1.data.teaching.cot_output import CotOutput
+from geo_r1.data.teaching.endpoint import (
+    Endpoint,
+    EndpointConfig,
+    Messages,
+    add_endpoint_arguments,
+    chat_messages,
+)
 
 KNOWN = ("city", "country", "continent", "latitude", "longitude", "driving_side")
 MAX_PROMPT = 2**20  # bytes
@@ -96,7 +102,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _from_world(options: argparse.Namespace) -> None:
-    from geo_r1.data.world_teacher import world_samples
+    from geo_r1.data.teaching.world_teacher import world_samples
 
     if options.data or options.url:
         raise ValueError("--teacher world makes its own samples and asks nobody: leave out --data and --url")

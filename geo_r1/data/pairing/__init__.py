@@ -1,0 +1,1 @@
+"""Cross-view questions from raw imagery with coordinates."""
