@@ -13,104 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from geo_r1.data.teaching import phrases
 from geo_r1.places import City, Gazetteer, distance_km, fold, parse_coordinates
 
 LONGEST_SPAN = 5  # words of a name
 PARTICLE = 4  # letters of a small word within a name: "de", "das", "upon"
 NEAR = 120  # characters in front of a name that are looked at
 EQUATOR = 0.1  # degrees: nearer to the equator, or to 0 or 180 east, no hemisphere is wrong
+KNOWN = 100_000  # inhabitants of a city that a sentence may be about
 LARGE = 500_000  # inhabitants of a city that a sentence may begin with
 SHORT_NAMES = {"US", "USA", "UK", "UAE", "DRC"}  # other capitals are mostly no countries: TV, AC, NO
 TWO_CONTINENTS = {"RU", "TR", "KZ", "GE", "AZ", "AM", "CY"}  # partly or by custom in Europe and in Asia
-
-_SENTENCE = re.compile(r"(?<!\bSt\.)(?<!\bMt\.)(?<!\bFt\.)(?<!\b[A-Z]\.)(?<=[.!?;])\s|\n")
-_CLAUSE = re.compile(r",\s|\s[–—-]\s|:\s|;|\b(?:but|while|whereas|although|though)\b")
-_WORD = re.compile(r"[^\W_](?:[\w'’-]|\.(?=\w))*\.?")
-
-# What identifies a place: who or what is there, or a word of inference; then small words up to the name.
-_SUBJECT = (
-    r"(?:this|it|that|which|we|here|place|city|town|country|continent|scene|location|photo|photograph|picture|"
-    r"image|panorama|view|street|camera|capital|coordinates|area|region|site|spot)"
-)
-_BE = r"(?:is|are|was|were|be|being|lies?|lay|stands?|stood|sits?|belongs?|comes? from|came from)"
-_INFER = (
-    r"(?:suggests?|indicates?|means|meaning|confirms?|implies|proves?|conclude|deduce|infer|believe|"
-    r"identif(?:y|ies)|locates?|places?|puts?|settles?|leaves?|adds? up|points?|leads?|speaks?|narrows?|"
-    r"consistent|typical|characteristic|so(?! (?:is|are|was|were|do|does)\b)|hence|thus|therefore|then|"
-    r"must be|found|taken|shot|located|situated|recogni[sz]e|clearly|surely|certainly)"
-)
-_SMALL = (
-    r"(?:in|at|near|of|to|for|on|towards?|within|inside|outside|that|the|a|an|as|with|it|us|me|this|be|is|"
-    r"are|was|only|indeed|must|by|very|most|quite|somewhere|city|town|country|capital|continent|coast|centre|"
-    r"center|heart|outskirts|suburbs?|middle|north|south|east|west|northern|southern|eastern|western|central|"
-    r"part|side|called|named|located|situated|found|taken|shot|made|typical|characteristic|clearly|certainly|"
-    r"surely|definitely|photograph|picture|scene|place|location|conclusion|about|around|approximately|together)"
-)
-_IDENTIFIED = re.compile(
-    rf"\b(?:{_SUBJECT}(?:'s|’s|\s+(?:\w+\s+){{0,3}}?{_BE})|{_INFER})\b(?=(?P<gap>.*)$)",
-    re.IGNORECASE | re.DOTALL,
-)
-_GAP = re.compile(rf"(?:\s+|,|{_SMALL}\b|[-+]?\d[\d.]*°?|[°NSEW(){{}}′″'\"]|:)*", re.IGNORECASE)
-_BEHIND = re.compile(
-    r"\s+(?:it is|it must be|is where|is the (?:place|city|country|answer))\b", re.IGNORECASE
-)
-_ASIDE = re.compile(
-    r"\b(?:not|cannot|never|no|nobody|none|neither|nor|unlike|rather than|instead of|except|exclud\w+|"
-    r"rul(?:es?|ed|ing) out|different from|differs? from|distinct from|similar to|like|resembl\w+|"
-    r"reminiscent|compared?|could|might|may|would(?! (?:therefore|place|put|locate|conclude))|perhaps|"
-    r"possibly|maybe|either|whether|candidates?|if|than|elsewhere|other|also|too|twinned|named after|"
-    r"imported|exported|flights?|ferr(?:y|ies))\b|n't\b"
-)
-_DENIED = re.compile(
-    r"\s*(?:and \w+ )?(?:(?:is|are|was|were|seems?|looks?|can be|would|could|might|may)\b|n't|not\b|too\b|"
-    r"ruled out\b|excluded\b|unlikely\b|have\b|has\b|lacks?\b|use[sd]?\b|drops?\b|falls?\b|fails?\b|"
-    r",? ?(?:but|yet|though|however)\b)"
-)
-_CITY_CUE = re.compile(
-    r"\b(?:in|near|at|of|is|as|be|from|around|outside|inside|downtown|central|greater|towards?|to|"
-    r"city|town|suggests?|indicates?|identif\w+|matches|confirms?|means|deduce|so|hence|thus|for|capital)\s+"
-    r"(?:the\s+city\s+of\s+)?$",
-    re.IGNORECASE,
-)
-_LIST = re.compile(r"(?:[,/]|\s|and\b|or\b|the\b)+")
-_PAIRED = re.compile(r",? (?:in |the )?")  # "Lyon, France", "Okara in Pakistan"
-_TAIL = re.compile(r",? (?:in )?([A-Z][\w'’ -]{2,40})")
-# Names of cities that mean something else in prose: words, months, makes of cars, styles, parts of names.
-_COMMON = """
-a an the this that these those here there it he she we you they both same most many other others such
-all some tile tiles image images panorama picture photo view views visual cues knowledge evidence
-conclusion step answer option candidate north south east west northern southern eastern western central
-nice reading mobile bath orange split normal surprise union best bar date deal enter man men male march
-may april june august sunday monday friday street road avenue park river lake mount mountain bay beach
-port fort new old san santa saint toyota ford lincoln mercedes shell total kia tesla roman gothic art
-christian catholic buddhist english spanish french german university college hospital police post office
-school church temple cars vehicles buses taxis trams signs castle tower bridge market station airport of
-so no yes if then thus because while when where its his her
-"""
-_NO_CITY = frozenset(_COMMON.split())
-_OF_A_NAME = ("New", "Little", "Old")  # New Guinea is not Guinea
-
-_HEMISPHERE = (
-    re.compile(r"\b(northern|southern|eastern|western)[ -]hemisphere\b", re.IGNORECASE),
-    re.compile(
-        r"\b(northern|southern|eastern|western) half of the (?:globe|world|earth|planet)\b", re.IGNORECASE
-    ),
-    re.compile(r"\b(north|south|above|below) (?:of )?the equator\b", re.IGNORECASE),
-)
-_NORTH_OR_EAST = ("northern", "north", "above", "eastern")
-_TRAFFIC = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"\bdriv(?:e|es|en|ing)\s+(?:\w+\s+){0,3}on\s+the\s+(left|right)\b",
-        r"\b(?:traffic|vehicles?|cars?|buses|drivers|motorists)\s+(?:\w+\s+){0,2}"
-        r"(?:keeps?|keeping|stays?|moves?|moving|runs?|running|travels?|travelling|traveling)\s+"
-        r"(?:(?:on|to|along)\s+)?(?:the\s+)?(left|right)\b",
-        r"\b(left|right)[ -]hand[ -](?:traffic|driving)\b",
-        r"\btraffic\s+(?:is\s+)?on\s+the\s+(left|right)\b",
-        r"\bkeeps?\s+(?:to\s+the\s+)?(left|right)\b",
-        r"\b(left|right)[ -]side\s+driving\b",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -147,7 +60,7 @@ def contradictions(
     truth = _Truth(metadata, gazetteer, city_km, coordinate_km)
     before, found, after = text.partition(conclusion) if conclusion else (text, "", "")
     for part, concludes in ((before, False), (found, True), (after, False)):
-        for sentence in _SENTENCE.split(part):
+        for sentence in phrases.SENTENCE.split(part):
             mentions = list(_mentions(sentence, truth, gazetteer))
             yield from _of_numbers(sentence, truth, mentions)
             yield from _of_names(sentence, truth, mentions, concludes)
@@ -209,7 +122,7 @@ def _of_numbers(sentence: str, truth: _Truth, mentions: Sequence[_Mention]) -> I
     def meant(start: int) -> bool:
         begin = sentence.rfind(";", 0, start)
         elsewhere = any(begin < m.start < start for m in mentions if not m.agrees and m.kind != "continent")
-        return not elsewhere and not _ASIDE.search(_clause_before(sentence, start).lower())
+        return not elsewhere and not phrases.ASIDE.search(_clause_before(sentence, start).lower())
 
     if truth.point is not None:
         for latitude, longitude in parse_coordinates(sentence):
@@ -217,13 +130,13 @@ def _of_numbers(sentence: str, truth: _Truth, mentions: Sequence[_Mention]) -> I
             if distance > truth.coordinate_km:
                 known = f"{truth.shown}, {distance:.0f} km away"
                 yield Contradiction("coordinates", f"{latitude}, {longitude}", known)
-        for match in (m for pattern in _HEMISPHERE for m in pattern.finditer(sentence)):
+        for match in (m for pattern in phrases.HEMISPHERE for m in pattern.finditer(sentence)):
             half = match[1].lower()
             value = truth.point[half in ("eastern", "western")]
             edge = min(abs(value), 180 - abs(value))
-            if edge > EQUATOR and (value > 0) != (half in _NORTH_OR_EAST) and meant(match.start()):
+            if edge > EQUATOR and (value > 0) != (half in phrases.NORTH_OR_EAST) and meant(match.start()):
                 yield Contradiction("hemisphere", match[0], truth.shown)
-    for match in (m for pattern in _TRAFFIC for m in pattern.finditer(sentence)):
+    for match in (m for pattern in phrases.TRAFFIC for m in pattern.finditer(sentence)):
         if truth.side and match[1].lower() != truth.side and meant(match.start()):
             yield Contradiction("driving_side", match[0], f"traffic is on the {truth.side}")
 
@@ -239,7 +152,9 @@ def _of_names(
     }
     claimed: list[_Mention] = []
     for mention in mentions:
-        behind = bool(claimed) and _PAIRED.fullmatch(_between(sentence, claimed[-1], mention)) is not None
+        behind = (
+            bool(claimed) and phrases.PAIRED.fullmatch(_between(sentence, claimed[-1], mention)) is not None
+        )
         if behind or _claimed(sentence, mention, concludes):
             claimed.append(mention)
     for mention in claimed:
@@ -251,9 +166,9 @@ def _listed(sentence: str, mention: _Mention, mentions: Sequence[_Mention]) -> l
     """A name and those of its kind that stand in one list with it: "Peru, Chile and Bolivia"."""
     alike = [m for m in mentions if m.kind == mention.kind]
     first = last = alike.index(mention)
-    while first and _LIST.fullmatch(_between(sentence, alike[first - 1], alike[first])):
+    while first and phrases.LIST.fullmatch(_between(sentence, alike[first - 1], alike[first])):
         first -= 1
-    while last + 1 < len(alike) and _LIST.fullmatch(_between(sentence, alike[last], alike[last + 1])):
+    while last + 1 < len(alike) and phrases.LIST.fullmatch(_between(sentence, alike[last], alike[last + 1])):
         last += 1
     return alike[first : last + 1]
 
@@ -263,21 +178,21 @@ def _claimed(sentence: str, mention: _Mention, concludes: bool) -> bool:
     before = sentence[max(0, mention.start - NEAR) : mention.start]
     clause, after = _clause_before(sentence, mention.start), sentence[mention.end :][:60]
     if (
-        _ASIDE.search(clause.lower())
+        phrases.ASIDE.search(clause.lower())
         or after.startswith(("'s", "’s"))
         or mention.words.endswith(("'s", "’s"))
     ):
         return False
-    if concludes or _BEHIND.match(after):
+    if concludes or phrases.BEHIND.match(after):
         return True
-    if _DENIED.match(after.lower()):
+    if phrases.DENIED.match(after.lower()):
         return False
-    return any(_GAP.fullmatch(match["gap"]) for match in _IDENTIFIED.finditer(before))
+    return any(phrases.GAP.fullmatch(match["gap"]) for match in phrases.IDENTIFIED.finditer(before))
 
 
 def _clause_before(sentence: str, start: int) -> str:
     """The words in front of a place in a sentence that belong to it."""
-    return _CLAUSE.split(sentence[max(0, start - NEAR) : start])[-1]
+    return phrases.CLAUSE.split(sentence[max(0, start - NEAR) : start])[-1]
 
 
 def _between(sentence: str, one: _Mention, other: _Mention) -> str:
@@ -287,11 +202,11 @@ def _between(sentence: str, one: _Mention, other: _Mention) -> str:
 
 def _mentions(sentence: str, truth: _Truth, gazetteer: Gazetteer) -> Iterator[_Mention]:
     """Names of places in a sentence, the longest at each spot."""
-    words = list(_WORD.finditer(sentence))
+    words = list(phrases.WORD.finditer(sentence))
     i = 0
     while i < len(words):
         taken = 1
-        if _is_name(words[i][0]) and (i == 0 or words[i - 1][0] not in _OF_A_NAME):
+        if _is_name(words[i][0]) and (i == 0 or words[i - 1][0] not in phrases.OF_A_NAME):
             for count in range(min(LONGEST_SPAN, len(words) - i), 0, -1):
                 start, end = words[i].start(), words[i + count - 1].end()
                 if not _connected(words[i : i + count], sentence[start:end]):
@@ -323,7 +238,7 @@ def _place(
     name = sentence[start:end].rstrip(".").removesuffix("'s").removesuffix("’s")
     if continent := gazetteer.continent(name):
         return "continent", truth.is_continent(continent)
-    tail = _TAIL.match(sentence, end)
+    tail = phrases.TAIL.match(sentence, end)
     placed = tail is not None and gazetteer.country(tail[1].strip()) is not None  # "Reading, England"
     if gazetteer.is_region(name) and not placed:
         return "", True  # Georgia, Ontario, Victoria: states and provinces have namesakes everywhere
@@ -336,9 +251,13 @@ def _place(
         return None
     spaced = after is not None and sentence[end : after.start()] == " "
     longer = spaced and after is not None and after[0][0].isupper()  # "Lincoln Memorial"
-    if not placed and (fold(name) in _NO_CITY or longer):
+    if not placed and (fold(name) in phrases.NO_CITY or longer):
         return None
     before = sentence[max(0, start - 40) : start]
     begins = not before.rstrip(" *") or before.rstrip(" *").endswith(":")
-    judged = placed or (begins and cities[0].population >= LARGE) or _CITY_CUE.search(before) is not None
+    judged = (
+        placed or (begins and cities[0].population >= LARGE) or phrases.CITY_CUE.search(before) is not None
+    )
+    if not judged and cities[0].population < KNOWN:
+        return None  # most words at the beginning of a sentence are a village somewhere
     return "city" if judged else "", truth.is_city(name, cities)

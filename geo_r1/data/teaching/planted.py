@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from geo_r1.data.sample import Sample
-from geo_r1.data.teaching.fact_check import Limits, check
+from geo_r1.data.teaching.rules import Limits, check
 from geo_r1.data.teaching.world_teacher import LARGE, world_samples
 from geo_r1.data.world import LETTERS
 from geo_r1.places import City, Gazetteer, distance_km, open_gazetteer
