@@ -7,7 +7,7 @@ VLLM        ?= .venv-vllm
 VLLM_READY   = $(VLLM)/.ready
 VLLM_SOURCES = $(addprefix tests/vllm/,requirements.py torchvision_operators.py torchvision_operators.pth)
 
-.PHONY: demo zero test test-vllm check aot extension format bench gpu results docs clean
+.PHONY: demo zero ablations test test-vllm check aot extension format bench gpu results docs clean
 
 $(READY): pyproject.toml constraints.txt setup.py
 	@echo "Making $(VENV) and installing; about a minute on a fast connection."
@@ -21,6 +21,9 @@ demo: $(READY)  ## the whole recipe on the procedural world, CPU only, about nin
 
 zero: $(READY)  ## GRPO straight from the base model, same world
 	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train recipes/world_zero.toml
+
+ablations: $(READY)  ## recipes that differ in one thing, on the same world; about two hours of one core
+	$(RUN)python -m geo_r1.train.ablate recipes/ablations_world.toml
 
 extension: $(READY)  ## geo_r1._C brought up to date with csrc/, where nvcc is; it knows better than dates what changed
 	@$(RUN)python -m csrc.nvcc
