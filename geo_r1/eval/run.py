@@ -24,6 +24,7 @@ from geo_r1.eval.map import draw_map
 from geo_r1.eval.predictors import ENGINES, Answer, engine_of, identity
 from geo_r1.eval.table import markdown, show
 from geo_r1.files import write_text, written_beside
+from geo_r1.places import open_gazetteer
 
 
 def evaluate(benchmark: Benchmark, options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -39,6 +40,8 @@ def evaluate(benchmark: Benchmark, options: argparse.Namespace, console: Console
     questions = benchmark.questions(options)[: options.limit]
     if not questions:
         raise ValueError(f"{options.data} asks nothing")
+    if any(question.truth.get("latitude") is not None for question in questions):
+        open_gazetteer()  # the map's; what is missing is said now, not after hours of answers
     seen: set[str] = set()
     for question in questions:
         if question.sample.id in seen:

@@ -154,7 +154,7 @@ def test_the_table_has_a_row_a_variant_under_its_group():
 
 def test_the_repositorys_own_comparison_is_whole():
     planned = plan(runs.HERE.parents[1] / "recipes" / "ablations_world.toml")
-    assert len(planned) == 17
+    assert len(planned) == 18
     assert sorted({run.recipe.world.num_candidates for run in planned}) == list(range(3, 11))
     left_out = [name for run in planned for name, weight in run.recipe.rewards.weights.items() if not weight]
-    assert left_out == ["accuracy", "format", "length", "repetition"]
+    assert left_out == ["accuracy", "format", "length", "repetition", "accuracy", "length"]
