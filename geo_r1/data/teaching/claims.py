@@ -122,7 +122,10 @@ def _of_numbers(sentence: str, truth: _Truth, mentions: Sequence[_Mention]) -> I
     def meant(start: int) -> bool:
         begin = sentence.rfind(";", 0, start)
         elsewhere = any(begin < m.start < start for m in mentions if not m.agrees and m.kind != "continent")
-        return not elsewhere and not phrases.ASIDE.search(_clause_before(sentence, start).lower())
+        clause = _clause_before(sentence, start)
+        return (
+            not elsewhere and not phrases.ASIDE.search(clause.lower()) and not phrases.PEOPLE.search(clause)
+        )
 
     if truth.point is not None:
         for latitude, longitude in parse_coordinates(sentence):
@@ -236,6 +239,8 @@ def _place(
 ) -> tuple[str, bool] | None:
     """What a span names, and whether it agrees; the kind is empty for a name that is not judged."""
     name = sentence[start:end].rstrip(".").removesuffix("'s").removesuffix("’s")
+    if name in phrases.CONTINENT_OF and phrases.KIND_OF_PLACE.match(sentence, end):
+        name = phrases.CONTINENT_OF[name]
     if continent := gazetteer.continent(name):
         return "continent", truth.is_continent(continent)
     tail = phrases.TAIL.match(sentence, end)

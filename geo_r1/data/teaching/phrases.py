@@ -29,7 +29,8 @@ SMALL = (
     r"almost|likely|probably|presumably|looking|dealing|street|one|nations?|countries|cities|state|region)"
 )
 IDENTIFIED = re.compile(
-    rf"\b(?:{SUBJECT}(?:'s|’s|\s+(?:\w+\s+){{0,3}}?{BE})|{INFER})\b(?=(?P<gap>.*)$)",
+    rf"(?:\b(?:{SUBJECT}(?:'s|’s|\s+(?:\w+\s+){{0,3}}?{BE})|{INFER})"
+    r"|(?:^|[:;*#-]\s*)(?:continent|country|city|location|place):)(?!\w)(?=(?P<gap>.*)$)",
     re.IGNORECASE | re.DOTALL,
 )
 _KNOWN = rf"(?:\s+|,|{SMALL}\b|[-+]?\d[\d.]*°?|[°NSEW(){{}}′″'\"]|:)*"
@@ -38,7 +39,8 @@ GAP = re.compile(
     re.IGNORECASE,
 )
 BEHIND = re.compile(
-    r"\s+(?:it is|it must be|is where|(?:is )?the (?:most \w+ )?(?:place|city|country|answer|choice))\b",
+    r"\s+(?:it is|it must be|is (?:\w+ )?where|"
+    r"(?:is )?the (?:most \w+ )?(?:place|city|country|answer|choice))\b",
     re.IGNORECASE,
 )
 ASIDE = re.compile(
@@ -51,7 +53,7 @@ ASIDE = re.compile(
 DENIED = re.compile(
     r"\s*(?:\([^)]{0,40}\)\s*)?(?:, (?:where|which|whose) [^,.]{0,60},\s*)?(?:and \w+ )?"
     r"(?:(?:is|are|was|were|seems?|looks?|can|would|could|might|may)\b|n't|not\b|too\b|ruled out\b|"
-    r"excluded\b|unlikely\b|have\b|has\b|lacks?\b|use[sd]?\b|drops?\b|falls?\b|fails?\b|"
+    r"excluded\b|unlikely\b|perhaps\b|maybe\b|possibly\b|have\b|has\b|lacks?\b|use[sd]?\b|drops?\b|falls?\b|fails?\b|"
     r",? ?(?:but|yet|though|however)\b)"
 )
 CITY_CUE = re.compile(
@@ -62,6 +64,11 @@ CITY_CUE = re.compile(
 )
 LIST = re.compile(r"(?:[,/]|\s|and\b|or\b|the\b)+")
 PAIRED = re.compile(r",? (?:in |the )?")  # "Lyon, France", "Okara in Pakistan"
+# "an Asian city" says where, "Asian food" does not
+CONTINENT_OF = {"African": "Africa", "Asian": "Asia", "European": "Europe", "North American": "North America"}
+CONTINENT_OF |= {"South American": "South America", "Oceanian": "Oceania"}
+KIND_OF_PLACE = re.compile(r"\s+(?:continent|city|town|country|nation|capital|metropolis|port)\b")
+PEOPLE = re.compile(r"\w\W+[A-Z]\w+\s+$")  # "while Italians" (drive on the right)
 TAIL = re.compile(r",? (?:in )?([A-Z][\w'’ -]{2,40})")
 # Names of cities that mean something else in prose: words, months, makes of cars, styles, parts of names.
 COMMON = """
