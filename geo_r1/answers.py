@@ -63,6 +63,18 @@ def extract_answer(text: str) -> str | None:
     return blocks[-1].strip() if blocks else None
 
 
+def said(text: str) -> str:
+    """What a completion answers: its answer block, else what follows the last thought, else all of it.
+
+    Empty where a block or a thought is left open: what was cut off has not been answered.
+    """
+    if "<answer>" in text:
+        return extract_answer(text) or ""
+    if "<think>" in text or "</think>" in text:
+        return text.rpartition("</think>")[2].strip() if "</think>" in text else ""
+    return text.strip()
+
+
 def extract_choice(text: str, num_choices: int = DEFAULT_NUM_CHOICES) -> str | None:
     """Return the choice letter, upper case, that a person would read from an answer; None where in doubt.
 

@@ -115,6 +115,8 @@ class Gazetteer:
         """The country of an English name, a common alias or an upper-case ISO code; None if unknown."""
         if len(name) > LONGEST_NAME:
             return None
+        if "(" in name:  # United Kingdom (Scotland)
+            name = name.partition("(")[0]
         code = self._country_codes.get(name.replace(".", "").strip())
         if code is None:
             key = fold(name).removeprefix("the ")

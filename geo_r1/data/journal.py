@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,7 @@ class Journal:
     """Records by id, appended as they come; what a killed process had written is there at the next start.
 
     A last line that was cut by a kill is dropped, with a later one of the same id the first one stands. One
-    process at a time; `append` may be called by any one thread.
+    process at a time, which a lock holds; `append` may be called by any one thread.
 
     Args:
         path: JSONL; each record has a string "id".
@@ -54,20 +55,32 @@ class Journal:
         records: by id, in the order in which they came.
 
     Raises:
-        ValueError: a line other than the last is broken, or has no id; names it.
+        ValueError: a line other than the last is broken, or has no id; names it. Or another process has it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        self._file = path.open("ab+")
+        try:
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self) -> None:
+        path = self.path
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path} is being written by another process") from None
+        if os.fstat(self._file.fileno()).st_size:
             self._drop_cut_line()
             for number, record in read_lines(path):
                 if not isinstance(record, dict) or not isinstance(record.get("id"), str):
                     raise ValueError(f"{path}, line {number}: expected a record with an id")
                 self.records.setdefault(record["id"], record)
-        self._file = path.open("ab")
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record; it is in the system's hands when this returns, and survives this process.

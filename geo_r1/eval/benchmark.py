@@ -86,7 +86,11 @@ def broken_down(
 
 
 def is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that a float can hold."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an int of hundreds of digits
+        return False
 
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval

@@ -167,7 +167,7 @@ def by_group(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`figures` of all, and by number of choices, kind of confuser, their difficulty, and city."""
     groups: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "by_k": lambda r: r["num_choices"],
-        "by_confusers": lambda r: r["confusers"],
+        "by_confusers": lambda r: None if r["confusers"] is None else str(r["confusers"]),
         "by_difficulty": _third_of(records),
         "by_city": lambda r: r["city"] or None,
     }

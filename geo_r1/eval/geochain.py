@@ -85,7 +85,7 @@ def questions(options: argparse.Namespace) -> list[Question]:
         for column in ("lat", "lon", "class_mapping"):
             if column not in row:
                 raise ValueError(f"{where}: no column {column}; its columns are {', '.join(row)[:200]}")
-        image = _image_path(options.images, row, where)
+        image = _image_path(options.images, row, where, options.predictions is None)
         metadata: dict[str, Any] = {"image": key, "city": str(row["city"])}
         point = None if _is_missing(row) else coordinates_of(row, where)
         if point:
@@ -117,7 +117,7 @@ def _ranks(option: str, tasks: Mapping[int, Task]) -> list[int]:
     return wanted
 
 
-def _image_path(root: Path, row: Mapping[str, Any], where: str) -> Path:
+def _image_path(root: Path, row: Mapping[str, Any], where: str, wanted: bool) -> Path:
     city, folder, key = (first_of(row, (column,), where) for column in ("city", "sub_folder", "key"))
     for name in (city, folder, key):
         if name in (".", "..") or re.search(r"[/\\\0]", name):
@@ -127,6 +127,8 @@ def _image_path(root: Path, row: Mapping[str, Any], where: str) -> Path:
     path = root / city / folder / "images" / f"{key}.jpg"
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):  # a circle of links is let be
         raise ValueError(f"{where}: image {path} leads out of {root}")
+    if wanted and not path.is_file():
+        raise ValueError(f"{where}: there is no image {path}")
     return path
 
 

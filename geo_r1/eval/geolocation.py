@@ -9,16 +9,17 @@ the ellipsoid differs by at most 0.6 %. An answer that gives no place is a miss 
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from geo_r1.answers import MOST_READ, extract_answer
-from geo_r1.data import Sample
+from geo_r1.answers import MOST_READ, said
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
-from geo_r1.eval.rows import Pictures, coordinates_of, first_of, name_of, read_table
+from geo_r1.eval.rows import Pictures, coordinates_of, first_of, name_of, photo_sample, read_table
 from geo_r1.places import Gazetteer, distance_km, open_gazetteer, parse_coordinates
 
 THRESHOLDS_KM = (1, 25, 200, 750, 2500)  # street, city, region, country, continent
@@ -29,29 +30,66 @@ QUESTION = (
     "<answer> </answer> with two lines: country: NAME and city: NAME."
 )
 SMALLEST_CITY = 1000  # inhabitants: answers name small places too
-_LINE = re.compile(r"^[\W_]*(country|city|town|place|location)[\W_]*:([^\n]*)$", re.IGNORECASE | re.MULTILINE)
+LONG = 120  # characters of a place in words that has no labels
+_LABEL = re.compile(
+    r"(?<![^\W_])(country|city|town|place|location|pa[ií]s|ciudad|国家|城市)(?: name)?[\"'*_\s]{0,4}[:：=]",
+    re.IGNORECASE,
+)
+_LEVEL = dict.fromkeys(("country", "país", "pais", "国家"), "country")
+_TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
+_LEAD = re.compile(r"^.*(?:\b(?:in|near|at|is|from|of|around|outside|likely|answer)\b|:)\s+", re.IGNORECASE)
+_NEAR = re.compile(r"^(?:near|around|outside|close to|in|the city of|greater)\s+", re.IGNORECASE)
+_OR = re.compile(r"\s*/\s*|\s+or\s+", re.IGNORECASE)
 
 
 def answered_place(text: str, gazetteer: Gazetteer) -> dict[str, Any]:
     """What an answer says of a place: country, city, and coordinates, each None where it does not.
 
-    Coordinates in the answer count before names; two different pairs are none.
+    Coordinates in the answer count before names; two different pairs are none. "located_by" tells which it
+    was: coordinates, the city, or of an unknown city its country's capital.
     """
-    block = extract_answer(text) if "<answer>" in text else text
-    block = " ".join((block or "")[-MOST_READ:].replace("\r", "\n").split(" "))
-    lines = {name.lower(): name_of(value) for name, value in _LINE.findall(block)}
-    country = lines.get("country")
-    city = lines.get("city") or lines.get("town") or lines.get("place") or lines.get("location")
-    if not lines and "," in block and "\n" not in block.strip():  # "Lyon, France"
-        city, _, country = map(name_of, block.rpartition(","))
-    elif not lines and "\n" not in block.strip():
-        name = name_of(block)
-        country, city = (name, None) if name and gazetteer.country(name) else (None, name)
+    block = html.unescape(_TAG.sub(" ", said(text)[-MOST_READ:])).replace("\r", "\n")
+    country, city, whole = _named(block, gazetteer)
     pairs = set(parse_coordinates(block))
-    found = pairs.pop() if len(pairs) == 1 else None
-    if found is None and not pairs:
-        found = gazetteer.locate(city, country)
-    return {"country": country, "city": city, "coordinates": found}
+    place: dict[str, Any] = {"country": country, "city": city, "coordinates": None, "located_by": None}
+    if pairs:
+        return place | ({"coordinates": pairs.pop(), "located_by": "coordinates"} if len(pairs) == 1 else {})
+    known = gazetteer.country(country) if country else None
+    found = gazetteer.cities(whole) if whole else []
+    found = found or (gazetteer.cities(city, known.code if known else None) if city else [])
+    if found:
+        return place | {"coordinates": (found[0].latitude, found[0].longitude), "located_by": "city"}
+    capital = gazetteer.locate(None, country)
+    return place | ({"coordinates": capital, "located_by": "capital"} if capital else {})
+
+
+def _named(block: str, gazetteer: Gazetteer) -> tuple[str | None, str | None, str | None]:
+    """Country and city of an answer, and "Birmingham, AL" where the city stands with what it lies in."""
+    labels = list(_LABEL.finditer(block))
+    if labels:
+        values: dict[str, str | None] = {}
+        for label, following in zip(labels, [*labels[1:], None], strict=True):
+            value = block[label.end() : following.start() if following else len(block)].strip().split("\n")[0]
+            values.setdefault(_LEVEL.get(label[1].lower(), "city"), name_of(value))
+        city = _one(values.get("city"))
+        return values.get("country"), city, city if city and "," in city else None
+    lines = [line for line in block.split("\n") if line.strip()]
+    if not lines or len(lines) > 2 or len(block) > LONG:
+        return None, None, None
+    first, *more = [part for part in ",".join(lines).split(",") if part.strip()]
+    lead = first if gazetteer.cities(first) or gazetteer.country(first) else _LEAD.sub("", first)
+    if not more:
+        name = name_of(lead)
+        return (name, None, None) if name and gazetteer.country(name) else (None, _one(name), None)
+    city, last = _one(name_of(lead)), name_of(more[-1])
+    return last, city, f"{city}, {last}" if city and last and gazetteer.is_region(last) else None
+
+
+def _one(city: str | None) -> str | None:
+    """A city without what leads up to it; None for a choice between two."""
+    if city is None or len(_OR.split(city)) > 1:
+        return None
+    return name_of(_NEAR.sub("", city))
 
 
 def score(question: Question, text: str) -> dict[str, Any]:
@@ -64,7 +102,7 @@ def score(question: Question, text: str) -> dict[str, Any]:
     if place["coordinates"] is not None:
         distance = float(distance_km(truth["latitude"], truth["longitude"], latitude, longitude))
     record |= {"predicted_latitude": latitude, "predicted_longitude": longitude, "distance_km": distance}
-    record["answered"] = distance is not None
+    record |= {"answered": distance is not None, "located_by": place["located_by"]}
     for level, same in (("city", gazetteer.same_city), ("country", gazetteer.same_country)):
         true, said = truth[level], place[level]
         record[f"{level}_correct"] = None if true is None else said is not None and same(said, true)
@@ -78,6 +116,7 @@ def distances(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "within": {str(km): sum(d <= km for d in known) / len(records) for km in THRESHOLDS_KM},
         "mean_km": statistics.fmean(known) if known else None,
         "median_km": statistics.median(known) if known else None,
+        "located": len(known) / len(records),
         "answered": sum(r["answered"] for r in records) / len(records),
         "num_samples": len(records),
     }
@@ -91,7 +130,8 @@ def share(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     accuracies = {f"{x}_accuracy": share(records, f"{x}_correct") for x in ("city", "country")}
-    return distances(records) | accuracies
+    capitals = sum(r["located_by"] == "capital" for r in records) / len(records)
+    return distances(records) | accuracies | {"by_capital": capitals}
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -106,42 +146,38 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="CSV or parquet: IMG_ID or id, LAT and LON, perhaps city, country",
     )
-    parser.add_argument(
-        "--images", type=Path, required=True, help="folder of the pictures; subfolders are searched"
-    )
+    parser.add_argument("--images", type=Path, help="folder of the pictures; subfolders are searched")
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
-    rows = list(read_table(options.data))
+    rows, pictures = list(read_table(options.data)), Pictures.of(options)
     if rows and _swapped([row for _, row in rows]):
         raise ValueError(
             f"{options.data}: LAT has values beyond 90 and LON has none: their names are swapped, as in the "
             "first edition of im2gps3k_places365.csv; exchange the two names in its first line"
         )
-    pictures = Pictures(options.images)
     return [_question(row, where, pictures) for where, row in rows]
 
 
 def _question(row: Mapping[str, Any], where: str, pictures: Pictures) -> Question:
     name = first_of(row, ID_COLUMNS, where)
     latitude, longitude = coordinates_of(row, where)
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    sample = Sample(name, ({"role": "user", "content": content},), (pictures.find(name, where),))
+    sample = photo_sample(name, QUESTION, pictures.find(name, where))
     place = {level: None if row.get(level) is None else str(row[level]) for level in ("city", "country")}
     return Question(sample, {"latitude": latitude, "longitude": longitude, **place})
 
 
 def _swapped(rows: Sequence[Mapping[str, Any]]) -> bool:
-    def beyond(name: str) -> bool:
-        for row in rows:
-            try:
-                if abs(float(row.get(name) or 0)) > 90:
-                    return True
-            except ValueError:
-                continue
-        return False
+    """Whether a share of latitudes that no typing mistake explains is beyond 90, and no longitude is."""
 
-    return "lat" in rows[0] and beyond("lat") and not beyond("lon")
+    def beyond(name: str) -> int:
+        count = 0
+        for row in rows:
+            with suppress(ValueError):
+                count += 90 < abs(float(row.get(name) or 0)) <= 180
+        return count
+
+    return "lat" in rows[0] and beyond("lat") > len(rows) / 10 and not beyond("lon")
 
 
 def _published(*figures: float) -> dict[str, Any]:
@@ -161,6 +197,7 @@ BENCHMARK = Benchmark(
         Column("city", "city_accuracy", "share"),
         Column("country", "country_accuracy", "share"),
         Column("answered", "answered", "share"),
+        Column("by capital", "by_capital", "share"),
         Column("samples", "num_samples", "count"),
     ),
     # Source: Geo-R1, arXiv:2510.00072, MP16-Reason.

@@ -9,20 +9,22 @@ Source: IMAGEO-Bench, arXiv:2508.01608.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from geo_r1.answers import extract_answer
-from geo_r1.data import Sample
-from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
+from geo_r1.answers import said
+from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down, is_finite
 from geo_r1.eval.geolocation import distances, share
-from geo_r1.eval.rows import Pictures, coordinates_of, first_of, name_of, read_table
+from geo_r1.eval.rows import Pictures, coordinates_of, first_of, name_of, photo_sample, read_table
 from geo_r1.places import Gazetteer, distance_km, is_coordinate, open_gazetteer, same_state
 
 LEVELS = ("city", "state", "country")
 MOST_READ = 65536  # characters of an answer
+MOST_TRIES = 64  # braces at which no JSON begins
 QUESTION = (
     "Where was this picture taken? Answer with one JSON object and nothing after it:\n"
     '{"image_information": {"environment": "indoor or outdoor", "scene_type": "building, scenery, street or '
@@ -35,22 +37,29 @@ QUESTION = (
 
 
 def parse_answer(text: str) -> dict[str, Any]:
-    """The object `reverse_geocoding` of the last JSON object in a text that has one; empty without."""
-    block = extract_answer(text) if "<answer>" in text else None
-    text = (block or text)[-MOST_READ:]
-    decoder, found, start = json.JSONDecoder(), {}, text.find("{")
-    while start >= 0:
+    """The object `reverse_geocoding` of the last JSON object in an answer that has one; empty without.
+
+    Where there is no JSON, what stands between the outermost braces may be a Python literal.
+    """
+    text, decoder = said(text)[-MOST_READ:], json.JSONDecoder()
+    found: dict[str, Any] = {}
+    start, tries = text.find("{"), 0
+    while start >= 0 and tries < MOST_TRIES:
         try:
-            value, end = decoder.raw_decode(text, start)
+            value, start = decoder.raw_decode(text, start)
+            found = _geocoded(value) or found
         except (ValueError, RecursionError):
-            start = text.find("{", text.find("\n", start) if "\n" in text[start:] else len(text))
-            continue
-        if isinstance(value, dict):
-            inner = value.get("reverse_geocoding", value)
-            if isinstance(inner, dict) and ("address" in inner or "coordinates" in inner):
-                found = inner
-        start = text.find("{", end)
+            start, tries = start + 1, tries + 1
+        start = text.find("{", start)
+    if not found:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = _geocoded(ast.literal_eval(text[text.find("{") : text.rfind("}") + 1]))
     return found
+
+
+def _geocoded(value: Any) -> dict[str, Any]:
+    inner = value.get("reverse_geocoding", value) if isinstance(value, dict) else None
+    return inner if isinstance(inner, dict) and ("address" in inner or "coordinates" in inner) else {}
 
 
 def score(question: Question, text: str) -> dict[str, Any]:
@@ -59,16 +68,16 @@ def score(question: Question, text: str) -> dict[str, Any]:
     answer = parse_answer(text)
     address = answer.get("address")
     address = address if isinstance(address, dict) else {}
-    said = {level: name_of(address.get(level)) for level in LEVELS}
+    names = {level: name_of(address.get(level)) for level in LEVELS}
     latitude, longitude = _coordinates(answer.get("coordinates"))
-    record: dict[str, Any] = {**truth, **{f"predicted_{level}": said[level] for level in LEVELS}}
+    record: dict[str, Any] = {**truth, **{f"predicted_{level}": names[level] for level in LEVELS}}
     record |= {"predicted_latitude": latitude, "predicted_longitude": longitude, "distance_km": None}
     if latitude is not None:
         distance = distance_km(truth["latitude"], truth["longitude"], latitude, longitude)
         record["distance_km"] = float(distance)
-    record["answered"] = latitude is not None or any(said.values())
+    record["answered"] = latitude is not None or any(names.values())
     for level in LEVELS:
-        true, name = truth[level], said[level]
+        true, name = truth[level], names[level]
         record[f"{level}_correct"] = (
             None if true is None else name is not None and _same(gazetteer, level, name, true)
         )
@@ -84,10 +93,11 @@ def _same(gazetteer: Gazetteer, level: str, one: str, other: str) -> bool:
 
 
 def _coordinates(value: Any) -> tuple[float | None, float | None]:
-    value = value if isinstance(value, dict) else {}
+    pair = [value.get("latitude"), value.get("longitude")] if isinstance(value, dict) else []
+    numbers = [x for x in pair if isinstance(x, str) or is_finite(x)]
     try:
-        latitude, longitude = float(value.get("latitude")), float(value.get("longitude"))
-    except (TypeError, ValueError):
+        latitude, longitude = map(float, numbers)
+    except ValueError:  # no numbers, or other than two
         return None, None
     return (latitude, longitude) if is_coordinate(latitude, longitude) else (None, None)
 
@@ -107,25 +117,25 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="dataset1_info.csv (GSS) or dataset2_info.csv (UPC)"
     )
-    parser.add_argument(
-        "--images", type=Path, required=True, help="folder of the pictures; subfolders are searched"
-    )
+    parser.add_argument("--images", type=Path, help="folder of the pictures; subfolders are searched")
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
-    pictures = Pictures(options.images)
-    questions = []
+    pictures, questions = Pictures.of(options), []
     for where, row in read_table(options.data):
         name = first_of(row, ("image_id",), where)
         latitude, longitude = coordinates_of(row, where)
-        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        image = pictures.find(str(row.get("img_path") or name), where)
-        sample = Sample(name, ({"role": "user", "content": content},), (image,))
+        sample = photo_sample(name, QUESTION, pictures.find(_file_of(row, name), where))
         truth = {
             level: None if row.get(level) is None else str(row[level]) for level in (*LEVELS, "continent")
         }
         questions.append(Question(sample, {"latitude": latitude, "longitude": longitude, **truth}))
     return questions
+
+
+def _file_of(row: Mapping[str, Any], name: str) -> str:
+    """A picture's name: GSS has a path of the place it was downloaded to, which need not be ours."""
+    return Path(str(row.get("img_path") or name)).name
 
 
 BENCHMARK = Benchmark(
@@ -144,6 +154,7 @@ BENCHMARK = Benchmark(
         Column("mean, km", "mean_km", "km"),
         Column("median, km", "median_km", "km"),
         Column("answered", "answered", "share"),
+        Column("with coordinates", "located", "share"),
         Column("samples", "num_samples", "count"),
     ),
     # Source: Geo-R1, arXiv:2510.00072, IMAGEO-GSS.
@@ -162,5 +173,5 @@ BENCHMARK = Benchmark(
         },
     },
     breakdowns=("by_continent",),
-    note="Published rows leave samples without an answer out of the denominator; ours keep them.",
+    note="Published rows leave out samples without an answer. Distances are of those with coordinates.",
 )

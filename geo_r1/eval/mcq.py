@@ -17,7 +17,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from geo_r1.data.sample import read_rows, sample_of
+from geo_r1.data.sample import Sample, read_rows, sample_of
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
 from geo_r1.eval.cross_view import figures, question_of, score
 
@@ -35,24 +35,27 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
-    root = options.images or options.data.parent
-    questions = []
+    root, open_ended = options.images or options.data.parent, 0
+    kept: list[tuple[Sample, dict[str, Any]]] = []
     for number, row in read_rows(options.data):
         where = f"{options.data}, row {number}"
-        sample = sample_of(_own_columns(row, where) if "options" in row else row, where, root)
+        if isinstance(row, Mapping) and "options" in row and row["options"] in (None, "[]", []):
+            open_ended += 1  # MMMU has some
+            continue
+        own = isinstance(row, Mapping) and "options" in row
+        sample = sample_of(_own_columns(row, where) if own else row, where, root)
         answer, num_choices = question_of(sample)
-        by = {column: _group(sample.metadata, column, where) for column in options.by}
-        truth = {"answer": answer, "num_choices": num_choices, "city": "", "by": by}
-        questions.append(Question(sample, truth))
-    return questions
+        by = {column: _group(sample.metadata, column) for column in options.by}
+        kept.append((sample, {"answer": answer, "num_choices": num_choices, "city": "", "by": by}))
+    for column in options.by:
+        if kept and not any(truth["by"][column] for _, truth in kept):
+            raise ValueError(f"{options.data}: --by {column}: no row has a value in that column")
+    return [Question(sample, truth | {"left_out": open_ended}) for sample, truth in kept]
 
 
-def _group(metadata: Mapping[str, Any], column: str, where: str) -> str | None:
-    if column not in metadata:
-        raise ValueError(
-            f"{where}: --by {column}: no such column; it has {', '.join(metadata) or 'none'}"[:300]
-        )
-    return str(metadata[column])
+def _group(metadata: Mapping[str, Any], column: str) -> str | None:
+    value = metadata.get(column)
+    return None if value is None else str(value)
 
 
 def _own_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -72,11 +75,27 @@ def _own_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         images = [images[number - 1] for number in order]
         prompt = _NUMBERED.sub("<image>", prompt)
     answer = columns.pop("answer", None)
+    return {
+        **columns,
+        "prompt": prompt,
+        "images": images,
+        "answer": _letter(answer, options, where),
+        "num_choices": len(options),
+    }
+
+
+def _letter(answer: Any, options: list[str], where: str) -> Any:
+    """The letter of an answer that is a letter, a number from 0, or an option's own text."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        answer = ascii_uppercase[answer]  # an index
-    elif answer in options:
-        answer = ascii_uppercase[options.index(answer)]
-    return {**columns, "prompt": prompt, "images": images, "answer": answer, "num_choices": len(options)}
+        if str(answer) in options and options.index(str(answer)) != answer:
+            raise ValueError(
+                f"{where}: the answer {answer} is a number from 0, or an option: write its letter"
+            )
+        return ascii_uppercase[answer]
+    is_letter = isinstance(answer, str) and answer.strip().upper() in list(ascii_uppercase[: len(options)])
+    if not is_letter and str(answer) in options:
+        return ascii_uppercase[options.index(str(answer))]
+    return answer
 
 
 def _options(options: Any, where: str) -> list[str]:
@@ -101,10 +120,10 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for column in records[0]["by"]
         for group, row in broken_down(records, partial(_value, column), figures).items()
     }
-    return figures(records) | {"by": groups}
+    return figures(records) | {"left_out": records[0]["left_out"], "by": groups}
 
 
-def _value(column: str, record: Mapping[str, Any]) -> str:
+def _value(column: str, record: Mapping[str, Any]) -> str | None:
     return record["by"][column]
 
 
@@ -122,6 +141,7 @@ BENCHMARK = Benchmark(
         Column("mean length", "completion_length", "number"),
         Column("answered", "answered", "share"),
         Column("samples", "num_samples", "count"),
+        Column("without options", "left_out", "count"),
     ),
     breakdowns=("by",),
 )

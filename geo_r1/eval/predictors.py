@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import tempfile
@@ -26,11 +25,12 @@ from geo_r1.data.teaching.endpoint import (
 )
 from geo_r1.eval.benchmark import Question
 from geo_r1.eval.native import PROMPTS_A_TURN, complete, encode
+from geo_r1.eval.rows import read_table
 from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.cost import cached_bytes
 from geo_r1.rollout import SamplingConfig
 
-TEXT_COLUMNS = ("text", "prediction", "response", "completion", "raw_response", "answer", "output")
+TEXT_COLUMNS = ("text", "prediction", "response", "completion", "raw_response", "output")
 ID_COLUMNS = ("id", "image_id", "img_id", "image_file", "question_id", "key")
 
 
@@ -80,7 +80,16 @@ def engine_of(options: argparse.Namespace) -> str:
     for name in {"file": ("predictions",), "endpoint": ("url", "model")}.get(engine, ("model",)):
         if not getattr(options, name):
             raise ValueError(f"--engine {engine} needs --{name}")
+    for name in ("max_new_tokens", "max_tokens", "max_pixels"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if engine == "endpoint":
+        _endpoint(options)
     return engine
+
+
+def _endpoint(options: argparse.Namespace) -> EndpointConfig:
+    return EndpointConfig.of(options, max_tokens=options.max_new_tokens)
 
 
 def identity(engine: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -88,65 +97,73 @@ def identity(engine: str, options: argparse.Namespace) -> dict[str, Any]:
     if engine == "file":
         return {"predictions": str(options.predictions)}
     decisive: dict[str, Any] = {"engine": engine, "model": options.model}
-    if engine != "endpoint" and (folder := Path(options.model)).is_dir():
-        files = sorted(folder.glob("*.safetensors"))
-        digest = hashlib.sha256(
-            repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()
-        )
-        decisive["weights"] = digest.hexdigest()[:16]
+    if engine == "endpoint":
+        decisive["url"] = options.url
+    elif (folder := Path(options.model)).is_dir():
+        files = [
+            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))
+        ]
+        decisive["weights"] = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
     names = ("max_new_tokens", "max_pixels", "temperature", "dtype")
     return decisive | {name: getattr(options, name) for name in names}
 
 
 def from_file(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
-    """Somebody's answers; a question that they leave out has none.
+    """Somebody's answers, by the questions' ids or by the names of their pictures.
 
     Raises:
         ValueError: the file is malformed, answers a question twice, or knows none of these questions.
     """
-    said = _read_predictions(options.predictions)
-    known = {question.sample.id for question in questions}
-    if said and known.isdisjoint(said):
+    given = _read_predictions(options.predictions)
+    by_stem = {_stem(key): text for key, text in given.items()}
+    missing = 0
+    for question in questions:
+        name = question.sample.id
+        text = given.get(name, by_stem.get(_stem(name)))
+        missing += text is None
+        yield Answer(name, text or "", error=f"not in {options.predictions}" if text is None else None)
+    if given and missing == len(questions):
         raise ValueError(
             f"{options.predictions} answers none of these questions: its ids are such as "
-            f"{next(iter(said))!r:.80}, the questions' such as {next(iter(known))!r:.80}"
+            f"{next(iter(given))!r:.80}, the questions' such as {questions[0].sample.id!r:.80}"
         )
-    for question in questions:
-        yield Answer(question.sample.id, said.get(question.sample.id, ""))
+
+
+def _stem(name: str) -> str:
+    """An id without a picture's ending, which one of two files may have and the other not."""
+    head, _, suffix = name.rpartition(".")
+    return head if suffix.lower() in ("jpg", "jpeg", "png", "webp") else name
 
 
 def _read_predictions(path: Path) -> dict[str, str]:
-    said: dict[str, str] = {}
+    given: dict[str, str] = {}
     for number, row in _rows(path):
         where = f"{path}, row {number}"
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: expected an object with id and text")
-        lowered = {str(key).lower(): value for key, value in row.items() if value is not None}
-        key = next((lowered[name] for name in ID_COLUMNS if name in lowered), None)
-        text = next((lowered[name] for name in TEXT_COLUMNS if name in lowered), None)
-        if key is None or text is None:
+        lowered = {str(key).lower(): value for key, value in row.items()}
+        key = next((lowered[name] for name in ID_COLUMNS if lowered.get(name) is not None), None)
+        texts = [name for name in TEXT_COLUMNS if name in lowered]
+        if key is None or not texts:
             raise ValueError(
                 f"{where}: needs an id ({', '.join(ID_COLUMNS)}) and a text ({', '.join(TEXT_COLUMNS)}); "
                 f"it has {', '.join(lowered) or 'nothing'}"[:300]
             )
-        key = str(key)
-        if key in said:
+        if len(texts) > 1 and "text" not in texts:
+            raise ValueError(f"{where}: which is the answer, {' or '.join(texts)}? Name it text")
+        key, text = str(key), lowered["text" if "text" in texts else texts[0]]
+        if key in given:
             raise ValueError(f"{where}: {key!r:.80} is answered twice")
-        said[key] = text if isinstance(text, str) else json.dumps(text)
-    return said
+        given[key] = "" if text is None else text if isinstance(text, str) else json.dumps(text)
+    return given
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix != ".csv":
         yield from read_lines(path)
         return
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            yield from enumerate(csv.DictReader(file, strict=True), 1)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not CSV: {error}") from error
+    for number, (_, row) in enumerate(read_table(path), 1):
+        yield number, row
 
 
 def from_native(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
@@ -225,8 +242,7 @@ def from_endpoint(questions: Sequence[Question], options: argparse.Namespace) ->
     requests = (
         (q.sample.id, lambda q=q: chat_messages(q.sample, max_pixels=options.max_pixels)) for q in questions
     )
-    config = EndpointConfig.of(options, max_tokens=options.max_new_tokens)
-    with Endpoint(config) as endpoint:
+    with Endpoint(_endpoint(options)) as endpoint:
         for name, outcome in endpoint.run(requests):
             if isinstance(outcome, Reply):
                 yield Answer(name, outcome.text, outcome.output_tokens)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from geo_r1.data import Sample
 from geo_r1.places import is_coordinate
 
 FIELD_LIMIT = 2**24  # characters of a CSV field
 NO_NAME = ("", "none", "null", "nan", "unknown", "n/a", "not known", "not visible", "unclear", "undetermined")
+LONGEST_PATH = 1000  # characters
 SUFFIXES = ("", ".jpg", ".png", ".jpeg", ".webp")
 
 
@@ -41,10 +45,10 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}, row {number}", {k: v or None for k, v in cells.items()}
         finally:
             csv.field_size_limit(before)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a table: {error}") from error
+    except OSError as error:  # pyarrow's are among them, without a number
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path} is not a table: {' '.join(str(error).split())}") from error
 
 
 def first_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
@@ -61,7 +65,7 @@ def first_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
 
 def name_of(value: Any) -> str | None:
     """A name in an answer, stripped; None for what stands for no name."""
-    name = value.strip(" \t\n*_`\"'.()[]") if isinstance(value, str) else ""
+    name = value.strip(" \t\n*_`\"'.,;:(){}[]/|-") if isinstance(value, str) else ""
     return None if name.lower() in NO_NAME else name
 
 
@@ -83,34 +87,73 @@ def coordinates_of(row: Mapping[str, Any], where: str) -> tuple[float, float]:
     return latitude, longitude
 
 
+def photo_sample(name: str, text: str, image: Path | None) -> Sample:
+    """A question about one photograph; without its picture where nobody is going to look at it."""
+    content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": text}]
+    images = () if image is None else (image,)
+    return Sample(name, ({"role": "user", "content": content},), images)
+
+
 class Pictures:
-    """Picture files under a folder, found by the name in a row, with or without folders and suffix."""
+    """Picture files under a folder, found by the name in a row, with or without suffix.
 
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir():
+    A name without a folder is looked for in subfolders, too.
+
+    Args:
+        root: None where the answers are there already: then no picture is looked for.
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        if root is not None and not root.is_dir():
             raise ValueError(f"image folder {root} does not exist")
-        self.root = root.resolve()
-        self._by_name: dict[str, Path] | None = None
+        self.root = None if root is None else Path(os.path.realpath(root))
+        self._by_name: dict[str, list[Path]] | None = None
 
-    def find(self, name: str, where: str) -> Path:
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Pictures:
+        """Those of --images, which only answers in --predictions can do without.
+
+        Raises:
+            ValueError: it is not given, or is no folder.
+        """
+        if options.predictions is not None:
+            return cls(None)
+        if options.images is None:
+            raise ValueError("--images must name the folder of the pictures")
+        return cls(options.images)
+
+    def find(self, name: str, where: str) -> Path | None:
         """The path of a picture, which is under the root.
 
         Raises:
-            ValueError: there is none, or the name leads out of the root.
+            ValueError: there is none, there are several, or the name leads out of the root.
         """
+        if self.root is None:
+            return None
+        if len(name) > LONGEST_PATH:
+            raise ValueError(f"{where}: image {name!r:.80} has a name that no file can have")
         for suffix in SUFFIXES:
-            path = (self.root / f"{name}{suffix}").resolve()
+            path = Path(os.path.realpath(self.root / f"{name}{suffix}"))
             if not path.is_relative_to(self.root):
                 raise ValueError(f"{where}: image {name!r:.120} leads out of {self.root}")
             if path.is_file():
                 return path
-        if self._by_name is None:  # such as test/00/ID.jpg of OSV-5M: listed once
-            self._by_name = {}
-            for path in sorted(self.root.rglob("*")):
-                if path.suffix.lower() in SUFFIXES[1:] and path.resolve().is_relative_to(self.root):
-                    self._by_name.setdefault(path.name, path)
-                    self._by_name.setdefault(path.stem, path)
-        found = self._by_name.get(Path(name).name)
-        if found is None:
+        found = [] if "/" in name else self._listed().get(name, [])
+        if len(found) > 1:
+            raise ValueError(f"{where}: image {name!r:.80} is both {found[0]} and {found[1]}")
+        if not found:
             raise ValueError(f"{where}: there is no image {name!r:.120} under {self.root}")
-        return found
+        return found[0]
+
+    def _listed(self) -> dict[str, list[Path]]:
+        """Pictures in subfolders, such as test/00/ID.jpg of OSV-5M, by name with and without suffix."""
+        if self._by_name is None:
+            self._by_name = {}
+            assert self.root is not None
+            for folder, _, names in os.walk(self.root):
+                for name in sorted(names):
+                    path = Path(folder, name)
+                    if path.suffix.lower() in SUFFIXES[1:] and not path.is_symlink():
+                        for key in (name, path.stem):
+                            self._by_name.setdefault(key, []).append(path)
+        return self._by_name

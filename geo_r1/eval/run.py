@@ -37,6 +37,8 @@ def evaluate(benchmark: Benchmark, options: argparse.Namespace, console: Console
         ValueError: the data, the model or the predictions are wrong, or the folder is another evaluation's.
     """
     engine = engine_of(options)
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {options.limit}")
     questions = benchmark.questions(options)[: options.limit]
     if not questions:
         raise ValueError(f"{options.data} asks nothing")
@@ -48,7 +50,10 @@ def evaluate(benchmark: Benchmark, options: argparse.Namespace, console: Console
             raise ValueError(f"{options.data}: two questions share the id {question.sample.id!r:.80}")
         seen.add(question.sample.id)
     out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be a folder: {error.strerror}") from error
     _check_folder(out / "eval.json", {"benchmark": benchmark.name, **identity(engine, options)}, questions)
     if engine == "file":
         answers = {answer.id: answer for answer in ENGINES[engine](questions, options)}
@@ -69,6 +74,14 @@ def evaluate(benchmark: Benchmark, options: argparse.Namespace, console: Console
         with written_beside(out / "map.png") as partial:
             figure.savefig(partial, dpi=160, format="png")
     show(benchmark, name, summary)
+    failures = [record for record in records if record["error"]]
+    if failures:
+        again = "" if engine == "file" else "; the same command asks again"
+        told = f"{len(failures)} of {len(records)} were not answered, such as {failures[0]['id']!r:.80}"
+        told += f": {failures[0]['error']:.300}{again}"
+        if len(failures) == len(records) and engine != "file":
+            raise ValueError(told)
+        console.print(f"geo_r1: {told}", markup=False, highlight=False, soft_wrap=True)
     return summary
 
 
@@ -96,11 +109,21 @@ def _ask(
 
 def _check_folder(path: Path, decisive: dict[str, Any], questions: Sequence[Question]) -> None:
     """Keep answers of other questions, or of another model, out of this evaluation."""
-    asked = [(q.sample.id, q.sample.messages, [str(i) for i in q.sample.images]) for q in questions]
-    digest = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
-    decisive = json.loads(json.dumps(decisive | {"questions": digest}))
+    digest = hashlib.sha256()
+    for question in questions:
+        images = [i if isinstance(i, bytes) else str(i).encode() for i in question.sample.images]
+        asked = [question.sample.id, *map(dict, question.sample.messages)]
+        digest.update(json.dumps(asked).encode())
+        for image in images:
+            digest.update(hashlib.sha256(image).digest())
+    decisive = json.loads(json.dumps(decisive | {"questions": digest.hexdigest()[:16]}))
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} does not say what {path.parent} was made with; give another --out"
+            ) from error
         for key, value in decisive.items():
             if before.get(key) != value:
                 raise ValueError(

@@ -27,7 +27,9 @@ def ask(path, rows, tasks="all", **options):
     arguments = ["--data", str(data), "--images", str(path / "images"), "--tasks", tasks]
     for name, value in options.items():
         arguments += [f"--{name.replace('_', '-')}", str(value)]
-    return BENCHMARK.questions(parser.parse_args(arguments))
+    found = parser.parse_args(arguments)
+    found.predictions = path  # no picture is looked for
+    return BENCHMARK.questions(found)
 
 
 def answers(questions):

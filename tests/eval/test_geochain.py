@@ -261,7 +261,7 @@ def test_figures_count_every_question(tmp_path):
     assert (summary["num_samples"], summary["num_images"], summary["left_out"]) == (7, 3, 2)
     assert summary["coordinates"] == {
         "within": {"1": 0.5, "25": 0.5, "200": 0.5, "750": 0.5, "2500": 0.5},
-        "mean_km": 0.0, "median_km": 0.0, "answered": 0.5, "num_samples": 2,
+        "mean_km": 0.0, "median_km": 0.0, "located": 0.5, "answered": 0.5, "num_samples": 2,
     }  # fmt: skip
     assert {rank: group["accuracy"] for rank, group in summary["by_rank"].items()} == {
         "1": pytest.approx(2 / 3), "7": 0.5, "21": 0.5,

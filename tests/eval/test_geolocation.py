@@ -29,7 +29,7 @@ def write_photos(folder: Path, rows: str, names: list[str]) -> argparse.Namespac
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(path)
     (folder / "rows.csv").write_text(rows)
-    return argparse.Namespace(data=folder / "rows.csv", images=folder / "photos")
+    return argparse.Namespace(data=folder / "rows.csv", images=folder / "photos", predictions=None)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,61 @@ def test_country_and_city_are_looked_up(text):
     place = answered(text)
     assert place["coordinates"] == PARIS
     assert place["city"].strip('"').casefold() == "paris"
+
+
+@pytest.mark.parametrize(
+    ("text", "city"),
+    [
+        ("The photo was taken in Lyon, France.", "Lyon"),
+        ("Answer: Lyon, Auvergne-Rhône-Alpes, France", "Lyon"),
+        ("<think>x</think>Lyon, France", "Lyon"),
+        ("This is Edinburgh, Scotland, United Kingdom", "Edinburgh"),
+        ("<answer>country: France\ncity: near Lyon</answer>", "Lyon"),
+        ("<answer>country: UK city: London</answer>", "London"),
+        ("<answer>country: Japan, city: Kyoto</answer>", "Kyoto"),
+        ("<answer>**Country:** Japan / **City:** Kyoto</answer>", "Kyoto"),
+        ("<answer>1. Country: Japan\n2. City: Kyoto</answer>", "Kyoto"),
+        ('<answer>{"country": "Japan", "city": "Kyoto"}</answer>', "Kyoto"),
+        ("<answer>country：China\ncity：Shanghai</answer>", "Shanghai"),
+        ("<answer>Country name: <b>France</b>\nCity name: <b>Lyon</b></answer>", "Lyon"),
+        ("<answer>Lyon\nFrance</answer>", "Lyon"),
+        ("<answer>País: España\nCiudad: Sevilla</answer>", "Sevilla"),
+        ("<answer>国家：中国\n城市：上海</answer>", "Shanghai"),
+        ("<answer>country: United States\ncity: New York City, NY</answer>", "New York City"),
+    ],
+)
+def test_places_are_read_as_a_person_would(text, city):
+    gazetteer = open_gazetteer()
+    [there, *_] = gazetteer.cities(city)
+    place = answered(text)
+    assert (place["coordinates"], place["located_by"]) == ((there.latitude, there.longitude), "city")
+
+
+@pytest.mark.parametrize(
+    ("text", "latitude", "longitude"),
+    [
+        ("Birmingham, AL", 33.5, -86.8),  # not Albania
+        ("Atlanta, Georgia", 33.7, -84.4),  # not Tbilisi
+        ("country: United Kingdom (Scotland)\ncity: Perth", 56.4, -3.4),  # not Australia
+        ("city: Paris, Texas\ncountry: USA", 33.7, -95.6),
+    ],
+)
+def test_namesakes_are_told_apart_by_what_they_lie_in(text, latitude, longitude):
+    place = answered(f"<answer>{text}</answer>")
+    assert place["coordinates"] == pytest.approx((latitude, longitude), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "text", ["<answer>country: France\ncity: Lyon or Grenoble</answer>", "<answer>France</answer>"]
+)
+def test_a_country_alone_is_its_capital_and_the_record_says_so(text):
+    place = answered(text)
+    assert (place["coordinates"], place["located_by"]) == (PARIS, "capital")
+
+
+def test_what_was_cut_off_has_not_been_answered():
+    for text in ("<think>maybe 48.8566, 2.3522 but", "<think>x</think><answer>country: France"):
+        assert score(question(*PARIS), text)["answered"] is False
 
 
 def test_coordinates_count_before_names():

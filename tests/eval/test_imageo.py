@@ -60,6 +60,19 @@ def test_a_level_that_the_data_lacks_is_not_judged():
     assert record["state_correct"] is None and record["state_exact"] is None
 
 
+def test_a_number_that_no_float_holds_is_no_coordinate():
+    text = '{"reverse_geocoding": {"coordinates": {"latitude": 1' + "0" * 400 + ', "longitude": true}}}'
+    assert score(question(), text)["distance_km"] is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{'reverse_geocoding': {'address': {'city': 'Lima', 'state': None},}}", "{x} " + answer(city="Lima")],
+)
+def test_what_is_nearly_json_is_read(text):
+    assert parse_answer(text)["address"]["city"] == "Lima"
+
+
 @pytest.mark.parametrize("latitude", ["", "none", "north", "91", "inf", None, [], {"a": 1}])
 def test_broken_coordinates_have_no_distance_but_the_names_count(latitude):
     record = score(question(), answer(latitude=latitude))
@@ -92,7 +105,9 @@ def test_both_sets_are_read(tmp_path):
     (tmp_path / "upc.csv").write_text(
         'image_id,name,address,latitude,longitude,street,city,state\n9_0x1,Bar,"1 A St, B",1.5,2.5,A,B,CA\n'
     )
-    [found] = BENCHMARK.questions(argparse.Namespace(data=tmp_path / "upc.csv", images=tmp_path))
+    [found] = BENCHMARK.questions(
+        argparse.Namespace(data=tmp_path / "upc.csv", images=tmp_path, predictions=None)
+    )
     assert found.truth == {
         "latitude": 1.5,
         "longitude": 2.5,
@@ -105,5 +120,7 @@ def test_both_sets_are_read(tmp_path):
         "image_id,city,country,continent,latitude,longitude,img_path\n"
         "u1,B,Peru,South America,1,2,x/9_0x1.png\n"
     )
-    [found] = BENCHMARK.questions(argparse.Namespace(data=tmp_path / "gss.csv", images=tmp_path))
+    [found] = BENCHMARK.questions(
+        argparse.Namespace(data=tmp_path / "gss.csv", images=tmp_path, predictions=None)
+    )
     assert (found.truth["country"], found.sample.images[0].name) == ("Peru", "9_0x1.png")

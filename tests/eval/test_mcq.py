@@ -22,7 +22,7 @@ def write(path, *rows):
 def test_our_own_rows_are_taken_as_they_are(tmp_path):
     row = {"prompt": "<image> A or B?", "images": ["a.png"], "answer": "b", "num_choices": 2}
     [question] = questions(write(tmp_path / "a.jsonl", row))
-    assert question.truth == {"answer": "B", "num_choices": 2, "city": "", "by": {}}
+    assert question.truth == {"answer": "B", "num_choices": 2, "city": "", "by": {}, "left_out": 0}
     assert question.sample.images == (tmp_path / "a.png",)
 
 
@@ -33,6 +33,7 @@ def test_our_own_rows_are_taken_as_they_are(tmp_path):
         ("['red', 'green']", "B", ("B", 2)),  # as MMMU writes a list
         (["red", "green"], 1, ("B", 2)),
         (["red", "green"], "green", ("B", 2)),
+        (["B", "A", "C"], "A", ("A", 3)),  # a letter is a letter, whatever the options are called
     ],
 )
 def test_options_get_letters(tmp_path, options, answer, expected):
@@ -41,7 +42,7 @@ def test_options_get_letters(tmp_path, options, answer, expected):
     assert (question.truth["answer"], question.truth["num_choices"]) == expected
     assert question.truth["by"] == {"subject": "Art"}
     [part] = question.sample.messages[0]["content"]
-    assert part["text"].startswith("Which colour?\nA. red\nB. green\n")
+    assert part["text"].startswith("Which colour?\nA. ") and part["text"].count("\nB. ") == 1
 
 
 def test_numbered_pictures_stand_where_they_are_marked_and_may_repeat(tmp_path):
@@ -76,16 +77,24 @@ def test_pictures_in_a_parquet_file_come_as_bytes(tmp_path):
         ({"options": ["one"]}, "options must be a list of 2 to 26, got"),
         ({"options": "['a', 'b'"}, "options must be a list of 2 to 26, got"),
         ({"options": "[" * 10_000}, "options must be a list of 2 to 26, got"),
+        ({"options": ["1", "2", "3"], "answer": 1}, "the answer 1 is a number from 0, or an option: write its letter"),
         ({"options": 3}, "options must be a list of 2 to 26, got 3"),
         ({"answer": "Z"}, "the answer must be a letter from A to B, got 'Z'"),
         ({"question": "see <image 3>"}, "the text marks image 3, the row has 0"),
-        ({"subject": None}, "--by subject: no such column"),
+        ({"subject": None}, "--by subject: no row has a value in that column"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path, changes, message):
     row = {"id": "q", "question": "Which?", "options": ["a", "b"], "answer": "A", "subject": "Art"} | changes
     with pytest.raises(ValueError, match=message):
         questions(write(tmp_path / "a.jsonl", row), by=["subject"])
+
+
+def test_open_questions_are_left_out_and_counted(tmp_path):
+    rows = [{"id": "a", "question": "?", "options": options, "answer": "3"} for options in ("[]", None)]
+    rows.append({"id": "b", "question": "?", "options": ["x", "y"], "answer": "A"})
+    [question] = questions(write(tmp_path / "a.jsonl", *rows))
+    assert (question.sample.id, question.truth["left_out"]) == ("b", 2)
 
 
 def test_accuracy_by_column():
@@ -97,6 +106,7 @@ def test_accuracy_by_column():
             "length": None,
             "num_choices": 4,
             "by": {"s": subject},
+            "left_out": 2,
         }
 
     summary = BENCHMARK.summarise([record("x", True), record("x", False), record("y", True)])

@@ -100,6 +100,11 @@ def test_a_csv_of_answers_serves_too(data, tmp_path):
         ('{"id": "q0", "text": "A"}\n' * 2, "row 2: 'q0' is answered twice"),
         ('{"text": "A"}\n', "row 1: needs an id"),
         ('{"id": "q0"}\n', "row 1: needs an id"),
+        (
+            '{"id": "q0", "prediction": "A", "response": "B"}\n',
+            "which is the answer, prediction or response?",
+        ),
+        ('{"id": "q0", "answer": "A"}\n', "row 1: needs an id"),  # which is mostly the truth
         ("[1]\n", "row 1: expected an object"),
         ("{\n", "line 1: broken JSON"),
         ('{"id": "q0", "text": "' + "A" * 2**24 + '"}\n', "line 1: longer than 16 MiB"),
@@ -120,6 +125,12 @@ def test_malformed_answers_are_one_line_and_exit_code_2(data, tmp_path, capsys, 
         (["--url", "http://localhost:1"], "--engine endpoint needs --model"),
         (["--engine", "vllm"], "--engine vllm needs --model"),
         (["--model", "/nowhere"], "model /nowhere cannot be loaded"),
+        (["--model", "m", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--model", "m", "--max-pixels", "-5"], "--max-pixels must be at least 1, got -5"),
+        (
+            ["--url", "http://localhost:1", "--model", "m", "--temperature", "9"],
+            "--temperature must be from 0",
+        ),
     ],
 )
 def test_who_answers_must_be_said(data, tmp_path, capsys, arguments, message):
@@ -140,6 +151,37 @@ def test_an_endpoint_is_asked_once_and_its_failures_again(data, tmp_path):
     assert (first["accuracy"], first["failed"]) == (8 / 9, 1)
     assert (second["accuracy"], second["failed"], second["completion_length"]) == (1.0, 0, 10.0)
     assert {name: server.asked[name] for name in answers} == {name: 1 + (name == "q4") for name in answers}
+
+
+def test_failures_are_told_and_nothing_but_failures_is_an_error(data, tmp_path, capsys):
+    path, answers = data
+    with ChatServer({name: [400] for name in answers if name != "q4"}) as server:
+        arguments = ["--data", path, "--url", server.url, "--model", "m"]
+        assert evaluate(tmp_path / "some", *arguments)[0] == 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert "8 of 9 were not answered, such as 'q0': " in told and "the same command asks again" in told
+        assert evaluate(tmp_path / "none", *arguments, "--limit", 4)[0] == 2
+        assert "4 of 4 were not answered" in capsys.readouterr().err
+
+
+def test_answers_are_found_by_the_names_of_their_pictures_and_may_be_null(data, tmp_path, capsys):
+    lines = [
+        {"image_file": "q0.jpg", "text": None},
+        {"image_file": "q1.png", "text": f"<answer>{data[1]['q1']}</answer>"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, summary = evaluate(tmp_path / "out", "--data", data[0], "--predictions", tmp_path / "p.jsonl")
+    assert (code, summary["accuracy"], summary["failed"]) == (0, 1 / 9, 7)
+    assert "7 of 9 were not answered, such as 'q2': not in" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_a_folder_that_does_not_say_how_it_was_made_is_refused(data, tmp_path, capsys, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "eval.json").write_text(content)
+    predictions = write_predictions(tmp_path / "p.jsonl", {})
+    assert evaluate(tmp_path / "out", "--data", data[0], "--predictions", predictions)[0] == 2
+    assert "give another --out" in capsys.readouterr().err
 
 
 def test_the_native_sampler_goes_on_where_it_was_stopped(data, tmp_path):
@@ -219,5 +261,5 @@ def test_a_table_has_the_published_rows_beside_ours():
 
     summary = {"within": {"1": 0.5}, "median_km": 12.345, "answered": 1.0, "num_samples": 2}
     lines = markdown(BENCHMARK, "ours", summary).splitlines()
-    assert lines[4] == "| ours | 50.00% |  |  |  |  | 12.35 |  |  | 100.00% | 2 |"
-    assert lines[5] == "| Geo-R1 | 17.98% | 61.02% | 73.91% | 86.78% | 93.56% |  |  |  |  |  |"
+    assert lines[4] == "| ours | 50.00% |  |  |  |  | 12.35 |  |  | 100.00% |  | 2 |"
+    assert lines[5] == "| Geo-R1 | 17.98% | 61.02% | 73.91% | 86.78% | 93.56% |  |  |  |  |  |  |"
