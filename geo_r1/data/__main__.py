@@ -11,6 +11,7 @@ A mistake of the user's is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -34,15 +35,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = (module.__doc__ or "").splitlines()[0]
         module.configure(commands.add_parser(name, help=summary, description=module.__doc__))
     options = parser.parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _interrupt)  # its processes and partial files end with it
     try:
         COMMANDS[options.command].command(options)
     except ValueError as error:
         print(f"geo_r1: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"geo_r1: {error.filename or 'a file'} cannot be written or read: {error.strerror}",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("geo_r1: interrupted", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

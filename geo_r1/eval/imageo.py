@@ -94,9 +94,9 @@ def _same(gazetteer: Gazetteer, level: str, one: str, other: str) -> bool:
 
 def _coordinates(value: Any) -> tuple[float | None, float | None]:
     pair = [value.get("latitude"), value.get("longitude")] if isinstance(value, dict) else []
-    numbers = [x for x in pair if isinstance(x, str) or is_finite(x)]
+    numbers: list[Any] = [x for x in pair if isinstance(x, str) or is_finite(x)]
     try:
-        latitude, longitude = map(float, numbers)
+        latitude, longitude = (float(number) for number in numbers)
     except ValueError:  # no numbers, or other than two
         return None, None
     return (latitude, longitude) if is_coordinate(latitude, longitude) else (None, None)

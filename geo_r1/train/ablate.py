@@ -22,13 +22,14 @@ import argparse
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -37,7 +38,7 @@ from pydantic import Field, ValidationError, field_validator
 from geo_r1.files import write_text, written_beside
 from geo_r1.train.config import STAGES, Recipe, Section, Stage
 from geo_r1.train.plots import PALETTE
-from geo_r1.train.recipe import load_recipe
+from geo_r1.train.recipe import dump_recipe, first_difference, load_recipe
 
 TRAINER = "geo_r1.train"
 COLUMNS = ("variant", "chance", "before GRPO", "after GRPO", "95 % interval", "mean length", "well formed")
@@ -66,7 +67,7 @@ class Ablations(Section):
     recipe: Path
     dir: Path
     set: dict[str, Any] = Field(default_factory=dict)
-    variant: tuple[Variant, ...]
+    variant: Annotated[tuple[Variant, ...], Field(min_length=1)]
 
     @field_validator("variant")
     @classmethod
@@ -90,9 +91,29 @@ class Planned:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """Figures by model, once the run has ended."""
+        """Figures by model, once the run has ended.
+
+        Raises:
+            ValueError: it is damaged, or of a run that had another recipe.
+        """
         path = self.recipe.run.dir / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            made = Recipe(**tomllib.loads((path.parent / "recipe.toml").read_text(encoding="utf-8")))
+            figures = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path.parent} is no whole run: {error}; delete it") from error
+        if changed := first_difference(_decisive(made), _decisive(self.recipe), ""):
+            raise ValueError(f"{path.parent} was made with {changed}; give another --dir, or delete it")
+        return figures
+
+
+def _decisive(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe the figures of its run depend on."""
+    values = tomllib.loads(dump_recipe(recipe))
+    values["run"] = {"seed": values["run"]["seed"], "stages": values["run"]["stages"]}
+    return {name: section for name, section in values.items() if name not in ("parallel", "log")}
 
 
 def plan(file: Path, folder: Path | None = None, more: Sequence[str] = ()) -> list[Planned]:
@@ -161,7 +182,7 @@ def run_all(planned: Sequence[Planned], folder: Path, launch: Sequence[str]) -> 
         name = run.variant.name
         if run.summary is None:
             print(f"geo_r1: {name} ({number} of {len(planned)})", flush=True)
-            code = subprocess.run([*launch, TRAINER, *run.arguments]).returncode
+            code = _run([*launch, TRAINER, *run.arguments])
             if code or run.summary is None:  # a run that was asked to stop has exit code 0
                 raise ValueError(
                     f"the run of {name!r} ended before its evaluation (exit code {code}); "
@@ -169,6 +190,18 @@ def run_all(planned: Sequence[Planned], folder: Path, launch: Sequence[str]) -> 
                 )
         write_comparison([run for run in planned if run.summary is not None], folder)
     print(f"geo_r1: comparison: {folder / 'ablations.md'}, {folder / 'ablations.png'}")
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a command to its end; asked to stop, it is the command that stops, at its leisure."""
+    with subprocess.Popen(command) as child:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child, too
+        try:
+            return child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGINT, interrupted)
 
 
 def rows_of(planned: Sequence[Planned]) -> list[dict[str, Any]]:
@@ -203,13 +236,14 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The comparison as a table; a line of its own for each group."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join(['---'] * len(COLUMNS))} |"]
     for group in dict.fromkeys(row["group"] for row in rows):
-        lines.append(f"| **{group}** |" + " |" * (len(COLUMNS) - 1))
+        heading = group.replace("|", "\\|")
+        lines.append(f"| **{heading}** |" + " |" * (len(COLUMNS) - 1))
         for row in rows:
             if row["group"] != group:
                 continue
             low, high = row["accuracy_interval"]
             cells = [
-                row["variant"],
+                row["variant"].replace("|", "\\|"),
                 f"{row['chance']:.1%}",
                 "" if row["before"] is None else f"{row['before']:.1%}",
                 f"{row['accuracy']:.1%}",
@@ -280,6 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_all(planned, planned[0].recipe.run.dir.parent, shlex.split(options.launch))
     except ValueError as error:
         print(f"geo_r1: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"geo_r1: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

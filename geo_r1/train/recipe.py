@@ -67,6 +67,16 @@ def dump_recipe(recipe: Recipe) -> str:
     return "\n".join(_toml_table(recipe.model_dump(mode="json"), ()))
 
 
+def first_difference(before: Any, now: Any, key: str) -> str | None:
+    """The first key in which two tables differ, with both values; None where they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            if found := first_difference(before.get(name), now.get(name), f"{key}.{name}".lstrip(".")):
+                return found
+        return None
+    return None if before == now else f"{key} = {before}, now {now}"
+
+
 def _default_recipe() -> Path:
     here = Path("recipes/world.toml")
     beside = Path(__file__).parents[2] / here

@@ -28,7 +28,7 @@ from geo_r1.train.log import Log
 from geo_r1.train.loop import Engine, load_rewards
 from geo_r1.train.models import Models, check_model_exists, encoder_of, world_of
 from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.recipe import dump_recipe
+from geo_r1.train.recipe import dump_recipe, first_difference
 from geo_r1.train.report import write_report
 from geo_r1.train.samplers import check_sampler, look_for_server
 from geo_r1.train.sft import run_sft
@@ -184,7 +184,7 @@ def _check_folder(recipe: Recipe, run_dir: Path) -> None:
             f"{file} is of another version of geo_r1; give another --run.dir, or --run.overwrite true"
         ) from error
     before, now = _decisive(made), _decisive(recipe)
-    if changed := _first_difference(before, now, ""):
+    if changed := first_difference(before, now, ""):
         raise ValueError(
             f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true"
         )
@@ -203,15 +203,6 @@ def _decisive(recipe: Recipe) -> dict[str, Any]:
         values[stage].pop("save_every", None)
         values[stage]["optim"].pop("max_tokens", None)
     return values
-
-
-def _first_difference(before: Any, now: Any, key: str) -> str | None:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() | now.keys()):
-            if found := _first_difference(before.get(name), now.get(name), f"{key}.{name}".lstrip(".")):
-                return found
-        return None
-    return None if before == now else f"{key} = {before}, now {now}"
 
 
 def _check_later_stages(run_dir: Path, stage: str) -> None:

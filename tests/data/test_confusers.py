@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geo_r1.data import confusers
+from geo_r1.data.pairing import confusers
 from geo_r1.data.pairing.confusers import KINDS, Chooser, Places
 from geo_r1.data.pairing.manifests import Sites
 from geo_r1.places import distance_km

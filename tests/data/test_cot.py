@@ -376,6 +376,18 @@ def test_another_model_or_prompt_does_not_go_on_with_a_file(tmp_path):
     assert card(out)["model"] == "other"
 
 
+def test_another_question_of_the_same_id_is_not_taken_for_answered(tmp_path):
+    data, out = dataset(tmp_path, 3), tmp_path / "cot.jsonl"
+    with ChatServer() as server:
+        run(server, data, out)
+        rows = lines(data)
+        rows[1]["answer"] = "C" if rows[1]["answer"] != "C" else "D"
+        write(data, rows)
+        named = f"{out}: sample 's1' was another question: choose another --out"
+        ends_with(named, lambda: run(server, data, out))
+    assert len(server.requests) == 3
+
+
 def test_mistakes_are_one_line(tmp_path):
     data, out, url = dataset(tmp_path, 1), tmp_path / "cot.jsonl", closed_port()
     bare = write(tmp_path / "bare.jsonl", [{"id": "s0", "prompt": "where?"}])

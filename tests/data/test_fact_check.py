@@ -4,6 +4,8 @@ import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer
 from rich.console import Console
@@ -128,11 +130,12 @@ def test_two_continents_and_names_of_states():
         (GOOD.replace("Evidence corroboration", "Also"), {"steps"}),
         (GOOD.replace("Visual cues", "Conclusion", 1), {"steps"}),
         (GOOD.replace("</think>", ""), {"structure"}),
-        (GOOD.removesuffix("</answer>"), {"structure", "answer"}),
+        (GOOD.removesuffix("</answer>"), {"structure"}),
+        (GOOD.replace("<answer>C", "<answer>B or C"), {"structure"}),  # nothing that can be read
         (GOOD.replace(FILLER, f"{FILLER} " * 5), {"repetition"}),
         ("<think>x</think><answer>C</answer>", {"steps", "length"}),
-        ("", {"structure", "steps", "length", "answer"}),
-        (None, {"structure", "steps", "length", "answer"}),
+        ("", {"structure", "steps", "length"}),
+        (None, {"structure", "steps", "length"}),
     ],
 )
 def test_form_and_answer(response, expected):
@@ -272,11 +275,76 @@ def test_an_unreadable_verdict_is_none(text):
     [
         ([], "fact-check needs --data and --out"),
         (["--data", "none.jsonl", "--out", "x"], "data file none.jsonl does not exist"),
+        (["--measure", "0"], "--measure must be at least 1, got 0"),
+        (
+            ["--measure", "9", "--min-words", "50", "--max-words", "10"],
+            "--min-words 50 must be 0 to --max-words 10",
+        ),
+        (["--measure", "9", "--city-km", "nan"], "--city-km and --coordinate-km must be distances, got nan"),
+        (["--data", "none.jsonl", "--out", "x", "--judge-model", "m"], "an endpoint needs --judge-url"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, message):
     assert main(["fact-check", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_was_found_before_is_not_replaced_by_another_files(rows, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["fact-check", "--data", str(rows), "--out", str(out)]) == 0
+    before = {path.name: path.read_text() for path in out.iterdir()}
+    assert main(["fact-check", "--data", str(out / "again.jsonl"), "--out", str(out)]) == 2
+    assert "again.jsonl is in --out" in capsys.readouterr().err
+    other = rows.with_name("other.jsonl")
+    other.write_text(rows.read_text())
+    assert main(["fact-check", "--data", str(other), "--out", str(out)]) == 2
+    assert "holds what was found in" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in out.iterdir()} == before
+    assert main(["fact-check", "--data", str(rows), "--out", str(out), "--max-words", "2000"]) == 0
+
+
+def test_a_second_round_keeps_no_reasons_of_the_first(rows, tmp_path):
+    assert main(["fact-check", "--data", str(rows), "--out", str(tmp_path / "first")]) == 0
+    [row] = read(tmp_path / "first" / "again.jsonl")
+    assert "fact_check" in row and not {"response", "teacher", "usage"} & row.keys()
+    place = json.loads(rows.read_text().splitlines()[0])
+    row |= {
+        key: place[key]
+        for key in ("answer", "city", "country", "continent", "latitude", "longitude", "response")
+    }
+    rows.write_text(json.dumps(row) + "\n")
+    assert main(["fact-check", "--data", str(rows), "--out", str(tmp_path / "second")]) == 0
+    [kept] = read(tmp_path / "second" / "kept.jsonl")
+    assert "fact_check" not in kept
+
+
+def test_a_judge_is_asked_once(rows, tmp_path):
+    with ChatServer(reply=lambda _: '{"contradictions": []}') as server:
+        arguments = ["--judge-url", server.url, "--judge-model", "m"]
+        for _ in range(2):
+            assert main(["fact-check", "--data", str(rows), "--out", str(tmp_path / "out"), *arguments]) == 0
+    assert len(server.requests) == 1
+
+
+def test_pictures_in_a_table_are_refused_before_anything_is_written(tmp_path, capsys):
+    row = {
+        "id": "a",
+        "prompt": "<image>?",
+        "images": [{"bytes": b"P", "path": None}],
+        "answer": "A",
+        "response": "x",
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert main(["fact-check", "--data", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out")]) == 2
+    assert "row 1: its pictures are in the table" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_is_one_line(rows, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["fact-check", "--data", str(rows), "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"geo_r1: {tmp_path / 'file'} cannot be written or read: File exists"
 
 
 def test_a_row_that_stands_there_twice_is_named(rows, tmp_path, capsys):

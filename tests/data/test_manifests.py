@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from geo_r1.data import manifests
+from geo_r1.data.pairing import manifests
 from geo_r1.data.pairing.manifests import read_sites
 from geo_r1.data.pairing.tables import lines_of
 

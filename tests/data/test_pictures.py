@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geo_r1.data import pictures
+from geo_r1.data.pairing import pictures
 from geo_r1.data.pairing.pictures import Check, Pictures, Stitch, in_processes, shrink, stitched
 
 COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "gray", "navy", "maroon", "olive"]

@@ -1,11 +1,14 @@
 """Ablations: variants that start from each other, one comparison, goes on where it was stopped."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import small_runs as runs
 
 from geo_r1.train import ablate
+from geo_r1.train.__main__ import main as train_main
 from geo_r1.train.ablate import draw, main, markdown, plan
 
 SPEC = """
@@ -87,6 +90,7 @@ def test_variants_start_from_each_other(spec, tmp_path):
         ('["sft", "eval"]', '["sft"]', "variant 'tuned alone' does not end with eval"),
         ('group = "whole"', 'groop = "whole"', "variant.0.group: Field required"),
         ("recipe =", "recipe", "is not valid TOML"),
+        ("[[variant]]", "[[other]]", "variant: Field required"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(spec, tmp_path, capsys, before, after, message):
@@ -99,20 +103,12 @@ def test_a_mistake_is_one_line_before_anything_runs(spec, tmp_path, capsys, befo
 def test_runs_once_each_and_goes_on_after_a_run_that_failed(spec, tmp_path, monkeypatch, capsys):
     asked, fail = [], {"asked-elsewhere"}
 
-    class Done:
-        def __init__(self, code):
-            self.returncode = code
-
     def run(command):
         folder = next(a.removeprefix("--run.dir=") for a in command if a.startswith("--run.dir="))
         asked.append(folder.rsplit("/", 1)[1])
-        if asked[-1] in fail:
-            return Done(1)
-        return Done(ablate_run(command[3:]))
+        return 1 if asked[-1] in fail else train_main(command[3:])
 
-    from geo_r1.train.__main__ import main as ablate_run
-
-    monkeypatch.setattr(ablate.subprocess, "run", run)
+    monkeypatch.setattr(ablate, "_run", run)
     assert main([str(spec)]) == 2
     assert "the run of 'asked elsewhere' ended before its evaluation (exit code 1)" in capsys.readouterr().err
     assert [row["variant"] for row in json.loads((tmp_path / "runs" / "ablations.json").read_text())] == [
@@ -127,6 +123,21 @@ def test_runs_once_each_and_goes_on_after_a_run_that_failed(spec, tmp_path, monk
     assert rows["asked elsewhere"]["chance"] == pytest.approx(1 / 3)
     assert [row["before"] is None for row in rows.values()] == [False, False, True, True]
     assert (tmp_path / "runs" / "ablations.png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert main([str(edited(spec, '"sft.steps" = 2', '"sft.steps" = 3'))]) == 2  # old figures are not shown
+    assert "all-of-it was made with sft.steps = 2, now 3; give another --dir" in capsys.readouterr().err
+
+
+def test_a_trainer_that_is_asked_to_stop_is_waited_for(tmp_path):
+    slow = "import signal as s, sys; s.signal(15, lambda *_: sys.exit(7)); print('on', flush=True); s.pause()"
+    outer = (
+        f"import sys; sys.argv = ['x']; from geo_r1.train.ablate import _run; "
+        f"print('ended', _run([sys.executable, '-c', {slow!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "on\n"
+    process.terminate()
+    assert process.communicate(timeout=60)[0] == "ended 7\n"
 
 
 def test_the_table_has_a_row_a_variant_under_its_group():

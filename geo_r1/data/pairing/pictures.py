@@ -15,6 +15,7 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -156,7 +157,7 @@ def _results(work: Callable[[Any], Any], chunks: Iterator[Any], num_workers: int
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    executor = ProcessPoolExecutor(num_workers, context, torch.set_num_threads, (1,))
+    executor = ProcessPoolExecutor(num_workers, context, _start)
     try:
         waiting = [executor.submit(work, chunk) for chunk in islice(chunks, AHEAD * num_workers)]
         while waiting:
@@ -169,6 +170,19 @@ def _results(work: Callable[[Any], Any], chunks: Iterator[Any], num_workers: int
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    """What a worker does first: one thread for products, and one that ends it with its parent."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
 
 
 def _next_chunk(stream: Iterator[Item]) -> list[Item]:

@@ -77,8 +77,8 @@ class Questions:
                 f"{options.min_distance:g} m to {chooser.most:g} m away; lower -k or "
                 "--min-distance, raise --max-distance, or use --confusers global"
             )
-        if options.limit is not None:
-            rows = np.sort(generator(options.seed, f"{split}/limit").permutation(rows)[: options.limit])
+        # by lot, so that the first n of a file are from all its cities
+        rows = generator(options.seed, f"{split}/order").permutation(rows)[: options.limit]
         self.sites, self.all_satellites = sites.take(rows), sites.satellite
         self.k, self.wrong, self.distance = k[rows], chooser.row[rows], chooser.distance[rows]
         self.truth = np.zeros(len(rows), np.int64)

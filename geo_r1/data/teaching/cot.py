@@ -136,6 +136,8 @@ def _from_endpoint(options: argparse.Namespace) -> None:
     }
     settings = {name: getattr(options, name) for name in ("url", "temperature", "max_tokens", "max_pixels")}
     with CotOutput.opened(options, decisive, settings, {sample.id for sample in samples}) as output:
+        for sample in samples:
+            output.check_same(sample)
         todo = {sample.id: sample for sample in samples if sample.id not in output}
         requests = (
             (name, partial(_ask, sample, prompt, options.max_pixels)) for name, sample in todo.items()

@@ -73,6 +73,14 @@ class CotOutput:
     def __contains__(self, name: str) -> bool:
         return name in self.written.records or name in self.failed.records
 
+    def check_same(self, sample: Sample) -> None:
+        """Raise ValueError where another question of a sample's id has been answered."""
+        row = self.written.records.get(sample.id)
+        if row and (row.get("prompt"), row.get("answer")) != (list(sample.messages), sample.answer):
+            raise ValueError(
+                f"{self.out}: sample {sample.id!r:.80} was another question: choose another --out"
+            )
+
     def __str__(self) -> str:
         reasons = Counter(record.get("error") for record in self.failed.records.values()).most_common(1)
         often = f" (most often: {reasons[0][0]})" if reasons else ""

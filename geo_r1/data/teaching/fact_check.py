@@ -11,10 +11,13 @@ rejected (it contradicts what is known), each with its reasons.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from geo_r1.data.journal import Journal
 from geo_r1.data.paths import moved_row
 from geo_r1.data.sample import Sample, read_rows, sample_of
 from geo_r1.data.teaching.endpoint import Endpoint, EndpointConfig, Reply, add_endpoint_arguments
 from geo_r1.data.teaching.planted import measure
 from geo_r1.data.teaching.rules import AGAIN, KEPT, REJECTED, Finding, Limits, check, outcome
-from geo_r1.files import write_text, written_beside
+from geo_r1.files import written_beside
 from geo_r1.places import open_gazetteer
 
 JUDGE = (
@@ -54,16 +58,26 @@ def read_verdict(text: str) -> list[Finding] | None:
         return None
 
 
-def _judged(passed: Mapping[str, Sample], options: argparse.Namespace) -> dict[str, list[Finding]]:
-    """A judge's findings of the samples that the rules let pass."""
+def _judged(passed: Mapping[str, Sample], config: EndpointConfig, path: Path) -> dict[str, list[Finding]]:
+    """A judge's findings of the samples that the rules let pass; what it has judged it is not asked again."""
     findings: dict[str, list[Finding]] = {}
-    requests = ((name, lambda s=sample: judge_messages(s)) for name, sample in passed.items())
-    with Endpoint(EndpointConfig.of(options, "judge")) as endpoint:
-        for name, answer in track(endpoint.run(requests), "judge", len(passed), console=Console(stderr=True)):
+    with Journal(path) as verdicts, Endpoint(config) as endpoint:
+        asked: dict[str, str] = {}
+        for name, sample in passed.items():
+            messages = json.dumps([config.model, *judge_messages(sample)])
+            key = f"{name}/{hashlib.sha256(messages.encode()).hexdigest()[:16]}"
+            if key in verdicts.records:
+                findings[name] = [Finding("judge", reason) for reason in verdicts.records[key]["reasons"]]
+            else:
+                asked[name] = key
+        requests = ((name, partial(judge_messages, passed[name])) for name in asked)
+        for name, answer in track(endpoint.run(requests), "judge", len(asked), console=Console(stderr=True)):
             verdict = read_verdict(answer.text) if isinstance(answer, Reply) else None
-            findings[name] = (
-                [Finding("unjudged", "the judge gave no verdict")] if verdict is None else verdict
-            )
+            if verdict is None:
+                findings[name] = [Finding("unjudged", "the judge gave no verdict")]
+            else:
+                findings[name] = verdict
+                verdicts.append({"id": asked[name], "reasons": [finding.reason for finding in verdict]})
     return findings
 
 
@@ -89,49 +103,67 @@ def command(options: argparse.Namespace) -> None:
     limits = Limits(**{name: getattr(options, name) for name in asdict(Limits())})
     console = Console(stderr=True)
     if options.measure is not None:
+        if options.measure < 1:
+            raise ValueError(f"--measure must be at least 1, got {options.measure}")
         measure(options.measure, limits, console)
         return
     if options.data is None or options.out is None:
         raise ValueError("fact-check needs --data and --out (or --measure)")
-    gazetteer = open_gazetteer()
+    judge = EndpointConfig.of(options, "judge") if options.judge_url or options.judge_model else None
+    arguments = asdict(limits) | {"data": str(options.data), "judge": judge and judge.model}
+    _check_folder(options.data, options.out)
     rows: dict[str, dict[str, Any]] = {}
     samples: dict[str, Sample] = {}
     found: dict[str, list[Finding]] = {}
-    root = options.images or options.data.parent
+    gazetteer, root = open_gazetteer(), options.images or options.data.parent
     for number, row in track(read_rows(options.data), "rules", console=console):
-        sample = sample_of(row, f"{options.data}, row {number}", root)
+        where = f"{options.data}, row {number}"
+        sample = sample_of(row, where, root)
         if sample.id in samples:
-            raise ValueError(f"{options.data}, row {number}: the id {sample.id!r} stands there twice")
-        rows[sample.id], samples[sample.id] = {**row, "id": sample.id}, sample
-        found[sample.id] = check(sample, gazetteer, limits)
+            raise ValueError(f"{where}: the id {sample.id!r} stands there twice")
+        if any(isinstance(image, bytes) for image in sample.images):
+            raise ValueError(f"{where}: its pictures are in the table; save them as files first (cot does)")
+        rows[sample.id] = moved_row({**row, "id": sample.id}, root, options.out)
+        samples[sample.id], found[sample.id] = sample, check(sample, gazetteer, limits)
     if not samples:
         raise ValueError(f"{options.data} holds no samples")
-    if options.judge_url:
-        found |= _judged({name: samples[name] for name, findings in found.items() if not findings}, options)
-    _write(rows, found, root, options.out)
-    card = _card(
-        found,
-        asdict(limits) | {"data": str(options.data), "judge": options.judge_url and options.judge_model},
-    )
-    write_text(options.out / "card.json", json.dumps(card, indent=2))
+    options.out.mkdir(parents=True, exist_ok=True)
+    if judge is not None:
+        passed = {name: samples[name] for name, findings in found.items() if not findings}
+        found |= _judged(passed, judge, options.out / "verdicts.jsonl")
+    card = _card(found, arguments)
+    with ExitStack() as whole:  # the files get their names together, so that no sample is in two of them
+        for name in (KEPT, AGAIN, REJECTED):
+            partial_path = whole.enter_context(written_beside(options.out / f"{name}.jsonl"))
+            partial_path.write_text("".join(_lines(rows, found, name)), encoding="utf-8")
+        whole.enter_context(written_beside(options.out / "card.json")).write_text(json.dumps(card, indent=2))
     console.print(_shown(card))
 
 
-def _write(
-    rows: Mapping[str, Mapping[str, Any]], found: Mapping[str, list[Finding]], root: Path, out: Path
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (KEPT, AGAIN, REJECTED):
-        with written_beside(out / f"{name}.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
-            for key, row in rows.items():
-                findings = found[key]
-                if outcome(findings) != name:
-                    continue
-                row = moved_row(row, root, out)
-                if name == AGAIN:  # as it was before it was answered: `cot` takes it as it is
-                    row = {k: v for k, v in row.items() if k != "response"}
-                reasons = {"fact_check": [asdict(finding) for finding in findings]} if findings else {}
-                file.write(json.dumps({**row, **reasons}) + "\n")
+def _check_folder(data: Path, out: Path) -> None:
+    """Keep the samples of one file from taking the place of another's."""
+    if data.resolve().parent == out.resolve():
+        raise ValueError(f"--data {data} is in --out, where files are replaced: choose another --out")
+    if (out / "card.json").exists():
+        try:
+            before = json.loads((out / "card.json").read_text(encoding="utf-8"))["arguments"]["data"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{out / 'card.json'} is not a fact check's: choose another --out") from error
+        if before != str(data):
+            raise ValueError(f"{out} holds what was found in {before}: choose another --out")
+
+
+def _lines(
+    rows: Mapping[str, Mapping[str, Any]], found: Mapping[str, list[Finding]], name: str
+) -> Iterator[str]:
+    """The rows of one outcome, with the reasons of this check and no other."""
+    for key, row in rows.items():
+        if outcome(found[key]) == name:
+            # what is asked for again is as it was before it was answered: `cot` takes it as it is
+            left_out = {"fact_check", *(("response", "teacher", "usage") if name == AGAIN else ())}
+            reasons = {"fact_check": [asdict(finding) for finding in found[key]]} if found[key] else {}
+            row = {column: value for column, value in row.items() if column not in left_out}
+            yield json.dumps({**row, **reasons}, default=str) + "\n"
 
 
 def _card(found: Mapping[str, list[Finding]], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from geo_r1.answers import DEFAULT_NUM_CHOICES, TAGS, extract_answer, extract_choice, well_formed
+from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_answer, extract_choice, well_formed
 from geo_r1.data.sample import Sample
 from geo_r1.data.teaching.claims import contradictions
 from geo_r1.places import Gazetteer
@@ -43,6 +44,16 @@ class Limits:
     max_repetition: float = 0.3
     city_km: float = 100.0
     coordinate_km: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_words <= self.max_words:
+            raise ValueError(f"--min-words {self.min_words} must be 0 to --max-words {self.max_words}")
+        if not 0 <= self.max_repetition <= 1:
+            raise ValueError(f"--max-repetition must be 0 to 1, got {self.max_repetition}")
+        if not (0 <= self.city_km < math.inf and 0 <= self.coordinate_km < math.inf):
+            raise ValueError(
+                f"--city-km and --coordinate-km must be distances, got {self.city_km}, {self.coordinate_km}"
+            )
 
 
 @dataclass(frozen=True)
@@ -105,14 +116,21 @@ def _of_answer(sample: Sample, text: str, conclusion: str) -> Iterator[Finding]:
         return
     truth = sample.answer.strip()
     block = extract_answer(text)
+    if block is None:
+        yield Finding("structure", "there is no answer block")
+        return
     if len(truth) != 1 or not truth.isalpha():
-        if (block or "").casefold().split() != truth.casefold().split():
+        if block.casefold().split() != truth.casefold().split():
             yield Finding("answer", f"answers {block!r:.80}, the truth is {truth!r:.80}")
         return
     num_choices = sample.metadata.get("num_choices", DEFAULT_NUM_CHOICES)
-    said = extract_choice(text, num_choices) if any(tag in text for tag in TAGS) else None
-    if said != truth.upper():
-        yield Finding("answer", f"answers {said or 'nothing that can be read'}, the truth is {truth}")
+    if not isinstance(num_choices, int) or not 2 <= num_choices <= 26:
+        raise ValueError(f"sample {sample.id}: num_choices must be 2 to 26, got {num_choices!r:.40}")
+    said = extract_choice(text, num_choices)
+    if said is None:
+        yield Finding("structure", f"no choice can be read in its answer {block!r:.80}")
+    elif said != truth.upper():
+        yield Finding("answer", f"answers {said}, the truth is {truth}")
     concluded = {match[1] or match[2] or match[3] for match in _LETTER.finditer(conclusion)}
     if said is not None and concluded and said not in concluded:
         yield Finding("conclusion", f"concludes {', '.join(sorted(concluded))}, answers {said}")
