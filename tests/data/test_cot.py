@@ -295,7 +295,7 @@ def test_a_kill_and_restart_loses_and_repeats_none(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_request_to_stop_keeps_what_came(tmp_path, number, capsys):
+def test_a_request_to_stop_keeps_what_came(tmp_path, number, capsys, ctrl_c):
     data, out = dataset(tmp_path, 8), tmp_path / "cot.jsonl"
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 

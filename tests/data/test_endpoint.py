@@ -269,7 +269,7 @@ def test_an_endpoint_that_is_not_there_is_named():
     assert "\n" not in str(caught.value)
 
 
-def test_ctrl_c_ends_the_run_at_once():
+def test_ctrl_c_ends_the_run_at_once(ctrl_c):
     came = []
 
     def gate(name):
