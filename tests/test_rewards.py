@@ -7,7 +7,8 @@ import re
 import pytest
 
 from geo_r1 import rewards
-from geo_r1.rewards import RewardError, extract_answer, extract_choice, load_reward, score
+from geo_r1.answers import extract_answer, extract_choice, said, well_formed
+from geo_r1.rewards import RewardError, load_reward, score
 
 RIGHT = "<think>water matches</think>\n<answer>(C)</answer>"
 WRONG = "<think>road differs</think><answer>B</answer>"
@@ -514,3 +515,42 @@ def test_score_refuses_inputs(weights, ids, columns, message):
     with pytest.raises(ValueError) as caught:
         score({"format": rewards.format_reward}, weights, ["x"], ids, columns)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["\n", " ", "<answer>", "\\boxed{", "A, ", "*", "because ", "'a", "not ", "<think>", "answer is "],
+)
+def test_a_megabyte_of_anything_is_no_answer_and_takes_no_time(piece):
+    text = piece * (10**6 // len(piece))
+    assert extract_choice(text) is None and extract_choice(f"{text}\n<answer>{text}</answer>") is None
+    assert not well_formed(text) and not well_formed(f"<think>{text}</think><answer>{text}</answer>x")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>x</think>\n<answer>A</answer>\n", True),
+        ("<think>x</think> and <answer>A</answer>", False),
+        ("<answer>A</answer><think>x</think>", False),
+        ("<think>x</think><answer> \n</answer>", False),
+        ("<think>x<answer>A</think></answer>", False),
+    ],
+)
+def test_form_is_a_thought_and_an_answer_in_this_order(text, expected):
+    assert well_formed(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>B?</think><answer> A </answer>.", "A"),
+        ("<think>B?</think> A ", "A"),
+        (" A ", "A"),
+        ("<think>A", ""),
+        ("<think>x</think><answer>A", ""),
+        ("", ""),
+    ],
+)
+def test_what_is_said_is_the_block_or_what_follows_the_thought(text, expected):
+    assert said(text) == expected
