@@ -519,7 +519,7 @@ def test_score_refuses_inputs(weights, ids, columns, message):
 
 @pytest.mark.parametrize(
     "piece",
-    ["\n", " ", "<answer>", "\\boxed{", "A, ", "*", "because ", "'a", "not ", "<think>", "answer is "],
+    ["\n", " ", "<answer>", "\\boxed{", "A, B, ", "*", "because ", "'a", "not ", "<think>", "answer is "],
 )
 def test_a_megabyte_of_anything_is_no_answer_and_takes_no_time(piece):
     text = piece * (10**6 // len(piece))
