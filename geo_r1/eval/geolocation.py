@@ -74,9 +74,10 @@ def _named(block: str, gazetteer: Gazetteer) -> tuple[str | None, str | None, st
         city = _one(values.get("city"))
         return values.get("country"), city, city if city and "," in city else None
     lines = [line for line in block.split("\n") if line.strip()]
-    if not lines or len(lines) > 2 or len(block) > LONG:
+    parts = [part for part in ",".join(lines).split(",") if part.strip()]
+    if not parts or len(lines) > 2 or len(block) > LONG:
         return None, None, None
-    first, *more = [part for part in ",".join(lines).split(",") if part.strip()]
+    first, *more = parts
     lead = first if gazetteer.cities(first) or gazetteer.country(first) else _LEAD.sub("", first)
     if not more:
         name = name_of(lead)
