@@ -9,17 +9,15 @@ Source: IMAGEO-Bench, arXiv:2508.01608.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from geo_r1.answers import said
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down, is_finite
 from geo_r1.eval.geolocation import distances, share
-from geo_r1.eval.rows import Pictures, coordinates_of, first_of, name_of, photo_sample, read_table
+from geo_r1.eval.rows import Pictures, coordinates_of, first_of, literal, name_of, photo_sample, read_table
 from geo_r1.places import Gazetteer, distance_km, is_coordinate, open_gazetteer, same_state
 
 LEVELS = ("city", "state", "country")
@@ -52,8 +50,7 @@ def parse_answer(text: str) -> dict[str, Any]:
             start, tries = start + 1, tries + 1
         start = text.find("{", start)
     if not found:
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            found = _geocoded(ast.literal_eval(text[text.find("{") : text.rfind("}") + 1]))
+        found = _geocoded(literal(text[text.find("{") : text.rfind("}") + 1]))
     return found
 
 

@@ -8,10 +8,8 @@ GEOBench-VLM: `question`, `options` (a list, or its text), `answer`, and picture
 from __future__ import annotations
 
 import argparse
-import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
@@ -20,6 +18,7 @@ from typing import Any
 from geo_r1.data.sample import Sample, read_rows, sample_of
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
 from geo_r1.eval.cross_view import figures, question_of, score
+from geo_r1.eval.rows import literal
 
 SUFFIX = "Think in <think> </think>, then answer with the letter of the right choice in <answer> </answer>."
 LONGEST_OPTIONS = 65536  # characters of options that come as text
@@ -100,8 +99,7 @@ def _letter(answer: Any, options: list[str], where: str) -> Any:
 
 def _options(options: Any, where: str) -> list[str]:
     if isinstance(options, str) and len(options) <= LONGEST_OPTIONS:
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            options = ast.literal_eval(options)  # MMMU writes the list as Python does
+        options = literal(options) or options  # MMMU writes the list as Python does
     if not isinstance(options, list) or not 2 <= len(options) <= len(ascii_uppercase):
         raise ValueError(f"{where}: options must be a list of 2 to 26, got {options!r:.80}")
     return [str(option) for option in options]

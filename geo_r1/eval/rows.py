@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,16 @@ def first_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
     if value is None:
         raise ValueError(f"{where}: no value in {' or '.join(names)}; its columns are {', '.join(row)}"[:400])
     return str(value)
+
+
+def literal(text: str) -> Any:
+    """The value of a Python literal, such as a list that was printed; None where it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd numbers and escapes
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
 
 
 def name_of(value: Any) -> str | None:

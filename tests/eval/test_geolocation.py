@@ -110,7 +110,8 @@ def test_coordinates_count_before_names():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "<answer></answer>", "<think>Paris, France</think>", "<answer>", "?" * 9, ",", " , ,\n,", "/ or /"]
+    "text",
+    ["", "<answer></answer>", "<think>Paris, France</think>", "<answer>", "?" * 9, ",", " , ,\n,", "/ or /"],
 )
 def test_nothing_said_is_nothing_read(text):
     assert answered(text)["coordinates"] is None

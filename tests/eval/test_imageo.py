@@ -41,7 +41,19 @@ def test_the_object_is_found_wherever_it_stands(wrap):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '{"a": 1}', "{}" * 10**5, "{" * 10**5, '{"address": ' * 10**4, "null"]
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"a": 1}',
+        "{}" * 10**5,
+        "{{1, {2}}: 1or}",
+        "{{{1}}}",
+        "{" * 10**5,
+        '{"address": ' * 10**4,
+        "null",
+    ],
 )
 def test_anything_else_is_no_answer(text):
     record = score(question(), text)
