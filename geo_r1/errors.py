@@ -1,0 +1,50 @@
+"""Whose fault an error is, and what a command line makes of it.
+
+A user's mistake is one line and exit code 2. An outage is one line and exit code 1: the same command can be
+tried again. Anything else is a defect: a traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+MISTAKE, OUTAGE, INTERRUPTED = 2, 1, 130
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the message says what was wrong, where, and what would work."""
+
+
+class OutageError(RuntimeError):
+    """A server, an engine or another rank has gone; the same command can be tried again."""
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks or control characters, for a terminal or a log."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
+
+
+def say(message: object) -> None:
+    """Print a line on stderr, after the project's name."""
+    print(f"geo_r1: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def exit_code_of(command: Callable[[], None], interrupted: str = "interrupted") -> int:
+    """Run a command and return its exit code; defects pass through.
+
+    Args:
+        interrupted: what to say after Ctrl-C.
+    """
+    try:
+        command()
+    except UserError as error:
+        say(error)
+        return MISTAKE
+    except OutageError as error:
+        say(error)
+        return OUTAGE
+    except KeyboardInterrupt:
+        say(interrupted)
+        return INTERRUPTED
+    return 0
