@@ -11,8 +11,8 @@ import torch
 
 from geo_r1.errors import UserError
 from geo_r1.files import written_beside
+from geo_r1.models import PackedBatch
 from geo_r1.train.context import RunContext
-from geo_r1.train.parallel.micro_batches import MicroBatch
 from geo_r1.train.parallel.optim import build_optimizer, set_learning_rate
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import OptimConfig
@@ -42,7 +42,7 @@ class Updater:
         self.progress = Progress()
         self.optimizer = policy.attach(build_optimizer(policy.vlm.model, config), config.max_grad_norm)
 
-    def apply(self, loss: float, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+    def apply(self, loss: float, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
         """Clip and update; returns `grad_norm` and `learning_rate`.
 
         A loss or a gradient that is not finite changes nothing: the step is counted, its batch kept.
@@ -61,14 +61,14 @@ class Updater:
         figures = {"grad_norm": norm, "learning_rate": rate}
         return figures | ({"bad_steps": float(self.progress.bad_steps)} if self.progress.bad_steps else {})
 
-    def _count_bad_step(self, loss: float, norm: float, micro_batches: Sequence[MicroBatch]) -> None:
+    def _count_bad_step(self, loss: float, norm: float, micro_batches: Sequence[PackedBatch]) -> None:
         context, step = self.context, self.progress.step + 1
         self.progress.bad_steps += 1
         folder = context.run_dir / "bad"
         folder.mkdir(exist_ok=True)
         file = folder / f"{self.stage}-{step:06d}-rank{context.ranks.rank}.pt"
         with written_beside(file) as partial:
-            torch.save([micro.record for micro in micro_batches], partial)
+            torch.save([batch.tensors() for batch in micro_batches], partial)
         what = f"step {step}: loss {loss}, gradient {norm}"
         context.log.say(f"{self.stage} {what}: skipped; its batch is in {folder}")
         if self.progress.bad_steps > context.recipe.run.max_bad_steps:

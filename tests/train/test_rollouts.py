@@ -1,4 +1,4 @@
-"""RolloutQueue ahead of their step: whose weights sample, what survives a checkpoint, a sampler that goes."""
+"""Rollouts ahead of their step: whose weights sample, what survives a checkpoint, a sampler that goes."""
 
 import dataclasses
 import json
@@ -24,7 +24,6 @@ from geo_r1.rollout.engine import EngineLost, WeightsLost
 from geo_r1.train.__main__ import main
 from geo_r1.train.recipe.sections import Recipe
 from geo_r1.train.rl.rollout_engines import Copy, check_rollout_engine, max_model_len
-from geo_r1.train.rl.rollout_queue import RolloutQueue
 
 AHEAD = {"rollout__max_staleness": 1, "grpo__num_iterations": 1, "model__dtype": "float64"}
 DYNAMIC = AHEAD | {
@@ -226,6 +225,7 @@ class Shared(Copy):
         forgets_at: the load, counted from 0, at which it is found to have been started again.
     """
 
+    copies = "one"
     folder: Path
     forgets_at: int | None = None
     calls = 0
@@ -255,11 +255,6 @@ def shared_sampler(folder, forgets_at=None):
         patch.setattr(Shared, "folder", folder, raising=False)
         patch.setattr(Shared, "forgets_at", forgets_at)
         patch.setattr(geo_r1.train.rl.rollout_engines, "Copy", Shared)
-        patch.setattr(
-            geo_r1.train.rl.rollout_engines,
-            "RolloutQueue",
-            lambda *args, **kw: RolloutQueue(*args, **kw | {"shared": True}),
-        )
         yield
 
 

@@ -16,13 +16,13 @@ from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.models.cost import cached_bytes
 from geo_r1.models.lora import merged_state
 from geo_r1.rollout import Completion, SamplingConfig, generate
-from geo_r1.rollout.engine import RolloutEngine
+from geo_r1.rollout.engine import Copies, RolloutEngine
 from geo_r1.rollout.http_client import HttpClient, Unavailable
 from geo_r1.rollout.vllm_input import sampling_params, write_engine_folder
 from geo_r1.train.context import RunContext
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe, RolloutConfig
-from geo_r1.train.rl.rollout_queue import RolloutQueue
+from geo_r1.train.rl.rollout_queue import RolloutQueue, sampling_of
 
 SECONDS_TO_LOOK = 5.0
 MOST_AT_A_TIME = 256  # completions that vLLM says at once; its own default
@@ -31,13 +31,14 @@ MOST_AT_A_TIME = 256  # completions that vLLM says at once; its own default
 class OwnWeights:
     """The native sampler on the policy's own weights, between two updates."""
 
+    copies: Copies = "none"
     holds_base = False
 
     def __init__(self, policy: Policy, ends: set[int], recipe: RolloutConfig) -> None:
         self.policy, self.ends, self.recipe = policy, ends, recipe
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
-        raise AssertionError("its weights are the policy's")
+        """Nothing to do: its weights are the policy's."""
 
     def sample(
         self,
@@ -70,6 +71,8 @@ class OwnWeights:
 
 class Copy(OwnWeights):
     """The native sampler on a copy of the policy, which an update does not disturb."""
+
+    copies: Copies = "per rank"
 
     def __init__(self, policy: Policy, ends: set[int], recipe: RolloutConfig) -> None:
         super().__init__(policy, ends, recipe)
@@ -118,10 +121,6 @@ def look_for_server(rollout: RolloutConfig, say: Callable[[str], object]) -> Non
         say(f"{rollout.server_url} does not answer yet ({error}); GRPO will wait {seconds} for it")
 
 
-def sampling_of(rollout: RolloutConfig) -> SamplingConfig:
-    return SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
-
-
 def open_rollout_queue(
     context: RunContext, policy: Policy, config: GRPOConfig, loader: PromptLoader, num_steps: int
 ) -> RolloutQueue:
@@ -130,24 +129,14 @@ def open_rollout_queue(
     Raises:
         ValueError: vLLM is not installed, cannot run the model, or its server does not answer.
     """
-    recipe = context.recipe.rollout
+    engine = _open_engine(context, policy, config)
+    seed = context.recipe.run.seed
     return RolloutQueue(
-        policy,
-        _open_sampler(context, policy, config),
-        loader,
-        sampling_of(recipe),
-        loads=recipe.engine != "native" or recipe.max_staleness > 0,
-        shared=recipe.server_url is not None,
-        seed=context.recipe.run.seed,
-        num_steps=num_steps,
-        num_prompts=config.prompts_per_step,
-        num_completions=config.num_completions,
-        max_staleness=recipe.max_staleness,
-        budgets={"rollout.max_tokens": recipe.max_tokens, "grpo.optim.max_tokens": config.optim.max_tokens},
+        policy, engine, loader, context.recipe.rollout, config, seed=seed, num_steps=num_steps
     )
 
 
-def _open_sampler(context: RunContext, policy: Policy, config: GRPOConfig) -> RolloutEngine:
+def _open_engine(context: RunContext, policy: Policy, config: GRPOConfig) -> RolloutEngine:
     recipe, vlm, ranks = context.recipe.rollout, policy.vlm, policy.ranks
     ends = {context.tokenizer.eos_token_id, *vlm.end_token_ids}
     if recipe.engine == "native":
