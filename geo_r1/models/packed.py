@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geo_r1.errors import UserError
 from geo_r1.kernels import PackedLayout
 
 
@@ -53,9 +54,9 @@ class EncodedPrompt:
         return int(self.position_ids.max()) + 1 if self.token_ids else 0
 
     def check_budget(self, completion_len: int, max_tokens: int, option: str) -> None:
-        """Raise ValueError, with the sample's name, if this and one completion exceed an option's tokens."""
+        """Raise UserError, with the sample's name, if this and one completion exceed an option's tokens."""
         if len(self.token_ids) + completion_len > max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"sample {self.sample_id}: a prompt of {len(self.token_ids)} tokens and {completion_len} "
                 f"more are over {option} = {max_tokens}"
             )

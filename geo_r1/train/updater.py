@@ -20,19 +20,26 @@ from geo_r1.train.recipe.sections import OptimConfig
 
 @dataclass
 class Progress:
-    """What a stage has behind it. With weights and optimiser, all that its future depends on: samples and
-    random streams are functions of these numbers and the seed."""
+    """How far a stage has come.
+
+    Together with weights and optimiser this decides the rest of the stage: samples and random streams are
+    functions of these numbers and the seed.
+
+    Attributes:
+        step: steps taken.
+        drawn: positions of the training order that were used.
+        bad_steps: steps skipped because a loss or a gradient was not finite.
+        pending: rollouts drawn for later steps (see `RolloutQueue.state`); up to date in a checkpoint only.
+    """
 
     step: int = 0
     drawn: int = 0
-    """Positions of the training order that were used."""
     bad_steps: int = 0
     pending: list[dict[str, Any]] = field(default_factory=list)
-    """Drawn for steps to come, as `geo_r1.train.rl.rollout_queue` keeps it; up to date in a checkpoint."""
 
 
 class Updater:
-    """A policy's optimiser, with its schedule, and what happens when a step goes wrong."""
+    """A policy's optimiser and its schedule; skips and counts steps that are not finite."""
 
     def __init__(
         self, context: RunContext, stage: str, policy: Policy, config: OptimConfig, num_steps: int
@@ -45,14 +52,14 @@ class Updater:
     def apply(self, loss: float, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
         """Clip and update; returns `grad_norm` and `learning_rate`.
 
-        A loss or a gradient that is not finite changes nothing: the step is counted, its batch kept.
+        If the loss or the gradient is not finite, nothing changes; the step is counted and its batch saved.
 
         Args:
             loss: of the step, over all ranks.
-            micro_batches: what this rank's gradient came from.
+            micro_batches: this rank's batches, from which the gradient came.
 
         Raises:
-            ValueError: there were too many such steps.
+            UserError: more than `run.max_bad_steps` steps were not finite.
         """
         rate = set_learning_rate(self.optimizer, self.config, self.progress.step, self.num_steps)
         norm = self.policy.update(self.optimizer, self.config.max_grad_norm, math.isfinite(loss))

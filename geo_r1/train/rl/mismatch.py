@@ -66,6 +66,6 @@ def check_mismatch(step: int, figures: dict[str, float], limit: float | None) ->
     if limit is not None and not error <= limit:  # nor may it be no number
         raise UserError(
             f"grpo step {step}: sampling/token_mult_prob_error is {error:.4g}, rollout.max_mismatch is "
-            f"{limit:g}: what samples is not the policy that learns. Compare precision, rollout.engine, "
+            f"{limit:g}: the sampler differs from the policy. Compare precision, rollout.engine, "
             "rollout.max_staleness, and top_p and top_k, which count too; the step was not taken"
         )

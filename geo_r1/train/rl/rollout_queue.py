@@ -1,12 +1,12 @@
-"""Completions for GRPO's steps, sampled when a step needs them or while the steps before it train.
+"""Rollouts of GRPO's steps, sampled when a step needs them or while earlier steps train.
 
-A step's draw is its prompts, the weights that they are answered with, and the answers. With `max_staleness` 0
-a step's draw is made when the step begins. Otherwise the draws of the next steps are made on a thread beside
-the update, with the newest weights that the sampler had when they began. Weights are only replaced while
-nothing is being sampled, so every completion comes from one policy. With 1, a draw is always one update old,
-and a run has the same figures however long sampling takes; with more, what is how old depends on time.
+A draw is the prompts of a step, the version of the weights that sample for them, and the completions. With
+`max_staleness` 0 a step's draw begins with the step. Otherwise a thread samples the next steps' draws beside
+the update, with the newest weights that the engine has. Weights change only while nothing is being sampled,
+so every completion comes from one policy. With `max_staleness` 1, a draw is always one update old, and a run
+has the same metrics however long sampling takes; with more, the age of a draw depends on timing.
 
-What was drawn and is not used yet belongs to a checkpoint: `RolloutQueue.state`.
+Draws that no step has used yet belong in a checkpoint: `RolloutQueue.state`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from geo_r1.train.recipe.sections import GRPOConfig, RolloutConfig
 from geo_r1.train.report.phases import Phases
 from geo_r1.train.updater import Progress
 
-RELOADS = 5  # in a row, of a server that loses its weights again and again
+RELOADS = 5  # in a row, for a server that keeps losing its weights
 
 
 @dataclass
@@ -109,10 +109,10 @@ class RolloutQueue:
         return self._sampled(self._drawn(progress.step, progress, count, phases), phases)
 
     def go_ahead(self, progress: Progress, phases: Phases) -> None:
-        """The step has what it needs: begin with what the next ones may have by now.
+        """Begin to sample for later steps, as far as `max_staleness` allows.
 
         Raises:
-            EngineLost: on every rank; the step's own draw is still there.
+            EngineLost: on every rank; the step's own draw stays in the queue.
         """
         begun = self._queue[-1].step
         if self.max_staleness and begun + 1 < self.num_steps:
@@ -125,9 +125,9 @@ class RolloutQueue:
         self._queue.popleft()
 
     def state(self) -> list[dict[str, Any]]:
-        """The draws that wait for their steps, answered, for `Progress.pending`; of all ranks, on each.
+        """The queued draws of all ranks with their completions, for `Progress.pending`.
 
-        Where the sampler has gone, those that it did not answer are to be answered later.
+        If the engine has gone, draws without completions are sampled again after a resume.
         """
         states = []
         for draw in self._queue:
@@ -152,7 +152,7 @@ class RolloutQueue:
         return states
 
     def close(self) -> None:
-        """Let the sampler go; a server is not waited for, another sampler until it has said what it says."""
+        """Close the engine: a server at once, an engine in this process after it has finished sampling."""
         if self.engine.copies == "one":
             self.engine.close()
         if self._thread is not None:
@@ -161,14 +161,14 @@ class RolloutQueue:
             self.engine.close()
 
     def _on_device(self) -> None:
-        """A thread has a current GPU of its own, and shares the default stream unless it takes another."""
+        """Give the thread this rank's GPU and a stream of its own."""
         device = self.policy.ranks.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))
 
     def _drawn(self, step: int, progress: Progress, count: int, phases: Phases) -> _Draw:
-        """Draw the next `count` prompts, and begin to answer this rank's."""
+        """Draw the next `count` prompts, and begin to sample for this rank's share."""
         positions = [progress.drawn + i for i in range(count)]
         progress.drawn += count
         draw = _Draw(step, step if self.engine.copies == "none" else self.version, positions)
@@ -240,12 +240,12 @@ class RolloutQueue:
         raise EngineLost(_reason(failures))
 
     def _renew(self, version: int, phases: Phases) -> None:
-        """Give the sampler the policy's weights of now, unless it is busy on some rank."""
+        """Give the engine the policy's current weights, unless it is sampling on some rank."""
         if not self.policy.ranks.any(any(not draw.answers.done() for draw in self._queue)):
             self._load(version, phases)
 
     def _load(self, version: int, phases: Phases, *, again: bool = False) -> None:
-        """Give the sampler the policy's weights of now, which have so many updates behind them."""
+        """Give the engine the policy's current weights, which have `version` updates behind them."""
         if self.engine.copies == "none" or (self.version == version and not again):
             return
         with phases("sync"):
@@ -259,7 +259,7 @@ class RolloutQueue:
         raise EngineLost(_reason(failures))
 
     def _load_once(self) -> list[EngineLost]:
-        """What went wrong with it, on any rank."""
+        """Load once; returns the failures of all ranks."""
         ranks, shared = self.policy.ranks, self.engine.copies == "one"
         holds_base = ranks.gather(self.engine.holds_base)
         adapters_alone = holds_base[0] if shared else all(holds_base)
@@ -271,17 +271,17 @@ class RolloutQueue:
                 self.engine.load(tensors, alpha=self.policy.alpha)
             except EngineLost as error:
                 failure = error
-        for _ in tensors:  # the ranks gather them together, whoever wants them
+        for _ in tensors:  # gathering is collective, also on ranks that need nothing
             pass
         return [error for error in ranks.gather(failure) if error is not None]
 
     def _restored(self, kept: dict[str, Any], version: int, phases: Phases) -> _Draw:
-        """A draw from a checkpoint of a policy of this version, dealt to the ranks that there are now."""
+        """A draw from a checkpoint, dealt to the ranks of this run; `version` is the policy's."""
         draw = _Draw(kept["step"], kept["version"], kept["positions"])
         self._encode(draw, draw.positions[-1] + 1, phases)
         answers = kept["answers"]
         found = [answers.get(str(group.position)) for group in draw.groups]
-        if self.policy.ranks.any(None in found):  # the sampler had gone before it answered them
+        if self.policy.ranks.any(None in found):  # the engine was lost before it sampled them
             self._load(version, phases)
             draw.version = version
             draw.answers = self._begin(draw, phases)
@@ -296,12 +296,12 @@ def sampling_of(rollout: RolloutConfig) -> SamplingConfig:
 
 
 def _reason(failures: Sequence[EngineLost]) -> str:
-    """Of all ranks', the one that says most."""
+    """The most informative of all ranks' failures."""
     return str(next((error for error in failures if not isinstance(error, WeightsLost)), failures[0]))
 
 
 def _done(function: Callable[[], Any]) -> Future[Any]:
-    """What a function returned or raised, as if a thread had run it."""
+    """A finished future with what the function returned or raised."""
     future: Future[Any] = Future()
     try:
         future.set_result(function())

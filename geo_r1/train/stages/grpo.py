@@ -1,4 +1,4 @@
-"""Group relative policy optimisation: sample a group a prompt, score it against itself, update.
+"""Group relative policy optimisation: sample a group for each prompt, score it against itself, update.
 
 Source: GRPO, arXiv:2402.03300; its variants as in TRL, whose metric names these are.
 """
@@ -51,11 +51,11 @@ def run_grpo(
     """Run the GRPO stage to its end.
 
     Args:
-        reference: what the KL is measured against; None where there is no KL, or where it is the policy
-            without its adapters.
+        reference: the model that the KL is measured against; None without a KL, or if the policy without its
+            adapters is the reference.
 
     Raises:
-        ValueError: a reward is unknown or fails, or a group does not fit the token budget; names it.
+        UserError: a reward function is unknown or fails, or a group does not fit the token budget.
     """
     num_steps = source.num_steps(config.steps, config.epochs, config.prompts_per_step)
     recipe, ranks = context.recipe, context.ranks

@@ -27,7 +27,7 @@ def run_sft(
     """Run a supervised stage to its end.
 
     Raises:
-        ValueError: a sample does not fit the token budget; names it.
+        UserError: a sample does not fit the token budget.
     """
     ranks = context.ranks
     num_steps = source.num_steps(config.steps, config.epochs, config.batch_size)
