@@ -1,6 +1,5 @@
 """What the tests of loading share, in a module that worker processes import, too; and a run to be killed."""
 
-import io
 import json
 import os
 import re
@@ -10,9 +9,6 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from geo_r1.data import PromptEncoder, PromptLoader, Sample, World
 from geo_r1.data.exemplars import Numbered, question
@@ -33,17 +29,6 @@ class CountingEncoder(PromptEncoder):
 def encoder(kind=PromptEncoder, **options):
     _, tokenizer, image_processor = build_tiny(["where is it, north or south?"], hidden_size=64, num_layers=1)
     return kind(tokenizer, image_processor, IMAGE, **options)
-
-
-def picture(width, height, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def sample(name, *images, text="where is it?"):

@@ -103,8 +103,10 @@ class CotOutput:
             else:
                 try:
                     self.write(sample, {"response": outcome.text, "teacher": teacher, "usage": usage})
-                except UserError as error:  # it does not fit into a line
-                    reason = str(error)
+                except UserError as error:
+                    if isinstance(error.__cause__, OSError):
+                        raise
+                    reason = str(error)  # it does not fit into a line
         if reason is not None:
             self.failed.append({"id": sample.id, "error": reason} | ({"usage": usage} if usage else {}))
         self._count(usage)
