@@ -1,4 +1,4 @@
-"""What the tests of the command `cot` share: a data set, a run of the command, and its files."""
+"""Helpers for the tests of the command `cot`: a data set, a run of the command, and its files."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What the tests of data share: rows in files, encoded pictures, and mistakes that are one line."""
+"""Helpers for the tests of data: rows in files, encoded pictures, and mistakes that are one line."""
 
 import io
 import json

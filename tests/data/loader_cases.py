@@ -1,4 +1,4 @@
-"""What the tests of loading share, in a module that worker processes import, too; and a run to be killed."""
+"""Helpers for the tests of loading, in a module that worker processes import too; and a run to be killed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ IMAGE = SPECIAL_TOKENS.index("<|image_pad|>")
 
 
 class CountingEncoder(PromptEncoder):
-    """Says in place of a sample's name what its cache has found so far."""
+    """Reports the hits and misses of its cache in place of a sample's name."""
 
     def encode(self, sample):
         prompt = super().encode(sample)
@@ -48,7 +48,7 @@ def deadly_source(victim):
 
 
 def killed_run():
-    """Survive signals to the whole group, say what came and who works for whom, and end without farewell."""
+    """Survive signals to the whole group, report them and the workers' parents, and be killed."""
     received = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, _: received.append(int(number)))

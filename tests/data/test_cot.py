@@ -17,7 +17,7 @@ from geo_r1.data.teaching import cot, cot_output
 pytestmark = pytest.mark.usefixtures("no_waits")
 
 
-# What is written
+# Output
 
 
 def test_a_sample_is_its_training_row_and_the_teachers_words(tmp_path, capsys):

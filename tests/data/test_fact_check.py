@@ -1,4 +1,4 @@
-"""The fact check: what it finds, what it lets pass, and where samples go."""
+"""The fact check: claims that it finds, claims that it lets pass, and the files of samples."""
 
 import json
 from pathlib import Path
@@ -177,7 +177,7 @@ def test_planted_errors_are_found_and_good_exemplars_are_kept():
 
 
 def test_prose_of_other_writers_is_read_as_a_person_would():
-    """330 chains of thought by writers who did not know the rules; what was learned from them is in these.
+    """330 chains of thought by writers who did not know the rules; the rules have since learned from them.
 
     Half have one contradiction each. Good ones compare with other places, rule them out, and hedge.
     """

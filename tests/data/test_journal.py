@@ -1,4 +1,4 @@
-"""JSON lines: what a kill leaves, what is too long, what was written twice."""
+"""JSON lines: after a kill, with lines that are too long, with records that were written twice."""
 
 import json
 from pathlib import Path

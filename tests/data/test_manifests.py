@@ -1,4 +1,4 @@
-"""Data sets in their own layouts: what is read, what is left out, and why."""
+"""Data sets in their own layouts: rows that are read, rows that are left out, and the reasons."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Files of samples and their pictures: what is read, and the one line that each mistake gets."""
+"""Files of samples: the rows that can be read, and one line for each mistake."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_sample_counts_its_markers():
     ends_with(message, lambda: Sample("x", user(text("?")), images=(b"",)))
 
 
-# What is read
+# Good files
 
 
 def test_text_with_markers(read):
@@ -182,7 +182,7 @@ def test_many_rows_keep_their_order(tmp_path):
     assert samples[-1].id == f"{path}, row 2500"
 
 
-# What is not
+# Mistakes
 
 
 def test_missing_file_and_wrong_suffix(tmp_path):

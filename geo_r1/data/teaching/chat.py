@@ -126,9 +126,10 @@ def reply_of(body: bytes) -> Reply | Failure:
     if not isinstance(text, str) or not text.strip():
         return Failure(f"the reply is empty (finish reason {finish})", again=finish != "length")
     usage = value.get("usage")
-    tokens = [
-        count if isinstance(usage, dict) and isinstance(count := usage.get(key), int) and count > 0 else 0
-        for key in ("prompt_tokens", "completion_tokens")
-    ]
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written as UTF-8
-    return Reply(text, tokens[0], tokens[1], finish)
+    return Reply(text, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), finish)
+
+
+def _count(usage: Any, key: str) -> int:
+    count = usage.get(key) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count > 0 else 0
