@@ -1,4 +1,4 @@
-"""The teacher's command against a server that misbehaves: each sample ends once, whatever happens."""
+"""The command `cot`: its output, the key that it keeps to itself, and one line for each mistake."""
 
 import io
 import json

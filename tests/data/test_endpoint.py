@@ -261,6 +261,17 @@ def test_who_stops_listening_leaves_nothing_in_flight():
         replies.close()
 
 
+def test_an_error_between_two_replies_ends_all_quietly():
+    """A generator that outlives its endpoint must not ask for the event loop again; warnings are errors."""
+    with ChatServer({"n1": ["stall"]}) as server:
+        chat = Endpoint(EndpointConfig(server.url, "m", concurrency=2))
+        replies = chat.run((f"n{i}", messages_of(f"n{i}")) for i in range(9))
+        with pytest.raises(ZeroDivisionError), chat:
+            next(replies)
+            raise ZeroDivisionError
+        replies.close()
+
+
 # The key
 
 
