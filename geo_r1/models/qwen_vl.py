@@ -31,7 +31,15 @@ MODEL_CLASSES = {
 LIGER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PARTS = ("vision", "projector", "text")  # in the order of the forward pass
-VISION = "model.visual."  # what weights of the vision tower and its projector are called
+VISION = "model.visual."  # how names of weights of the vision tower and its projector begin
+
+
+def part_of(name: str) -> str:
+    """The part, of PARTS, of a weight or a module."""
+    if not name.startswith(VISION):
+        return "text"
+    merges = name.startswith((f"{VISION}merger.", f"{VISION}deepstack_merger_list."))
+    return "projector" if merges else "vision"
 
 
 class PackedVLM:
@@ -220,11 +228,7 @@ class PackedVLM:
         if unknown := set(parts) - set(PARTS):
             raise ValueError(f"cannot freeze {min(unknown)!r}; the parts are {', '.join(PARTS)}")
         for name, parameter in self.model.named_parameters():
-            part = "text"
-            if name.startswith(VISION):
-                merges = name.startswith((f"{VISION}merger.", f"{VISION}deepstack_merger_list."))
-                part = "projector" if merges else "vision"
-            parameter.requires_grad_(part not in parts)
+            parameter.requires_grad_(part_of(name) not in parts)
 
     def skeleton(
         self,
