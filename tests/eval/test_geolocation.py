@@ -53,8 +53,7 @@ def test_country_and_city_are_looked_up(text):
     ("text", "city"),
     [
         ("The photo was taken in Lyon, France.", "Lyon"),
-        ("Answer: Lyon, Auvergne-Rhône-Alpes, France", "Lyon"),
-        ("<think>x</think>Lyon, France", "Lyon"),
+        ("Answer: Lyon, Auvergne-Rhône-Alpes, France", "Lyon"), ("<think>x</think>Lyon, France", "Lyon"),
         ("This is Edinburgh, Scotland, United Kingdom", "Edinburgh"),
         ("<answer>country: France\ncity: near Lyon</answer>", "Lyon"),
         ("<answer>country: UK city: London</answer>", "London"),
@@ -69,7 +68,7 @@ def test_country_and_city_are_looked_up(text):
         ("<answer>国家：中国\n城市：上海</answer>", "Shanghai"),
         ("<answer>country: United States\ncity: New York City, NY</answer>", "New York City"),
     ],
-)
+)  # fmt: skip
 def test_places_are_read_as_a_person_would(text, city):
     gazetteer = open_gazetteer()
     [there, *_] = gazetteer.cities(city)
@@ -120,11 +119,10 @@ def test_nothing_said_is_nothing_read(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "<answer>(91.0, 2.0)</answer>",
-        "<answer>nan, nan</answer>",
+        "<answer>(91.0, 2.0)</answer>", "<answer>nan, nan</answer>",
         "<answer>(48.8, 2.3) or (45.7, 4.8)</answer>",
     ],
-)
+)  # fmt: skip
 def test_coordinates_that_are_none_or_two_are_a_miss(text):
     assert score(question(*PARIS), text)["answered"] is False
 
@@ -235,13 +233,9 @@ def test_a_link_out_of_the_image_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "country: " * 100_000,
-        "\n" * 10**6,
-        "city:" + " " * 10**6,
-        "1 " * 10**6,
-        "<answer>" * 10**5,
+        "country: " * 100_000, "\n" * 10**6, "city:" + " " * 10**6, "1 " * 10**6, "<answer>" * 10**5,
         "(" * 10**6,
     ],
-)
+)  # fmt: skip
 def test_hostile_answers_are_read_as_none(text):
     assert score(question(*PARIS), f"<answer>{text}</answer>")["answered"] is False
