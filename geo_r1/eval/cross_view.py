@@ -10,7 +10,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_choice, well_formed
-from geo_r1.data import OverlongPrompt, PromptEncoder, Sample, read_samples
+from geo_r1.data import OverlongPromptError, PromptEncoder, Sample, read_samples
 from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down, is_finite, wilson_interval
 from geo_r1.eval.native import complete, native_sampler
@@ -88,7 +88,7 @@ def predict(
     def encoded(sample: Sample) -> EncodedPrompt | None:
         try:
             return encoder.encode(sample)
-        except OverlongPrompt:
+        except OverlongPromptError:
             if encoder.on_overlong != "skip":
                 raise
             return None

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -21,9 +22,17 @@ from geo_r1.models.tiny import SPECIAL_TOKENS, build_tiny
 IMAGE = SPECIAL_TOKENS.index("<|image_pad|>")
 
 
-def encoder(**options):
+class CountingEncoder(PromptEncoder):
+    """Says in place of a sample's name what its cache has found so far."""
+
+    def encode(self, sample):
+        prompt = super().encode(sample)
+        return replace(prompt, sample_id=f"{self.cache.hits} hits, {self.cache.misses} misses")
+
+
+def encoder(kind=PromptEncoder, **options):
     _, tokenizer, image_processor = build_tiny(["where is it, north or south?"], hidden_size=64, num_layers=1)
-    return PromptEncoder(tokenizer, image_processor, IMAGE, **options)
+    return kind(tokenizer, image_processor, IMAGE, **options)
 
 
 def picture(width, height, seed=0):

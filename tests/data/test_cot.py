@@ -20,7 +20,8 @@ from PIL import Image
 
 import geo_r1
 from geo_r1.data import Sample, load_image, read_samples
-from geo_r1.data.teaching import cot, cot_output, endpoint
+from geo_r1.data.__main__ import main
+from geo_r1.data.teaching import cot, cot_output
 
 KEY = "sk-secret-0123456789abcdef"
 FAST = ("--concurrency", "4", "--retries", "2", "--timeout", "10")
@@ -31,7 +32,7 @@ def environment(monkeypatch):
     async def pause(seconds):
         pass
 
-    monkeypatch.setattr(endpoint, "pause", pause)
+    monkeypatch.setattr("anyio.sleep", pause)  # of the openai package
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "*")
 
@@ -304,8 +305,8 @@ def test_a_request_to_stop_keeps_what_came(tmp_path, number, capsys, ctrl_c):
             os.kill(os.getpid(), number)
 
     with ChatServer({"s5": ["stall", "answer"]}, gate=gate) as server:
-        with pytest.raises(KeyboardInterrupt):
-            run(server, data, out, "--concurrency", "1")
+        given = ["--data", data, "--out", out, "--url", server.url, "--model", "teach", "--concurrency", "1"]
+        assert main(["cot", *map(str, given)]) == 130
         assert files(out) == ([f"s{i}" for i in range(5)], [])
         assert card(out)["num_samples"] == 5
         run(server, data, out)

@@ -1,6 +1,5 @@
 """The fact check: what it finds, what it lets pass, and where samples go."""
 
-import io
 import json
 from pathlib import Path
 
@@ -8,13 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer
-from rich.console import Console
+from planted import PLANTERS, measure
 
 from geo_r1.data.__main__ import main
 from geo_r1.data.sample import Sample
 from geo_r1.data.teaching.claims import contradictions
 from geo_r1.data.teaching.fact_check import read_verdict
-from geo_r1.data.teaching.planted import PLANTERS, measure
 from geo_r1.data.teaching.rules import FORM, Finding, Limits, check, outcome
 from geo_r1.data.teaching.world_teacher import world_samples
 from geo_r1.places import open_gazetteer
@@ -170,8 +168,8 @@ def test_form_is_asked_for_again_and_contradictions_are_not():
 
 
 def test_planted_errors_are_found_and_good_exemplars_are_kept():
-    """The figures of the README are of 2,000; each kind is here at least 20 times."""
-    counts, rejected = measure(240, Limits(), Console(file=io.StringIO()), seed=7)
+    """The figures in docs/data.md are of 2,000; each kind is here at least 20 times."""
+    counts, rejected = measure(240, Limits(), seed=7)
     assert counts.keys() == PLANTERS.keys()
     assert rejected <= 0.01
     assert {kind: c.recall for kind, c in counts.items() if c.recall < 0.95} == {}
@@ -275,12 +273,8 @@ def test_an_unreadable_verdict_is_none(text):
     [
         ([], "fact-check needs --data and --out"),
         (["--data", "none.jsonl", "--out", "x"], "data file none.jsonl does not exist"),
-        (["--measure", "0"], "--measure must be at least 1, got 0"),
-        (
-            ["--measure", "9", "--min-words", "50", "--max-words", "10"],
-            "--min-words 50 must be 0 to --max-words 10",
-        ),
-        (["--measure", "9", "--city-km", "nan"], "--city-km and --coordinate-km must be distances, got nan"),
+        (["--min-words", "50", "--max-words", "10"], "--min-words 50 must be 0 to --max-words 10"),
+        (["--city-km", "nan"], "--city-km and --coordinate-km must be distances, got nan"),
         (["--data", "none.jsonl", "--out", "x", "--judge-model", "m"], "an endpoint needs --judge-url"),
     ],
 )
