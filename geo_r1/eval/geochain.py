@@ -1,6 +1,6 @@
-"""GeoChain: 21 questions on a street photo, from what is seen in it to where on earth it is.
+"""GeoChain: 21 questions on a street photo, from the objects in it to its place on earth.
 
-The paper reports 13 of the 21 tasks; which ones is not known. `--tasks 13` takes those of yes or no.
+The paper reports 13 of the 21 tasks, but does not name them. `--tasks 13` takes those of yes or no.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _question(metadata: dict[str, Any], image: Path, task: Task, truth: Truth) -
 def score(question: Question, text: str) -> dict[str, Any]:
     """Read an answer, and compare it with the truth; see `judge` and `Benchmark.score`.
 
-    Country, state and city are right by any of their names, also with what they lie in: "Ottawa, Ontario".
+    Country, state and city are right by any of their names, also with the region: "Ottawa, Ontario".
     Languages are right if one of the true ones is named. Coordinates are right within 25 km; only their
     records have a place on the map.
     """

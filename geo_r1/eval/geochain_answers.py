@@ -1,4 +1,4 @@
-"""How answers to GeoChain are read, as a person would, and judged; the public code has no scorer.
+"""Read answers to GeoChain as a person would, and judge them; the public code has no scorer.
 
 An answer is the answer block, or in a text with no tags the last line. Two different answers are none.
 """
@@ -15,9 +15,9 @@ from geo_r1.eval.geochain_truths import CITIES_OF, CITY, CITY_OF, COUNTRY, LANGU
 from geo_r1.places import Country, Gazetteer, distance_km, fold, parse_coordinates
 
 ELSEWHERE_KM = 100  # from the photo: a city that lies further, named before the true one, is the answer
-MOST_READ = 2000  # characters: what is longer is no answer, and looking up its words would be slow
-MOST_PARTS = 6  # of a name with what it lies in, or of languages: more are a list of guesses
-MOST_WORDS = 5  # of a name that nothing is known of
+MOST_READ = 2000  # characters: a longer text is no answer, and looking up its words would be slow
+MOST_PARTS = 6  # of a name with its regions, or of languages: more are a list of guesses
+MOST_WORDS = 5  # of an unknown name
 
 OTHER_WORDS = {"arid": "Dry", "australia": "Oceania"}
 OTHER_LANGUAGES = {
@@ -44,7 +44,7 @@ def judge(text: str, truth: Mapping[str, Any], point: tuple[Any, Any], gazetteer
     """Read an answer of any kind but coordinates, and compare it with the truth.
 
     Args:
-        text: a completion, or an answer alone.
+        text: a completion, or only its answer.
         point: latitude and longitude of the photo, in degrees; only cities need them.
     """
     said = re.sub(r'\\(?:boxed|text)\b|[*_`"“”$\\{}]', " ", answer_part(text)).replace("’", "'")

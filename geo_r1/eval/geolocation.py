@@ -64,7 +64,7 @@ def answered_place(text: str, gazetteer: Gazetteer) -> dict[str, Any]:
 
 
 def _named(block: str, gazetteer: Gazetteer) -> tuple[str | None, str | None, str | None]:
-    """Country and city of an answer, and "Birmingham, AL" where the city stands with what it lies in."""
+    """Country and city of an answer, and "Birmingham, AL" where the city comes with its state."""
     labels = list(_LABEL.finditer(block))
     if labels:
         values: dict[str, str | None] = {}

@@ -37,7 +37,7 @@ QUESTION = (
 def parse_answer(text: str) -> dict[str, Any]:
     """The object `reverse_geocoding` of the last JSON object in an answer that has one; empty without.
 
-    Where there is no JSON, what stands between the outermost braces may be a Python literal.
+    Without JSON, the text between the outermost braces may be a Python literal.
     """
     text, decoder = said(text)[-MOST_READ:], json.JSONDecoder()
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""One completion for each sample, in turns of some prompts, by the native sampler or any other."""
+"""One completion for each prompt, a turn of prompts at a time, by the native sampler or another."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def native_sampler(
 def complete(
     sampler: Sampler, tokenizer: Any, prompts: Iterable[EncodedPrompt | None]
 ) -> Iterator[list[tuple[Completion, str]]]:
-    """Yields the completions of some prompts at a time, in order, with their texts; empty ones for None."""
+    """Yields completions with their texts, a turn of prompts at a time; an empty one for None."""
     left = iter(prompts)
     while turn := list(islice(left, PROMPTS_A_TURN)):
         groups = iter(sampler([prompt for prompt in turn if prompt is not None]))

@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--engine", choices=tuple(PREDICTORS), help="without it: by --predictions, --url, --model")
     add("--model", help="a folder or hub name; of an endpoint, the model's name there")
-    add("--predictions", type=Path, help="JSONL or CSV of somebody's answers: id and text")
+    add("--predictions", type=Path, help="JSONL or CSV of given answers: id and text")
     add("--max-new-tokens", type=int, default=2048, help="tokens of an answer (2048)")
     add("--max-tokens", type=int, default=65536, help="tokens cached at a time (65536)")
     add("--max-pixels", type=int, help="larger pictures are shrunk to it")
@@ -109,7 +109,7 @@ def identity(predictor: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def from_file(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
-    """Somebody's answers, by the questions' ids or by the names of their pictures.
+    """Given answers, by the questions' ids or by the names of their pictures.
 
     Raises:
         UserError: the file is malformed, answers a question twice, or knows none of these questions.

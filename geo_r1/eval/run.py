@@ -30,7 +30,7 @@ from geo_r1.places import open_gazetteer
 
 
 def evaluate(benchmark: Benchmark, options: argparse.Namespace, console: Console) -> None:
-    """Run a benchmark and write its results; what an earlier run has answered is not asked again.
+    """Run a benchmark and write its results; questions that an earlier run has answered are not asked again.
 
     Raises:
         UserError: the data, the model or the predictions are wrong, or the folder is another evaluation's.

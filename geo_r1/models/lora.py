@@ -83,7 +83,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """A context in which the base model computes alone, as before it got its adapters.
+    """A context in which the base model computes without its adapters.
 
     It only sets a flag of each layer, so it works on sharded models, too.
     """

@@ -55,7 +55,7 @@ class HostMemory:
         self.smallest = 1 << 20
         self.num_packed = self.num_unpacked = 0
         self._entered: nn.Module | None = None
-        # A sharded layer has its whole weights only while it runs: they are looked up in the module at work.
+        # A sharded layer has its whole weights only while it runs: they are looked up in the running module.
         self._handles = [
             module.register_forward_pre_hook(self._enter)
             for module in model.modules()
@@ -81,7 +81,7 @@ class HostMemory:
             return tensor
         self.num_packed += 1
         on_gpu = tensor.device.type == "cuda"
-        # Only its own elements, not the rest of a larger tensor that it may be a view of.
+        # Only its own elements: it may be a view of a larger tensor.
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
         host.copy_(tensor, non_blocking=on_gpu)
         return tensor.device, host

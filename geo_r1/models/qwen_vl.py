@@ -231,7 +231,7 @@ class PackedVLM:
     def skeleton(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> PackedVLM:
-        """The same model and settings on the `meta` device, to be given weights and buffers later.
+        """The same model and settings on the `meta` device; weights and buffers come later.
 
         Its parameters and buffers have the names, shapes and dtypes of this model's; adapters, frozen parts
         and memory options are left out.
@@ -282,18 +282,17 @@ class PackedVLM:
         self._check_offload()
         return self._host_memory
 
-    def compile_layers(self, *, backend: str | Callable = "inductor", dynamic: bool | None = True) -> None:
-        """Compile each text layer and vision block with torch.compile. Call it before sharding.
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """Compile each text layer and vision block, once for all lengths. Call it before sharding.
 
         Args:
             backend: of torch.compile. Attention stays outside its graphs: a layer becomes two of them.
-            dynamic: True compiles once for all lengths.
 
         Raises:
             UserError: activations are offloaded without checkpointing.
         """
         for layer in self.layers:
-            layer.compile(dynamic=dynamic, backend=backend)
+            layer.compile(dynamic=True, backend=backend)
         self._compiled = True
         self._check_offload()
 
