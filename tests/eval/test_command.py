@@ -27,20 +27,11 @@ def data(tmp_path_factory):
         paths = [f"{index}_{i}.png" for i in range(len(sample.images))]
         for path, image in zip(paths, sample.images, strict=True):
             image.save(folder / path)
-        rows.append(
-            {
-                "id": f"q{index}",
-                "prompt": [{"role": "user", "content": f"[q{index}] " + "<image>" * len(paths)}],
-                "images": paths,
-                "answer": sample.answer,
-                "num_choices": world.num_candidates,
-                "city": (HOSTILE, "Oslo", "Lima")[index // 3],
-                "confusers": "nearest" if index % 2 else "global",
-                "difficulty": float(index),
-                "latitude": 10.0 * index - 40,
-                "longitude": 179.0 - index,
-            }
-        )
+        prompt = [{"role": "user", "content": f"[q{index}] " + "<image>" * len(paths)}]
+        row = {"id": f"q{index}", "prompt": prompt, "images": paths, "answer": sample.answer}
+        row |= {"num_choices": world.num_candidates, "city": (HOSTILE, "Oslo", "Lima")[index // 3]}
+        row |= {"confusers": "nearest" if index % 2 else "global", "difficulty": float(index)}
+        rows.append(row | {"latitude": 10.0 * index - 40, "longitude": 179.0 - index})
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "test.jsonl", {row["id"]: row["answer"] for row in rows}
 

@@ -162,17 +162,12 @@ def test_a_question_without_coordinates_has_no_place_on_the_map(tmp_path):
 @pytest.mark.parametrize(
     "said",
     [
-        "Paris, " * 150_000,
-        "<answer>" * 130_000,
-        "<answer>" + "yes or " * 150_000 + "</answer>",
-        "<" * 1_000_000,
-        "\n" * 1_000_000,
-        "<answer>" + "<" * 2000 + "</answer>",
-        "<answer>" + "1." * 1000 + "</answer>",
-        "<answer>" + "A b " * 500 + "</answer>",
+        "Paris, " * 150_000, "<answer>" * 130_000, "<answer>" + "yes or " * 150_000 + "</answer>",
+        "<" * 1_000_000, "\n" * 1_000_000, "<answer>" + "<" * 2000 + "</answer>",
+        "<answer>" + "1." * 1000 + "</answer>", "<answer>" + "A b " * 500 + "</answer>",
     ],
     ids=range(8),
-)
+)  # fmt: skip
 def test_a_hostile_answer_is_no_answer_and_takes_no_time(tmp_path, said):
     questions = ask(tmp_path, [row("p", PARIS)])
     BENCHMARK.score(questions[19], "Paris")  # reads the gazetteer
@@ -183,7 +178,10 @@ def test_a_hostile_answer_is_no_answer_and_takes_no_time(tmp_path, said):
 
 
 @pytest.mark.parametrize(
-    "said", ["<b onclick='x'>Lyon</b>", "&lt;img src=x&gt;Lyon", "<answer><h1>Lyon</answer>"]
-)
+    "said",
+    [
+        "<b onclick='x'>Lyon</b>", "&lt;img src=x&gt;Lyon", "<answer><h1>Lyon</answer>",
+    ],
+)  # fmt: skip
 def test_html_in_an_answer_is_left_out(tmp_path, said):
     assert BENCHMARK.score(one(tmp_path, 20, PARIS), said)["read"] == "Lyon"

@@ -190,14 +190,11 @@ def test_nobody_answered_has_no_distance_and_no_share():
     ("header", "row", "image"),
     [
         ("IMG_ID,AUTHOR,LAT,LON", "x_1.jpg,me,32.3,-64.7", "x_1.jpg"),  # IM2GPS3k, YFCC4k
-        (
-            "id,latitude,longitude,country,region,sub-region,city",
-            "77,32.3,-64.7,BM,a,b,Hamilton",
-            "test/00/77.jpg",
-        ),
+        ("id,latitude,longitude,country,region,sub-region,city", "77,32.3,-64.7,BM,a,b,Hamilton",
+         "test/00/77.jpg"),
         ("IMG_ID,LAT,LON,city,country", "y,32.3,-64.7,Hamilton,Bermuda", "y.png"),  # MP16-Reason
     ],
-)
+)  # fmt: skip
 def test_each_data_set_is_read_in_its_own_columns(tmp_path, header, row, image):
     [found] = BENCHMARK.questions(write_photos(tmp_path, f"{header}\n{row}\n", [image]))
     assert found.truth["latitude"], found.truth["longitude"] == (32.3, -64.7)

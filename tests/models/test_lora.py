@@ -88,10 +88,8 @@ def test_rows_and_gradients_are_those_of_the_merged_weights(lab, way, request):
 
 def test_text_alone_and_chosen_layers(qwen2_5_vl):
     model = adapted(qwen2_5_vl.own, ("v_proj", "down_proj"), vision=False)
-    layers = range(len(model.model.language_model.layers))
-    paths = [
-        f"model.language_model.layers.{i}.{p}" for i in layers for p in ("self_attn.v_proj", "mlp.down_proj")
-    ]
+    layers = [f"model.language_model.layers.{i}" for i in range(len(model.model.language_model.layers))]
+    paths = [f"{layer}.{p}" for layer in layers for p in ("self_attn.v_proj", "mlp.down_proj")]
     assert list(lora_layers(model)) == paths
     assert adapter_names(model) <= model.state_dict().keys()
     found = rows_and_gradients(PackedVLM(model), few(qwen2_5_vl)).keys() - {"rows"}
@@ -215,11 +213,7 @@ def test_autocast_trains_adapters_in_their_own_dtype(qwen2_5_vl):
 @pytest.mark.parametrize(
     ("targets", "vision", "said"),
     [
-        (
-            ("q_proj", "lm_head"),
-            True,
-            "lora.targets names lm_head; the text layers' linear layers are q_proj, ",
-        ),
+        (("q_proj", "lm_head"), 1, "lora.targets names lm_head; the text layers' linear layers are q_proj, "),
         (("embed_tokens", "fc1"), True, "lora.targets names embed_tokens, fc1; "),
         (("input_layernorm",), False, "lora.targets names input_layernorm; "),
         ((), False, "nothing would be trained"),
