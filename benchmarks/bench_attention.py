@@ -22,11 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import Case, Provider, Tensors, our_names, ours, why_missing, why_not_compiled
+from benchmarks.measure import (
+    DTYPE,
+    ON_GPU,
+    Case,
+    Provider,
+    Tensors,
+    our_names,
+    ours,
+    why_missing,
+    why_not_compiled,
+)
 from geo_r1.kernels import PackedLayout, packed_attention
 
-ON_GPU = torch.cuda.is_available()
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 FORWARD_PEERS = ["torch flash varlen", "torch SDPA", "torch SDPA, cuDNN", "flash-attn 2", "flash-attn 3"]
 PEERS = [*FORWARD_PEERS, "flex_attention, compiled"]
@@ -116,7 +124,7 @@ else:
         AttentionSize("shared prompt 256 + 8 x 24", (256,), ((24,) * 8,), **small),
         AttentionSize("vision windows", windows([(6, 9)]), **VISION),
     ]
-FORWARD_SIZES = [size for size in SIZES if size.causal]  # text, whose prompts are scored with no gradient
+FORWARD_SIZES = [size for size in SIZES if size.causal]  # text: prompts are scored without gradients
 
 
 @dataclass(frozen=True)
@@ -263,7 +271,7 @@ def flex(inputs: Inputs) -> Attend:
 
 
 def peers(inputs: Inputs, timed: Timed) -> dict[str, Provider]:
-    """All that there are; the tests' parameters say which are measured."""
+    """All peers; the tests' parameters choose among them."""
     unequal = None if len(set(inputs.size.lengths)) == 1 else "sequences differ in length"
     no_gpu = None if ON_GPU else "torch's flash and cuDNN kernels need a GPU"
     cudnn = SDPBackend.CUDNN_ATTENTION

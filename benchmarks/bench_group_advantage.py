@@ -7,7 +7,7 @@ needs them; the floor is a copy of the rewards.
 import pytest
 import torch
 
-from benchmarks.measure import Case, floor, our_names, ours, torch_ways
+from benchmarks.measure import ON_GPU, Case, floor, our_names, ours, torch_ways
 from geo_r1.kernels import group_advantage
 
 EPS = 1e-4
@@ -49,6 +49,6 @@ def advantage_case(size, device):
 
 
 @pytest.mark.parametrize("provider", [*our_names("group_advantage"), *PEERS])
-@pytest.mark.parametrize("size", SIZES if torch.cuda.is_available() else SIZES[:2], ids=label)
+@pytest.mark.parametrize("size", SIZES if ON_GPU else SIZES[:2], ids=label)
 def test_group_advantage(measure, size, provider):
     measure(advantage_case, size)

@@ -20,31 +20,20 @@ from torch import Tensor
 
 from benchmarks.losses import (
     CONFIG,
-    DTYPE,
     TOLERANCE,
     LossInputs,
     LossSize,
     chunks,
     gradients,
-    logp_of,
+    loss_case,
     loss_inputs,
+    truth,
 )
-from benchmarks.measure import (
-    Case,
-    Provider,
-    Tensors,
-    floor,
-    nothing,
-    our_names,
-    ours,
-    torch_ways,
-    why_missing,
-)
+from benchmarks.measure import DTYPE, ON_GPU, Case, Provider, Tensors, floor, nothing, our_names, why_missing
 from geo_r1.kernels import available_impls, grpo_loss
 from geo_r1.kernels.chunks import row_kernels
 from geo_r1.kernels.reference import LossRows
 
-ON_GPU = torch.cuda.is_available()
 HIDDEN = 64  # logits are made from hidden states, whose size does not matter here
 if ON_GPU:
     SIZES = [LossSize(4096, HIDDEN, 152064), LossSize(1024, HIDDEN, 151936)]
@@ -52,15 +41,15 @@ if ON_GPU:
 else:
     SIZES = ROW_SIZES = [LossSize(128, HIDDEN, 20011)]
 PEERS = ["copy of the logits", "eager torch", "compiled torch", "Liger Triton GRPO"]
-ROW_IMPLS = [impl for impl in available_impls()["grpo_loss"] if impl != "reference"]
+ROW_IMPLS = tuple(impl for impl in available_impls()["grpo_loss"] if impl != "reference")
 PLACES = ("out of place", "in place")
 
 
 def label(size: LossSize) -> str:
-    return f"R={size.rows} V={size.vocab}"
+    return size.of_logits
 
 
-def logits_of(inputs: LossInputs) -> Tensor:
+def make_logits(inputs: LossInputs) -> Tensor:
     return inputs.hidden_RC.detach() @ inputs.head_VC.detach().T
 
 
@@ -68,62 +57,39 @@ def nbytes(logits_RV: Tensor) -> float:
     return float(logits_RV.numel() * logits_RV.element_size())
 
 
-def truth(logits_RV: Tensor, inputs: LossInputs) -> Tensors:
-    """In float64, a chunk of rows at a time; the gradient is kept in float32."""
-    loss = torch.zeros((), dtype=torch.float64, device=logits_RV.device)
-    d_logits_RV = torch.empty(logits_RV.shape, dtype=torch.float32, device=logits_RV.device)
-    for rows in chunks(*logits_RV.shape):
-        logits_rV = logits_RV[rows].detach().double().requires_grad_()
-        part = inputs.token_loss(logp_of(logits_rV, inputs.target_R[rows]), rows).sum()
-        d_logits_RV[rows] = torch.autograd.grad(part, logits_rV)[0].float()
-        loss += part.detach()
-    return loss, d_logits_RV
-
-
 def liger(logits_RV: Tensor, inputs: LossInputs, size: LossSize) -> Callable[[], Tensors]:
     """Liger takes [B, L + 1, V] and drops the last; not in place, so that logits can be used again."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    shape = (size.sequences, -1)
-    logits = logits_RV.detach().view(*shape, size.vocab)
+    logits = logits_RV.detach().view(size.sequences, -1, size.vocab)
     logits = torch.cat([logits, logits[:, -1:]], 1).requires_grad_()
-    old, ref, target = (x.view(shape) for x in (inputs.old_logp_R, inputs.ref_logp_R, inputs.target_R))
-    advantage = inputs.advantage_R.view(shape)[:, 0].contiguous()
-    rows = (logits, old, ref, target, advantage, torch.ones_like(target))
+    target, old, ref, mask, advantage = inputs.per_sequence(size)
     options = {"temperature": 1.0, "beta": CONFIG.beta, "inplace": False, "loss_type": "bnpo", "reduce": True}
     clip = {"eps_low": CONFIG.epsilon, "eps_high": CONFIG.clip_high}
-    return lambda: gradients(logits)(triton_grpo_loss(*rows, **options, **clip)[0])
+    return lambda: gradients(logits)(
+        triton_grpo_loss(logits, old, ref, target, advantage, mask, **options, **clip)[0]
+    )
 
 
-def loss_case(size: LossSize, device: torch.device) -> Case:
+def grpo_case(size: LossSize, device: torch.device) -> Case:
     inputs = loss_inputs(size, DTYPE, device)
-    logits_RV = logits_of(inputs).requires_grad_()
-
-    finish = gradients(logits_RV)
-
-    def build(impl: str) -> Callable[[], Tensors]:
-        return lambda: finish(grpo_loss(logits_RV, **inputs.rows(), config=CONFIG, impl=impl).loss)
-
-    def plain(logits_RV: Tensor) -> Tensor:
-        return inputs.token_loss(logp_of(logits_RV, inputs.target_R)).sum()
-
-    providers = {
-        **ours("grpo_loss", build),
+    logits_RV = make_logits(inputs).requires_grad_()
+    peers = {
         "copy of the logits": floor(lambda: (logits_RV.detach().clone(),)),
-        **torch_ways(plain, (logits_RV,), finish),
         "Liger Triton GRPO": Provider(
             lambda: liger(logits_RV, inputs, size),
             missing=why_missing("liger_kernel"),
             unpack=lambda results: (results[0], results[1][:, :-1].reshape(logits_RV.shape)),
         ),
     }
-    return Case(
+    return loss_case(
         "grpo_loss",
-        label(size),
-        DTYPE,
-        TOLERANCE[DTYPE],
-        providers,
-        truth=lambda: truth(logits_RV, inputs),
+        size,
+        inputs,
+        inputs.token_loss,
+        (logits_RV,),
+        lambda impl: grpo_loss(logits_RV, **inputs.rows(), config=CONFIG, impl=impl).loss,
+        peers,
         bytes=2 * nbytes(logits_RV),
     )
 
@@ -131,7 +97,7 @@ def loss_case(size: LossSize, device: torch.device) -> Case:
 def loss_rows(size: LossSize, dtype: torch.dtype, impls: Sequence[str], device: torch.device) -> Case:
     """Loss and gradient of rows, by each module of row kernels and in each place."""
     inputs = loss_inputs(size, dtype, device)
-    logits_RV = logits_of(inputs)
+    logits_RV = make_logits(inputs)
     out_RV = torch.empty_like(logits_RV)  # made here: no provider's memory, and no result of its own
     given = inputs.rows()
     target_R = given.pop("target_R")
@@ -152,12 +118,12 @@ def loss_rows(size: LossSize, dtype: torch.dtype, impls: Sequence[str], device: 
 
     return Case(
         "grpo_loss rows",
-        label(size),
+        size.of_logits,
         dtype,
         TOLERANCE[dtype],
         {f"geo_r1 {impl}, {place}": provider(impl, place) for impl in impls for place in PLACES}
         | {"copy of the logits": floor(put_back)},
-        truth=lambda: truth(logits_RV, inputs),
+        truth=lambda: truth(inputs, inputs.token_loss, (logits_RV,)),
         bytes=2 * nbytes(logits_RV),
     )
 
@@ -165,7 +131,7 @@ def loss_rows(size: LossSize, dtype: torch.dtype, impls: Sequence[str], device: 
 def row_statistics(size: LossSize, dtype: torch.dtype, impls: Sequence[str], device: torch.device) -> Case:
     """Log-probabilities and entropies of rows."""
     inputs = loss_inputs(size, dtype, device)
-    logits_RV, target_R = logits_of(inputs), inputs.target_R
+    logits_RV, target_R = make_logits(inputs), inputs.target_R
 
     def plain(logits_RV: Tensor, target_R: Tensor) -> Tensors:
         logp_RV = logits_RV.log_softmax(-1)
@@ -186,7 +152,7 @@ def row_statistics(size: LossSize, dtype: torch.dtype, impls: Sequence[str], dev
 
     return Case(
         "row statistics",
-        label(size),
+        size.of_logits,
         dtype,
         TOLERANCE[dtype],
         {f"geo_r1 {impl}": provider(impl) for impl in impls}
@@ -199,7 +165,7 @@ def row_statistics(size: LossSize, dtype: torch.dtype, impls: Sequence[str], dev
 @pytest.mark.parametrize("provider", [*our_names("grpo_loss"), *PEERS])
 @pytest.mark.parametrize("size", SIZES, ids=label)
 def test_grpo_loss(measure, size, provider):
-    measure(loss_case, size)
+    measure(grpo_case, size)
 
 
 kernels_only = pytest.mark.skipif(
@@ -212,11 +178,11 @@ ROW_PROVIDERS = [f"geo_r1 {impl}, {place}" for impl in ROW_IMPLS for place in PL
 @pytest.mark.parametrize("provider", [*ROW_PROVIDERS, "copy of the logits"])
 @pytest.mark.parametrize("size", ROW_SIZES, ids=label)
 def test_grpo_loss_rows(measure, size, provider):
-    measure(loss_rows, size, DTYPE, tuple(ROW_IMPLS))
+    measure(loss_rows, size, DTYPE, ROW_IMPLS)
 
 
 @kernels_only
 @pytest.mark.parametrize("provider", [*(f"geo_r1 {impl}" for impl in ROW_IMPLS), "eager torch"])
 @pytest.mark.parametrize("size", ROW_SIZES, ids=label)
 def test_row_statistics(measure, size, provider):
-    measure(row_statistics, size, DTYPE, tuple(ROW_IMPLS))
+    measure(row_statistics, size, DTYPE, ROW_IMPLS)

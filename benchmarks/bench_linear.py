@@ -6,7 +6,7 @@ the bare products, by torch, in the same run. Errors are of the loss and both gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,69 +14,57 @@ from torch import Tensor
 
 from benchmarks.losses import (
     CONFIG,
-    DTYPE,
     TOLERANCE,
     LossInputs,
     LossSize,
-    TokenLoss,
     chunks,
     gradients,
-    linear_products,
-    linear_truth,
     logp_of,
+    loss_case,
     loss_inputs,
 )
-from benchmarks.measure import Case, Provider, Tensors, floor, our_names, ours, torch_ways, why_missing
+from benchmarks.measure import (
+    DTYPE,
+    ON_GPU,
+    Case,
+    Provider,
+    Tensors,
+    floor,
+    our_names,
+    ours,
+    torch_ways,
+    why_missing,
+)
 from geo_r1.kernels import linear_cross_entropy, linear_grpo_loss, linear_logprob
 
-if torch.cuda.is_available():  # heads of Qwen2.5-VL-7B and 3B
+if ON_GPU:  # heads of Qwen2.5-VL-7B and 3B
     GRPO_SIZES = [LossSize(8192, 3584, 152064), LossSize(4096, 2048, 151936)]
     LOGPROB_SIZES = [LossSize(8192, 3584, 152064)]
     CROSS_ENTROPY_SIZES = [LossSize(8192, 3584, 152064), LossSize(4096, 4096, 128256)]
 else:
     GRPO_SIZES = [LossSize(384, 128, 50021)]
     LOGPROB_SIZES = CROSS_ENTROPY_SIZES = [LossSize(128, 128, 20011)]
+TORCH = ("bare products", "eager torch", "compiled torch")
 
 
-def cases_of(op: str, sizes: list[LossSize], *peers: str):
-    """Parametrise a test with sizes, and for each with our implementations, torch and further peers."""
-    names = [*our_names(op), "bare products", "eager torch", "compiled torch", *peers]
-
-    def parametrise(test):
-        test = pytest.mark.parametrize("size", sizes, ids=str)(test)
-        return pytest.mark.parametrize("provider", names)(test)
-
-    return parametrise
-
-
-def linear_case(
-    op: str, size: LossSize, products: int, providers: Mapping[str, Provider], truth: Callable[[], Tensors]
-) -> Case:
-    item = torch.finfo(DTYPE).bits // 8
+def work(size: LossSize, products: int) -> dict[str, float]:
+    """Operations of the products; bytes of hidden states and head, and of their gradients if any."""
     matrices = size.rows * size.hidden + size.vocab * size.hidden
-    return Case(
-        op,
-        str(size),
-        DTYPE,
-        TOLERANCE[DTYPE],
-        providers,
-        truth,
-        flops=products * 2.0 * size.rows * size.hidden * size.vocab,
-        bytes=(1 if products == 1 else 2) * item * matrices,
-    )
-
-
-def torch_providers(inputs: LossInputs, token_loss: TokenLoss) -> dict[str, Provider]:
-    """The bare products, and plain torch with all logits at once."""
-    leaves = inputs.hidden_RC, inputs.head_VC
-
-    def loss(hidden_RC: Tensor, head_VC: Tensor) -> Tensor:
-        return token_loss(logp_of(hidden_RC @ head_VC.T, inputs.target_R), slice(None)).sum()
-
     return {
-        "bare products": floor(linear_products(inputs, 3)),
-        **torch_ways(loss, leaves, gradients(*leaves)),
+        "flops": products * 2.0 * size.rows * size.hidden * size.vocab,
+        "bytes": (1.0 if products == 1 else 2.0) * torch.finfo(DTYPE).bits // 8 * matrices,
     }
+
+
+def bare_products(inputs: LossInputs, count: int) -> Provider:
+    """The matrix products alone: logits, and for three of them both gradients; no provider can do less."""
+    hidden_RC, head_VC = inputs.hidden_RC.detach(), inputs.head_VC.detach()
+
+    def products() -> Tensors:
+        logits_RV = hidden_RC @ head_VC.T
+        return (logits_RV,) if count == 1 else (logits_RV, logits_RV @ head_VC, logits_RV.T @ hidden_RC)
+
+    return floor(products)
 
 
 def liger_grpo(inputs: LossInputs, size: LossSize) -> Callable[[], Tensors]:
@@ -86,10 +74,7 @@ def liger_grpo(inputs: LossInputs, size: LossSize) -> Callable[[], Tensors]:
     loss_fn = LigerFusedLinearGRPOLoss(
         beta=CONFIG.beta, epsilon_low=CONFIG.epsilon, epsilon_high=CONFIG.clip_high, loss_type="bnpo"
     )
-    shape = (size.sequences, -1)
-    target, old, ref = (x.view(shape) for x in (inputs.target_R, inputs.old_logp_R, inputs.ref_logp_R))
-    mask = torch.ones_like(target)
-    advantage = inputs.advantage_R.view(shape)[:, 0].contiguous()
+    target, old, ref, mask, advantage = inputs.per_sequence(size)
 
     def run() -> Tensors:
         hidden = inputs.hidden_RC.view(size.sequences, -1, size.hidden)
@@ -104,20 +89,48 @@ def liger_grpo(inputs: LossInputs, size: LossSize) -> Callable[[], Tensors]:
 def grpo_case(size: LossSize, device: torch.device) -> Case:
     inputs = loss_inputs(size, DTYPE, device)
     leaves = inputs.hidden_RC, inputs.head_VC
+    liger = Provider(lambda: liger_grpo(inputs, size), missing=why_missing("liger_kernel"))
+    return loss_case(
+        "linear_grpo_loss",
+        size,
+        inputs,
+        inputs.token_loss,
+        leaves,
+        lambda impl: linear_grpo_loss(*leaves, **inputs.rows(), config=CONFIG, impl=impl).loss,
+        {"bare products": bare_products(inputs, 3), "Liger fused-linear GRPO": liger},
+        **work(size, 3),
+    )
 
-    def build(impl: str) -> Callable[[], Tensors]:
-        options = {**inputs.rows(), "config": CONFIG, "impl": impl}
-        return lambda: gradients(*leaves)(linear_grpo_loss(*leaves, **options).loss)
 
-    providers = {
-        **ours("linear_grpo_loss", build),
-        **torch_providers(inputs, inputs.token_loss),
-        "Liger fused-linear GRPO": Provider(
-            lambda: liger_grpo(inputs, size), missing=why_missing("liger_kernel")
-        ),
+def cross_entropy_case(size: LossSize, device: torch.device) -> Case:
+    inputs = loss_inputs(size, DTYPE, device)
+    leaves, target_R = (inputs.hidden_RC, inputs.head_VC), inputs.target_R
+
+    def liger() -> Callable[[], Tensors]:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss_fn = LigerFusedLinearCrossEntropyLoss()
+        return lambda: gradients(*leaves)(loss_fn(inputs.head_VC, inputs.hidden_RC, target_R))
+
+    def cce() -> Callable[[], Tensors]:
+        from cut_cross_entropy import linear_cross_entropy as cce_loss
+
+        return lambda: gradients(*leaves)(cce_loss(*leaves, target_R))
+
+    peers = {
+        "bare products": bare_products(inputs, 3),
+        "Liger fused-linear": Provider(liger, missing=why_missing("liger_kernel")),
+        "Cut Cross-Entropy": Provider(cce, missing=why_missing("cut_cross_entropy")),
     }
-    return linear_case(
-        "linear_grpo_loss", size, 3, providers, lambda: linear_truth(inputs, inputs.token_loss)
+    return loss_case(
+        "linear_cross_entropy",
+        size,
+        inputs,
+        inputs.cross_entropy,
+        leaves,
+        lambda impl: linear_cross_entropy(*leaves, target_R, inputs.weight_R, impl=impl),
+        peers,
+        **work(size, 3),
     )
 
 
@@ -142,53 +155,29 @@ def logprob_case(size: LossSize, device: torch.device) -> Case:
         **ours(
             "linear_logprob", lambda impl: lambda: linear_logprob(hidden_RC, head_VC, target_R, impl=impl)
         ),
-        "bare products": floor(linear_products(inputs, 1)),
+        "bare products": bare_products(inputs, 1),
         **torch_ways(plain, (hidden_RC, head_VC), lambda logp_R: (logp_R,)),
         "Cut Cross-Entropy": Provider(cce, missing=why_missing("cut_cross_entropy")),
     }
-    return linear_case("linear_logprob", size, 1, providers, truth)
+    return Case("linear_logprob", str(size), DTYPE, TOLERANCE[DTYPE], providers, truth, **work(size, 1))
 
 
-def cross_entropy_case(size: LossSize, device: torch.device) -> Case:
-    inputs = loss_inputs(size, DTYPE, device)
-    leaves, target_R = (inputs.hidden_RC, inputs.head_VC), inputs.target_R
-    finish = gradients(*leaves)
-
-    def build(impl: str) -> Callable[[], Tensors]:
-        return lambda: finish(linear_cross_entropy(*leaves, target_R, inputs.weight_R, impl=impl))
-
-    def liger() -> Callable[[], Tensors]:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        loss_fn = LigerFusedLinearCrossEntropyLoss()
-        return lambda: finish(loss_fn(inputs.head_VC, inputs.hidden_RC, target_R))
-
-    def cce() -> Callable[[], Tensors]:
-        from cut_cross_entropy import linear_cross_entropy as cce_loss
-
-        return lambda: finish(cce_loss(*leaves, target_R))
-
-    providers = {
-        **ours("linear_cross_entropy", build),
-        **torch_providers(inputs, inputs.cross_entropy),
-        "Liger fused-linear": Provider(liger, missing=why_missing("liger_kernel")),
-        "Cut Cross-Entropy": Provider(cce, missing=why_missing("cut_cross_entropy")),
-    }
-    return linear_case(
-        "linear_cross_entropy", size, 3, providers, lambda: linear_truth(inputs, inputs.cross_entropy)
-    )
-
-
-@cases_of("linear_grpo_loss", GRPO_SIZES, "Liger fused-linear GRPO")
+@pytest.mark.parametrize("provider", [*our_names("linear_grpo_loss"), *TORCH, "Liger fused-linear GRPO"])
+@pytest.mark.parametrize("size", GRPO_SIZES, ids=str)
 def test_linear_grpo_loss(measure, size, provider):
     measure(grpo_case, size)
 
 
-@cases_of("linear_logprob", LOGPROB_SIZES, "Cut Cross-Entropy")
+@pytest.mark.parametrize("provider", [*our_names("linear_logprob"), *TORCH, "Cut Cross-Entropy"])
+@pytest.mark.parametrize("size", LOGPROB_SIZES, ids=str)
 def test_linear_logprob(measure, size, provider):
     measure(logprob_case, size)
 
 
-@cases_of("linear_cross_entropy", CROSS_ENTROPY_SIZES, "Liger fused-linear", "Cut Cross-Entropy")
+CROSS_ENTROPIES = [*our_names("linear_cross_entropy"), *TORCH, "Liger fused-linear", "Cut Cross-Entropy"]
+
+
+@pytest.mark.parametrize("provider", CROSS_ENTROPIES)
+@pytest.mark.parametrize("size", CROSS_ENTROPY_SIZES, ids=str)
 def test_linear_cross_entropy(measure, size, provider):
     measure(cross_entropy_case, size)

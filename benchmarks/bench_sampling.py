@@ -24,15 +24,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_attention import IMAGES
-from benchmarks.measure import Case, Provider, Tensors, synchronize
+from benchmarks.measure import DTYPE, ON_GPU, Case, Provider, Tensors, synchronize
 from benchmarks.shapes import MID, QWEN_7B, SMALL, TINY, ModelShape
 from benchmarks.steps import Step, StepSize
 
 for package in ("transformers", "tokenizers", "PIL"):
     pytest.importorskip(package)
 
-ON_GPU = torch.cuda.is_available()
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 NUM_COMPLETIONS = 8
 ENDS_ONE_IN = 40  # tokens of the vocabulary
 OURS, GRAPHS, THEIRS = "geo_r1", "geo_r1, CUDA graphs", "transformers"

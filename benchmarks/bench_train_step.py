@@ -1,12 +1,12 @@
 """A GRPO training step, forward and backward: packed with a shared prompt, against padded with repeated ones.
 
-`steps.py` says what the two are. One group: a prompt with six images and completions of different lengths.
+`steps.py` describes the two. One group: a prompt with six images and completions of different lengths.
 
     tokens/s      = tokens of prompts and completions, repeated prompts included, padding not / seconds
     completions/s = completions / seconds
     MFU           = operations / seconds / the matrix products' ceiling of this run
 
-Operations are those of the packed step, for both: what is repeated or recomputed does not count as work.
+Operations are those of the packed step, for both: repeated and recomputed ones do not count as work.
 Errors are of the loss and three gradients against the padded step in the same dtype: a float64 copy of 7B
 would not fit.
 
@@ -16,7 +16,7 @@ model of 100 million parameters and one of 11; then, for the small one, with pro
 long as a completion and as long as one, where sharing saves less. There neither side checkpoints, which is
 faster for both.
 
-`test_scaling` goes along the number of completions, the number of images, and the length of a completion.
+`test_scaling` varies the number of completions, the number of images, and the length of a completion.
 """
 
 from __future__ import annotations
@@ -27,32 +27,30 @@ import pytest
 import torch
 
 from benchmarks.bench_attention import IMAGES
-from benchmarks.measure import SCALING, STEP, Case, Provider
+from benchmarks.measure import DTYPE, ON_GPU, SCALING, STEP, Case, Provider
 from benchmarks.shapes import MID, QWEN_7B, SMALL, TINY
 from benchmarks.steps import PhaseClock, Step, StepSize
 
 for package in ("transformers", "tokenizers", "PIL"):
     pytest.importorskip(package)
 
-ON_GPU = torch.cuda.is_available()
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = {torch.bfloat16: 1e-1, torch.float32: 1e-3}
 # Gigabytes in bfloat16, weights with gradients: a text layer, and what does not depend on their number. The
 # padded step holds about 37 more, and 0.27 a layer; without checkpoints the packed one holds about 77.
 LAYER_GB, REST_GB, PADDED_GB, UNCHECKPOINTED_GB = 0.93 + 0.27, 7.0, 37.0, 77.0
 TORCH_FLASH = "benchmark_torch_flash"
-# Of the mean length of a group's completions.
+# Lengths of a group's completions over their mean.
 SPREAD = (0.625, 0.75, 0.875, 1.0, 1.0, 1.125, 1.25, 1.375)
 
 
 def lengths(mean: int, count: int = 8) -> tuple[int, ...]:
-    """Completions of that mean length, for one or an even number of them."""
+    """Lengths of `count` completions, one or an even number, with that mean."""
     ends = [length for pair in zip(SPREAD, reversed(SPREAD), strict=True) for length in pair]
     return (mean,) if count == 1 else tuple(sorted(round(mean * ends[i % 16]) for i in range(count)))
 
 
 def text_layers() -> int:
-    """Of the 7B model, all or as many as the padded step leaves room for."""
+    """Text layers of the 7B model: all, or as many as fit beside the padded step."""
     room = 0.92 * torch.cuda.get_device_properties(0).total_memory / 1e9 - REST_GB - PADDED_GB
     return max(1, min(QWEN_7B.text.layers, int(room / LAYER_GB)))
 
@@ -83,7 +81,7 @@ else:
 
 
 def scaling_sizes() -> list[StepSize]:
-    """One group, and what it becomes where one of its three numbers changes."""
+    """One group, and variants in which one of its three numbers differs."""
     base_len = round(sum(BASE.completions) / len(BASE.completions))
     points = [
         *((count, len(BASE.images), base_len) for count in (1, 2, 4, 8, 16)),

@@ -5,21 +5,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.device import default_device, measure_ceilings
-from benchmarks.measure import (
-    Case,
-    Moment,
-    Row,
-    add_rates,
-    check,
-    device_lost,
-    for_json,
-    time_provider,
-)
+from benchmarks.measure import Case, Moment, Row, device_lost, for_json, measure_provider
 from benchmarks.results import rate_table
 
 ROW = pytest.StashKey[Row]()
@@ -35,7 +27,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name.startswith("bench_"):
             item.add_marker(pytest.mark.benchmark(timer=timer))
-            item.add_marker(pytest.mark.filterwarnings("default"))  # what peers warn of is not our failure
+            item.add_marker(pytest.mark.filterwarnings("default"))  # a peer's warning is not our failure
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +42,7 @@ def ceilings(device) -> dict[str, float]:
 
 @pytest.fixture(scope="session")
 def cases() -> dict[tuple[Hashable, ...], Case]:
-    """The case that the last test measured; the next provider's test goes on with its inputs and truth."""
+    """The last test's case; the next provider's test uses its inputs and truth again."""
     return {}
 
 
@@ -60,6 +52,12 @@ def measure(request, device, ceilings, cases, record_property):
 
     The case is made by `make_case(*args, device)`, once for tests that follow one another.
     """
+
+    def repeat(row, function, setup, rounds):
+        benchmark = request.getfixturevalue("benchmark")
+        benchmark.group, benchmark.extra_info = f"{row['op']} {row['size']}", row
+        benchmark.pedantic(function, setup=setup, rounds=rounds)
+        return [] if benchmark.disabled else benchmark.stats.stats.data
 
     def measure_one(make_case: Callable[..., Case], *args: Hashable) -> None:
         if (make_case, *args) not in cases:
@@ -74,19 +72,11 @@ def measure(request, device, ceilings, cases, record_property):
         record_property("measurement", row)
         if (reason := case.providers[name].missing) is not None:
             row |= {"status": "missing", "reason": reason}
-        elif (function := check(case, name, row, device)) is not None:
-            benchmark = request.getfixturevalue("benchmark")
-
-            def repeat(function, setup, rounds):
-                benchmark.pedantic(function, setup=setup, rounds=rounds)
-                return [] if benchmark.disabled else benchmark.stats.stats.data
-
-            benchmark.group, benchmark.extra_info = f"{case.op} {case.size}", row
-            time_provider(case, name, row, function, repeat, device)
-            if "ms" in row:
-                add_rates(case, row, **ceilings)
-                request.config.stash[TIMED].append(row)
+        else:
+            measure_provider(case, name, row, partial(repeat, row), device, ceilings)
         row |= for_json(row)
+        if "ms" in row:
+            request.config.stash[TIMED].append(row)
         if row["status"] == "wrong" and row["kind"] == "ours":
             pytest.fail(f"{name} wrong: {row['reason']}", pytrace=False)
         if row["status"] != "measured":

@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from benchmarks.lines import LOST, begun, read_lines
@@ -133,8 +134,8 @@ def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Rec
     files = [stem.with_suffix(f".{share}.jsonl") for share in range(count)]
     commands = []
     for share, file in enumerate(files):
-        fields = {"{record}": str(file), "{device}": device, "{share}": f"{share}/{count}"}
-        commands.append([sys.executable, *(fill(text, fields) for text in stage.arguments)])
+        fields = {"record": file, "device": device, "share": f"{share}/{count}"}
+        commands.append([sys.executable, *(Template(x).safe_substitute(fields) for x in stage.arguments)])
     deadline = time.monotonic() + seconds
     codes: list[int | None] = [None] * count
     logs = [file.with_suffix(".log") for file in files]
@@ -171,12 +172,6 @@ def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Rec
     return result
 
 
-def fill(text: str, fields: dict[str, str]) -> str:
-    for name, value in fields.items():
-        text = text.replace(name, value)
-    return text
-
-
 def environment(device: str, processes: int) -> dict[str, str]:
     """A rehearsal on a CPU sees no GPU; processes that run side by side share the cores."""
     found = dict(os.environ)
@@ -191,23 +186,18 @@ def run_until(
     commands: Sequence[list[str]], logs: Sequence[Path], deadline: float, environment: dict[str, str]
 ) -> list[int | None]:
     """Exit codes of commands that run side by side; None if one had to be stopped at the deadline."""
-    running = []
+    running, begin = [], time.monotonic()
     for command, log in zip(commands, logs, strict=True):
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        with log.open("ab") as out:
+            streams: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": out,
+                "stderr": subprocess.STDOUT,
+            }
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
         running.append(process)
-    begin = time.monotonic()
     try:
-        wait_for(running, max(deadline - GRACE_SECONDS, begin + 1.0))
-        codes = [process.poll() for process in running]
+        codes = wait_for(running, max(deadline - GRACE_SECONDS, begin + 1.0))
         for process in running:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)  # pytest then still writes what it has
@@ -220,17 +210,20 @@ def run_until(
                 process.wait()
 
 
-def wait_for(running: Sequence[subprocess.Popen], deadline: float) -> None:
+def wait_for(running: Sequence[subprocess.Popen], deadline: float) -> list[int | None]:
     for process in running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
+    return [process.poll() for process in running]
 
 
 def read_results(lines: Sequence[dict[str, Any]], record: Record) -> dict[str, Any]:
     """Counts of tests, failures, and reasons of skips; device, ceilings and measurements go to the record."""
     for line in lines:
-        for name in line.keys() & {"device", "ceilings"}:
-            merge(record[name], line[name])
+        if "device" in line:
+            versions = record["device"].get("versions", {}) | line["device"]["versions"]
+            record["device"] |= line["device"] | {"versions": versions}
+            record["ceilings"] |= line.get("ceilings", {})
     ended = [line for line in lines if "test" in line]
     for test in sorted(begun(lines) - {line["test"] for line in ended}):
         ended.append({"test": test, "outcome": "failed", "reason": "did not end"})
@@ -242,14 +235,6 @@ def read_results(lines: Sequence[dict[str, Any]], record: Record) -> dict[str, A
     failed = {line["test"]: line["reason"] for line in ended if line["outcome"] == "failed"}
     result: dict[str, Any] = {"tests": dict(counts), "skipped": dict(skipped), "failures": failed}
     return {name: value for name, value in result.items() if value}
-
-
-def merge(found: dict[str, Any], new: dict[str, Any]) -> None:
-    for name, value in new.items():
-        if isinstance(value, dict):
-            merge(found.setdefault(name, {}), value)
-        else:
-            found[name] = value
 
 
 def case_of(row: dict[str, Any]) -> tuple[str | None, ...]:

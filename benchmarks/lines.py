@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-LOST = 70  # exit code of a run whose GPU does nothing more; pytest's own end at 5
+LOST = 70  # exit code of a run whose GPU has become unusable; pytest's own end at 5
 
 
 def begun(lines: list[dict]) -> set[str]:

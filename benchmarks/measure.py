@@ -26,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from geo_r1.kernels import available_impls
 
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # of most cases
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 ROUNDS_SECONDS = {"cuda": 0.5, "cpu": 0.25}  # for all rounds of a provider
 MAX_HOLD_MS = 20.0  # a step that enqueues for a second hides nothing
@@ -36,6 +38,7 @@ STEP, SCALING = "training step", "training step, scaling"  # the ops that `resul
 
 Tensors = tuple[Tensor, ...]
 Row = dict[str, Any]  # a measurement, as a record holds it
+Repeat = Callable[..., list[float]]  # repeat(function, setup, rounds): seconds of each round
 
 
 def nothing() -> None:
@@ -133,6 +136,31 @@ def device_lost() -> bool:
     return False
 
 
+def measure_provider(
+    case: Case, name: str, row: Row, repeat: Repeat, device: torch.device, ceilings: Mapping[str, float]
+) -> None:
+    """Check a provider, time it unless it is wrong, and put its figures into its row.
+
+    Args:
+        ceilings: `matmul_tflops` and `copy_gbps` of this run.
+    """
+    function = check(case, name, row, device)
+    if function is None:
+        return
+    times = [1e3 * seconds for seconds in time_provider(case, name, row, function, repeat, device)]
+    row["facts"] |= case.providers[name].facts()
+    if not times:  # pytest-benchmark was told not to measure
+        return
+    row |= {"ms": statistics.median(times), "rounds": len(times), "ms_range": [min(times), max(times)]}
+    seconds = row["ms"] / 1e3
+    if case.bytes:
+        row["gbps"] = case.bytes / seconds / 1e9
+        row["share"] = row["gbps"] / ceilings["copy_gbps"]
+    if case.flops:
+        row["tflops"] = case.flops / seconds / 1e12
+        row["share"] = row["tflops"] / ceilings["matmul_tflops"]
+
+
 def check(case: Case, name: str, row: Row, device: torch.device) -> Callable[[], Tensors] | None:
     """Run a provider for its errors and its peak of memory, above inputs and results.
 
@@ -159,19 +187,10 @@ def check(case: Case, name: str, row: Row, device: torch.device) -> Callable[[],
 
 
 def time_provider(
-    case: Case,
-    name: str,
-    row: Row,
-    function: Callable[[], Tensors],
-    repeat: Callable[..., list[float]],
-    device: torch.device,
-) -> None:
-    """Time a provider, and put its milliseconds into its row.
-
-    Args:
-        repeat: repeat(function, setup, rounds) gives the seconds of each round.
-    """
-    provider, rounds, host_ms = case.providers[name], case.rounds, 0.0
+    case: Case, name: str, row: Row, function: Callable[[], Tensors], repeat: Repeat, device: torch.device
+) -> list[float]:
+    """Seconds of each round."""
+    provider, rounds, host_ms, on_gpu = case.providers[name], case.rounds, 0.0, device.type == "cuda"
     if rounds is None:
         provider.prepare()
         synchronize(device)
@@ -179,9 +198,7 @@ def time_provider(
         function()
         row["host_ms"] = host_ms = (time.perf_counter() - begin) * 1e3
         synchronize(device)
-        round_ms = (time.perf_counter() - begin) * 1e3
-        rounds = rounds_for(round_ms, ROUNDS_SECONDS[device.type])
-    on_gpu = device.type == "cuda"
+        rounds = rounds_for((time.perf_counter() - begin) * 1e3, ROUNDS_SECONDS[device.type])
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0
     flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device=device)
 
@@ -192,21 +209,7 @@ def time_provider(
             if case.hold:
                 torch.cuda._sleep(int(min(1.5 * host_ms, MAX_HOLD_MS) * CYCLES_PER_MS))
 
-    times = [1e3 * seconds for seconds in repeat(function, setup, rounds)]
-    if times:  # none if pytest-benchmark was told not to measure
-        row |= {"ms": statistics.median(times), "rounds": len(times), "ms_range": [min(times), max(times)]}
-    row["facts"] |= provider.facts()
-
-
-def add_rates(case: Case, row: Row, matmul_tflops: float, copy_gbps: float) -> None:
-    """Rates of a timed row, and its share of the ceiling that bounds the work."""
-    seconds = row["ms"] / 1e3
-    if case.bytes:
-        row["gbps"] = case.bytes / seconds / 1e9
-        row["share"] = row["gbps"] / copy_gbps
-    if case.flops:
-        row["tflops"] = case.flops / seconds / 1e12
-        row["share"] = row["tflops"] / matmul_tflops
+    return repeat(function, setup, rounds)
 
 
 def for_json(value: Any) -> Any:
@@ -265,12 +268,12 @@ def why_missing(package: str) -> str | None:
     """None if a peer's package can be imported and run here, else the reason why not."""
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
-    return None if torch.cuda.is_available() else f"{package} needs a GPU"
+    return None if ON_GPU else f"{package} needs a GPU"
 
 
 def why_not_compiled() -> str | None:
     """None if torch.compile is timed here: for a CPU it takes longer than the small sizes are worth."""
-    return None if torch.cuda.is_available() else "torch.compile is timed on a GPU only"
+    return None if ON_GPU else "torch.compile is timed on a GPU only"
 
 
 def floor(run: Callable[[], Tensors]) -> Provider:
@@ -303,4 +306,4 @@ def ours(op: str, build: Callable[[str], Callable[[], Tensors]], **options: Any)
 def our_names(op: str) -> dict[str, str]:
     """Our implementations by provider's name; on a CPU the reference alone, since the others are emulated."""
     impls = available_impls()[op]
-    return {f"geo_r1 {i}": i for i in impls if torch.cuda.is_available() or i == "reference"}
+    return {f"geo_r1 {i}": i for i in impls if ON_GPU or i == "reference"}

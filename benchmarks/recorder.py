@@ -1,8 +1,8 @@
 """A pytest plugin, `-p benchmarks.recorder --record FILE`: one JSON line a test, written as soon as it ends.
 
-So what a run found out is there even if the run is killed. Given a file that has lines, a run goes on where
-the one that wrote them stopped: every test that was begun is left out. A run whose GPU no longer does
-anything ends at once, with exit code LOST. `--share 2/8` takes every eighth test, from the third on.
+So a run that is killed loses only its last test. Given a file that has lines, a run goes on after them: it
+leaves out every test that was begun. A run whose GPU has become unusable ends at once, with exit code LOST.
+`--share 2/8` takes every eighth test, from the third on.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Recorder:
         line |= {name: row for name, row in report.user_properties if name == "measurement"}
         write_line(self.path, **line)
         if not report.passed and lost():
-            pytest.exit("the GPU does nothing more for this process", LOST)
+            pytest.exit("the GPU is unusable for this process", LOST)
 
 
 def lost() -> bool:
@@ -68,7 +68,7 @@ def lost() -> bool:
 
 
 def last_line(text: str) -> str:
-    """The line of a traceback that says what went wrong."""
+    """The line of a traceback that holds the error."""
     lines = [line.strip() for line in text.strip().splitlines()]
     raised = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
     return (raised or lines or ["no message"])[0 if raised else -1][:300]

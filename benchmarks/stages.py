@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_PROCESSES = (
-    12  # that share a stage's tests: they wait for Triton's compiler, a core each, not for the GPU
-)
+MAX_PROCESSES = 12  # for a stage's tests: they wait for Triton's compiler, a core each, not for the GPU
 
 
 @dataclass(frozen=True)
@@ -15,9 +13,9 @@ class Stage:
 
     Attributes:
         name: in the record.
-        arguments: after the interpreter; {record} is the file it writes, {device} cuda or cpu, {share} the
-            process's number and how many there are.
-        seconds: its time. What earlier stages left over is added.
+        arguments: after the interpreter; $record is the file it writes, $device cuda or cpu, $share the
+            process's number and the number of processes.
+        seconds: its time, to which the time that earlier stages left over is added.
         needs: packages without which it is skipped. If it lacks anything else, it writes a line
             {"skipped": reason} itself.
         processes: how many share it, at most one a core.
@@ -31,16 +29,16 @@ class Stage:
 
 
 def module(name: str, file: str, seconds: float, *needs: str) -> Stage:
-    return Stage(name, ("-m", f"benchmarks.{file}", "{record}", "--device", "{device}"), seconds, needs)
+    return Stage(name, ("-m", f"benchmarks.{file}", "$record", "--device", "$device"), seconds, needs)
 
 
 def pytest_stage(
     name: str, seconds: float, *arguments: str, needs: tuple[str, ...] = (), processes: int = 1
 ) -> Stage:
-    # Warnings are errors on the versions that are pinned; here it is the machine's that run.
-    # In one word, or pytest takes the record for a path whose folders say where the root is.
-    plugin = ("-m", "pytest", "-p", "benchmarks.recorder", "--record={record}", "--share={share}")
-    # A file that cannot be imported takes no other with it.
+    # Warnings are errors with the pinned versions only; this machine has its own.
+    # --record=FILE in one word: else pytest takes FILE for a test path, and looks for its root there.
+    plugin = ("-m", "pytest", "-p", "benchmarks.recorder", "--record=$record", "--share=$share")
+    # If a file cannot be imported, the others still run.
     options = ("-p", "no:cacheprovider", "-W", "default", "--continue-on-collection-errors")
     return Stage(name, (*plugin, *options, *arguments), seconds, ("pytest", *needs), processes)
 
@@ -60,7 +58,7 @@ def benchmark(
 MODEL = ("transformers", "tokenizers", "PIL")
 TRAINER = (*MODEL, "pydantic_settings", "pyarrow", "rich", "jinja2", "matplotlib", "tensorboard")
 SMALL_RUN = {
-    "run.dir": "{record}.run",
+    "run.dir": "$record.run",
     "pretrain.steps": 10,
     "sft.steps": 10,
     "grpo.steps": 5,
@@ -78,7 +76,7 @@ STAGES = {
         "device", "device", 40, "torch", "triton"
     ),  # the first to import torch, from a cold disk
     "build": module("extension", "extension", 60, "pybind11"),
-    # The gate's own tests need no GPU; its build of every kernel is `make aot`.
+    # test_aot.py needs no GPU, and `make aot` builds every kernel.
     "tests": pytest_stage(
         "tests of the kernels",
         90,
@@ -101,6 +99,6 @@ STAGES = {
     ),
     "run": Stage("world run", RUN, 20, TRAINER),
     "scaling": benchmark("scaling of the step", 20, "train_step", needs=MODEL, chosen=SCALING),
-    "sampling": benchmark("bench_sampling", 10, "sampling", needs=MODEL),  # these two have what is left over
+    "sampling": benchmark("bench_sampling", 10, "sampling", needs=MODEL),  # with time that is left over
     "slow": benchmark("slow peers", 10, "attention", "linear", "train_step", *ROWS, chosen=SLOW),
 }

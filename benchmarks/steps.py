@@ -1,8 +1,8 @@
 """A model and one group of work for it, trained packed with a shared prompt, or padded with repeated ones.
 
-The padded step is what trainers do on transformers today: a row a completion, padded to the longest, every
-row with its own copy of the prompt and of its images, transformers' own attention, full logits of the
-completion rows. Both have the same weights and train the vision tower.
+The padded step is that of trainers on transformers today: one row per completion, padded to the longest, each
+with its own copy of the prompt and its images; transformers' own attention; full logits of the completion
+rows. Both have the same weights and train the vision tower.
 
 The phases of a step follow one another and leave nothing out:
 
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.losses import logp_of
 from benchmarks.measure import PHASES, Moment, Tensors
@@ -164,12 +165,9 @@ class Step:
         Returns:
             What the model is called with, the completions' tokens and their mask, [N, longest] both.
         """
-        longest, count = max(self.size.completions), len(self.completions)
-        completion_NL = torch.zeros(count, longest, dtype=torch.int64)
-        mask_NL = torch.zeros(count, longest, dtype=torch.int64)
-        for row, completion in enumerate(self.completions):
-            completion_NL[row, : len(completion)] = torch.tensor(completion)
-            mask_NL[row, : len(completion)] = 1
+        count, rows = len(self.completions), [torch.tensor(tokens) for tokens in self.completions]
+        completion_NL = pad_sequence(rows, batch_first=True)
+        mask_NL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         prompt_NP = self.prompt_ids.expand(count, -1)
         type_NP = self.is_image.int().expand(count, -1)
         arguments = {

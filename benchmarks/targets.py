@@ -52,6 +52,10 @@ def best(rows: Sequence[Row]) -> Row | None:
     return fastest(rows, "ours") or ours
 
 
+def named(rows: Sequence[Row], provider: str) -> Row | None:
+    return next((row for row in rows if row["provider"] == provider), None)
+
+
 def short(ours: Row) -> str:
     return ours["provider"].removeprefix("geo_r1 ")
 
@@ -72,48 +76,39 @@ def of_case(op: str, size: str, judge: Judge) -> Callable[[Sequence[Row]], list[
     return lambda rows: judged([row for row in rows if (row["op"], row["size"]) == (op, size)], judge)
 
 
-def named(rows: Sequence[Row], provider: str) -> Row | None:
-    return next((row for row in rows if row["provider"] == provider), None)
+def compare(ours: Row, other: Row | None, what: str, judge: Callable[[float, float], Finding]) -> Finding:
+    """The finding about two times, ours and another's; if the other has none, the reason."""
+    if other is None or "ms" not in other:
+        return Finding(f"{what}: {(other or {}).get('reason', 'not measured')}", None)
+    return judge(ours["ms"], other["ms"])
 
 
-def unmeasured(row: Row | None, what: str) -> Finding | None:
-    """Why there is no ratio to another's time; None if there is one."""
-    if row is not None and "ms" in row:
-        return None
-    return Finding(f"{what}: {'not measured' if row is None else row.get('reason', 'not measured')}", None)
+def times_as_long(most: float, provider: str, what: str) -> Judge:
+    """Ours may take at most `most` times as long as another provider."""
 
+    def finding(ms: float, other_ms: float) -> Finding:
+        return Finding(f"{ms / other_ms:.2f} × {what}", ms / other_ms <= most)
 
-def times_as_long(ours: Row, other: Row | None, most: float, what: str) -> Finding:
-    """Ours may take at most `most` times as long as another."""
-    if (why := unmeasured(other, what)) is not None:
-        return why
-    ratio = ours["ms"] / other["ms"]  # type: ignore[index]
-    return Finding(f"{ratio:.2f} × {what}", ratio <= most)
+    return lambda ours, rows: [compare(ours, named(rows, provider), what, finding)]
 
 
 def times_as_fast(ours: Row, other: Row | None, least: float, what: str = "library kernels") -> Finding:
     """Ours has to be at least `least` times as fast as another."""
-    if (why := unmeasured(other, what)) is not None:
-        return why
-    ratio = other["ms"] / ours["ms"]  # type: ignore[index]
-    return Finding(f"{ratio:.2f} × as fast as {other['provider']}", ratio >= least)  # type: ignore[index]
+    name = "" if other is None else other["provider"]
+
+    def finding(ms: float, other_ms: float) -> Finding:
+        return Finding(f"{other_ms / ms:.2f} × as fast as {name}", other_ms / ms >= least)
+
+    return compare(ours, other, what, finding)
 
 
 def linear_grpo(ours: Row, rows: Sequence[Row]) -> list[Finding]:
     gib = ours["peak_mib"] / 1024
     return [
-        times_as_long(ours, named(rows, "bare products"), 1.10, "the bare products"),
+        *times_as_long(1.10, "bare products", "the bare products")(ours, rows),
         Finding(f"{gib:.2f} GiB", gib <= 1.25),
         times_as_fast(ours, named(rows, "Liger fused-linear GRPO"), 3.0, "Liger"),
     ]
-
-
-def linear_logprob(ours: Row, rows: Sequence[Row]) -> list[Finding]:
-    return [times_as_long(ours, named(rows, "bare products"), 1.05, "the bare product")]
-
-
-def cpu_loss(ours: Row, rows: Sequence[Row]) -> list[Finding]:
-    return [times_as_long(ours, named(rows, "eager torch"), 1.3, "plain torch with full logits")]
 
 
 def against_library(op: str, *sizes: str, least: float) -> Callable[[Sequence[Row]], list[Finding]]:
@@ -190,7 +185,11 @@ TARGETS = (
         "`linear_logprob`, no gradient",
         "≤ 1.05 × one bare product",
         "cuda",
-        of_case("linear_logprob", "R=8192 C=3584 V=152064", linear_logprob),
+        of_case(
+            "linear_logprob",
+            "R=8192 C=3584 V=152064",
+            times_as_long(1.05, "bare products", "the bare product"),
+        ),
     ),
     Target(
         "`grpo_loss` rows, loss and gradient, V = 152064, bfloat16",
@@ -232,7 +231,11 @@ TARGETS = (
         "`linear_grpo_loss` on a CPU, R = 384, C = 128, V = 50021, float32",
         "≤ 1.3 × plain torch with full logits",
         "cpu",
-        of_case("linear_grpo_loss", "R=384 C=128 V=50021", cpu_loss),
+        of_case(
+            "linear_grpo_loss",
+            "R=384 C=128 V=50021",
+            times_as_long(1.3, "eager torch", "plain torch with full logits"),
+        ),
     ),
     Target(
         "training step on a CPU, Qwen2.5-VL of 100 M parameters (random weights), 6 images, M = 8, "
