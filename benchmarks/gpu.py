@@ -76,10 +76,16 @@ def run_stages(options: argparse.Namespace, stages: Mapping[str, Stage]) -> int:
     commit, dirty = (options.commit, None) if options.commit else git_state()
     if commit == "unknown":
         print("no git here: the record's commit is unknown; --commit names it", flush=True)
-    record = None if options.stages is None else find_record(options.out, options.device, commit, dirty)
-    if record is None:
-        record = new_record(stages.values(), commit, dirty)
-        names = list(dict.fromkeys(["device", *names]))
+    record: Record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": dirty,
+        "device": {},
+        "ceilings": {},
+        "parts": {stage.name: {"status": "not run"} for stage in stages.values()},
+        "measurements": [],
+    }
+    names = list(dict.fromkeys(["device", *names]))  # it names the record
     chosen = [stages[name] for name in names]
     patience = CPU_PATIENCE if options.device == "cpu" else 1.0
     if options.limit:
@@ -94,8 +100,10 @@ def run_stages(options: argparse.Namespace, stages: Mapping[str, Stage]) -> int:
             if name == "device" and (result.get("exit_code") == 2 or result["status"] == "skipped"):
                 reason = result["reason"] if result["status"] == "skipped" else "torch sees none here"
                 raise UserError(f"make gpu needs a GPU, torch and triton: {reason}")
-            record["parts"][stage.name] = {**result, "seconds": round(seconds, 1)}
             path = options.out / record_name(record)
+            if name == "device" and options.stages and path.exists():
+                record = go_on(json.loads(path.read_text(encoding="utf-8")), record)
+            record["parts"][stage.name] = {**result, "seconds": round(seconds, 1)}
             write_text(path, json.dumps(record, indent=1) + "\n")
             print(f"{name}: {summary(result)}, {seconds:.0f} s", flush=True)
     print(
@@ -104,25 +112,11 @@ def run_stages(options: argparse.Namespace, stages: Mapping[str, Stage]) -> int:
     return int(any(record["parts"][stage.name]["status"] in ("failed", "out of time") for stage in chosen))
 
 
-def new_record(stages: Sequence[Stage], commit: str, dirty: bool | None) -> Record:
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "dirty": dirty,
-        "device": {},
-        "ceilings": {},
-        "parts": {stage.name: {"status": "not run"} for stage in stages},
-        "measurements": [],
-    }
-
-
-def find_record(folder: Path, device: str, commit: str, dirty: bool | None) -> Record | None:
-    """The record that earlier stages of this commit left."""
-    for path in sorted(folder.glob(f"*-{commit}*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if (record["device"].get("type"), record["commit"], record["dirty"]) == (device, commit, dirty):
-            return record
-    return None
+def go_on(earlier: Record, record: Record) -> Record:
+    """The record that earlier stages left, with the device and the ceilings of this run."""
+    versions = earlier["device"].get("versions", {}) | record["device"].get("versions", {})
+    device = record["device"] | {"versions": versions}
+    return {**earlier, "device": device, "ceilings": record["ceilings"]}
 
 
 def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Record) -> dict[str, Any]:
