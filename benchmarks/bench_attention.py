@@ -82,7 +82,7 @@ class AttentionSize:
 
     @property
     def pairs(self) -> int:
-        """Visible (query, key) pairs, a shared prompt's once."""
+        """Visible (query, key) pairs; those of a shared prompt count once."""
         total = sum(map(self._within, self.prompts))
         for prompt, lengths in zip(self.prompts, self.completions or (), strict=False):
             total += sum(prompt * length + self._within(length) for length in lengths)
@@ -248,7 +248,7 @@ def flex(inputs: Inputs) -> Attend:
 
     size, T = inputs.size, inputs.size.num_tokens
     q, k, v, _ = inputs.packed
-    group, own = [], []  # of each row: its group, and its segment (-1 for a prompt)
+    group, own = [], []  # for each row: its group, and its segment (-1 for a prompt)
     completions = size.completions or [()] * len(size.prompts)
     for index, (prompt, lengths) in enumerate(zip(size.prompts, completions, strict=True)):
         group += [index] * (prompt + sum(lengths))
@@ -294,7 +294,7 @@ def peers(inputs: Inputs, timed: Timed) -> dict[str, Provider]:
 
 
 def attention_case(op: str, size: AttentionSize, timed: Timed, forwards: float, device: torch.device) -> Case:
-    """Operations are those of that many forward passes."""
+    """A case whose operations are those of `forwards` forward passes."""
     inputs = Inputs(size, device)
     layout = PackedLayout.from_lengths(size.prompts, size.completions, device)
     q, k, v, _ = inputs.packed

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.bench_attention import IMAGES
 from benchmarks.measure import DTYPE, ON_GPU, Case, Provider, Tensors, synchronize
 from benchmarks.shapes import MID, QWEN_7B, SMALL, TINY, ModelShape
-from benchmarks.steps import Step, StepSize
+from benchmarks.steps import Step, StepSize, attend_by
 
 for package in ("transformers", "tokenizers", "PIL"):
     pytest.importorskip(package)
@@ -107,7 +107,7 @@ class Samplers:
         from geo_r1.models.attention import TEXT_ATTENTION, VISION_ATTENTION
         from geo_r1.rollout import SamplingConfig, generate
 
-        self._attend_by(TEXT_ATTENTION, VISION_ATTENTION)
+        attend_by(self.model, TEXT_ATTENTION, VISION_ATTENTION)
         groups = generate(
             self.vlm,
             self.prompts,
@@ -121,8 +121,8 @@ class Samplers:
         return torch.tensor([len(c.token_ids) for group in groups for c in group])
 
     def theirs(self) -> Tensor:
-        """Likewise."""
-        self._attend_by("sdpa", "sdpa")
+        """Tokens of each completion, by transformers."""
+        attend_by(self.model, "sdpa", "sdpa")
         device, longest = self.vlm.device, max(len(p.token_ids) for p in self.prompts)
         rows = [[self.pad] * (longest - len(p.token_ids)) + p.token_ids for p in self.prompts]
         input_ids = torch.tensor(rows, device=device)
@@ -145,10 +145,6 @@ class Samplers:
                 suppress_tokens=[*self.vlm.vision_token_ids, self.pad],
             )[:, longest:]
         return (completions != self.pad).sum(1)
-
-    def _attend_by(self, text: str, vision: str) -> None:
-        self.model.model.language_model.config._attn_implementation = text
-        self.model.model.visual.config._attn_implementation = vision
 
 
 def sampling_case(size: SamplingSize, device: torch.device) -> Case:

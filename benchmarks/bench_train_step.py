@@ -171,7 +171,7 @@ def provider(step: Step, name: str, rounds: int) -> Provider:
 
 
 def no_room(step: Step) -> str | None:
-    """Why the packed step of a 7B cannot do without checkpoints; None where it can."""
+    """Why the packed step of a 7B does not fit without checkpoints; None if it does."""
     if step.device.type != "cuda":
         return None
     needed_gb = REST_GB + UNCHECKPOINTED_GB + step.size.model.text.layers * LAYER_GB

@@ -1,4 +1,4 @@
-"""How benchmarks meet pytest and pytest-benchmark: a test measures one provider of a case."""
+"""Fixtures and hooks of the benchmarks: a test measures one provider of a case, with pytest-benchmark."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def measure(request, device, ceilings, cases, record_property):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """An error of a provider's, of memory or otherwise, is in its row; a peer's is no failure of the test."""
+    """Put a provider's error, of memory or otherwise, into its row; a peer that fails is a skipped test."""
     report = yield
     row = item.stash.get(ROW, None)
     if call.when != "call" or row is None or not report.failed or row.get("status") == "wrong":

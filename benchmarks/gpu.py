@@ -140,7 +140,7 @@ def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Rec
         )
         for i, code in zip(left, ended, strict=True):
             codes[i] = 0 if code == NO_TESTS and done_before >= 0 else code
-        # The test that a process died of is in its lines as begun: another process goes on behind it.
+        # A test that killed its process is in the lines as begun: another process goes on after it.
         left = [i for i in left if (code := codes[i]) is not None and (code < 0 or code == LOST)]
         done_before = done
     result: dict[str, Any] = {"status": "ok"}
@@ -156,7 +156,7 @@ def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Rec
     result |= read_results(lines, record)
     if metrics := read_lines(Path(f"{files[0]}.run") / "metrics.jsonl"):  # of a run of the trainer
         result["metrics"] = {line["stage"]: line for line in metrics if "stage" in line}
-    if result["status"] == "ok" and "failures" in result:  # of a process that died, another having ended well
+    if result["status"] == "ok" and "failures" in result:  # one process died, and another went on
         result |= {"status": "failed", "reason": "a process died"}
     outputs = [log.read_text(encoding="utf-8", errors="replace").splitlines() for log in logs]
     if result["status"] in ("failed", "out of time"):
@@ -212,7 +212,7 @@ def wait_for(running: Sequence[subprocess.Popen], deadline: float) -> list[int |
 
 
 def read_results(lines: Sequence[dict[str, Any]], record: Record) -> dict[str, Any]:
-    """Counts of tests, failures, and reasons of skips; device, ceilings and measurements go to the record."""
+    """Counts of tests, failures, and reasons for skips; device, ceilings and measurements go to the record."""
     for line in lines:
         if "device" in line:
             versions = record["device"].get("versions", {}) | line["device"]["versions"]

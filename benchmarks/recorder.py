@@ -49,7 +49,7 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.passed:
-            return  # setting up and tearing down are reported where they fail or skip
+            return  # set-up and tear-down count only if they fail or skip
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
         if report.skipped and isinstance(report.longrepr, tuple):
             line["reason"] = report.longrepr[2].removeprefix("Skipped: ")
@@ -62,7 +62,7 @@ class Recorder:
 
 
 def lost() -> bool:
-    from benchmarks import measure  # imports torch, which a run that only skips may do without
+    from benchmarks import measure  # late: it imports torch
 
     return measure.device_lost()
 

@@ -164,7 +164,7 @@ def target_table(targets: Sequence[Target], rows: Sequence[Row]) -> str:
     """One row a target: work, target, measured, met or not."""
     found = []
     for target in targets:
-        findings = target.judge(rows)
+        findings = target.findings(rows)
         measured = "; ".join(finding.text for finding in findings) or "not measured"
         found.append((target.work, target.reach, measured, verdict(findings) if findings else "–"))
     return "\n".join(table(("work", "reach", "measured", "met"), found))

@@ -118,6 +118,12 @@ def build_vlm(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Pa
         torch.set_default_dtype(torch.float32)
 
 
+def attend_by(model: Any, text: str, vision: str) -> None:
+    """Choose the attention of a Qwen-VL's two parts, by transformers' names."""
+    model.model.language_model.config._attn_implementation = text
+    model.model.visual.config._attn_implementation = vision
+
+
 class Step:
     """A training step's inputs, and the two ways to do it. Both return the loss and some gradients."""
 
@@ -209,8 +215,7 @@ class Step:
         """The model with these attentions; its two parts tell the clock when they are done."""
         model = self.model.model
         self.model.zero_grad(set_to_none=True)  # of a step that ran out of memory half way
-        model.language_model.config._attn_implementation = text
-        model.visual.config._attn_implementation = vision
+        attend_by(self.model, text, vision)
         if checkpointed:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from benchmarks.measure import Row
 
@@ -26,10 +27,38 @@ Judge = Callable[[Row, Sequence[Row]], list[Finding]]
 
 @dataclass(frozen=True)
 class Target:
+    """What to reach in one or more cases of an op.
+
+    Attributes:
+        work, reach: in words.
+        device: "cuda" or "cpu".
+        ways: ends of our providers' names; those of each are judged on their own.
+    """
+
     work: str
     reach: str
-    device: str  # "cuda" or "cpu"
-    judge: Callable[[Sequence[Row]], list[Finding]]
+    device: str
+    op: str
+    sizes: tuple[str, ...]
+    judge: Judge
+    ways: tuple[str, ...] = ("",)
+
+    def findings(self, rows: Sequence[Row]) -> list[Finding]:
+        """Of each case and way, about the fastest of ours, which the first finding names."""
+        found = []
+        for size, way in product(self.sizes, self.ways):
+            case = [row for row in rows if (row["op"], row["size"]) == (self.op, size)]
+            case = [row for row in case if row["kind"] != "ours" or row["provider"].endswith(way)]
+            if (ours := best(case)) is None:
+                continue
+            if "ms" in ours:
+                first, *others = self.judge(ours, case)
+            else:
+                met = None if ours["status"] == "missing" else False
+                first, others = Finding(f"{ours['status']} ({ours['reason']})", met), []
+            where = f"{size}, " if len(self.sizes) > 1 else ""
+            found += [Finding(f"{where}{short(ours)}: {first.text}", first.met), *others]
+        return found
 
 
 def verdict(findings: Sequence[Finding]) -> str:
@@ -58,22 +87,6 @@ def named(rows: Sequence[Row], provider: str) -> Row | None:
 
 def short(ours: Row) -> str:
     return ours["provider"].removeprefix("geo_r1 ")
-
-
-def judged(rows: Sequence[Row], judge: Judge) -> list[Finding]:
-    """Findings about the fastest of ours, which the first of them names; or why there is no time of ours."""
-    if (ours := best(rows)) is None:
-        return []
-    if "ms" in ours:
-        first, *others = judge(ours, rows)
-    else:
-        met = None if ours["status"] == "missing" else False
-        first, others = Finding(f"{ours['status']} ({ours['reason']})", met), []
-    return [Finding(f"{short(ours)}: {first.text}", first.met), *others]
-
-
-def of_case(op: str, size: str, judge: Judge) -> Callable[[Sequence[Row]], list[Finding]]:
-    return lambda rows: judged([row for row in rows if (row["op"], row["size"]) == (op, size)], judge)
 
 
 def compare(ours: Row, other: Row | None, what: str, judge: Callable[[float, float], Finding]) -> Finding:
@@ -111,17 +124,9 @@ def linear_grpo(ours: Row, rows: Sequence[Row]) -> list[Finding]:
     ]
 
 
-def against_library(op: str, *sizes: str, least: float) -> Callable[[Sequence[Row]], list[Finding]]:
-    """Ours against the fastest library kernel of each size."""
-
-    def library(ours: Row, rows: Sequence[Row]) -> list[Finding]:
-        return [times_as_fast(ours, fastest(rows, "peer"), least)]
-
-    def judge(rows: Sequence[Row]) -> list[Finding]:
-        found = [(size, finding) for size in sizes for finding in of_case(op, size, library)(rows)]
-        return [Finding(f"{size}, {finding.text}", finding.met) for size, finding in found]
-
-    return judge
+def library(least: float) -> Judge:
+    """Ours against the fastest library kernel."""
+    return lambda ours, rows: [times_as_fast(ours, fastest(rows, "peer"), least)]
 
 
 def shared_prompt(ours: Row, rows: Sequence[Row]) -> list[Finding]:
@@ -135,16 +140,9 @@ def shared_prompt(ours: Row, rows: Sequence[Row]) -> list[Finding]:
     return [Finding(text, speed / saved >= 0.85)]
 
 
-def loss_rows(rows: Sequence[Row]) -> list[Finding]:
+def bandwidth(ours: Row, rows: Sequence[Row]) -> list[Finding]:
     """A share is of the copy's bandwidth, which the process that timed the rows measured itself."""
-
-    def share(ours: Row, rows: Sequence[Row]) -> list[Finding]:
-        return [Finding(f"{ours['share']:.1%}", ours["share"] >= 0.85)]
-
-    case = [row for row in rows if (row["op"], row["size"]) == ("grpo_loss rows", "R=4096 V=152064")]
-    in_place = [row for row in case if row["provider"].endswith(", in place")]
-    out_of_place = [row for row in case if row["provider"].endswith(", out of place")]
-    return judged(in_place, share) + judged(out_of_place, share)
+    return [Finding(f"{ours['share']:.1%}", ours["share"] >= 0.85)]
 
 
 def training_step(least: float, least_mfu: float = 0.0, layers: int | None = None) -> Judge:
@@ -173,75 +171,62 @@ def training_step(least: float, least_mfu: float = 0.0, layers: int | None = Non
     return judge
 
 
+QWEN_7B_HEAD = ("R=8192 C=3584 V=152064",)
+TEXT = ("causal 4 x 4096", "causal 16K ragged")
+LIBRARY = "≥ 0.95 × the best library kernel present"
 TARGETS = (
     Target(
         "`linear_grpo_loss` forward + backward, R = 8192, C = 3584, V = 152064",
         "≤ 1.10 × the three bare products; ≤ 1.25 GiB above inputs and gradients; "
         "≥ 3 × Liger's fused-linear GRPO",
-        "cuda",
-        of_case("linear_grpo_loss", "R=8192 C=3584 V=152064", linear_grpo),
+        *("cuda", "linear_grpo_loss", QWEN_7B_HEAD, linear_grpo),
     ),
     Target(
         "`linear_logprob`, no gradient",
         "≤ 1.05 × one bare product",
-        "cuda",
-        of_case(
-            "linear_logprob",
-            "R=8192 C=3584 V=152064",
-            times_as_long(1.05, "bare products", "the bare product"),
-        ),
+        *("cuda", "linear_logprob", QWEN_7B_HEAD),
+        times_as_long(1.05, "bare products", "the bare product"),
     ),
     Target(
         "`grpo_loss` rows, loss and gradient, V = 152064, bfloat16",
         "≥ 85 % of the copy bandwidth of the same run",
-        "cuda",
-        loss_rows,
+        *("cuda", "grpo_loss rows", ("R=4096 V=152064",), bandwidth),
+        ways=(", in place", ", out of place"),
     ),
     Target(
         "`packed_attention`, plain varlen causal, D = 128, 28/4 heads, 16 K tokens",
-        "≥ 0.95 × the best library kernel present",
-        "cuda",
-        against_library("packed_attention", "causal 4 x 4096", "causal 16K ragged", least=0.95),
+        *(LIBRARY, "cuda", "packed_attention", TEXT, library(0.95)),
     ),
     Target(
         "`packed_attention` forward, D = 128, 28/4 heads, 16 K tokens",
-        "≥ 0.95 × the best library kernel present",
-        "cuda",
-        against_library("packed_attention forward", "causal 4 x 4096", "causal 16K ragged", least=0.95),
+        *(LIBRARY, "cuda", "packed_attention forward", TEXT, library(0.95)),
     ),
     Target(
         "`packed_attention`, prompt 4.3 K, 8 completions of 400",
         "≥ 0.85 × (operations saved) faster than the best library kernel on repeated prompts",
-        "cuda",
-        of_case("packed_attention", "shared prompt 4300 + 8 x 400", shared_prompt),
+        *("cuda", "packed_attention", ("shared prompt 4300 + 8 x 400",), shared_prompt),
     ),
     Target(
         "vision windows (64 tokens, D = 80), full images",
         "≥ 1.3 × the best library kernel present",
-        "cuda",
-        against_library("packed_attention", "vision windows", "vision whole images", least=1.3),
+        *("cuda", "packed_attention", ("vision windows", "vision whole images"), library(1.3)),
     ),
     Target(
         "training step, Qwen2.5-VL-7B (random weights), 6 images, M = 8",
         "≥ 4 × tokens/s of the padded, repeated-prompt step; MFU ≥ 45 %; peak memory below it",
-        "cuda",
-        of_case("training step", "Qwen2.5-VL-7B, 6 images, 8 completions", training_step(4.0, 0.45, 28)),
+        *("cuda", "training step", ("Qwen2.5-VL-7B, 6 images, 8 completions",)),
+        training_step(4.0, 0.45, 28),
     ),
     Target(
         "`linear_grpo_loss` on a CPU, R = 384, C = 128, V = 50021, float32",
         "≤ 1.3 × plain torch with full logits",
-        "cpu",
-        of_case(
-            "linear_grpo_loss",
-            "R=384 C=128 V=50021",
-            times_as_long(1.3, "eager torch", "plain torch with full logits"),
-        ),
+        *("cpu", "linear_grpo_loss", ("R=384 C=128 V=50021",)),
+        times_as_long(1.3, "eager torch", "plain torch with full logits"),
     ),
     Target(
         "training step on a CPU, Qwen2.5-VL of 100 M parameters (random weights), 6 images, M = 8, "
         "prompt 438, completions of 40",
         "≥ 2.5 × tokens/s of the padded, repeated-prompt step; peak memory below it",
-        "cpu",
-        of_case("training step", "100M, prompt 438, 8 completions of 40", training_step(2.5)),
+        *("cpu", "training step", ("100M, prompt 438, 8 completions of 40",), training_step(2.5)),
     ),
 )
