@@ -212,7 +212,7 @@ def wait_for(running: Sequence[subprocess.Popen], deadline: float) -> list[int |
 
 
 def read_results(lines: Sequence[dict[str, Any]], record: Record) -> dict[str, Any]:
-    """Counts of tests, failures, and reasons for skips; device, ceilings and measurements go to the record."""
+    """Counts of tests, failures, reasons for skips; device, ceilings and measurements go to the record."""
     for line in lines:
         if "device" in line:
             versions = record["device"].get("versions", {}) | line["device"]["versions"]
