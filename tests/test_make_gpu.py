@@ -129,7 +129,7 @@ def test_a_test_that_kills_its_process_takes_no_other_with_it(tmp_path, processe
     (tmp_path / "suite").mkdir()
     suite = tmp_path / "suite" / "test_suite.py"
     suite.write_text(SUITE)
-    code, record = record_of(tmp_path / "out", pytest_stage("tests", 60.0, str(suite), processes=processes))
+    code, record = record_of(tmp_path / "out", pytest_stage("tests", 240.0, str(suite), processes=processes))
     found = record["parts"]["tests"]
     assert code == 1 and found["status"] == "failed"
     assert found["tests"] == {"passed": 2, "failed": 2}
@@ -192,7 +192,7 @@ def test_what_becomes_of_a_provider(tmp_path):
     suite = tmp_path / "suite" / "bench_suite.py"
     suite.write_text(BENCHMARK)
     code, record = record_of(
-        tmp_path / "out", pytest_stage("tests", 60.0, "-p", "benchmarks.conftest", str(suite))
+        tmp_path / "out", pytest_stage("tests", 240.0, "-p", "benchmarks.conftest", str(suite))
     )
     found = record["parts"]["tests"]
     assert code == 1 and found["tests"] == {"passed": 3, "skipped": 3, "failed": 2}, found
