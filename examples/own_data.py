@@ -1,0 +1,86 @@
+"""Data of your own, made on the spot: which of two tiles has the colour of the photograph? A minute on a CPU.
+
+    python examples/own_data.py FOLDER
+
+One sample a row of JSONL. `<image>` in the prompt stands for the pictures, in order; their paths start at the
+file's folder.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from geo_r1.train.__main__ import main as train
+
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 80, 220), "white": (240, 240, 240)}
+RECIPE = """
+[run]
+stages = ["sft", "grpo", "eval"]
+threads = 1
+
+[sft]
+steps = 40
+batch_size = 16
+optim = { lr = 2e-3 }
+
+[grpo]
+steps = 4
+prompts_per_step = 4
+
+[rollout]
+max_new_tokens = 32
+
+[rewards]
+functions = ["accuracy", "format"]
+
+[eval]
+num_samples = 32
+max_new_tokens = 32
+"""
+
+
+def write_data(folder, count, seed):
+    """Draw pictures and write rows that name them; returns the JSONL file."""
+    draw = random.Random(seed)
+    rows = []
+    folder.mkdir(parents=True)
+    for number in range(count):
+        right, wrong = draw.sample(sorted(COLORS), 2)
+        answer = draw.choice("AB")
+        names = {
+            "photo": right,
+            "A": right if answer == "A" else wrong,
+            "B": right if answer == "B" else wrong,
+        }
+        paths = {name: f"{number}-{name}.png" for name in names}
+        for name, color in names.items():
+            Image.new("RGB", (56, 56), COLORS[color]).save(folder / paths[name])
+        thought = f"The photo is {right}, and so is {answer}."
+        rows.append(
+            {
+                "id": f"{folder.name}-{number}",
+                "prompt": "Photo: <image> A: <image> B: <image> Which tile shows the same place?",
+                "images": list(paths.values()),
+                "response": f"<think>{thought}</think><answer>{answer}</answer>",
+                "answer": answer,
+                "num_choices": 2,
+            }
+        )
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def main(folder):
+    learn, test = write_data(folder / "train", 128, 0), write_data(folder / "test", 32, 1)
+    recipe = folder / "own_data.toml"
+    recipe.write_text(RECIPE)
+    data = [f"--sft.data={learn}", f"--grpo.data={learn}", f"--eval.data={test}"]
+    return train([str(recipe), f"--run.dir={folder / 'run'}", *data])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
