@@ -9,7 +9,7 @@ import pytest
 import geo_r1
 from geo_r1 import __main__ as cli
 from geo_r1.errors import UserError
-from geo_r1.train.recipe import find_recipe
+from geo_r1.train.recipe.load import find_recipe
 
 PACKAGE = Path(geo_r1.__file__).parent
 

@@ -19,10 +19,10 @@ from geo_r1.rollout import Completion, SamplingConfig, generate
 from geo_r1.rollout.engine import RolloutEngine
 from geo_r1.rollout.http_client import HttpClient, Unavailable
 from geo_r1.rollout.vllm_input import sampling_params, write_engine_folder
-from geo_r1.train.config import GRPOConfig, Recipe, RolloutConfig
-from geo_r1.train.loop import Engine
+from geo_r1.train.context import RunContext
 from geo_r1.train.parallel.policy import Policy
-from geo_r1.train.rollouts import Rollouts
+from geo_r1.train.recipe.sections import GRPOConfig, Recipe, RolloutConfig
+from geo_r1.train.rl.rollout_queue import RolloutQueue
 
 SECONDS_TO_LOOK = 5.0
 MOST_AT_A_TIME = 256  # completions that vLLM says at once; its own default
@@ -85,7 +85,7 @@ class Copy(OwnWeights):
         return nullcontext(self.vlm)
 
 
-def check_sampler(recipe: Recipe, num_ranks: int) -> None:
+def check_rollout_engine(recipe: Recipe, num_ranks: int) -> None:
     """Raise ValueError if what is to sample cannot, before the stages in front of it have run."""
     rollout = recipe.rollout
     if rollout.engine == "native":
@@ -122,23 +122,23 @@ def sampling_of(rollout: RolloutConfig) -> SamplingConfig:
     return SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
 
 
-def open_rollouts(
-    engine: Engine, policy: Policy, config: GRPOConfig, loader: PromptLoader, num_steps: int
-) -> Rollouts:
+def open_rollout_queue(
+    context: RunContext, policy: Policy, config: GRPOConfig, loader: PromptLoader, num_steps: int
+) -> RolloutQueue:
     """The draws of a stage, to be closed at its end.
 
     Raises:
         ValueError: vLLM is not installed, cannot run the model, or its server does not answer.
     """
-    recipe = engine.recipe.rollout
-    return Rollouts(
+    recipe = context.recipe.rollout
+    return RolloutQueue(
         policy,
-        _open_sampler(engine, policy, config),
+        _open_sampler(context, policy, config),
         loader,
         sampling_of(recipe),
         loads=recipe.engine != "native" or recipe.max_staleness > 0,
         shared=recipe.server_url is not None,
-        seed=engine.recipe.run.seed,
+        seed=context.recipe.run.seed,
         num_steps=num_steps,
         num_prompts=config.prompts_per_step,
         num_completions=config.num_completions,
@@ -147,9 +147,9 @@ def open_rollouts(
     )
 
 
-def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> RolloutEngine:
-    recipe, vlm, ranks = engine.recipe.rollout, policy.vlm, policy.ranks
-    ends = {engine.tokenizer.eos_token_id, *vlm.end_token_ids}
+def _open_sampler(context: RunContext, policy: Policy, config: GRPOConfig) -> RolloutEngine:
+    recipe, vlm, ranks = context.recipe.rollout, policy.vlm, policy.ranks
+    ends = {context.tokenizer.eos_token_id, *vlm.end_token_ids}
     if recipe.engine == "native":
         kind = Copy if recipe.max_staleness else OwnWeights
         return kind(policy, ends, recipe)
@@ -163,23 +163,23 @@ def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> Rollout
             run=name,
             timeout=recipe.timeout,
             patience=recipe.patience,
-            say=engine.log.say,
+            say=context.log.say,
             **tokens,
         )
     from geo_r1.rollout.vllm import VLLMEngine
 
-    folder = engine.run_dir / "rollout-model"
+    folder = context.run_dir / "rollout-model"
     if ranks.is_main:
-        write_engine_folder(folder, vlm.model.config, engine.tokenizer, engine.image_processor)
+        write_engine_folder(folder, vlm.model.config, context.tokenizer, context.image_processor)
     ranks.barrier()
     on_gpu = ranks.device.type == "cuda"
     return VLLMEngine(
         folder,
         dtype=vlm.compute_dtype,
-        max_model_len=max_model_len(engine.recipe, vlm.model.config),
+        max_model_len=max_model_len(context.recipe, vlm.model.config),
         max_num_seqs=min(MOST_AT_A_TIME, config.prompts_per_step * config.num_completions),
         gpu_memory_utilization=recipe.gpu_memory,
-        kv_cache_bytes=None if on_gpu else kv_cache_bytes(engine.recipe, vlm.model.config),
+        kv_cache_bytes=None if on_gpu else kv_cache_bytes(context.recipe, vlm.model.config),
         tensor_parallel_size=recipe.tensor_parallel_size,
         sleep=on_gpu and not recipe.max_staleness,
         **tokens,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from geo_r1.errors import UserError
-from geo_r1.train.config import Recipe
+from geo_r1.train.recipe.sections import Recipe
 
 PROGRAM = "python -m geo_r1.train"
 DRY_RUN = "--dry-run"
