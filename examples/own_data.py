@@ -44,32 +44,18 @@ max_new_tokens = 32
 
 def write_data(folder, count, seed):
     """Draw pictures and write rows that name them; returns the JSONL file."""
-    draw = random.Random(seed)
-    rows = []
+    draw, rows, file = random.Random(seed), [], folder / "data.jsonl"
     folder.mkdir(parents=True)
     for number in range(count):
-        right, wrong = draw.sample(sorted(COLORS), 2)
-        answer = draw.choice("AB")
-        names = {
-            "photo": right,
-            "A": right if answer == "A" else wrong,
-            "B": right if answer == "B" else wrong,
-        }
-        paths = {name: f"{number}-{name}.png" for name in names}
-        for name, color in names.items():
-            Image.new("RGB", (56, 56), COLORS[color]).save(folder / paths[name])
-        thought = f"The photo is {right}, and so is {answer}."
-        rows.append(
-            {
-                "id": f"{folder.name}-{number}",
-                "prompt": "Photo: <image> A: <image> B: <image> Which tile shows the same place?",
-                "images": list(paths.values()),
-                "response": f"<think>{thought}</think><answer>{answer}</answer>",
-                "answer": answer,
-                "num_choices": 2,
-            }
-        )
-    file = folder / "data.jsonl"
+        (right, wrong), answer = draw.sample(sorted(COLORS), 2), draw.choice("AB")
+        tiles = (right, wrong) if answer == "A" else (wrong, right)
+        images = [f"{number}-{name}.png" for name in ("photo", "a", "b")]
+        for name, color in zip(images, (right, *tiles), strict=True):
+            Image.new("RGB", (56, 56), COLORS[color]).save(folder / name)
+        thought = f"<think>The photo is {right}, and so is {answer}.</think>"
+        row = {"prompt": "Photo: <image> A: <image> B: <image> Which tile shows the same place?"}
+        row |= {"images": images, "response": f"{thought}<answer>{answer}</answer>"}
+        rows.append(row | {"answer": answer, "num_choices": 2})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

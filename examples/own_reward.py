@@ -42,7 +42,7 @@ def main(folder):
     recipe.write_text(RECIPE)
     code = train([str(recipe), f"--run.dir={folder / 'run'}"])
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    rewards = [row["reward/mean"] for row in rows]
+    rewards = [row["reward"] for row in rows]
     print(f"mean reward: first steps {sum(rewards[:3]) / 3:.4f}, last steps {sum(rewards[-3:]) / 3:.4f}")
     return code
 
