@@ -67,7 +67,7 @@ bench: extension  ## every op and the training step against their peers, on this
 gpu:  ## on a machine with a GPU: kernels built for it, tests, benchmarks, a run; one record, ten minutes, nothing installed
 	$(PYTHON) -m benchmarks.gpu
 
-results: $(READY)  ## the README's tables and plots from the records
+results: $(READY)  ## the tables and plots of docs/results.md from the records
 	$(RUN)python -m benchmarks.results
 
 docs: $(READY)  ## docs/training.md from the recipe's classes and the calculation of memory

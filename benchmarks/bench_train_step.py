@@ -22,18 +22,17 @@ faster for both.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.bench_attention import IMAGES
-from benchmarks.measure import Case, Provider
-from benchmarks.peers import why_missing
-from benchmarks.phases import PhaseClock
-from benchmarks.rates import SCALING, STEP
+from benchmarks.measure import SCALING, STEP, Case, Provider
 from benchmarks.shapes import MID, QWEN_7B, SMALL, TINY
-from benchmarks.steps import Step, StepSize
+from benchmarks.steps import PhaseClock, Step, StepSize
+
+for package in ("transformers", "tokenizers", "PIL"):
+    pytest.importorskip(package)
 
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -55,17 +54,15 @@ def lengths(mean: int, count: int = 8) -> tuple[int, ...]:
 def text_layers() -> int:
     """Of the 7B model, all or as many as the padded step leaves room for."""
     room = 0.92 * torch.cuda.get_device_properties(0).total_memory / 1e9 - REST_GB - PADDED_GB
-    return max(1, min(QWEN_7B.layers, int(room / LAYER_GB)))
+    return max(1, min(QWEN_7B.text.layers, int(room / LAYER_GB)))
 
 
 PACKED, PADDED, NO_CHECKPOINTS = "geo_r1 packed", "transformers, padded", ", no checkpoints"
 if ON_GPU:
     FLASH, LOOPED = f"{PADDED}, vision through torch's flash", f"{PADDED}, vision windows looped"
     BOTH = (PACKED, FLASH)
-    whole = replace(QWEN_7B, layers=text_layers())
-    STEPS = [
-        StepSize("Qwen2.5-VL-7B, 6 images, 8 completions", whole, tuple(IMAGES), 64, lengths(400)),
-    ]
+    whole = QWEN_7B.cut(text_layers())
+    STEPS = [StepSize("Qwen2.5-VL-7B, 6 images, 8 completions", whole, tuple(IMAGES), 64, lengths(400))]
     PROVIDERS = {STEPS[0]: (PACKED, PACKED + NO_CHECKPOINTS, FLASH, LOOPED)}
     # A seventh of its text layers, a quarter of its vision tower, a group at a quarter of its lengths.
     BASE = StepSize("", QWEN_7B.cut(4, 8), ((9, 18), *[(13, 14)] * 5), 16, lengths(100))
@@ -119,15 +116,14 @@ def register_torch_flash() -> None:
     AttentionInterface.register(TORCH_FLASH, attention)
 
 
-def comparison(
+def step_case(
     op: str,
     size: StepSize,
     names: tuple[str, ...],
     rounds: int,
     device: torch.device,
     dtype: torch.dtype = DTYPE,
-):
-    """A case, its providers in the order of their names, and the truth."""
+) -> Case:
     register_torch_flash()
     step = Step(size, device, dtype)
     facts = {
@@ -136,43 +132,51 @@ def comparison(
         "images": len(size.images),
         "length": sum(size.completions) / len(size.completions),
         "prompt": size.prompt_len,
-        "layers": size.model.layers,
+        "layers": size.model.text.layers,
         "parameters": step.cost.num_parameters,
         "teraflop": step.flops() / 1e12,
     }
-    case = Case(
-        op, size.name, dtype, TOLERANCE[dtype], flops=step.flops(), hold=False, rounds=rounds, facts=facts
-    )
     on_gpu = device.type == "cuda"
 
     def truth():
         vision = TORCH_FLASH if on_gpu else "sdpa"
         return [x.double() for x in step.padded_step(PhaseClock(device), on_gpu, vision)]
 
-    return case, [provider(step, name, rounds) for name in names], truth
+    return Case(
+        op,
+        size.name,
+        dtype,
+        TOLERANCE[dtype],
+        {name: provider(step, name, rounds) for name in names},
+        truth,
+        flops=step.flops(),
+        hold=False,
+        rounds=rounds,
+        facts=facts,
+    )
 
 
 def provider(step: Step, name: str, rounds: int) -> Provider:
-    """What a provider's name says it does."""
+    """The provider that a name describes."""
     clock, checkpointed = PhaseClock(step.device), not name.endswith(NO_CHECKPOINTS)
-
-    def facts() -> dict[str, float]:
-        return clock.shares(rounds)
-
-    if name.startswith(PACKED):
-        missing = None if checkpointed else no_room(step)
-        run = partial(step.packed_step, clock, checkpointed)
-        return Provider(name, lambda: run, kind="ours", missing=missing, facts=facts)
     vision = TORCH_FLASH if "torch's flash" in name else "sdpa"
-    run = partial(step.padded_step, clock, checkpointed, vision)
-    return Provider(name, lambda: run, facts=facts)
+    packed = name.startswith(PACKED)
+
+    def run():
+        return (
+            step.packed_step(clock, checkpointed) if packed else step.padded_step(clock, checkpointed, vision)
+        )
+
+    missing = no_room(step) if packed and not checkpointed else None
+    kind = "ours" if packed else "peer"
+    return Provider(lambda: run, kind, missing, facts=lambda: clock.shares(rounds))
 
 
 def no_room(step: Step) -> str | None:
     """Why the packed step of a 7B cannot do without checkpoints; None where it can."""
     if step.device.type != "cuda":
         return None
-    needed_gb = REST_GB + UNCHECKPOINTED_GB + step.size.model.layers * LAYER_GB
+    needed_gb = REST_GB + UNCHECKPOINTED_GB + step.size.model.text.layers * LAYER_GB
     total_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
     return None if needed_gb < 0.95 * total_gb else f"needs about {needed_gb:.0f} GB"
 
@@ -182,18 +186,11 @@ def of_sizes(providers: dict[StepSize, tuple[str, ...]]) -> pytest.MarkDecorator
     return pytest.mark.parametrize(("size", "provider"), pairs, ids=[f"{s}-{name}" for s, name in pairs])
 
 
-@pytest.fixture(autouse=True)
-def packages():
-    for package in ("transformers", "tokenizers", "PIL"):
-        if (missing := why_missing(package, needs_gpu=False)) is not None:
-            pytest.skip(missing)
-
-
 @of_sizes(PROVIDERS)
-def test_step(report, device, size, provider):
-    report(lambda: comparison(STEP, size, PROVIDERS[size], 2, device))
+def test_step(measure, size, provider):
+    measure(step_case, STEP, size, PROVIDERS[size], 2)
 
 
 @of_sizes(dict.fromkeys(scaling_sizes(), BOTH))
-def test_scaling(report, device, size, provider):
-    report(lambda: comparison(SCALING, size, BOTH, ROUNDS, device))
+def test_scaling(measure, size, provider):
+    measure(step_case, SCALING, size, BOTH, ROUNDS)

@@ -7,17 +7,18 @@ cannot move a row across one, which would say nothing about an implementation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.meters import Tensors
+from benchmarks.measure import Tensors
 from geo_r1.kernels import GRPOLossConfig
 
 CONFIG = GRPOLossConfig(epsilon=0.2, beta=0.04)
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 LOGIT_STD = 3.0
 TRUTH_BYTES = 2**30  # of one float64 chunk of logits; a few of them live at once
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # logits near 10 round by 0.03 in bfloat16
@@ -120,7 +121,12 @@ def logp_of(logits_RV: Tensor, target_R: Tensor) -> Tensor:
     return -F.cross_entropy(wide_RV, target_R, reduction="none")
 
 
-def linear_truth(inputs: LossInputs, token_loss: TokenLoss) -> Sequence[Tensor]:
+def gradients(*leaves: Tensor) -> Callable[[Tensor], Tensors]:
+    """Turns a loss into results: the loss and its gradients."""
+    return lambda loss: (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+def linear_truth(inputs: LossInputs, token_loss: TokenLoss) -> Tensors:
     """Loss and gradients of hidden states and head, of all rows, in float64, a chunk of rows at a time."""
     hidden_RC = inputs.hidden_RC.detach().double().requires_grad_()
     head_VC = inputs.head_VC.detach().double().requires_grad_()

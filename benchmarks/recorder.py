@@ -7,7 +7,6 @@ anything ends at once, with exit code LOST. `--share 2/8` takes every eighth tes
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,25 +15,14 @@ from benchmarks.lines import LOST, begun, read_lines, write_line
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", type=Path, help="append a JSON line a test to this file")
+    parser.addoption("--record", type=Path, required=True, help="append a JSON line a test to this file")
     parser.addoption(
-        "--share", default="0/1", help="i/n: of n processes that share the tests, this is number i"
+        "--share", default="0/1", help="i/n: of n processes that share the tests, this is the i-th"
     )
 
 
 def pytest_configure(config):
-    if config.getoption("record") is not None:
-        config.pluginmanager.register(Recorder(config.getoption("record")), "recorder")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
-    index, count = map(int, config.getoption("share").split("/"))
-    recorder = config.pluginmanager.get_plugin("recorder")
-    before = set() if recorder is None else recorder.before
-    chosen = [item for item in items[index::count] if item.nodeid not in before]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    config.pluginmanager.register(Recorder(config.getoption("record")), "recorder")
 
 
 class Recorder:
@@ -44,19 +32,21 @@ class Recorder:
             file.write("\n" * (path.stat().st_size > 0))  # a killed run's last line may have no end
         self.before = begun(read_lines(path))
 
-    def write(self, **line: object) -> None:
-        write_line(self.path, **line)
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        index, count = map(int, config.getoption("share").split("/"))
+        chosen = [item for item in items[index::count] if item.nodeid not in self.before]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
-    @pytest.hookimpl
     def pytest_collectreport(self, report):
         if report.failed:
-            self.write(test=report.nodeid, outcome="failed", reason=last_line(report.longreprtext))
+            reason = last_line(report.longreprtext)
+            write_line(self.path, test=report.nodeid, outcome="failed", reason=reason)
 
-    @pytest.hookimpl
     def pytest_runtest_logstart(self, nodeid):
-        self.write(begun=nodeid)
+        write_line(self.path, begun=nodeid)
 
-    @pytest.hookimpl
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.passed:
             return  # setting up and tearing down are reported where they fail or skip
@@ -65,26 +55,16 @@ class Recorder:
             line["reason"] = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
             line["reason"] = last_line(report.longreprtext)
-        properties = dict(report.user_properties)
-        if "measurement" in properties:
-            line["measurement"] = properties["measurement"]
-        if (
-            properties.get("culprit", report.nodeid) != report.nodeid
-        ):  # it is what failed: this one has a rerun
-            self.write(again=report.nodeid)
-            line["test"] = properties["culprit"]
-            self.write(begun=line["test"])
-        self.write(**line)
+        line |= {name: row for name, row in report.user_properties if name == "measurement"}
+        write_line(self.path, **line)
         if not report.passed and lost():
             pytest.exit("the GPU does nothing more for this process", LOST)
 
 
 def lost() -> bool:
-    if "torch" not in sys.modules:
-        return False
-    from benchmarks.meters import device_lost
+    from benchmarks import measure  # imports torch, which a run that only skips may do without
 
-    return device_lost()
+    return measure.device_lost()
 
 
 def last_line(text: str) -> str:

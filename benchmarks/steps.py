@@ -3,22 +3,29 @@
 The padded step is what trainers do on transformers today: a row a completion, padded to the longest, every
 row with its own copy of the prompt and of its images, transformers' own attention, full logits of the
 completion rows. Both have the same weights and train the vision tower.
+
+The phases of a step follow one another and leave nothing out:
+
+    vision     packing, token embeddings and the vision tower, forward
+    text       the text layers, forward
+    loss       language head and loss, forward; our fused loss computes their gradients here, too
+    backward   all other gradients
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.losses import logp_of
-from benchmarks.meters import Tensors
-from benchmarks.phases import PhaseClock
+from benchmarks.measure import PHASES, Moment, Tensors
 from benchmarks.shapes import ModelShape
 from geo_r1.kernels import GRPOLossConfig, linear_grpo_loss, token_weights
 
@@ -30,13 +37,39 @@ CONFIG = GRPOLossConfig()
 PATCH_SIZE = 3 * 2 * 14 * 14  # values of a patch: colours, two frames, 14 x 14 pixels
 
 
+class PhaseClock:
+    """Notes when each phase of each step ends: on a GPU events in its stream, without waiting for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.now: type[Moment] | Callable[[], float] = Moment if device.type == "cuda" else time.perf_counter
+        self.steps: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        self.steps.append({"start": self.now()})
+
+    def end(self, phase: str) -> None:
+        self.steps[-1][phase] = self.now()
+
+    def shares(self, num_steps: int) -> dict[str, float]:
+        """Each phase's share of the time of the last steps; 0 for one that they did not have."""
+        spent = dict.fromkeys(PHASES, 0.0)
+        for step in self.steps[-num_steps:]:
+            begin = step["start"]
+            for phase in PHASES:
+                if phase in step:
+                    spent[phase] += step[phase] - begin
+                    begin = step[phase]
+        total = sum(spent.values())
+        return {phase: seconds / total for phase, seconds in spent.items()}
+
+
 @dataclass(frozen=True)
 class StepSize:
     """One group.
 
     Attributes:
         name: in tables.
-        model: whose shape the model has.
+        model: shape of the model.
         images: height and width of each, in merged patches: the image tokens.
         text: tokens of the prompt's text.
         completions: tokens of each.
@@ -53,12 +86,12 @@ class StepSize:
 
     @property
     def prompt_len(self) -> int:
-        """Image tokens, the two that stand around each image, and text."""
+        """Image tokens, the two around each image, and text."""
         return sum(height * width + 2 for height, width in self.images) + self.text
 
     @property
     def num_tokens(self) -> int:
-        """Of prompts and completions, the prompt once a completion, padding not counted."""
+        """Tokens of prompts and completions; the prompt counts once a completion, padding does not."""
         return len(self.completions) * self.prompt_len + sum(self.completions)
 
     @property
@@ -121,10 +154,8 @@ class Step:
         self.completions = [text(length) for length in size.completions]
         self.advantage_N = (torch.randn(len(self.completions), generator=g) + 0.5).to(device)
         self.weight_R = token_weights(size.completions, "bnpo").to(device)
-        lengths = torch.tensor(size.completions)
-        self.advantage_R = self.advantage_N.repeat_interleave(
-            lengths.to(device), output_size=int(lengths.sum())
-        )
+        lengths = torch.tensor(size.completions, device=device)
+        self.advantage_R = self.advantage_N.repeat_interleave(lengths, output_size=sum(size.completions))
 
     @cached_property
     def padded(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -177,7 +208,7 @@ class Step:
 
     @contextmanager
     def _set(self, text: str, vision: str, checkpointed: bool, clock: PhaseClock) -> Iterator[None]:
-        """The model with these attentions, and a clock that is told when its two parts are done."""
+        """The model with these attentions; its two parts tell the clock when they are done."""
         model = self.model.model
         self.model.zero_grad(set_to_none=True)  # of a step that ran out of memory half way
         model.language_model.config._attn_implementation = text
@@ -217,6 +248,6 @@ class Step:
         return ModelCost.of(self.model.config)
 
     def flops(self) -> float:
-        """Of the packed step, forward and backward; nothing recomputed counts."""
+        """Operations of the packed step, forward and backward; nothing recomputed counts."""
         size = self.size
         return self.cost.flops(size.prompt_len, size.completions, size.grids, backward=True)

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic and honesty: what is timed, what is recorded, what the README then says."""
+"""The benchmarks' own arithmetic and honesty, and the record and the tables that they end in."""
 
 import dataclasses
 import itertools
@@ -9,85 +9,85 @@ import shutil
 import subprocess
 import sys
 import time
-import weakref
 
 import pytest
 import torch
 
-from benchmarks import extension, gpu, results, sanitizer
-from benchmarks.bench_attention import IMAGES, AttentionSize, comparison, forward_alone, windows
+from benchmarks import extension, gpu, measure, results, sanitizer
+from benchmarks.bench_attention import IMAGES, AttentionSize, attention_case, forward_alone, windows
 from benchmarks.bench_grpo_loss import loss_rows, row_statistics
-from benchmarks.conftest import table
 from benchmarks.device import default_device
 from benchmarks.lines import read_lines
 from benchmarks.losses import LossSize
-from benchmarks.measure import (
-    MAX_ROUNDS,
-    MIN_ROUNDS,
-    Case,
-    Ceilings,
-    Measurement,
-    Provider,
-    compare,
-    relative_errors,
-    rounds_for,
-)
-from benchmarks.meters import bytes_of
-from benchmarks.parts import PARTS, Part, pytest_part
-from benchmarks.phases import PHASES, PhaseClock
-from benchmarks.rates import HEADER, rate_rows
-from benchmarks.scaling import curves
+from benchmarks.measure import MAX_ROUNDS, MIN_ROUNDS, PHASES, Case, Provider
+from benchmarks.plots import curves
 from benchmarks.shapes import TINY
-from benchmarks.steps import StepSize, build_vlm
+from benchmarks.stages import STAGES, Stage, pytest_stage
+from benchmarks.steps import PhaseClock, StepSize, build_vlm
 from benchmarks.targets import TARGETS, Finding, verdict
 from csrc import nvcc
 from geo_r1.kernels import available_impls
 
-CEILINGS = Ceilings(matmul_tflops=100.0, copy_gbps=1000.0)
 CPU = torch.device("cpu")
 
 
-def case(**changes):
-    return Case(**{"op": "sum", "size": "3", "dtype": torch.float32, "tolerance": 1e-3} | changes)
+def repeat(function, setup, rounds):
+    """Stands in for pytest-benchmark."""
+    times = []
+    for _ in range(rounds):
+        setup()
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return times
 
 
-def run(providers, truth=None, **changes):
-    return compare(case(rounds=3, **changes), providers, truth, CPU, CEILINGS)
+def run_case(case, name, device=CPU):
+    row = case.row(name)
+    function = measure.check(case, name, row, device)
+    if function is not None:
+        measure.time_provider(case, name, row, function, repeat, device)
+        measure.add_rates(case, row, matmul_tflops=100.0, copy_gbps=1000.0)
+    return row
+
+
+def run(provider, truth=None, **changes):
+    return run_case(
+        Case("sum", "3", torch.float32, 1e-3, {"p": provider}, truth, **{"rounds": 3} | changes), "p"
+    )
 
 
 def gives(*results):
     return lambda: lambda: tuple(torch.tensor(result) for result in results)
 
 
-def test_rates_and_shares(monkeypatch):
-    clock = iter(0.002 * i for i in range(100))  # every repetition takes 2 ms
+def ticks(monkeypatch):
+    """Each look at the clock is 2 ms after the one before."""
+    clock = itertools.count(0.0, 0.002)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    by_flops = run([Provider("p", gives(1.0))], flops=5e10, bytes=1e9)["p"]
-    assert by_flops.ms == pytest.approx(2.0)
-    assert by_flops.tflops == pytest.approx(25.0)
-    assert by_flops.gbps == pytest.approx(500.0)
-    assert by_flops.share == pytest.approx(0.25)  # of the matrix products' ceiling
-    by_bytes = run([Provider("p", gives(1.0))], bytes=1e9)["p"]
-    assert by_bytes.tflops is None
-    assert by_bytes.share == pytest.approx(0.5)  # of the copy's
+
+
+def test_rates_and_shares(monkeypatch):
+    ticks(monkeypatch)
+    by_flops = run(Provider(gives(1.0)), flops=5e10, bytes=1e9)
+    assert by_flops["ms"] == pytest.approx(2.0)
+    assert by_flops["tflops"] == pytest.approx(25.0)
+    assert by_flops["gbps"] == pytest.approx(500.0)
+    assert by_flops["share"] == pytest.approx(0.25)  # of the matrix products' ceiling
+    by_bytes = run(Provider(gives(1.0)), bytes=1e9)
+    assert "tflops" not in by_bytes
+    assert by_bytes["share"] == pytest.approx(0.5)  # of the copy's
 
 
 def test_rounds_fit_the_time():
-    assert rounds_for(100.0, 1.0) == 10
-    assert rounds_for(10_000.0, 1.0) == MIN_ROUNDS
-    assert rounds_for(0.0, 1.0) == MAX_ROUNDS
+    assert measure.rounds_for(100.0, 1.0) == 10
+    assert measure.rounds_for(10_000.0, 1.0) == MIN_ROUNDS
+    assert measure.rounds_for(0.0, 1.0) == MAX_ROUNDS
 
 
-def test_providers_take_turns():
-    calls = []
-    providers = [Provider(name, lambda name=name: lambda: (calls.append(name), ())[1]) for name in "ab"]
-    run(providers)
-    assert calls[-6:] == ["a", "b"] * 3
-
-
-def test_inputs_that_are_written_over_are_put_back_untimed(monkeypatch):
-    clock = itertools.count(0.0, 0.002)  # each look at it is 2 ms after the one before
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+@pytest.mark.parametrize("rounds", [None, 3])
+def test_inputs_that_are_written_over_are_put_back_untimed(monkeypatch, rounds):
+    ticks(monkeypatch)
     x = torch.zeros(1)
 
     def put_back():
@@ -98,83 +98,66 @@ def test_inputs_that_are_written_over_are_put_back_untimed(monkeypatch):
         x.square_()
         return ()
 
-    provider = Provider("p", lambda: square_in_place, unpack=lambda _: (x,), prepare=put_back)
-    for rounds in (None, 3):
-        found = compare(
-            case(rounds=rounds), [provider], lambda: [torch.tensor([9.0]).double()], CPU, CEILINGS
-        )
-        assert found["p"].error == 0 and found["p"].ms == pytest.approx(2.0)
-        assert x == 9
+    provider = Provider(lambda: square_in_place, unpack=lambda _: (x,), prepare=put_back)
+    found = run(provider, lambda: [torch.tensor([9.0]).double()], rounds=rounds)
+    assert found["error"] == 0 and found["ms"] == pytest.approx(2.0)
+    assert x == 9
+
+
+def test_a_gpu_is_timed_by_events_behind_a_cold_cache_and_a_held_stream(monkeypatch):
+    """A GPU that is not there: its stream is a list, and each entry takes a millisecond."""
+    stream = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(stream)
+
+        def synchronize(self):
+            stream.append("wait")
+
+        def elapsed_time(self, end):
+            return float(end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    start = measure.Moment()
+    stream += ["work"] * 3
+    assert measure.Moment() - start == pytest.approx(0.003)
+    assert stream == ["work"] * 3 + ["wait"]
 
 
 def test_errors_are_relative_by_norm():
     truth = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
-    assert relative_errors([torch.tensor([3.0, 4.5])], truth) == [pytest.approx(0.1)]
-    assert math.isnan(relative_errors([torch.tensor([3.0, math.nan])], truth)[0])
+    assert measure.relative_errors([torch.tensor([3.0, 4.5])], truth) == [pytest.approx(0.1)]
+    assert math.isnan(measure.relative_errors([torch.tensor([3.0, math.nan])], truth)[0])
     with pytest.raises(ValueError, match=r"a result is \[1\], the truth \[2\]"):
-        relative_errors([torch.tensor([3.0])], truth)
+        measure.relative_errors([torch.tensor([3.0])], truth)
 
 
-@pytest.mark.parametrize("result", [[3.0, 5.0], [math.nan, 4.0]])
+@pytest.mark.parametrize("result", [[3.0, 5.0], [math.nan, 4.0], [3.0, 4.0]])
 def test_a_wrong_provider_is_not_timed(result):
     calls = []
 
-    def wrong():
+    def function():
         calls.append(1)
         return (torch.tensor(result),)
 
-    found = run(
-        [Provider("wrong", lambda: wrong), Provider("right", gives([3.0, 4.0]))],
-        lambda: [torch.tensor([3.0, 4.0], dtype=torch.float64)],
-    )
-    assert found["wrong"].status == "wrong" and "is over 1e-03" in found["wrong"].reason
-    assert found["wrong"].ms is None and len(calls) == 1
-    assert found["right"].status == "measured" and found["right"].error == 0
-    assert len(found["right"].ms_of_rounds) == 3
-    json.dumps(found["wrong"].as_dict(), allow_nan=False)
-
-
-def test_a_missing_provider_gives_its_reason_and_one_that_fails_takes_no_other_with_it():
-    def raises():
-        raise RuntimeError("out of memory\nand a long trace")
-
-    fails_later = iter([(torch.tensor(1.0),)] * 3)
-    found = run(
-        [
-            Provider("missing", gives(1.0), missing="liger_kernel is not installed"),
-            Provider("failing", lambda: raises),
-            Provider("failing later", lambda: lambda: next(fails_later)),
-            Provider("right", gives(1.0)),
-        ]
-    )
-    assert (found["missing"].status, found["missing"].reason) == ("missing", "liger_kernel is not installed")
-    assert (found["failing"].status, found["failing"].reason) == ("failed", "RuntimeError: out of memory")
-    assert (found["failing later"].status, found["failing later"].ms) == ("failed", None)
-    assert found["right"].status == "measured"
-
-
-def test_a_provider_that_fails_gives_its_memory_back():
-    held = []
-
-    def raises():
-        scratch = torch.ones(4)
-        held.append(weakref.ref(scratch))
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    def build():
-        assert held[0]() is None
-        return lambda: ()
-
-    found = run([Provider("large", lambda: raises), Provider("next", build)])
-    assert found["large"].reason == "OutOfMemoryError: CUDA out of memory"
-    assert found["next"].status == "measured"
+    found = run(Provider(lambda: function), lambda: [torch.tensor([3.0, 4.0], dtype=torch.float64)])
+    json.dumps(measure.for_json(found), allow_nan=False)
+    if result == [3.0, 4.0]:
+        assert (found["status"], found["error"], found["rounds"], len(calls)) == ("measured", 0, 3, 4)
+    else:
+        assert found["status"] == "wrong" and "is over 1e-03" in found["reason"]
+        assert "ms" not in found and len(calls) == 1
 
 
 def test_a_floor_is_timed_but_not_compared():
     def truth():
         raise AssertionError("nothing to compare")
 
-    assert run([Provider("floor", gives([7.0]), kind="floor")], truth)["floor"].ms is not None
+    assert "ms" in run(Provider(gives([7.0]), kind="floor"), truth)
 
 
 def test_memory_is_what_is_above_the_results():
@@ -182,22 +165,16 @@ def test_memory_is_what_is_above_the_results():
         scratch = torch.ones(2**20)  # 4 MiB
         return (scratch[:1].clone().expand(1), scratch.sum())
 
-    peak = run([Provider("p", lambda: function)])["p"].peak_mib
+    peak = run(Provider(lambda: function))["peak_mib"]
     assert 3.9 < peak < 4.1
     x = torch.zeros(4)
-    assert bytes_of([x, x[:2]]) == 16
+    assert measure.bytes_of([x, x[:2]]) == 16
 
 
-def test_the_table_says_why_there_is_no_time():
-    rows = [
-        Measurement("op", "s", "float32", "geo_r1 reference", "ours", ms=2.0, share=0.5, error=1e-3),
-        Measurement("op", "s", "float32", "peer", "peer", ms=3.0),
-        Measurement("op", "s", "float32", "gone", "peer", status="missing", reason="not installed"),
-    ]
-    lines = [line.split() for line in table(rows)]
-    assert lines[1] == ["geo_r1", "reference", "2.000", "1.00", "50%", "1.0e-03"]
-    assert lines[2] == ["peer", "3.000", "1.50"]
-    assert lines[3] == ["gone", "missing:", "not", "installed"]
+def test_a_provider_tells_more_once_it_was_timed():
+    calls = []
+    timed = Provider(lambda: lambda: (calls.append(1), ())[1], facts=lambda: {"calls": len(calls)})
+    assert run(timed, facts={"tokens": 7.0})["facts"] == {"tokens": 7.0, "calls": 4}
 
 
 def test_pairs_are_counted_once_a_shared_prompt():
@@ -217,44 +194,38 @@ def test_windows_are_those_of_the_vision_tower():
     assert list(windows(IMAGES)) == [n for n in boundaries.diff().tolist() if n]
 
 
-def rehearse(comparison):
-    case, providers, truth = comparison
-    found = compare(dataclasses.replace(case, rounds=2), providers, truth, default_device(), CEILINGS)
-    return case, found
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which interprets Triton's kernels
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 def test_rows_are_compared_where_kernels_run(impl):
     if impl not in available_impls()["grpo_loss"]:
         pytest.skip(f"{impl} does not run here")
     size, logits_mib = LossSize(8, 16, 1003), 8 * 1003 * 4 / 2**20
-    case, found = rehearse(loss_rows(size, torch.float32, default_device(), [impl]))
+    device = default_device()
+    case = dataclasses.replace(loss_rows(size, torch.float32, [impl], device), rounds=2)
+    found = {name: run_case(case, name, device) for name in case.providers}
     assert case.bytes == 2 * 8 * 1003 * 4 and case.flops == 0
     assert found.keys() == {f"geo_r1 {impl}, out of place", f"geo_r1 {impl}, in place", "copy of the logits"}
-    for name, measurement in found.items():
-        assert measurement.status == "measured", measurement.reason
-        assert 0 <= measurement.peak_mib < logits_mib  # neither logits nor gradients are made anew
-        assert len(measurement.errors) == (2 if name.startswith("geo_r1") else 0)
-        assert all(error < 1e-5 for error in measurement.errors)
-    case, found = rehearse(row_statistics(size, torch.float32, default_device(), [impl]))
+    for name, row in found.items():
+        assert row["status"] == "measured"
+        assert 0 <= row["peak_mib"] < logits_mib  # neither logits nor gradients are made anew
+        errors = row.get("errors", [])
+        assert len(errors) == (2 if name.startswith("geo_r1") else 0) and all(e < 1e-5 for e in errors)
+    case = dataclasses.replace(row_statistics(size, torch.float32, [impl], device), rounds=2)
+    found = {name: run_case(case, name, device) for name in case.providers}
     assert case.bytes == 8 * 1003 * 4
     assert found.keys() == {f"geo_r1 {impl}", "eager torch"}
-    for measurement in found.values():
-        assert measurement.status == "measured" and len(measurement.errors) == 2
-        assert measurement.error < 1e-5
+    for row in found.values():
+        assert row["status"] == "measured" and len(row["errors"]) == 2 and row["error"] < 1e-5
 
 
 def test_attention_forward_alone_is_compared_and_counted_once():
-    size = AttentionSize("small", (5, 3), ((3, 3), ()), 2, 1, 16)
-    case, providers, truth = comparison("attention", size, default_device(), forward_alone, 1.0)
-    chosen = [p for p in providers if p.name == "geo_r1 reference"]
+    size, device = AttentionSize("small", (5, 3), ((3, 3), ()), 2, 1, 16), default_device()
+    case = attention_case("attention", size, forward_alone, 1.0, device)
     assert case.flops == 4 * 2 * 16 * size.pairs
-    found = rehearse((case, chosen, truth))[1]["geo_r1 reference"]
-    assert found.status == "measured" and len(found.errors) == 1 and found.error < 1e-2
+    found = run_case(dataclasses.replace(case, rounds=2), "geo_r1 reference", device)
+    assert found["status"] == "measured" and len(found["errors"]) == 1 and found["error"] < 1e-2
 
 
-# The training step.
 def test_phases_share_the_time_of_the_last_steps(monkeypatch):
     clock = iter([0.0, 99.0, 10.0, 11.0, 13.0, 16.0, 20.0, 20.0, 22.0, 23.0, 30.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
@@ -268,15 +239,6 @@ def test_phases_share_the_time_of_the_last_steps(monkeypatch):
     assert phases.shares(2) == pytest.approx(
         {"vision": 1 / 20, "text": 4 / 20, "loss": 4 / 20, "backward": 11 / 20}
     )
-
-
-def test_a_provider_tells_more_once_it_was_timed():
-    calls = []
-    timed = Provider("p", lambda: lambda: (calls.append(1), ())[1], facts=lambda: {"calls": len(calls)})
-    missing = Provider("q", gives(1.0), missing="not here", facts=lambda: {"calls": -1})
-    found = run([timed, missing], facts={"tokens": 7.0})
-    assert found["p"].facts == {"tokens": 7.0, "calls": 4}
-    assert found["q"].facts == {"tokens": 7.0}
 
 
 @pytest.fixture
@@ -295,8 +257,8 @@ def test_packed_and_padded_steps_agree_and_work_is_counted_once(train_step):
         StepSize("without", shape, (), 9, completions),
     ):
         names = ("geo_r1 packed", "geo_r1 packed, no checkpoints", "transformers, padded")
-        case, providers, truth = train_step.comparison("training step", size, names, 2, CPU, torch.float32)
-        found = compare(case, providers, truth, CPU, CEILINGS)
+        case = train_step.step_case("training step", size, names, 2, CPU, torch.float32)
+        found = {name: run_case(case, name) for name in names}
         prompt, own = size.prompt_len, sum(completions)
         assert case.facts["tokens"] == 3 * prompt + own and case.facts["completions"] == 3
         assert case.facts["parameters"] == sum(
@@ -310,15 +272,15 @@ def test_packed_and_padded_steps_agree_and_work_is_counted_once(train_step):
             flops += 2 * patches * (2 * block + 1176 * 64) + 2 * patches // 4 * (256**2 + 256 * 128)
             flops += 4 * 64 * ((4 * 8) ** 2 + (4 * 18) ** 2 + sum(n * n for n in windows(list(images))))
         assert case.flops == pytest.approx(3 * flops, rel=1e-12)
-        for name in names:
-            measurement = found[name]
-            assert measurement.status == "measured", measurement.reason
-            assert len(measurement.errors) == (4 if size.images else 3) and measurement.error < 1e-5
-            shares = [measurement.facts[phase] for phase in PHASES]
+        for row in found.values():
+            assert row["status"] == "measured"
+            assert len(row["errors"]) == (4 if size.images else 3) and row["error"] < 1e-5
+            shares = [row["facts"][phase] for phase in PHASES]
             assert sum(shares) == pytest.approx(1.0) and min(shares[1:]) > 0
             assert (shares[0] > 0) == bool(size.images)
-        (cells, *_) = rate_rows([found[names[0]].as_dict()])
-        assert len(cells) == len(HEADER) and cells[:2] == [size.name, names[0]]
+        header, _, *lines = results.rate_table(list(found.values()))
+        assert [line.count("|") for line in lines] == [header.count("|")] * 3
+        assert lines[0].startswith(f"| {size.name} | {names[0]} |")
 
 
 def test_the_scaling_goes_along_three_axes(train_step):
@@ -331,9 +293,9 @@ def test_the_scaling_goes_along_three_axes(train_step):
     assert train_step.lengths(400) == (250, 300, 350, 400, 400, 450, 500, 550)
 
 
-# What make gpu does, with parts that are a line of Python each.
-def part(name, code, seconds=20.0, reads="tests", needs=()):
-    return Part(name, ("-c", code, "{record}"), seconds, needs, reads)
+# What make gpu does, with stages that are a line of Python each.
+def stage(name, code, seconds=20.0, needs=()):
+    return Stage(name, ("-c", code, "{record}"), seconds, needs)
 
 
 def line_writer(**line):
@@ -346,24 +308,23 @@ FACTS = {
     "versions": {"torch": "2.11.0", "triton": "3.6.0"},
     "driver": "580",
     "extension": "90a",
-    "ceilings": {"matmul_tflops": 800.0, "copy_gbps": 4300.0},
 }
-FACTS_PART = part("device", line_writer(**FACTS), reads="facts")
+CEILINGS = {"matmul_tflops": 800.0, "copy_gbps": 4300.0}
+DEVICE = stage("device", line_writer(device=FACTS, ceilings=CEILINGS))
 PASSED = line_writer(test="t", outcome="passed", measurement={"op": "sum", "ms": 1.0})
 FAILED = line_writer(test="t", outcome="failed", reason="1 != 2")
 
 
-def record_of(tmp_path, *parts):
-    code = gpu.main(["--commit", "abc1234", "--out", str(tmp_path)], parts)
+def record_of(tmp_path, *stages, options=(), device=DEVICE):
+    named = {stage.name: stage for stage in (device, *stages)}
+    code = gpu.main(["--commit", "abc1234", "--out", str(tmp_path), *options], named)
     (path,) = tmp_path.iterdir()
     assert path.name == "nvidia-h200-abc1234.json"
     return code, json.loads(path.read_text())
 
 
-def test_every_part_ends_up_in_the_record(tmp_path):
-    code, record = record_of(
-        tmp_path, FACTS_PART, part("one", PASSED), part("two", "", needs=("no_such_package",))
-    )
+def test_every_stage_ends_up_in_the_record(tmp_path):
+    code, record = record_of(tmp_path, stage("one", PASSED), stage("two", "", needs=("no_such_package",)))
     assert code == 0
     assert record["ceilings"]["copy_gbps"] == 4300.0 and record["device"]["name"] == "NVIDIA H200"
     assert record["measurements"] == [{"op": "sum", "ms": 1.0}]
@@ -371,18 +332,49 @@ def test_every_part_ends_up_in_the_record(tmp_path):
     assert record["parts"]["two"]["reason"] == "not installed: no_such_package"
 
 
-def test_a_part_says_itself_what_it_lacks(tmp_path):
-    lacking = part("lacking", line_writer(skipped="no nvcc"))
-    code, record = record_of(tmp_path, FACTS_PART, lacking, part("after", PASSED))
+def test_a_stage_can_run_alone_and_adds_to_the_record(tmp_path):
+    again = line_writer(test="t", outcome="passed", measurement={"op": "sum", "ms": 2.0})
+    other = stage("other", line_writer(test="u", outcome="passed", measurement={"op": "product"}))
+    code, record = record_of(tmp_path, stage("one", PASSED), other, options=["--stages", "one"])
+    assert code == 0 and record["parts"]["other"] == {"status": "not run"}
+    assert record["device"] == FACTS and record["parts"]["device"]["status"] == "ok"
+    broken = stage("device", "sys.exit(1)")  # it is not run again
+    options = ["--stages", "one,other", "--limit", "30"]
+    code, record = record_of(tmp_path, stage("one", again), other, options=options, device=broken)
+    assert code == 0 and record["device"] == FACTS
+    assert record["measurements"] == [{"op": "sum", "ms": 2.0}, {"op": "product"}]
+
+
+def test_a_stage_that_is_not_there_is_one_line_and_exit_code_2(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path), "--stages", "tests,zest"]) == 2
+    assert "there is no zest; the stages are device, build, tests, " in capsys.readouterr().err
+
+
+def test_the_limit_is_shared_out(tmp_path):
+    slow = stage("slow", "import time; time.sleep(60)", seconds=60.0)
+    begin = time.monotonic()
+    code, record = record_of(tmp_path, slow, options=["--limit", "4"])
+    assert code == 1 and time.monotonic() - begin < 10
+    assert record["parts"]["slow"]["status"] == "out of time"
+
+
+def test_a_stage_says_itself_what_it_lacks(tmp_path):
+    code, record = record_of(
+        tmp_path, stage("lacking", line_writer(skipped="no nvcc")), stage("after", PASSED)
+    )
     assert code == 0 and record["parts"]["after"]["status"] == "ok"
     found = record["parts"]["lacking"]
     assert (found["status"], found["reason"]) == ("skipped", "no nvcc") and "output" not in found
     assert "skipped" not in record["device"]
 
 
+def built(archs):
+    return {"device": {"extension": archs, "versions": {"nvcc": "13.0"}}}
+
+
 def test_the_record_says_what_the_extension_is_built_for(tmp_path):
-    built = line_writer(extension="", nvcc="13.0") + "; " + line_writer(extension="90a", nvcc="13.0")
-    code, record = record_of(tmp_path, FACTS_PART, part("extension", built, reads="extension"))
+    lines = line_writer(**built("")) + "; " + line_writer(**built("90a"))
+    code, record = record_of(tmp_path, stage("extension", lines))
     assert code == 0 and record["device"]["extension"] == "90a"
     assert record["device"]["versions"] == {"torch": "2.11.0", "triton": "3.6.0", "nvcc": "13.0"}
 
@@ -421,7 +413,7 @@ def test_the_extension_is_built_for_the_gpu_at_hand(build_extension, tmp_path, m
     monkeypatch.setattr("geo_r1.kernels.extension.why_not", lambda device: None)
     code, lines, place = build_extension(find_toolchain, lambda toolchain: tmp_path / "new")
     assert code == 0 and asked == ["90a"] and place.read_text() == "new"
-    assert lines[-1] == {"extension": "90a", "nvcc": "13.0"}
+    assert lines[-1] == built("90a")
     monkeypatch.setenv("GEO_R1_CUDA_ARCHS", "80;90a")
     monkeypatch.setattr("geo_r1.kernels.extension.why_not", lambda device: "does not load")
     code, _, _ = build_extension(find_toolchain, lambda toolchain: tmp_path / "new")
@@ -433,7 +425,7 @@ def test_an_extension_that_cannot_be_built_leaves_no_older_one(build_extension, 
         raise nvcc.BuildError("nvcc fails")
 
     code, lines, place = build_extension(lambda environ: TOOLCHAIN, fails)
-    assert code == 1 and lines == [{"extension": "", "nvcc": "13.0"}] and not place.exists()
+    assert code == 1 and lines == [built("")] and not place.exists()
     assert capsys.readouterr().err == "nvcc fails\n"
 
 
@@ -471,7 +463,7 @@ def test_what_the_sanitizer_finds_is_recorded(tmp_path, capsys, finding, outcome
     said = capsys.readouterr().out
     assert "--tool memcheck --kernel-name kns=geo_r1" in said and "work('cuda')" in said
     record = {"measurements": []}
-    found = gpu.read_tests([tmp_path / "record"], record)
+    found = gpu.read_results(read_lines(tmp_path / "record"), record)
     assert found["tests"] == {outcome: 1, "passed": 1} and not record["measurements"]
     assert found.get("failures", {}) == ({"memcheck": reason} if code else {})
     assert found.get("skipped", {}) == ({} if code else {reason: 1})
@@ -504,22 +496,21 @@ def test_the_sanitizer_watches_every_kernel(impl, capsys):
     assert capsys.readouterr().out.splitlines() == [f"{op} ran" for op in watched]
 
 
-def test_a_part_that_fails_is_recorded_with_its_output_and_the_rest_goes_on(tmp_path):
-    failing = part("tests", f"{FAILED}; print('the end'); sys.exit(1)")
-    code, record = record_of(tmp_path, FACTS_PART, failing, part("after", PASSED))
-    assert code == 1
-    assert record["parts"]["tests"]["status"] == "failed"
-    assert record["parts"]["tests"]["failures"] == {"t": "1 != 2"}
-    assert record["parts"]["tests"]["output"] == ["the end"]
+def test_a_stage_that_fails_is_recorded_with_its_output_and_the_rest_goes_on(tmp_path):
+    failing = stage("tests", f"{FAILED}; print('the end'); sys.exit(1)")
+    code, record = record_of(tmp_path, failing, stage("after", PASSED))
+    found = record["parts"]["tests"]
+    assert code == 1 and found["status"] == "failed"
+    assert found["failures"] == {"t": "1 != 2"} and found["output"] == ["the end"]
     assert record["parts"]["after"]["status"] == "ok"
 
 
-def test_a_part_that_outlasts_its_time_keeps_what_it_wrote(tmp_path, monkeypatch):
+def test_a_stage_that_outlasts_its_time_keeps_what_it_wrote(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.2)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    stuck = part("stuck", f"{deaf}; {PASSED}; time.sleep(60)", seconds=1.5)
+    stuck = stage("stuck", f"{deaf}; {PASSED}; time.sleep(60)", seconds=1.5)
     begin = time.monotonic()
-    code, record = record_of(tmp_path, part("device", FACTS_PART.arguments[1], 0, "facts"), stuck)
+    code, record = record_of(tmp_path, stuck, device=dataclasses.replace(DEVICE, seconds=0))
     assert code == 1 and time.monotonic() - begin < 10
     assert record["parts"]["stuck"]["status"] == "out of time"
     assert record["parts"]["stuck"]["tests"] == {"passed": 1} and len(record["measurements"]) == 1
@@ -539,8 +530,7 @@ def test_a_test_that_kills_its_process_takes_no_other_with_it(tmp_path, processe
     (tmp_path / "suite").mkdir()
     suite = tmp_path / "suite" / "test_suite.py"
     suite.write_text(SUITE)
-    tests = pytest_part("tests", 60.0, str(suite))
-    code, record = record_of(tmp_path / "out", FACTS_PART, dataclasses.replace(tests, processes=processes))
+    code, record = record_of(tmp_path / "out", pytest_stage("tests", 60.0, str(suite), processes=processes))
     found = record["parts"]["tests"]
     assert code == 1 and found["status"] == "failed"
     assert found["tests"] == {"passed": 2, "failed": 2}
@@ -551,47 +541,84 @@ def test_a_test_that_kills_its_process_takes_no_other_with_it(tmp_path, processe
 
 
 BENCHMARK = """
+import weakref
 import pytest, torch
-from benchmarks import measure, meters
+from benchmarks import conftest, measure
 from benchmarks.measure import Case, Provider
 
-LOST = []
-measure.device_lost = meters.device_lost = lambda: bool(LOST)
+LOST, HELD, MADE = [], [], []
+measure.device_lost = conftest.device_lost = lambda: bool(LOST)
+
+def raises():
+    scratch = torch.ones(4)
+    HELD.append(weakref.ref(scratch))
+    raise torch.OutOfMemoryError("CUDA out of memory\\nand a long trace")
 
 def lose():
     LOST.append(1)
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-@pytest.mark.parametrize("provider", ["good", "bad", "other"])
+def after():
+    assert HELD[0]() is None  # its memory came back
+    return lambda: (torch.ones(1),)
+
+right = lambda: lambda: (torch.ones(1),)
+wrong = lambda: lambda: (torch.zeros(1),)
+PROVIDERS = {
+    "good": Provider(right, "ours"),
+    "missing": Provider(right, missing="liger_kernel is not installed"),
+    "failing": Provider(lambda: raises),
+    "after": Provider(after),
+    "wrong peer": Provider(wrong),
+    "wrong": Provider(wrong, "ours"),
+    "losing": Provider(lambda: lose),
+    "other": Provider(right),
+}
+
+def case(size, device):
+    MADE.append(size)
+    return Case("sum", str(size), torch.float32, 1e-3, PROVIDERS, lambda: [torch.ones(1).double()])
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("size", [1])
-def test_sum(report, device, size, provider):
-    def make():
-        fine = lambda: lambda: (torch.ones(1),)
-        kinds = {"good": ("ours", fine), "bad": ("peer", lambda: lose), "other": ("peer", fine)}
-        providers = [Provider(name, build, kind=kind) for name, (kind, build) in kinds.items()]
-        return Case("sum", "1", torch.float32, 1e-3), providers, None
-    report(make)
+def test_sum(measure, size, provider):
+    measure(case, size)
+    assert MADE == [size]  # inputs and truth are made once for all providers
 """
 
 
-def test_a_provider_that_leaves_the_gpu_unusable_takes_no_other_with_it(tmp_path):
+def test_what_becomes_of_a_provider(tmp_path):
     pytest.importorskip("pytest_benchmark")
     (tmp_path / "suite").mkdir()
     suite = tmp_path / "suite" / "bench_suite.py"
     suite.write_text(BENCHMARK)
-    part = pytest_part("tests", 60.0, "-p", "benchmarks.conftest", str(suite))
-    code, record = record_of(tmp_path / "out", FACTS_PART, part)
+    code, record = record_of(
+        tmp_path / "out", pytest_stage("tests", 60.0, "-p", "benchmarks.conftest", str(suite))
+    )
     found = record["parts"]["tests"]
-    assert code == 1 and found["tests"] == {"failed": 1, "passed": 2}, found
-    (reason,) = found["failures"].values()
-    assert reason.startswith("bad left the GPU unusable: RuntimeError: CUDA error: an illegal")
-    rows = {row["provider"]: row["status"] for row in record["measurements"]}
-    assert rows == {"bad": "failed", "good": "measured", "other": "measured"}
+    assert code == 1 and found["tests"] == {"passed": 3, "skipped": 3, "failed": 2}, found
+    assert set(found["skipped"]) == {
+        "missing missing: liger_kernel is not installed",
+        "failing failed: OutOfMemoryError: CUDA out of memory",
+        "wrong peer wrong: error 1.0e+00 is over 1e-03",
+    }
+    losing, wrong = (found["failures"][name] for name in sorted(found["failures"]))
+    assert losing.startswith("losing left the GPU unusable: RuntimeError: CUDA error: an illegal")
+    assert wrong == "wrong wrong: error 1.0e+00 is over 1e-03"
+    rows = {row["provider"]: row for row in record["measurements"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        **dict.fromkeys(("good", "after", "other"), "measured"),
+        **dict.fromkeys(("failing", "losing"), "failed"),
+        **dict.fromkeys(("wrong peer", "wrong"), "wrong"),
+        "missing": "missing",
+    }
+    assert rows["losing"]["reason"].startswith("RuntimeError: CUDA error: an illegal memory access")
+    assert rows["good"]["error"] == 0 and rows["good"]["rounds"] >= MIN_ROUNDS and "ms" not in rows["wrong"]
 
 
 def test_a_record_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert gpu.main(["--out", str(tmp_path / "file")], [FACTS_PART]) == 2
+    assert gpu.main(["--out", str(tmp_path / "file")]) == 2
     assert "cannot write its record" in capsys.readouterr().err
 
 
@@ -604,19 +631,19 @@ def test_a_copy_within_another_repository_has_no_commit(tmp_path, monkeypatch):
     assert gpu.git_state() == ("unknown", None)
 
 
-def test_the_record_is_whole_after_each_part(tmp_path):
-    """What the second part sees is what a kill at that moment would leave."""
+def test_the_record_is_whole_after_each_stage(tmp_path):
+    """What the second stage sees is what a kill at that moment would leave."""
     path = tmp_path / "nvidia-h200-abc1234.json"
     seen = (
         f"import json; r = json.load(open({str(path)!r})); assert r['parts']['this']['status'] == 'not run'"
     )
-    code, record = record_of(tmp_path, FACTS_PART, part("this", seen))
+    code, record = record_of(tmp_path, stage("this", seen))
     assert code == 0, record["parts"]
 
 
 def test_no_gpu_is_one_line_and_exit_code_2(tmp_path, capsys):
-    assert gpu.main(["--out", str(tmp_path)], [part("device", "import sys; sys.exit(2)", reads="facts")]) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("make gpu needs a GPU")
+    assert gpu.main(["--out", str(tmp_path)], {"device": stage("device", "import sys; sys.exit(2)")}) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("geo_r1: make gpu needs a GPU")
     assert not list(tmp_path.iterdir())
 
 
@@ -627,11 +654,13 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert read_lines(tmp_path / "none") == []
 
 
-def test_times_of_all_parts_fit_ten_minutes():
-    assert sum(part.seconds for part in PARTS) <= 575  # and the rest is for what lies between them
+def test_times_of_all_stages_fit_ten_minutes():
+    assert (
+        sum(stage.seconds for stage in STAGES.values()) <= 575
+    )  # and the rest is for what lies between them
 
 
-# The README.
+# docs/results.md.
 def row(op, size, provider, kind, ms=None, **more):
     return (
         {"op": op, "size": size, "provider": provider, "kind": kind, "status": "measured"}
@@ -712,8 +741,8 @@ RECORD = {
     "date": "2026-01-02T03:04:05+00:00",
     "commit": "abc1234",
     "dirty": False,
-    "device": {name: value for name, value in FACTS.items() if name != "ceilings"},
-    "ceilings": FACTS["ceilings"],
+    "device": FACTS,
+    "ceilings": CEILINGS,
     "parts": {
         "tests of the kernels": {"status": "ok", "tests": {"passed": 9, "skipped": 1}},
         "compute-sanitizer": {"status": "ok", "tests": {"passed": 2}},
@@ -723,15 +752,15 @@ RECORD = {
 }
 
 
-def make_results(tmp_path, *records, readme=f"# top\n{results.BEGIN}\nold\n{results.END}\nend\n"):
-    folder = tmp_path / "records"
-    folder.mkdir()
+def make_results(tmp_path, *records, page=f"# top\n{results.BEGIN}\nold\n{results.END}\nend\n"):
+    (tmp_path / "records").mkdir()
     for index, record in enumerate(records):
-        (folder / f"{index}.json").write_text(json.dumps(record))
-    (tmp_path / "README.md").write_text(readme)
-    arguments = {"--records": folder, "--readme": tmp_path / "README.md", "--plots": tmp_path / "docs"}
-    code = results.main([str(text) for pair in arguments.items() for text in pair])
-    return code, (tmp_path / "README.md").read_text()
+        (tmp_path / "records" / f"{index}.json").write_text(json.dumps(record))
+    path = tmp_path / "docs" / "results.md"
+    path.parent.mkdir()
+    path.write_text(page)
+    code = results.main(["--records", str(tmp_path / "records"), "--page", str(path)])
+    return code, path.read_text()
 
 
 def test_without_records_nothing_is_measured(tmp_path):
@@ -772,7 +801,7 @@ def test_targets_are_judged_from_the_newest_record_of_a_device(tmp_path):
         "not measured | – |",
     ]
     assert "| linear_grpo_loss | R=8192 C=3584 V=152064 | cuda | 11 | 50% | 1,024 | 1e-03 | none |  |" in text
-    assert "![Times of every provider on NVIDIA H200, commit abc1234](docs/results-nvidia-h200.png)" in text
+    assert "![Times of every provider on NVIDIA H200, commit abc1234](results-nvidia-h200.png)" in text
     assert (tmp_path / "docs" / "results-nvidia-h200.png").stat().st_size > 10_000
 
 
@@ -791,7 +820,7 @@ def test_a_cpu_record_tells_rates_and_draws_how_a_step_scales(tmp_path):
     case = f"| {CPU_STEP[1]} | transformers, padded, no checkpoints "
     assert f"{case}| 333 | 0.667 | 30% | 5,120 | 25% | 25% | 12% | 38% |" in text
     assert "training step, scaling" not in text  # they are in a plot of their own
-    assert "![Cost of a training step on cpu, commit abc1234](docs/scaling-cpu.png)" in text
+    assert "![Cost of a training step on cpu, commit abc1234](scaling-cpu.png)" in text
     assert (tmp_path / "docs" / "scaling-cpu.png").stat().st_size > 10_000
 
 
@@ -814,10 +843,10 @@ def test_a_verdict_needs_every_condition():
     assert verdict([unknown]) == "not measured"
 
 
-@pytest.mark.parametrize("readme", ["no markers", f"{results.END} {results.BEGIN}"])
-def test_a_readme_without_its_markers_is_left_alone(tmp_path, capsys, readme):
-    assert make_results(tmp_path, RECORD, readme=readme) == (2, readme)
-    assert "the README needs one <!-- results:begin -->" in capsys.readouterr().err
+@pytest.mark.parametrize("page", ["no markers", f"{results.END} {results.BEGIN}"])
+def test_a_page_without_its_markers_is_left_alone(tmp_path, capsys, page):
+    assert make_results(tmp_path, RECORD, page=page) == (2, page)
+    assert "the page needs one <!-- results:begin -->" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path, capsys):
