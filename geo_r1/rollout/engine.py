@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from geo_r1.models import EncodedPrompt
 from geo_r1.rollout.sampling import Completion, SamplingConfig
+
+Copies = Literal["none", "per rank", "one"]
 
 
 class EngineLost(ValueError):  # noqa: N818  # a user's to mend: the message says what to do
@@ -23,7 +25,13 @@ class RolloutEngine(Protocol):
     """Samples with a copy of the policy of its own.
 
     One caller at a time; any thread.
+
+    Attributes:
+        copies: of the policy's weights: "none" (it samples with the policy itself, and `load` does nothing),
+            one "per rank", or "one" for all ranks, which rank 0 loads.
     """
+
+    copies: Copies
 
     @property
     def holds_base(self) -> bool:

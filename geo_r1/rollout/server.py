@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from geo_r1.models import EncodedPrompt
-from geo_r1.rollout.engine import EngineLost, WeightsLost
+from geo_r1.rollout.engine import Copies, EngineLost, WeightsLost
 from geo_r1.rollout.http_client import HttpClient, Unavailable, message_of
 from geo_r1.rollout.receiver import WeightSender, WorkerLost
 from geo_r1.rollout.sampling import Completion, SamplingConfig
@@ -62,6 +62,8 @@ class ServerEngine:
         ValueError: the server was started otherwise; has the whole command.
         EngineLost: there is no server within `patience`.
     """
+
+    copies: Copies = "one"
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from geo_r1.models import EncodedPrompt
 from geo_r1.models.lora import merged_state
 from geo_r1.rollout import vllm_input
+from geo_r1.rollout.engine import Copies
 from geo_r1.rollout.sampling import Completion, SamplingConfig
 
 ENVIRONMENT = {
@@ -61,6 +62,8 @@ class VLLMEngine:
     """
 
     holds_base = False
+
+    copies: Copies = "per rank"
 
     def __init__(
         self,

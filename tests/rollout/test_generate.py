@@ -90,7 +90,7 @@ def test_logp_equals_the_trainers(lab, prompts, temperature):
     batch = pack(prompts, tokens_of(groups))
     with torch.no_grad():
         hidden, head = lab.packed.loss_rows(batch), lab.packed.lm_head
-        logp, _ = linear_logprob(hidden, head, batch.target, temperature=temperature)
+        logp, _ = linear_logprob(hidden, head, batch.target_R, temperature=temperature)
         vision = (hidden @ head.T / temperature).softmax(1)[:, lab.packed.vision_token_ids].sum(1)
     got = torch.tensor([v for group in groups for c in group for v in c.logp], dtype=torch.float64)
     assert got.min() < -2 and vision.max() > 1e-3
