@@ -76,6 +76,13 @@ def test_commands_exist(page):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_paths_of_the_code_exist(page):
+    folders = "geo_r1|csrc|benchmarks|tests|examples|deploy|docs"
+    for path in re.findall(rf"`((?:{folders})/[\w./]*)`", text_of(page)):
+        assert (ROOT / path).exists(), path
+
+
 def test_the_migration_table_names_defaults_as_they_are():
     recipe = Recipe()
     assert recipe.grpo.optim.lr == 1e-6 and recipe.grpo.num_completions == 8
