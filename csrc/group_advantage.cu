@@ -2,7 +2,7 @@
 //
 //     advantage[i] = (reward[i] - baseline_i) / scale_i
 //
-// Source: GRPO, arXiv:2402.03300, as geo_r1/kernels/advantage.py states it. A warp reads its group's rewards four
+// Source: GRPO, arXiv:2402.03300, as kernels/advantage/public.py states it. A warp reads its group's rewards four
 // times (smallest and largest, mean, squares, result), the last three from cache, and writes a value a member or
 // a token. With scale "batch" every block first reads all N rewards, three times; blocks are then no more than
 // SMs, each with many groups, so that the reads are bounded by SMs * N and not by G * N.

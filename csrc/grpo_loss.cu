@@ -13,7 +13,7 @@
 // summed as it arrives: reads, writes and the arithmetic of two rows go on together. A row has one barrier. No
 // speed was measured.
 //
-// Source: online softmax, arXiv:1805.02867; the loss, arXiv:2402.03300, see reference.py.
+// Source: online softmax, arXiv:1805.02867; the loss, arXiv:2402.03300, see kernels/loss/reference.py.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -32,7 +32,7 @@ struct Queue {
 // How many CUDA devices there are; throws with CUDA's reason where it finds none.
 int device_count();
 
-// advantage.py's formula. out [num_rows] is float64 for float64 rewards, else float32.
+// The formula of advantage/public.py. out [num_rows] is float64 for float64 rewards, else float32.
 struct GroupAdvantage {
   DType dtype;            // of the rewards
   Pointer out, reward;    // reward [N]
@@ -98,7 +98,7 @@ struct Attention {
   bool causal;
 };
 
-// out [T, H, D] contiguous, lse [H, T] float32 in base 2; tiles [num_tiles, 5] int32, see schedule.py.
+// out [T, H, D] contiguous, lse [H, T] float32 in base 2; tiles [num_tiles, 5] int32, see layout/tiles.py.
 struct AttentionForward {
   Pointer out, lse, tiles;
   std::int64_t num_tiles, tile_rows;  // tile_rows: the most queries of a tile, 64 or 128

@@ -11,7 +11,7 @@
 // Scores are made transposed for dk and dv, so that probabilities and their derivatives are left operands straight
 // from the registers in which they were computed, in both kernels.
 //
-// Operations: 14 D a visible pair and head, scores and dout . v twice. Bytes: as attention_triton_backward.py. No
+// Operations: 14 D a visible pair and head, scores and dout . v twice. Bytes: as attention/triton_backward.py. No
 // figure of it was measured.
 //
 // Source: FlashAttention-2, arXiv:2307.08691, and -3, arXiv:2407.08608.

@@ -11,7 +11,7 @@
 // Operations: 4 D a visible pair and head. Bytes: q and out once, k and v once a tile of queries, from L2 where
 // neighbouring blocks (heads that share keys) have read them. No figure of it was measured.
 //
-// Source: FlashAttention-3, arXiv:2407.08608; the walk, geo_r1/kernels/schedule.py.
+// Source: FlashAttention-3, arXiv:2407.08608; the walk, geo_r1/kernels/layout/tiles.py.
 
 #include <ptx.cuh>
 

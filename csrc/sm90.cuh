@@ -291,7 +291,7 @@ __device__ __forceinline__ void store_sum(T* x, std::int64_t stride_t, const Sum
   if constexpr (Head<D>::rest != 0) store(sum.rest, Head<D>::rest, Head<D>::whole);
 }
 
-// ---- the blocks of keys that a tile of queries sees, see schedule.py and attention_triton_forward.py
+// ---- the blocks of keys that a tile of queries sees, see layout/tiles.py and attention/triton_forward.py
 
 // First the blocks that need no mask, of the prefix and then of the segment, then what is left of both.
 template <int tile_rows, int block_rows>

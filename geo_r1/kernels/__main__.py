@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from geo_r1.kernels import available_impls, extension, impls
-from geo_r1.kernels.attention_flash import PackageKernels, flash_kernels
+from geo_r1.kernels.attention.flash import PackageKernels, flash_kernels
 
 HEADINGS = ("op", "default", "because", "by name", "cannot run")
 

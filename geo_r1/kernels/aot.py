@@ -2,7 +2,7 @@
 
     python -m geo_r1.kernels.aot [module ...] [--arch 80 --arch 90] [--jobs N] [--json PATH]
 
-Every module `*_triton.py` beside this file lists its launch table, `LAUNCHES`, and yields from `aot_cases()`
+Every module `*/triton.py` below this folder lists its launch table, `LAUNCHES`, and yields from `aot_cases()`
 labelled calls of its real launchers on small CPU tensors that together choose every row. Here Triton's driver
 is replaced by one that only names the chip, and a launch compiles and does not run: so what is built is what
 the same call builds on that chip. Each cubin is then read and judged, see `judge`; any fault is exit code 1.
@@ -17,7 +17,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -60,7 +59,7 @@ class Built:
     """What one kernel became, for one chip.
 
     Attributes:
-        module: the module's last name, "attention_triton".
+        module: the op family, "attention".
         case: label of the first case that launched it.
         arch: compute capability, 90 for an H200.
         registers: a thread's.
@@ -169,7 +168,9 @@ def build_case(module: str, case: str, arch: int) -> CaseResult:
         cases[case]()
     listed = {
         id(row): (name, i)
-        for name, loaded in ((name, sys.modules.get(f"{__package__}.{name}")) for name in module_names())
+        for name, loaded in (
+            (name, sys.modules.get(f"{__package__}.{name}.triton")) for name in module_names()
+        )
         for i, row in enumerate(getattr(loaded, "LAUNCHES", ()))
     }
     return CaseResult(
@@ -218,13 +219,12 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def module_names() -> list[str]:
-    """Last names of the modules that hold kernels."""
-    here = [str(Path(__file__).parent)]
-    return sorted(info.name for info in pkgutil.iter_modules(here) if info.name.endswith("_triton"))
+    """Names of the op families, each a folder with a module `triton`."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton.py"))
 
 
 def _load(module: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.{module}")
+    return importlib.import_module(f"{__package__}.{module}.triton")
 
 
 def list_cases(modules: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -331,7 +331,7 @@ def write_text(path: Path, text: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m geo_r1.kernels.aot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("modules", nargs="*", metavar="module", help="advantage_triton, say; none means all")
+    parser.add_argument("modules", nargs="*", metavar="module", help="advantage, say; none means all")
     parser.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT, help="both if not given")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; one a core if not given")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the kernels and the faults here too")

@@ -117,9 +117,9 @@ def test_rows_are_told_apart_by_identity_and_must_be_listed(monkeypatch):
     module = SimpleNamespace(
         LAUNCHES=TABLE, aot_cases=lambda: iter([("a", lambda: [TABLE[1].options, twin.options])])
     )
-    monkeypatch.setitem(sys.modules, "geo_r1.kernels.advantage_triton", module)
-    result = aot.build_case("advantage_triton", "a", 90)
-    assert result == aot.CaseResult({}, frozenset({("advantage_triton", 1)}), (twin,))
+    monkeypatch.setitem(sys.modules, "geo_r1.kernels.advantage.triton", module)
+    result = aot.build_case("advantage", "a", 90)
+    assert result == aot.CaseResult({}, frozenset({("advantage", 1)}), (twin,))
     assert TABLE[1].options == {"BLOCK": 128, "num_warps": 8, "num_stages": 1}
 
 
@@ -153,7 +153,7 @@ def test_the_table_is_aligned():
     ("arguments", "interpret", "message"),
     [
         ([], "1", "TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it"),
-        (["attention"], "0", "no module 'attention'; modules are advantage_triton"),
+        (["rows"], "0", "no module 'rows'; modules are advantage"),
         (["--jobs", "0"], "0", "--jobs: expected at least 1, got 0"),
         (["--json", "nowhere/aot.json"], "0", "--json: no folder nowhere"),
     ],
@@ -167,7 +167,7 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, interpret, message
 
 
 def test_a_module_is_built_for_both_chips_without_a_gpu(tmp_path):
-    command = [sys.executable, "-m", "geo_r1.kernels.aot", "advantage_triton", "--jobs", "1"]
+    command = [sys.executable, "-m", "geo_r1.kernels.aot", "advantage", "--jobs", "1"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(

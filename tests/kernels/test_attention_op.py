@@ -23,7 +23,7 @@ def test_second_derivatives_are_an_error(impl):
 @pytest.mark.parametrize("case", [((3,), ((2, 1),)), ((), ())], ids=["group", "empty"])
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
 def test_opcheck(impl, heads, case):
-    from geo_r1.kernels import attention_op as module
+    from geo_r1.kernels.attention import op as module
 
     layout, qkv, grad, *_ = inputs(case, *heads, dtype=WIDEST[impl])
     tiles = module._kernels(impl).tiles(qkv[0], layout, True)

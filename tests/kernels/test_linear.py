@@ -4,7 +4,7 @@ import pytest
 import torch
 from losses import full_logits, loss_case, recorded, written_out
 
-import geo_r1.kernels.chunks as chunks
+import geo_r1.kernels.loss.chunks as chunks
 from geo_r1.kernels import (
     GRPOLossConfig,
     grpo_loss,

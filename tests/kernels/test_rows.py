@@ -8,7 +8,7 @@ import torch
 from losses import full_logits, loss_case
 from test_grpo_loss import configs
 
-import geo_r1.kernels.chunks as chunks
+import geo_r1.kernels.loss.chunks as chunks
 from geo_r1.kernels import (
     GRPOLossConfig,
     grpo_loss,
@@ -16,8 +16,8 @@ from geo_r1.kernels import (
     linear_grpo_loss,
     linear_logprob,
 )
-from geo_r1.kernels.chunks import row_kernels
-from geo_r1.kernels.reference import LossRows
+from geo_r1.kernels.loss.chunks import row_kernels
+from geo_r1.kernels.loss.reference import LossRows
 
 # NumPy, which interprets the kernels, warns of the infinities that they mean.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from geo_r1.kernels import reference
-from geo_r1.kernels.loss_config import GRPOLossConfig
-from geo_r1.kernels.reference import LossRows, RowLoss
+from geo_r1.kernels.loss import reference
+from geo_r1.kernels.loss.config import GRPOLossConfig
+from geo_r1.kernels.loss.reference import LossRows, RowLoss
 
 # All live temporaries of a chunk together, without the copy of a float32 head in a narrower dtype.
 # Accelerators: at V = 152064 in bfloat16 that is 3,530 rows, so the products are bound by arithmetic and most
@@ -183,7 +183,7 @@ class TorchRows:
 
 def row_kernels(impl: str) -> ModuleType:
     """The kernels that work on rows of logits, "triton" or "cuda": two modules with the same functions."""
-    return importlib.import_module(f"geo_r1.kernels.rows_{impl}")  # Triton may be missing where CUDA runs
+    return importlib.import_module(f"geo_r1.kernels.loss.{impl}")  # Triton may be missing where CUDA runs
 
 
 class KernelRows:

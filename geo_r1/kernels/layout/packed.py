@@ -20,7 +20,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.schedule import TILE_ROWS, tile_tables
+from geo_r1.kernels.layout.tiles import TILE_ROWS, tile_tables
 
 
 @dataclass(frozen=True, eq=False)  # fields are tensors, so equal means the same object
@@ -82,7 +82,7 @@ class PackedLayout:
             ValueError: lengths are negative, not integers, or the two arguments differ in length; or the
                 tokens do not fit int32.
         """
-        prompts, completions = _check_lengths(
+        prompts, completions = check_lengths(
             prompt_len, [()] * len(prompt_len) if completion_len is None else completion_len
         )
         cu_group, cu_segment, parent = [0], [0], list[int]()
@@ -183,80 +183,7 @@ class PackedLayout:
         return tuple(row for i, row in enumerate(self.segments) if i not in first_of_group)
 
 
-@dataclass(frozen=True)
-class PackedPlan:
-    """Groups put into batches under a token budget.
-
-    Attributes:
-        batches: for each batch, (group, indices of its completions) pairs; a group may stand in several.
-        num_tokens: tokens over all batches, repeated prompts included.
-        repeated_tokens: prompt tokens computed again because a group was split.
-    """
-
-    batches: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
-    num_tokens: int
-    repeated_tokens: int
-
-
-def plan_batches(
-    prompt_len: Sequence[int], completion_len: Sequence[Sequence[int]], max_tokens: int
-) -> PackedPlan:
-    """Put groups into as few batches of at most `max_tokens` tokens as first-fit decreasing finds.
-
-    A group larger than the budget is split into sub-groups that repeat its prompt, never two of them in one
-    batch; the plan counts what that costs.
-
-    Args:
-        prompt_len: tokens of each prompt, B integers >= 0.
-        completion_len: B sequences with the tokens of each completion.
-        max_tokens: the most tokens a batch may hold.
-
-    Returns:
-        The plan; the same lengths always give the same one.
-
-    Raises:
-        ValueError: as `PackedLayout.from_lengths`; or one prompt, alone or with one of its completions, is
-            larger than the budget: the message names the group.
-    """
-    prompts, completions = _check_lengths(prompt_len, completion_len)
-    pieces: list[tuple[int, tuple[int, ...]]] = []
-    sizes: list[int] = []
-    for group, (prompt, lengths) in enumerate(zip(prompts, completions, strict=True)):
-        if prompt + max(lengths, default=0) > max_tokens:
-            longest = f" with a completion of {max(lengths)}" if lengths else ""
-            raise ValueError(
-                f"group {group}: a prompt of {prompt} tokens{longest} is over the budget of {max_tokens} "
-                "tokens a batch"
-            )
-        if prompt + sum(lengths) <= max_tokens:  # as nearly always
-            pieces.append((group, tuple(range(len(lengths)))))
-            sizes.append(prompt + sum(lengths))
-            continue
-        for piece in _first_fit_decreasing(lengths, max_tokens - prompt):
-            pieces.append((group, piece))
-            sizes.append(prompt + sum(lengths[i] for i in piece))
-    batches = _first_fit_decreasing(sizes, max_tokens)
-    needed = sum(prompts) + sum(map(sum, completions))
-    return PackedPlan(
-        tuple(tuple(pieces[i] for i in batch) for batch in batches), sum(sizes), sum(sizes) - needed
-    )
-
-
-def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
-    """Indices of `sizes` in bins, ascending in each. Any two bins together are over the capacity."""
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        slot = next((i for i, room in enumerate(free) if room >= sizes[index]), len(bins))
-        if slot == len(bins):
-            bins.append([])
-            free.append(capacity)
-        bins[slot].append(index)
-        free[slot] -= sizes[index]
-    return [tuple(sorted(indices)) for indices in bins]
-
-
-def _check_lengths(
+def check_lengths(
     prompt_len: Sequence[int], completion_len: Sequence[Sequence[int]]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """The lengths as Python's own integers, whose sums cannot overflow."""

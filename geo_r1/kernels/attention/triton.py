@@ -1,7 +1,7 @@
-"""Packed attention in Triton: it walks the tiles of a layout, see `schedule.py`.
+"""Packed attention in Triton: it walks the tiles of a layout, see `layout/tiles.py`.
 
-The kernels, with what they compute and move, stand in `attention_triton_forward.py` and
-`attention_triton_backward.py`.
+The kernels, with what they compute and move, stand in `triton_forward.py` and
+`triton_backward.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.attention_triton_backward import D_KEY, D_QUERY, backward
-from geo_r1.kernels.attention_triton_forward import FORWARD, choose_row, forward
+from geo_r1.kernels.attention.triton_backward import D_KEY, D_QUERY, backward
+from geo_r1.kernels.attention.triton_forward import FORWARD, choose_row, forward
 from geo_r1.kernels.launch import Launch
 from geo_r1.kernels.layout import PackedLayout
-from geo_r1.kernels.schedule import HEAD_SIZES, SHORT
+from geo_r1.kernels.layout.tiles import HEAD_SIZES, SHORT
 
 LAUNCHES: tuple[Launch, ...] = (*FORWARD.values(), *D_QUERY.values(), *D_KEY.values())
 

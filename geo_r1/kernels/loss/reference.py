@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.loss_config import GRPOLossConfig
+from geo_r1.kernels.loss.config import GRPOLossConfig
 
 # sigmoid(40) is 1 in float64, with derivative 0: SAPO's ratio may be held there without changing a bit.
 SAPO_SATURATED = 40.0

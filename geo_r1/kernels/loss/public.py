@@ -1,30 +1,103 @@
-"""Losses and log-probabilities straight from hidden states: the full logits [R, V] never exist.
+"""The GRPO family of losses on full logits, and the weights that average it.
 
-    logits = hidden lm_head^T / temperature;  logp = logits[target] - logsumexp(logits)
-    dlogits = dlogp (onehot - p) - dH p (log p + H)
+    L = sum_t w_t * (importance_t * policy_t + beta * KL_t - entropy_coef * H_t)
 
-Rows are walked in chunks whose logits live in one bounded scratch. Two ways through the vocabulary:
-
-- A loss is one number, so it gets its gradients in the forward pass: three products in all (logits, dhidden,
-  dlm_head), 3 * 2 R C V operations, and backward only multiplies. With ratios per sequence no row's gradient
-  is known before the last row's log-probability: if there are several chunks they are walked twice, four
-  products.
-- Log-probabilities that are themselves differentiated recompute a chunk's logits in backward: four products.
-
-Without a gradient there is one product; a frozen head or frozen hidden states skip theirs.
-
-Source: fused linear cross-entropy, Liger-Kernel, arXiv:2410.10989; recomputation, arXiv:2411.09009.
+Source: GRPO, arXiv:2402.03300; options and names follow TRL's GRPOTrainer.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.checks import check_linear, check_row, check_rows, check_target, refused_dtype
-from geo_r1.kernels.grpo_loss import GRPOLossOutput
 from geo_r1.kernels.impls import autocast_dtype, resolve_impl
-from geo_r1.kernels.linear_op import linear_grpo_loss_op, linear_logprob_op
-from geo_r1.kernels.loss_config import DEFAULT_CONFIG, GRPOLossConfig
-from geo_r1.kernels.reference import LossRows
+from geo_r1.kernels.loss.checks import (
+    check_linear,
+    check_matrix,
+    check_row,
+    check_rows,
+    check_target,
+    refused_dtype,
+)
+from geo_r1.kernels.loss.config import DEFAULT_CONFIG, GRPOLossConfig
+from geo_r1.kernels.loss.op import linear_grpo_loss_op, linear_logprob_op
+from geo_r1.kernels.loss.reference import LossRows
+
+
+@dataclass(frozen=True)
+class GRPOLossOutput:
+    """The loss and what each row says about it. Rows of weight zero report 0, 0, 0, 1 and False.
+
+    float32, or float64 for float64 inputs.
+    """
+
+    loss: Tensor  # scalar, differentiable
+    logp_R: Tensor  # [R] nats, no gradient, as are all below
+    entropy_R: Tensor  # [R] nats
+    kl_R: Tensor  # [R] nats, by the chosen estimator; zeros without ref_logp_R
+    ratio_R: Tensor  # [R] policy / old policy, before any clipping; one a sequence with level "sequence"
+    # [R] bool: outside [1 - epsilon, 1 + epsilon_high] on the side that the advantage pushes to; with "cispo"
+    # above epsilon_high with a positive advantage; never with "sapo"
+    clipped_R: Tensor
+
+
+def grpo_loss(
+    logits_RV: Tensor,
+    target_R: Tensor,
+    advantage_R: Tensor,
+    token_weight_R: Tensor,
+    *,
+    old_logp_R: Tensor | None = None,
+    ref_logp_R: Tensor | None = None,
+    importance_weight_R: Tensor | None = None,
+    sequence_R: Tensor | None = None,
+    config: GRPOLossConfig = DEFAULT_CONFIG,
+    impl: str | None = None,
+) -> GRPOLossOutput:
+    """GRPO's loss from full logits.
+
+        L = sum_t w_t * (importance_t * policy_t + beta * KL_t - entropy_coef * H_t)
+        clip:  policy = -min(min(ratio, delta) A, clamp(ratio, 1 - epsilon, 1 + epsilon_high) A)
+        cispo: policy = -stop_gradient(min(ratio, epsilon_high)) A logp
+        sapo:  policy = -4 / tau sigmoid(tau (ratio - 1)) A
+
+    Differentiable in `logits_RV` only. A row of weight zero contributes exactly zero, whatever it holds. With
+    old_logp_R=None NaN logits show in logp_R and the gradient; the ratio is 1, so the loss may be finite.
+
+    Args:
+        logits_RV: [R, V] float16, bfloat16, float32 or float64. R = 0 is legal, and its loss is 0.
+        target_R: [R] int64 in [0, V), the drawn tokens.
+        advantage_R: [R] floating, no unit, each row's completion's.
+        token_weight_R: [R] floating, how rows are averaged, see `token_weights`.
+        old_logp_R: [R] floating, nats, under the policy that drew the tokens. None: strictly on-policy, the
+            ratio is 1 and its gradient is kept.
+        ref_logp_R: [R] floating, nats, under the reference model. Needed where beta is not 0.
+        importance_weight_R: [R] floating, multiplies the policy term (correction for a sampler that differs
+            from the old policy). None: 1.
+        sequence_R: [R] int64, which completion a row belongs to; any ids, rows in any order. Needed with
+            level "sequence".
+        config: options.
+        impl: implementation, see `available_impls()`.
+
+    Returns:
+        GRPOLossOutput.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, an input that the options need is missing, or (on the
+            CPU) a target is out of range.
+
+    Source: GRPO, arXiv:2402.03300; clip higher and token averages, DAPO, arXiv:2503.14476; sequence ratios,
+        GSPO, arXiv:2507.18071; cispo, arXiv:2506.13585; sapo, arXiv:2511.20347; TRL's GRPOTrainer.
+    """
+    check_matrix("logits_RV", logits_RV)
+    impl = resolve_impl("grpo_loss", impl, logits_RV.device, refused_dtype(logits_RV))
+    rows = LossRows(advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R)
+    check_rows(logits_RV, target_R, logits_RV.shape[1], config, rows)
+    outputs = torch.ops.geo_r1.grpo_loss(logits_RV, target_R, *rows.detached(), *config.values, impl)
+    return GRPOLossOutput(*outputs[:6])
+
 
 # Cross-entropy is this policy's term on data of its own: -min(ratio, 1) A logp with ratio and A of 1.
 CROSS_ENTROPY = GRPOLossConfig(policy="cispo", epsilon_high=1.0)

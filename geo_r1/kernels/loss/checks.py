@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.loss_config import GRPOLossConfig
-from geo_r1.kernels.reference import LossRows
+from geo_r1.kernels.loss.config import GRPOLossConfig
+from geo_r1.kernels.loss.reference import LossRows
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

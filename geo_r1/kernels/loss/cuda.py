@@ -1,4 +1,4 @@
-"""Rows of logits by the CUDA kernels of csrc/grpo_loss.cu; the functions of `rows_triton`, one by one."""
+"""Rows of logits by the CUDA kernels of csrc/grpo_loss.cu; the functions of `triton`, one by one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from geo_r1.kernels.extension import launch
-from geo_r1.kernels.loss_config import GRPOLossConfig
-from geo_r1.kernels.reference import SAPO_SATURATED, LossRows, RowLoss
+from geo_r1.kernels.loss.config import GRPOLossConfig
+from geo_r1.kernels.loss.reference import SAPO_SATURATED, LossRows, RowLoss
 
 
 def row_statistics(logits_RV: Tensor, target_R: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logp_R, entropy_R, lse_R2 in one read of the logits; see `rows_triton.row_statistics`."""
+    """logp_R, entropy_R, lse_R2 in one read of the logits; see `triton.row_statistics`."""
     logp_R, entropy_R = (_new_row(logits_RV) for _ in range(2))
     lse_R2 = _new_row(logits_RV, 2)
     launch(

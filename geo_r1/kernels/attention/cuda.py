@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.attention_flash import loadable
+from geo_r1.kernels.attention.flash import loadable
 from geo_r1.kernels.extension import launch
 from geo_r1.kernels.layout import PackedLayout
-from geo_r1.kernels.schedule import SHORT
+from geo_r1.kernels.layout.tiles import SHORT
 
 TILE, SHORT_TILE = 128, SHORT  # tokens, of queries and of keys: two warpgroups and one
 

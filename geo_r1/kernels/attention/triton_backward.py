@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geo_r1.kernels.attention_triton_forward import (
+from geo_r1.kernels.attention.triton_forward import (
     LOG2_E,
     add_dot,
     choose_row,

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from geo_r1.kernels.launch import Launch, launch
-from geo_r1.kernels.loss_config import GRPOLossConfig
-from geo_r1.kernels.reference import SAPO_SATURATED, LossRows, RowLoss
+from geo_r1.kernels.loss.config import GRPOLossConfig
+from geo_r1.kernels.loss.reference import SAPO_SATURATED, LossRows, RowLoss
 
 # Most bytes of a row -> how it is read; LOADS: the pipeline's depth, so LOADS - 1 blocks are in flight while
 # one is worked on. None of it was measured. The loss reads a row twice. With one row an SM in flight (132 of

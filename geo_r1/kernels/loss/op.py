@@ -11,10 +11,129 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.chunks import ChunkWalk
-from geo_r1.kernels.grpo_loss import CONFIG_SCHEMA, ROWS_SCHEMA, fake_loss_outputs, fake_row, loss_outputs
-from geo_r1.kernels.loss_config import GRPOLossConfig
-from geo_r1.kernels.reference import LossRows, RowLoss, grpo_row_loss
+from geo_r1.kernels.loss import reference
+from geo_r1.kernels.loss.chunks import ChunkWalk, row_kernels
+from geo_r1.kernels.loss.config import GRPOLossConfig
+from geo_r1.kernels.loss.reference import LossRows, RowLoss, grpo_row_loss
+
+CONFIG_SCHEMA = (
+    "float epsilon, float? epsilon_high, float? delta, str policy, float sapo_temperature_pos, "
+    "float sapo_temperature_neg, str importance_sampling_level, float beta, str kl_estimator, "
+    "float entropy_coef, float temperature"
+)
+ROWS_SCHEMA = (
+    "Tensor target_R, Tensor advantage_R, Tensor token_weight_R, Tensor? old_logp_R, Tensor? ref_logp_R, "
+    "Tensor? importance_weight_R, Tensor? sequence_R"
+)
+
+
+def _grpo_loss(logits_RV: Tensor, target_R: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The loss, the five reports, and for backward lse and the loss's derivatives in logp and entropy."""
+    rows_R = LossRows(*arguments[:6])
+    *fields, impl = arguments[6:]
+    config = GRPOLossConfig(*fields)
+    if impl == "reference":
+        logp_R, entropy_R = reference.row_statistics(logits_RV, target_R, config.temperature)
+        lse_R2 = logp_R.new_zeros(len(logp_R), 2)  # its backward does not ask
+        terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
+    elif config.importance_sampling_level == "token":
+        kernels = row_kernels(impl)
+        terms, logp_R, entropy_R, lse_R2 = kernels.grpo_row_loss(logits_RV, target_R, rows_R, config)
+    else:
+        kernels = row_kernels(impl)
+        logp_R, entropy_R, lse_R2 = kernels.row_statistics(logits_RV, target_R, config.temperature)
+        terms = reference.grpo_row_loss(logp_R, entropy_R, rows_R, config)
+    return (
+        *loss_outputs(terms, rows_R.token_weight_R, logp_R, entropy_R),
+        lse_R2,
+        terms.d_logp_R,
+        terms.d_entropy_R,
+    )
+
+
+def _grpo_loss_fake(logits_RV: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    row_R = fake_row(logits_RV)
+    return *fake_loss_outputs(logits_RV), row_R.new_empty(len(row_R), 2), row_R, torch.empty_like(row_R)
+
+
+def _setup_grpo_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_RV, target_R, *_ = inputs
+    _, _, entropy_R, _, _, _, lse_R2, d_logp_R, d_entropy_R = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits_RV, target_R, lse_R2, entropy_R, d_logp_R, d_entropy_R)
+    *_, entropy_coef, temperature, impl = inputs
+    ctx.options = (entropy_coef != 0, temperature, impl)
+
+
+def _grpo_loss_backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 20
+    d_logits_RV = torch.ops.geo_r1.logit_gradient(*ctx.saved_tensors, d_loss, *ctx.options)
+    return d_logits_RV, *[None] * 19
+
+
+@torch.library.custom_op(
+    "geo_r1::logit_gradient",
+    mutates_args=(),
+    schema="(Tensor logits_RV, Tensor target_R, Tensor lse_R2, Tensor entropy_R, Tensor d_logp_R, "
+    "Tensor d_entropy_R, Tensor d_loss, bool entropy_term, float temperature, str impl) -> Tensor",
+)
+def _logit_gradient(
+    logits_RV: Tensor,
+    target_R: Tensor,
+    lse_R2: Tensor,
+    entropy_R: Tensor,
+    d_logp_R: Tensor,
+    d_entropy_R: Tensor,
+    d_loss: Tensor,
+    entropy_term: bool,
+    temperature: float,
+    impl: str,
+) -> Tensor:
+    """dlogits; a second derivative raises, for this has no gradient of its own."""
+    wanted_R = d_entropy_R if entropy_term else None
+    if impl == "reference":
+        options = (wanted_R, temperature, d_loss)
+        return reference.logit_gradient(logits_RV, target_R, entropy_R, d_logp_R, *options)
+    return row_kernels(impl).logit_gradient(
+        logits_RV, target_R, lse_R2, entropy_R, d_logp_R, wanted_R, temperature, d_loss=d_loss
+    )
+
+
+@_logit_gradient.register_fake
+def _(logits_RV: Tensor, *_: Any) -> Tensor:
+    return logits_RV.new_empty(logits_RV.shape)
+
+
+_grpo_loss_op = torch.library.custom_op(
+    "geo_r1::grpo_loss",
+    _grpo_loss,
+    mutates_args=(),
+    schema=f"(Tensor logits_RV, {ROWS_SCHEMA}, {CONFIG_SCHEMA}, str impl) -> ({', '.join(['Tensor'] * 9)})",
+)
+_grpo_loss_op.register_fake(_grpo_loss_fake)
+_grpo_loss_op.register_autograd(_grpo_loss_backward, setup_context=_setup_grpo_loss)
+
+
+def loss_outputs(
+    terms: RowLoss, token_weight_R: Tensor, logp_R: Tensor, entropy_R: Tensor
+) -> tuple[Tensor, ...]:
+    """The fields of GRPOLossOutput; a row that takes no part reports zeros, whatever it holds."""
+    kept_R = token_weight_R != 0
+    logp_R, entropy_R = (torch.where(kept_R, row_R, 0.0) for row_R in (logp_R, entropy_R))
+    return terms.loss_R.sum(), logp_R, entropy_R, terms.kl_R, terms.ratio_R, terms.clipped_R
+
+
+def fake_row(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[R] of the dtype that statistics of `like` [R, *] have, or of the one given."""
+    return like.new_empty(like.shape[0], dtype=dtype or torch.promote_types(like.dtype, torch.float32))
+
+
+def fake_loss_outputs(like: Tensor) -> tuple[Tensor, ...]:
+    """Shapes and dtypes of the fields of GRPOLossOutput."""
+    rows_R = (fake_row(like) for _ in range(4))
+    return fake_row(like).new_empty(()), *rows_R, fake_row(like, torch.bool)
 
 
 def _linear_grpo_loss(

@@ -1,7 +1,7 @@
 """Packed attention's own kernels as a torch op: the layout's tiles go in, a log-sum-exp is kept for backward.
 
-Kernels of one kind are a module with `tiles`, `forward` and `backward`: `attention_triton.py` and
-`attention_cuda.py`, which say what they compute and move.
+Kernels of one kind are a module with `tiles`, `forward` and `backward`: `triton.py` and
+`cuda.py`, which say what they compute and move.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from geo_r1.kernels.layout import PackedLayout
-from geo_r1.kernels.schedule import SHORT
+from geo_r1.kernels.layout.tiles import SHORT
 
 
 def attend(
@@ -35,12 +35,12 @@ def attend(
 def _kernels(impl: str) -> ModuleType:
     """Imported when first used: neither triton nor the extension is needed where it does not run."""
     if impl == "cuda":
-        from geo_r1.kernels import attention_cuda
+        from geo_r1.kernels.attention import cuda
 
-        return attention_cuda
-    from geo_r1.kernels import attention_triton
+        return cuda
+    from geo_r1.kernels.attention import triton
 
-    return attention_triton
+    return triton
 
 
 @torch.library.custom_op("geo_r1::packed_attention", mutates_args=())
