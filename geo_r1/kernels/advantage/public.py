@@ -6,6 +6,7 @@ Source: GRPO, arXiv:2402.03300; leave-one-out baseline, RLOO, arXiv:2402.14740; 
 arXiv:2503.20783.
 """
 
+import importlib
 from itertools import pairwise
 from typing import Literal
 
@@ -86,15 +87,20 @@ def _refused(dtype: torch.dtype) -> dict[str, str]:
 )
 def _kernel_op(reward_N, cu_group, valid_N, cu_completion, num_rows, *options_and_impl):
     *options, impl = options_and_impl
-    if impl == "cuda":
-        from geo_r1.kernels.advantage.cuda import group_advantage_cuda as kernel
-    else:
-        from geo_r1.kernels.advantage.triton import group_advantage_triton as kernel
-    return kernel(reward_N, cu_group, valid_N, cu_completion, num_rows, *options)
+    out = _new_result(reward_N, num_rows)
+    if num_rows and cu_group.numel() > 1:
+        kernels = importlib.import_module(f"geo_r1.kernels.advantage.{impl}")
+        cu_completion = None if cu_completion is None else cu_completion.contiguous()
+        kernels.group_advantage(out, reward_N, cu_group.contiguous(), valid_N, cu_completion, *options)
+    return out
 
 
 @_kernel_op.register_fake
 def _(reward_N, cu_group, valid_N, cu_completion, num_rows, *_):
+    return _new_result(reward_N, num_rows)
+
+
+def _new_result(reward_N: Tensor, num_rows: int) -> Tensor:
     return reward_N.new_empty(num_rows, dtype=torch.promote_types(reward_N.dtype, torch.float32))
 
 

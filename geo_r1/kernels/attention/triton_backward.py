@@ -33,56 +33,35 @@ from geo_r1.kernels.attention.triton_forward import (
     store_rows,
     strides,
 )
-from geo_r1.kernels.launch import launch
+from geo_r1.kernels.launch import Launch
 
-# As in the forward pass: the widest tiles that spill nothing on sm_80 and sm_90, none of them measured.
+# The widest tiles that spill nothing; reasons as for FORWARD.
 D_QUERY = {
-    ("long", 64): launch(
-        "127/187 registers; not measured", BM=128, BN=64, SPLIT=0, num_warps=8, num_stages=2
-    ),
-    ("long", 128): launch(
-        "177/198 registers; 128 queries a program halve what 64 read of keys; not measured",
+    ("long", 64): Launch("127/187", BM=128, BN=64, SPLIT=0, num_warps=8, num_stages=2),
+    ("long", 128): Launch(
+        "177/198; 128 queries a program read half the keys of 64",
         BM=128,
         BN=32,
         SPLIT=1,
         num_warps=8,
         num_stages=2,
     ),
-    ("short", 128): launch(
-        "193/229 registers; 64 keys spill on sm_80 from D = 80; not measured",
-        BM=64,
-        BN=32,
-        SPLIT=0,
-        num_warps=4,
-        num_stages=2,
+    ("short", 128): Launch(
+        "193/229; 64 keys spill on sm_80 from D = 80", BM=64, BN=32, SPLIT=0, num_warps=4, num_stages=2
     ),
-    ("float32", 64): launch(
-        "255/253 registers; not measured", BM=32, BN=32, SPLIT=0, num_warps=8, num_stages=1
-    ),
-    ("float32", 128): launch(
-        "254/255 registers, more rows spill; not measured", BM=16, BN=16, SPLIT=0, num_warps=8, num_stages=1
-    ),
+    ("float32", 64): Launch("255/253", BM=32, BN=32, SPLIT=0, num_warps=8),
+    ("float32", 128): Launch("254/255; more rows spill", BM=16, BN=16, SPLIT=0, num_warps=8),
 }
 # BM queries at a time for BN keys.
 D_KEY = {
-    ("long", 80): launch("168/255 registers; not measured", BM=32, BN=128, num_warps=8, num_stages=2),
-    ("long", 96): launch(
-        "194/255 registers; two stages spill on sm_80; not measured", BM=32, BN=128, num_warps=8, num_stages=3
-    ),
-    ("long", 128): launch(
-        "230/255 registers; 64 queries spill on both; not measured", BM=32, BN=128, num_warps=8, num_stages=2
-    ),
-    ("short", 96): launch("209/255 registers; not measured", BM=32, BN=64, num_warps=4, num_stages=2),
-    ("short", 128): launch(
-        "240/255 registers; two stages spill on sm_80; not measured", BM=32, BN=64, num_warps=4, num_stages=1
-    ),
-    ("float32", 64): launch("176/176 registers; not measured", BM=16, BN=32, num_warps=8, num_stages=1),
-    ("float32", 80): launch(
-        "255/255 registers; one stage spills; not measured", BM=16, BN=16, num_warps=8, num_stages=2
-    ),
-    ("float32", 128): launch(
-        "192/194 registers, more rows spill; not measured", BM=16, BN=16, num_warps=8, num_stages=1
-    ),
+    ("long", 80): Launch("168/255", BM=32, BN=128, num_warps=8, num_stages=2),
+    ("long", 96): Launch("194/255; two stages spill on sm_80", BM=32, BN=128, num_warps=8, num_stages=3),
+    ("long", 128): Launch("230/255; 64 queries spill on both", BM=32, BN=128, num_warps=8, num_stages=2),
+    ("short", 96): Launch("209/255", BM=32, BN=64, num_warps=4, num_stages=2),
+    ("short", 128): Launch("240/255; two stages spill on sm_80", BM=32, BN=64, num_warps=4),
+    ("float32", 64): Launch("176/176", BM=16, BN=32, num_warps=8),
+    ("float32", 80): Launch("255/255; one stage spills", BM=16, BN=16, num_warps=8, num_stages=2),
+    ("float32", 128): Launch("192/194; more rows spill", BM=16, BN=16, num_warps=8),
 }
 
 

@@ -23,56 +23,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geo_r1.kernels.launch import Launch, launch
+from geo_r1.kernels.launch import Launch
 
 LOG2_E = math.log2(math.e)  # kernels use exp2, the one the hardware has; their log-sum-exp is in base 2 too
 # A float32 product is made of three of tf32, close to float32's own accuracy; other dtypes ignore it.
 PRECISION = tl.constexpr("tf32x3")
 
-# (what runs, largest head size) -> tile. "short": no segment is longer than 64 tokens, so a tile is a whole
-# segment. SPLIT: blocks that need no mask have a loop of their own. Registers: the most, sm_90 / sm_80.
+# (kind of batch, largest head size) -> tile. "short": no segment is longer than 64 tokens, so a tile is a
+# whole segment. SPLIT: blocks that need no mask have a loop of their own. Reasons give the most registers of
+# any kernel on sm_90 / sm_80. Nothing here was measured.
 FORWARD = {
-    ("long", 32): launch(
-        "79/128 registers; more stages spill on sm_80; not measured",
-        BM=128,
-        BN=64,
-        SPLIT=1,
-        num_warps=8,
-        num_stages=1,
+    ("long", 32): Launch("79/128; more stages spill on sm_80", BM=128, BN=64, SPLIT=1, num_warps=8),
+    ("long", 128): Launch("225/222, 128 KiB", BM=128, BN=64, SPLIT=1, num_warps=8, num_stages=3),
+    ("short", 32): Launch("92/127; two stages spill on sm_80", BM=64, BN=64, SPLIT=0, num_warps=4),
+    ("short", 80): Launch(
+        "155/240; three windows an SM on sm_90, two with two stages", BM=64, BN=64, SPLIT=0, num_warps=4
     ),
-    ("long", 128): launch(
-        "225/222 registers, 128 KiB; not measured", BM=128, BN=64, SPLIT=1, num_warps=8, num_stages=3
+    ("short", 128): Launch(
+        "203/255; fetches k and v of the one block together", BM=64, BN=64, SPLIT=0, num_warps=4, num_stages=2
     ),
-    ("short", 32): launch(
-        "92/127 registers; two stages spill on sm_80; not measured",
-        BM=64,
-        BN=64,
-        SPLIT=0,
-        num_warps=4,
-        num_stages=1,
-    ),
-    ("short", 80): launch(
-        "155/240 registers, three windows an SM on sm_90; two stages leave room for two; not measured",
-        BM=64,
-        BN=64,
-        SPLIT=0,
-        num_warps=4,
-        num_stages=1,
-    ),
-    ("short", 128): launch(
-        "203/255 registers, k and v of the one block fetched together; not measured",
-        BM=64,
-        BN=64,
-        SPLIT=0,
-        num_warps=4,
-        num_stages=2,
-    ),
-    ("float32", 64): launch(
-        "163/158 registers; not measured", BM=32, BN=32, SPLIT=0, num_warps=4, num_stages=1
-    ),
-    ("float32", 128): launch(
-        "224/230 registers; 32 rows spill; not measured", BM=16, BN=32, SPLIT=0, num_warps=8, num_stages=1
-    ),
+    ("float32", 64): Launch("163/158", BM=32, BN=32, SPLIT=0, num_warps=4),
+    ("float32", 128): Launch("224/230; 32 rows spill", BM=16, BN=32, SPLIT=0, num_warps=8),
 }
 
 

@@ -22,24 +22,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geo_r1.kernels.launch import Launch, launch
+from geo_r1.kernels.launch import Launch
 from geo_r1.kernels.loss.config import GRPOLossConfig
 from geo_r1.kernels.loss.reference import SAPO_SATURATED, LossRows, RowLoss
 
-# Most bytes of a row -> how it is read; LOADS: the pipeline's depth, so LOADS - 1 blocks are in flight while
-# one is worked on. None of it was measured. The loss reads a row twice. With one row an SM in flight (132 of
-# them, 300 KB each at V = 152064 in bfloat16: 40 MB) an H200's 60 MB of L2 can hold it until the second
-# read; with more it could not. So the row for large V asks for more than half of an SM's registers.
+# Most bytes of a row -> how it is read. LOADS: depth of the pipeline, so LOADS - 1 blocks are in flight while
+# the program works on one. Nothing here was measured. The loss reads a row twice. With one row in flight per
+# SM (132 SMs, 300 KB each at V = 152064 in bfloat16: 40 MB) an H200's 60 MB of L2 can hold it until the
+# second read; with more it could not. So the launch for large V asks for more than half of an SM's registers.
 LOSS_ROWS = {
-    1 << 11: launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
-    1 << 16: launch("rows stay in L2 anyway", BLOCK_V=2048, LOADS=3, num_warps=8),
-    400_000: launch("one row an SM, 48 KB of it in flight", BLOCK_V=8192, LOADS=4, num_warps=16),
-    1 << 40: launch("L2 cannot hold even one row an SM", BLOCK_V=2048, LOADS=3, num_warps=8),
+    1 << 11: Launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
+    1 << 16: Launch("rows stay in L2 anyway", BLOCK_V=2048, LOADS=3, num_warps=8),
+    400_000: Launch("one row per SM, 48 KB of it in flight", BLOCK_V=8192, LOADS=4, num_warps=16),
+    1 << 40: Launch("L2 cannot hold even one row per SM", BLOCK_V=2048, LOADS=3, num_warps=8),
 }
-# One pass over the row: nothing to keep, so several rows an SM, 8 numbers a thread.
+# One pass keeps nothing, so several rows run on an SM, with 8 numbers a thread.
 PASS_ROWS = {
-    1 << 11: launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
-    1 << 40: launch("4 rows an SM, 32 KB of them in flight", BLOCK_V=2048, LOADS=3, num_warps=8),
+    1 << 11: Launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
+    1 << 40: Launch("4 rows per SM, 32 KB of them in flight", BLOCK_V=2048, LOADS=3, num_warps=8),
 }
 LAUNCHES: tuple[Launch, ...] = (*LOSS_ROWS.values(), *PASS_ROWS.values())
 
