@@ -41,8 +41,6 @@ else:
     if "edited" in text:
         source.write_text("// while nvcc ran\\n")
     headers = [source.parent / name for name in re.findall('#include "(.*)"', text)]
-    Path(arguments[arguments.index("-MF") + 1]).write_text(
-        "made.o : " + " \\\\\\n    ".join(map(str, [source, *headers])) + "\\n")
     out.write_text(text + "".join(header.read_text() for header in headers))
     print("compiled", source.name)
 """

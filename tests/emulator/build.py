@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.machinery
 import importlib.util
 import os
@@ -23,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
+
+from csrc.nvcc import digest, with_headers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -81,7 +82,7 @@ def link(sources: Iterable[Path], flags: Sequence[str], name: str, out_dir: Path
         objects = list(
             pool.map(lambda source: _compile(source, flags, include_dirs, out_dir), [*sources, *OWN_SOURCES])
         )
-    library = out_dir / _digest(path.name for path in objects) / name
+    library = out_dir / digest(path.name for path in objects) / name
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         _run("g++", "-shared", *map(str, objects), out=library)
@@ -138,9 +139,9 @@ def prepare(path: Path) -> ctypes.CDLL:
 
 
 def _compile(source: Path, flags: Sequence[str], include_dirs: Sequence[Path], out_dir: Path) -> Path:
-    files = sorted(_closure(source, include_dirs))
-    texts = (path.read_text() for path in files)
-    key = _digest((*flags, _compiler(), *map(str, files), *texts))
+    files = with_headers(source, include_dirs)
+    texts = (path.read_text(encoding="utf-8") for path in files)
+    key = digest((*flags, _compiler(), *map(str, files), *texts))
     out = out_dir / "objects" / f"{source.stem}-{key}.o"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -148,28 +149,9 @@ def _compile(source: Path, flags: Sequence[str], include_dirs: Sequence[Path], o
     return out
 
 
-def _closure(source: Path, include_dirs: Sequence[Path]) -> set[Path]:
-    """A file and all of ours that it includes."""
-    seen: set[Path] = set()
-    todo = [source]
-    while todo:
-        path = todo.pop()
-        seen.add(path)
-        for name in re.findall(r'^#include ["<]([^">]+)', path.read_text(), re.MULTILINE):
-            candidates = (folder / name for folder in (path.parent, *include_dirs))
-            found = next((file.resolve() for file in candidates if file.is_file()), None)
-            if found is not None and found not in seen:
-                todo.append(found)
-    return seen
-
-
 @functools.cache
 def _compiler() -> str:
     return subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
-
-
-def _digest(texts: Iterable[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def _run(*command: str, out: Path) -> None:

@@ -107,8 +107,7 @@ def test_a_row_that_no_case_chooses_is_named(monkeypatch):
     monkeypatch.setattr(aot, "_load", lambda module: SimpleNamespace(LAUNCHES=TABLE))
     assert aot.uncovered(["some"], 90, {("some", 0), ("some", 1)}) == []
     assert aot.uncovered(["some"], 90, {("some", 0), ("other", 1)}) == [
-        "some: no case chooses row 1 of LAUNCHES on sm_90: "
-        "{'BLOCK': 128, 'num_warps': 8, 'num_stages': 1}"
+        "some: no case chooses row 1 of LAUNCHES on sm_90: {'BLOCK': 128, 'num_warps': 8, 'num_stages': 1}"
     ]
 
 
