@@ -23,8 +23,8 @@ from benchmarks.measure import Case, Provider
 from benchmarks.meters import Tensors, nothing
 from benchmarks.peers import our_names, ours, why_missing, why_not_compiled
 from geo_r1.kernels import available_impls, grpo_loss
-from geo_r1.kernels.loss.chunks import row_kernels
 from geo_r1.kernels.loss.reference import LossRows
+from geo_r1.kernels.loss.rows import row_kernels
 
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

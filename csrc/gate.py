@@ -118,8 +118,8 @@ def judge(kernel: Kernel) -> list[str]:
     """List the faults of a kernel, one line each with its file, name and chip.
 
     It must be in ptxas's report and in the object, and use no local memory: no stack, no spill, no
-    instruction for it. A kernel of a file for sm_90 must multiply by warpgroups (HGMMA), copy tensors in bulk (UTMALDG),
-    and have exponentials beside its products, which ptxas may move behind the wait for all of them.
+    instruction for it. A kernel of a file for sm_90 must multiply by warpgroups (HGMMA), copy tensors in
+    bulk (UTMALDG), and have exponentials beside its products, which ptxas may move behind all of them.
     """
     faults = []
     if kernel.report is None:

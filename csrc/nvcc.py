@@ -36,7 +36,7 @@ _DEFAULT_HOME = Path("/usr/local/cuda")
 _DEFAULT_ARCHS = ("80", "90a", "100")
 _OLDEST = (12, 8)  # the first release that knows 100
 _LEAST_ARCH = 80  # the first with bfloat16 and asynchronous copies
-_FLAGS = ("-std=c++17", "-O3", "--Werror", "all-warnings", "-I", "csrc")
+_FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "--Werror", "all-warnings", "-I", "csrc")
 _FLAGS += ("-Xcompiler", "-Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden")
 _ALTERS_COMMANDS = ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
@@ -262,7 +262,7 @@ def _link(toolchain: Toolchain, units: list[Unit], root: Path, built: Path) -> N
     objects = [str(unit.output(root, ".o").relative_to(root)) for unit in units]
     # torch shows its own CUDA runtime to every library, and the one linked in here must not be taken for it:
     # so its symbols are hidden. -s drops the table of the others.
-    command = (str(toolchain.nvcc), "-shared", "-cudart", "static", "-nodlink")
+    command: tuple[str, ...] = (str(toolchain.nvcc), "-shared", "-cudart", "static", "-nodlink")
     command += ("-Xlinker", "--exclude-libs=ALL,-s", *objects)
     key = digest([toolchain.version, *command, *(unit.key for unit in units)])
     stamp = built.with_suffix(".stamp")

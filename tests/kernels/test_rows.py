@@ -16,8 +16,8 @@ from geo_r1.kernels import (
     linear_grpo_loss,
     linear_logprob,
 )
-from geo_r1.kernels.loss.chunks import row_kernels
 from geo_r1.kernels.loss.reference import LossRows
+from geo_r1.kernels.loss.rows import row_kernels
 
 # NumPy, which interprets the kernels, warns of the infinities that they mean.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,22 +1,11 @@
 """Group-relative advantages by the CUDA kernel of csrc/group_advantage.cu."""
 
 import torch
-from torch import Tensor
 
 from geo_r1.kernels.extension import launch
 
 
-def group_advantage(
-    out: Tensor,
-    reward_N: Tensor,
-    cu_group: Tensor,
-    valid_N: Tensor | None,
-    cu_completion: Tensor | None,
-    baseline: str,
-    scale: str,
-    eps: float,
-    correction: int,
-) -> None:
+def group_advantage(out, reward_N, cu_group, valid_N, cu_completion, baseline, scale, eps, correction):
     """Fill `out` [R], not empty, from checked inputs."""
     launch(
         "group_advantage",

@@ -31,34 +31,34 @@ def group_advantage(
     num_rows: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Score each completion against the others that answer the same prompt.
+    """Score each completion against the others of its group.
 
         advantage[i] = (reward[i] - mean_g) / (std_g + eps)
 
     A group whose valid rewards are all equal, or that has one valid member, gets exactly zero. A non-finite
-    reward makes the valid members of its own group NaN (with `scale="batch"`, of every group that is not
-    all equal): nothing waits for the device to raise.
+    reward makes the valid members of its group NaN (with `scale="batch"`, those of every group whose rewards
+    differ): raising an error would wait for the device.
 
     Args:
         reward_N: [N] floating, task units; completions of a group are adjacent.
         cu_group: [G + 1] int32 or int64, group boundaries; starts at 0, ends at N. Empty groups are legal.
-        valid_N: [N] bool; members that are False take no part in the statistics and get 0. None: all valid.
-        baseline: "mean" of the group's valid members, or "leave_one_out", that of the other ones.
+        valid_N: [N] bool; members that are False are left out of the statistics and get 0. None: all valid.
+        baseline: "mean" of the group's valid members, or "leave_one_out", the mean of the other ones.
         scale: divide by the standard deviation of the "group", of the whole "batch"'s valid rewards, or by
             nothing ("none").
         eps: task units, added to the standard deviation; keeps nearly equal rewards finite.
         correction: 1 for the sample standard deviation (Bessel's correction), 0 for the population's.
         cu_completion: [N + 1] int32 or int64, where each completion's loss rows start; starts at 0, ends at
-            R. With it each completion's advantage is repeated for all of its rows. None: one value each.
-        num_rows: R, given if and only if `cu_completion` is, so that nothing waits for the device.
+            R. Repeats each completion's advantage for all of its rows. None: one value per completion.
+        num_rows: R, required with `cu_completion` and only then, so that nothing waits for the device.
         impl: implementation, see `available_impls()`.
 
     Returns:
         [N], or [R] with `cu_completion`; float32 (float64 for float64 rewards), no unit, no gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or option is wrong; or boundaries that live on the CPU do not
-            start at 0, fall, or do not end at N or R.
+        ValueError: a shape, dtype, device or option is wrong; or boundaries on the CPU do not start at 0,
+            decrease, or do not end at N or R.
 
     Source: GRPO, arXiv:2402.03300.
     """
@@ -151,7 +151,7 @@ def _check(
         raise ValueError(f"eps: expected at least 0, got {eps}")
     if correction not in (0, 1):
         raise ValueError(f"correction: expected 0 or 1, got {correction}")
-    # Values on a GPU are not waited for, and a traced graph has none.
+    # Reading values would wait for a GPU, and a traced graph has none.
     if cu_group.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_boundaries("cu_group", "group", cu_group, "N", reward_N.numel())
         if cu_completion is not None and num_rows is not None:

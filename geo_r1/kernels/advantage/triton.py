@@ -2,12 +2,13 @@
 
     advantage[i] = (reward[i] - baseline_i) / scale_i
 
-Source: GRPO, arXiv:2402.03300, as `geo_r1.kernels.advantage` states it. A program reads its group's rewards
-four times (smallest and largest, mean, squares, result), the last three from cache, and writes a value a
-member or a token. With scale="batch" each program also reads all N rewards, three times: O(G * N) in all, for
-the thousands of rewards of a training step still one short launch.
+Source: GRPO, arXiv:2402.03300; `public.py` states the formula. A program reads its group's rewards four times
+(smallest and largest, mean, squares, result), the last three times from cache, and writes one value per member
+or token. With scale="batch" each program also reads all N rewards three times, O(G * N) in all. For the
+thousands of rewards of a training step that is still one short launch.
 
-Everything is computed in float64: rewards are few, so digits are free, and no option needs its own rounding.
+Everything is computed in float64: there are few rewards, so it costs nothing, and no option needs its own
+rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from geo_r1.kernels.launch import Launch
 
@@ -140,17 +140,7 @@ def _group_advantage_kernel(
                 tl.store(out_ptr + o_row, advantage.to(out_ptr.dtype.element_ty), mask=o_row < last_row)
 
 
-def group_advantage(
-    out: Tensor,
-    reward_N: Tensor,
-    cu_group: Tensor,
-    valid_N: Tensor | None,
-    cu_completion: Tensor | None,
-    baseline: str,
-    scale: str,
-    eps: float,
-    correction: int,
-) -> None:
+def group_advantage(out, reward_N, cu_group, valid_N, cu_completion, baseline, scale, eps, correction):
     """Fill `out` [R], not empty, from checked inputs."""
     row = _GROUP if scale != "batch" and cu_completion is None else _WIDE
     with torch.cuda.device_of(reward_N):  # Triton launches on the current device

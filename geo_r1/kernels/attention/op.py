@@ -1,7 +1,6 @@
-"""Packed attention's own kernels as a torch op: the layout's tiles go in, a log-sum-exp is kept for backward.
+"""Packed attention by our own kernels, as a torch op that keeps a log-sum-exp for its backward pass.
 
-Kernels of one kind are a module with `tiles`, `forward` and `backward`: `triton.py` and
-`cuda.py`, which say what they compute and move.
+`triton.py` and `cuda.py` are the kernels: each has `tiles`, `forward` and `backward`.
 """
 
 from __future__ import annotations
@@ -15,25 +14,20 @@ from torch import Tensor
 from geo_r1.kernels.layout import PackedLayout
 from geo_r1.kernels.layout.tiles import SHORT
 
+_OPTIONS = "bool short, bool causal, float scale, str impl"
+
 
 def attend(
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    layout: PackedLayout,
-    *,
-    causal: bool,
-    scale: float,
-    impl: str,
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, causal: bool, scale: float, impl: str
 ) -> Tensor:
-    """`packed_attention` of checked inputs, which the kernels of `impl` ("triton" or "cuda") take."""
+    """`packed_attention` of checked inputs by the kernels of `impl`, "triton" or "cuda"."""
     short = layout.max_segment_len <= SHORT
-    tiles = _kernels(impl).tiles(q_THD, layout, short)
-    return _packed_attention(q_THD, k_TKD, v_TKD, *tiles, short, causal, scale, impl)[0]
+    tiles = _kernels(impl).tiles(q, layout, short)
+    return _packed_attention(q, k, v, *tiles, short, causal, scale, impl)[0]
 
 
 def _kernels(impl: str) -> ModuleType:
-    """Imported when first used: neither triton nor the extension is needed where it does not run."""
+    """Import on first use, since triton or the extension may be missing where the other runs."""
     if impl == "cuda":
         from geo_r1.kernels.attention import cuda
 
@@ -43,49 +37,42 @@ def _kernels(impl: str) -> ModuleType:
     return triton
 
 
-@torch.library.custom_op("geo_r1::packed_attention", mutates_args=())
-def _packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_tiles: Tensor,
-    d_query_tiles: Tensor,
-    key_tiles: Tensor,
-    short: bool,
-    causal: bool,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "geo_r1::packed_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor query_tiles, Tensor d_query_tiles, Tensor key_tiles, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _packed_attention(q, k, v, query_tiles, d_query_tiles, key_tiles, short, causal, scale, impl):
     """Output, and the base-2 log-sum-exp [H, T] that the backward pass reads."""
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return _kernels(impl).forward(q, k, v, query_tiles, short, causal, scale)
+    out, lse = _packed_attention_fake(q)
+    if len(q):
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            _kernels(impl).forward(q, k, v, out, lse, query_tiles, short, causal, scale)
+    return out, lse
 
 
 @_packed_attention.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _packed_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("geo_r1::packed_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "geo_r1::packed_attention_backward",
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor d_query_tiles, "
+    f"Tensor key_tiles, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
 def _packed_attention_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    d_query_tiles: Tensor,
-    key_tiles: Tensor,
-    short: bool,
-    causal: bool,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. Kernels leave one dk and dv a query head; those that share keys are summed."""
-    with torch.cuda.device_of(q):
-        dq, dk, dv = _kernels(impl).backward(
-            d_out, q, k, v, out, lse, d_query_tiles, key_tiles, short, causal, scale
-        )
+    d_out, q, k, v, out, lse, d_query_tiles, key_tiles, short, causal, scale, impl
+):
+    """Gradients of q, k and v. Kernels write dk and dv per query head; this sums heads that share keys."""
+    grads = tuple(q.new_empty(q.shape) for _ in range(3))
+    if len(q):
+        tiles = (d_query_tiles, key_tiles)
+        with torch.cuda.device_of(q):
+            _kernels(impl).backward(d_out, q, k, v, out, lse, *grads, *tiles, short, causal, scale)
+    dq, dk, dv = grads
     if (num_shared := q.shape[1] // k.shape[1]) > 1:
         dk, dv = (x.unflatten(1, (-1, num_shared)).sum(2) for x in (dk, dv))
     return dq, dk, dv
@@ -99,7 +86,7 @@ def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tenso
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, _, *ctx.tiles_and_options = inputs
     out, lse = output
-    # The tiles are not among the saved: made in inference mode they could not be, and nobody writes to them.
+    # Tiles are not saved: autograd refuses those made in inference mode, and nobody writes to them.
     ctx.save_for_backward(q, k, v, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -109,7 +96,7 @@ def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, .
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if d_out is not None:
         grads = _packed_attention_backward(d_out, *ctx.saved_tensors, *ctx.tiles_and_options)
-    return *grads, *[None] * 7
+    return *grads, None, *(None for _ in ctx.tiles_and_options)
 
 
 _packed_attention.register_autograd(_backward, setup_context=_save)

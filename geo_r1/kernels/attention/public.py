@@ -2,9 +2,7 @@
 
     out_i = softmax_j(scale * q_i . k_j) v_j,   j visible from i (see `PackedLayout`)
 
-Operations: 4 * H * D for each visible (i, j) pair forward. Kernels: `triton.py`, `cuda.py`, and
-`flash.py` on top of library kernels. The reference runs segments of one
-shape as one batch, so nothing is padded and no [T, T] mask exists.
+Operations: 4 * H * D for each visible (i, j) pair forward.
 """
 
 from __future__ import annotations
@@ -14,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from geo_r1.kernels.attention.flash import flash_attention, refusal
+from geo_r1.kernels.attention.op import attend
 from geo_r1.kernels.attention.reference import reference_attention
 from geo_r1.kernels.impls import autocast_dtype, resolve_impl
 from geo_r1.kernels.layout import PackedLayout
@@ -50,7 +50,7 @@ def packed_attention(
             float16 and bfloat16.
 
     Returns:
-        [T, H, D], dtype of q, differentiable in q, k and v; but for "reference" once.
+        [T, H, D], dtype of q, differentiable in q, k and v: once, or with "reference" any number of times.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree with each other or with the layout, `scale` is not
@@ -67,20 +67,15 @@ def packed_attention(
     _check(q_THD, k_TKD, v_TKD, layout, scale)
     name = resolve_impl("packed_attention", impl, q_THD.device, _refused(q_THD, layout, impl))
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
-    # Imported here: the one imports what is here, the other may look for a library.
     if name in ("triton", "cuda"):
-        from geo_r1.kernels.attention.op import attend
-
-        return attend(q_THD, k_TKD, v_TKD, layout, causal=causal, scale=scale, impl=name)
+        return attend(q_THD, k_TKD, v_TKD, layout, causal, scale, name)
     if name == "flash":
-        from geo_r1.kernels.attention.flash import flash_attention
-
         return flash_attention(q_THD, k_TKD, v_TKD, layout, causal=causal, scale=scale)
     return reference_attention(q_THD, k_TKD, v_TKD, layout, causal, scale)
 
 
 def _refused(q: Tensor, layout: PackedLayout, impl: str | None) -> dict[str, str]:
-    """Implementations that do not take these inputs, and why; "flash", never a default, only if named."""
+    """Implementations that do not take these inputs, and why; "flash" only if named, as it is no default."""
     refused = {}
     head_size = q.shape[2]
     for name, dtypes in DTYPES.items():
@@ -88,11 +83,8 @@ def _refused(q: Tensor, layout: PackedLayout, impl: str | None) -> dict[str, str
             refused[name] = f"{q.dtype} inputs"
         elif head_size not in HEAD_SIZES:
             refused[name] = f"head size {head_size}, only {', '.join(map(str, HEAD_SIZES))}"
-    if impl == "flash":
-        from geo_r1.kernels.attention.flash import refusal
-
-        if reason := refusal(q, layout):
-            refused["flash"] = reason
+    if impl == "flash" and (reason := refusal(q, layout)):
+        refused["flash"] = reason
     return refused
 
 

@@ -12,7 +12,7 @@ from geo_r1.kernels.layout import PackedLayout
 def reference_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, causal: bool, scale: float
 ) -> Tensor:
-    """One call for each shape of segment: rows are gathered in, and put back in order at the end."""
+    """One call per shape of segment: its rows are gathered, and results go back in order at the end."""
     outs = []
     for prefix_len, q_row, kv_row in layout.shape_buckets:
         q, k, v = (

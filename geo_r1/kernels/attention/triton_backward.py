@@ -3,12 +3,12 @@
     p_ij = exp(s_ij - lse_i),   delta_i = dout_i . out_i,   ds_ij = p_ij (dout_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i p_ij dout_i
 
-The program of a tile of keys reads the one range of queries that see it, so a prompt's gradients are summed
-over its completions in registers, in a fixed order, without atomics. dq comes first and leaves delta behind.
+The program of a tile of keys reads the one range of queries that see it. So it sums a prompt's gradients over
+its completions in registers, in a fixed order, without atomics. The kernel of dq runs first and stores delta.
 
-Operations: 14 D a visible pair and head, scores and dout . v twice. Bytes: q, k, v, out, dout and the
-gradients once, k and v once more a tile of queries, q and dout once more a tile of keys; where query heads
-share a key head, dk and dv of each query head are written and read again.
+Operations: 14 D per visible pair and head; scores and dout . v are computed twice. Bytes: q, k, v, out, dout
+and the gradients once, k and v once more per tile of queries, q and dout once more per tile of keys. Where
+query heads share a key head, dk and dv of each query head are written and read again.
 
 Source: FlashAttention-2, arXiv:2307.08691.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from geo_r1.kernels.attention.triton_forward import (
     LOG2_E,
@@ -207,34 +206,22 @@ def _d_key_kernel(
 
 
 def backward(
-    d_out_THD: Tensor,
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    out_THD: Tensor,
-    lse_HT: Tensor,
-    d_query_tiles: Tensor,
-    key_tiles: Tensor,
-    short: bool,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, and dk and dv of every query head, all [T, H, D]."""
+    d_out_THD, q_THD, k_TKD, v_TKD, out_THD, lse_HT, dq_THD, dk_THD, dv_THD,
+    d_query_tiles, key_tiles, short, causal, scale,
+):  # fmt: skip
+    """Fill dq, and dk and dv of every query head."""
     (num_tokens, num_heads, head_size), num_shared = q_THD.shape, q_THD.shape[1] // k_TKD.shape[1]
-    dq_THD, dk_THD, dv_THD = (torch.empty_like(out_THD) for _ in range(3))
     delta_HT = torch.empty_like(lse_HT)
-    if num_tokens:
-        q, k, v, do = map(readable, (q_THD, k_TKD, v_TKD, d_out_THD))
-        sizes = (num_tokens, num_heads, num_shared, scale, scale * LOG2_E)
-        constants = {**split_head(head_size), "CAUSAL": causal}
-        _d_query_kernel[(d_query_tiles.shape[0] * num_heads,)](
-            q, k, v, out_THD, do, lse_HT, dq_THD, delta_HT, d_query_tiles, *sizes,
-            *strides(q, k, v, out_THD, do, dq_THD),
-            **constants, **choose_row(D_QUERY, q.dtype, head_size, short).options,
-        )  # fmt: skip
-        _d_key_kernel[(key_tiles.shape[0] * num_heads,)](
-            q, k, v, do, lse_HT, delta_HT, dk_THD, dv_THD, key_tiles, *sizes,
-            *strides(q, k, v, do, dk_THD, dv_THD),
-            **constants, **choose_row(D_KEY, q.dtype, head_size, short).options,
-        )  # fmt: skip
-    return dq_THD, dk_THD, dv_THD
+    q, k, v, do = map(readable, (q_THD, k_TKD, v_TKD, d_out_THD))
+    sizes = (num_tokens, num_heads, num_shared, scale, scale * LOG2_E)
+    constants = {**split_head(head_size), "CAUSAL": causal}
+    _d_query_kernel[(d_query_tiles.shape[0] * num_heads,)](
+        q, k, v, out_THD, do, lse_HT, dq_THD, delta_HT, d_query_tiles, *sizes,
+        *strides(q, k, v, out_THD, do, dq_THD),
+        **constants, **choose_row(D_QUERY, q.dtype, head_size, short).options,
+    )  # fmt: skip
+    _d_key_kernel[(key_tiles.shape[0] * num_heads,)](
+        q, k, v, do, lse_HT, delta_HT, dk_THD, dv_THD, key_tiles, *sizes,
+        *strides(q, k, v, do, dk_THD, dv_THD),
+        **constants, **choose_row(D_KEY, q.dtype, head_size, short).options,
+    )  # fmt: skip

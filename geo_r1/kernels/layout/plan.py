@@ -13,9 +13,9 @@ class PackedPlan:
     """Groups put into batches under a token budget.
 
     Attributes:
-        batches: for each batch, (group, indices of its completions) pairs; a group may stand in several.
-        num_tokens: tokens over all batches, repeated prompts included.
-        repeated_tokens: prompt tokens computed again because a group was split.
+        batches: for each batch, (group, indices of its completions) pairs; a group may be in several.
+        num_tokens: tokens of all batches, repeated prompts included.
+        repeated_tokens: prompt tokens that are computed again because a group was split.
     """
 
     batches: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
@@ -29,19 +29,19 @@ def plan_batches(
     """Put groups into as few batches of at most `max_tokens` tokens as first-fit decreasing finds.
 
     A group larger than the budget is split into sub-groups that repeat its prompt, never two of them in one
-    batch; the plan counts what that costs.
+    batch; the plan counts the repeated tokens.
 
     Args:
         prompt_len: tokens of each prompt, B integers >= 0.
         completion_len: B sequences with the tokens of each completion.
-        max_tokens: the most tokens a batch may hold.
+        max_tokens: the most tokens of a batch.
 
     Returns:
-        The plan; the same lengths always give the same one.
+        The plan; the same lengths always give the same plan.
 
     Raises:
-        ValueError: as `PackedLayout.from_lengths`; or one prompt, alone or with one of its completions, is
-            larger than the budget: the message names the group.
+        ValueError: as `PackedLayout.from_lengths`; or one prompt, alone or with one of its completions,
+            exceeds the budget; the message names the group.
     """
     prompts, completions = check_lengths(prompt_len, completion_len)
     pieces: list[tuple[int, tuple[int, ...]]] = []
@@ -53,7 +53,7 @@ def plan_batches(
                 f"group {group}: a prompt of {prompt} tokens{longest} is over the budget of {max_tokens} "
                 "tokens a batch"
             )
-        if prompt + sum(lengths) <= max_tokens:  # as nearly always
+        if prompt + sum(lengths) <= max_tokens:  # the usual case
             pieces.append((group, tuple(range(len(lengths)))))
             sizes.append(prompt + sum(lengths))
             continue
@@ -68,7 +68,7 @@ def plan_batches(
 
 
 def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
-    """Indices of `sizes` in bins, ascending in each. Any two bins together are over the capacity."""
+    """Indices of `sizes` in bins, ascending in each. Any two bins together exceed the capacity."""
     bins: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):

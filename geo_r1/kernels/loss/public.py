@@ -1,8 +1,23 @@
-"""The GRPO family of losses on full logits, and the weights that average it.
+"""The GRPO family of losses, from full logits or straight from hidden states.
 
     L = sum_t w_t * (importance_t * policy_t + beta * KL_t - entropy_coef * H_t)
 
-Source: GRPO, arXiv:2402.03300; options and names follow TRL's GRPOTrainer.
+The ops on hidden states never hold the full logits [R, V]:
+
+    logits = hidden lm_head^T / temperature;  logp = logits[target] - logsumexp(logits)
+    dlogits = dlogp (onehot - p) - dH p (log p + H)
+
+They walk the rows in chunks, whose logits live in one bounded scratch, in one of two ways:
+
+- A loss is one number, so its gradients are computed in the forward pass: three products in all (logits,
+  dhidden, dlm_head), 3 * 2 R C V operations, and backward only multiplies. With ratios per sequence no row's
+  gradient is known before the last row's log-probability: several chunks are walked twice, four products.
+- Log-probabilities that are differentiated themselves recompute a chunk's logits in backward: four products.
+
+Without a gradient there is one product; a frozen head or frozen hidden states skip theirs.
+
+Source: GRPO, arXiv:2402.03300; options and names follow TRL's GRPOTrainer; fused linear cross-entropy,
+Liger-Kernel, arXiv:2410.10989; recomputation, arXiv:2411.09009.
 """
 
 from __future__ import annotations
@@ -28,7 +43,7 @@ from geo_r1.kernels.loss.reference import LossRows
 
 @dataclass(frozen=True)
 class GRPOLossOutput:
-    """The loss and what each row says about it. Rows of weight zero report 0, 0, 0, 1 and False.
+    """The loss, and a report of each row. Rows of weight zero report 0, 0, 0, 1 and False.
 
     float32, or float64 for float64 inputs.
     """
@@ -38,8 +53,8 @@ class GRPOLossOutput:
     entropy_R: Tensor  # [R] nats
     kl_R: Tensor  # [R] nats, by the chosen estimator; zeros without ref_logp_R
     ratio_R: Tensor  # [R] policy / old policy, before any clipping; one a sequence with level "sequence"
-    # [R] bool: outside [1 - epsilon, 1 + epsilon_high] on the side that the advantage pushes to; with "cispo"
-    # above epsilon_high with a positive advantage; never with "sapo"
+    # [R] bool: ratio outside [1 - epsilon, 1 + epsilon_high] on the side to which the advantage pushes; with
+    # "cispo": above epsilon_high with a positive advantage; with "sapo": never
     clipped_R: Tensor
 
 
@@ -64,20 +79,20 @@ def grpo_loss(
         sapo:  policy = -4 / tau sigmoid(tau (ratio - 1)) A
 
     Differentiable in `logits_RV` only. A row of weight zero contributes exactly zero, whatever it holds. With
-    old_logp_R=None NaN logits show in logp_R and the gradient; the ratio is 1, so the loss may be finite.
+    old_logp_R=None the ratio is 1, so NaN logits show in logp_R and the gradient, but the loss may be finite.
 
     Args:
         logits_RV: [R, V] float16, bfloat16, float32 or float64. R = 0 is legal, and its loss is 0.
-        target_R: [R] int64 in [0, V), the drawn tokens.
-        advantage_R: [R] floating, no unit, each row's completion's.
-        token_weight_R: [R] floating, how rows are averaged, see `token_weights`.
-        old_logp_R: [R] floating, nats, under the policy that drew the tokens. None: strictly on-policy, the
-            ratio is 1 and its gradient is kept.
-        ref_logp_R: [R] floating, nats, under the reference model. Needed where beta is not 0.
+        target_R: [R] int64 in [0, V), the sampled tokens.
+        advantage_R: [R] floating, no unit, the advantage of each row's completion.
+        token_weight_R: [R] floating, the weights by which rows are averaged, see `token_weights`.
+        old_logp_R: [R] floating, nats, under the policy that sampled the tokens. None: strictly on-policy,
+            the ratio is 1 and its gradient is kept.
+        ref_logp_R: [R] floating, nats, under the reference model. Needed if beta is not 0.
         importance_weight_R: [R] floating, multiplies the policy term (correction for a sampler that differs
             from the old policy). None: 1.
-        sequence_R: [R] int64, which completion a row belongs to; any ids, rows in any order. Needed with
-            level "sequence".
+        sequence_R: [R] int64, the completion of each row; any ids, rows in any order. Needed with level
+            "sequence".
         config: options.
         impl: implementation, see `available_impls()`.
 
@@ -85,7 +100,7 @@ def grpo_loss(
         GRPOLossOutput.
 
     Raises:
-        ValueError: a shape, dtype or device is wrong, an input that the options need is missing, or (on the
+        ValueError: a shape, dtype or device is wrong, the options need an input that is missing, or (on the
             CPU) a target is out of range.
 
     Source: GRPO, arXiv:2402.03300; clip higher and token averages, DAPO, arXiv:2503.14476; sequence ratios,
@@ -99,7 +114,7 @@ def grpo_loss(
     return GRPOLossOutput(*outputs[:6])
 
 
-# Cross-entropy is this policy's term on data of its own: -min(ratio, 1) A logp with ratio and A of 1.
+# Cross-entropy is this policy's term with a ratio and an advantage of 1: -min(ratio, 1) A logp.
 CROSS_ENTROPY = GRPOLossConfig(policy="cispo", epsilon_high=1.0)
 
 
@@ -124,8 +139,8 @@ def linear_grpo_loss(
     to four chunks, in float32 beyond. Autocast casts float32 states, and so the products, to its dtype.
 
     Args:
-        hidden_RC: [R, C] float16, bfloat16, float32 or float64, each the state that predicts its target.
-        lm_head_VC: [V, C] same dtype and device, or float32 beside narrow states; may be the embedding's own.
+        hidden_RC: [R, C] float16, bfloat16, float32 or float64, the states that predict the targets.
+        lm_head_VC: [V, C] same dtype and device, or float32 with narrower states; may be the embedding.
         target_R, advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R,
             config: see `grpo_loss`.
         impl: implementation, see `available_impls()`.
@@ -161,8 +176,8 @@ def linear_logprob(
     Both are differentiable, once, in `hidden_RC` and `lm_head_VC`.
 
     Args:
-        hidden_RC: [R, C] float16, bfloat16, float32 or float64, each the state that predicts its target.
-        lm_head_VC: [V, C] same dtype and device, or float32 beside narrow states; may be the embedding's own.
+        hidden_RC: [R, C] float16, bfloat16, float32 or float64, the states that predict the targets.
+        lm_head_VC: [V, C] same dtype and device, or float32 with narrower states; may be the embedding.
         target_R: [R] int64 in [0, V).
         temperature: divides the logits.
         impl: implementation, see `available_impls()`.
@@ -200,8 +215,8 @@ def linear_cross_entropy(
     Differentiable, once, in `hidden_RC` and `lm_head_VC`. A row of weight zero contributes exactly zero.
 
     Args:
-        hidden_RC: [R, C] float16, bfloat16, float32 or float64, each the state that predicts its target.
-        lm_head_VC: [V, C] same dtype and device, or float32 beside narrow states; may be the embedding's own.
+        hidden_RC: [R, C] float16, bfloat16, float32 or float64, the states that predict the targets.
+        lm_head_VC: [V, C] same dtype and device, or float32 with narrower states; may be the embedding.
         target_R: [R] int64 in [0, V), also where the weight is zero.
         token_weight_R: [R] floating, e.g. 1 / tokens of the step.
         impl: implementation, see `available_impls()`.
@@ -248,7 +263,7 @@ def _loss(
 
 
 def _autocast(hidden_RC: Tensor) -> Tensor:
-    """The states in the dtype that autocast runs products in; the head follows, with its gradient its own."""
+    """The states in autocast's dtype for products. The head is cast with them, its gradient is not."""
     dtype = autocast_dtype(hidden_RC.device)
     return hidden_RC if dtype is None or hidden_RC.dtype != torch.float32 else hidden_RC.to(dtype)
 
@@ -258,14 +273,14 @@ def _wide(row_R: Tensor) -> Tensor:
 
 
 def _weight_unit(weight_R: Tensor) -> Tensor:
-    """A power of two near the largest weight: weights are divided by it and the loss multiplied, exactly.
+    """A power of two near the largest weight; dividing weights and multiplying the loss by it is exact.
 
-    Gradients made in the forward pass precede any loss scale: a mean over many tokens would, without this,
-    push them below what float16 can hold.
+    Gradients made in the forward pass precede any loss scale. Without the unit, a mean over many tokens would
+    push them below the range of float16.
     """
     if weight_R.numel() == 0:
         return weight_R.new_ones((), dtype=torch.float32)
     size_R = weight_R.detach().abs().float()
-    # Nor may they grow past it: rows that agree on a token add up in the head's gradient.
+    # Nor may they exceed that range: rows with the same target add up in the head's gradient.
     largest = torch.maximum(size_R.amax(), size_R.sum() / 256)
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)

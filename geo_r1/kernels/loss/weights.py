@@ -16,22 +16,22 @@ def token_weights(
     num_items: float | None = None,
     max_completion_length: int | None = None,
 ) -> Tensor:
-    """The weight of every completion token, by which a loss type averages.
+    """The weight of every completion token, for each way of averaging.
 
         grpo     1 / (len_i * num_sequences)      a mean over sequences of means over tokens
         bnpo     1 / num_tokens                   a mean over tokens
         dapo     1 / num_tokens
         dr_grpo  1 / (num_sequences * max_completion_length)
 
-    A completion of length zero owns no rows, but counts as a sequence.
+    A completion of length zero has no rows, but counts as a sequence.
 
     Args:
-        completion_len_N: [N] tokens of each completion: ints, or an integer tensor (on an accelerator its
-            lengths are read once by the host).
+        completion_len_N: [N] tokens of each completion: ints, or an integer tensor (the host reads it
+            once from an accelerator).
         loss_type: how to average.
-        num_items: the denominator's count where the batch is only a part of the optimiser's step: sequences
-            of the whole step for grpo and dr_grpo, tokens for bnpo and dapo. None: this batch's.
-        max_completion_length: tokens; needed by dr_grpo.
+        num_items: the count in the denominator if the batch is only part of the optimiser's step: sequences
+            of the whole step for grpo and dr_grpo, tokens for bnpo and dapo. None: those of this batch.
+        max_completion_length: tokens; dr_grpo requires it.
 
     Returns:
         [R] float32, no gradient, completions one after another, on the device of the lengths.
