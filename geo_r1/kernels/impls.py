@@ -11,8 +11,8 @@ import torch
 
 from geo_r1.kernels import extension
 
-# Op -> implementations. A GPU takes the first that runs on it, unless a record says otherwise. A CPU takes the
-# reference, since all others run there in an interpreter.
+# Op -> implementations. A GPU takes the first that runs on it, unless a record says otherwise. A CPU takes
+# the reference, since all others run there in an interpreter.
 _IMPLS: dict[str, tuple[str, ...]] = {
     "group_advantage": ("triton", "reference", "cuda"),
     "grpo_loss": ("triton", "reference", "cuda"),
@@ -50,9 +50,9 @@ def available_impls() -> dict[str, tuple[str, ...]]:
 
     On a GPU the default is "triton", or an implementation that a benchmark record of that GPU shows to be
     faster. Inputs that it does not take (see docs/kernels.md) run as the next one, unless `impl=` names an
-    implementation, which then raises. "cuda" needs a build for this GPU. "cuda" without a record, and "flash",
-    run only if named. On a CPU "triton" runs only in Triton's interpreter. `python -m geo_r1.kernels` prints
-    this list with the reasons.
+    implementation, which then raises. "cuda" needs a build for this GPU. "flash" runs only if named, and so
+    does "cuda" without a record. On a CPU "triton" runs only in Triton's interpreter.
+    `python -m geo_r1.kernels` prints this list with the reasons.
 
     Returns:
         A new dict from op name to names accepted by that op's `impl=`.

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from memory import poison_fresh_memory
 
 from geo_r1.kernels import group_advantage
 
@@ -128,14 +129,7 @@ def test_spread_to_tokens(scale, index, impl):
 
 
 def test_every_value_is_written(monkeypatch, impl):
-    """The result's memory is NaN before the launch."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *size, **options):
-        empty = new_empty(self, *size, **options)
-        return empty.fill_(float("nan")) if empty.is_floating_point() else empty
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    poison_fresh_memory(monkeypatch)
     reward, valid = draw(sum(LENGTHS))
     tokens = [i % 5 for i in range(len(reward))]
     spread = {"cu_completion": boundaries(tokens), "num_rows": sum(tokens)}

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from memory import replay
 from test_attention import CASES, HEADS, assert_equal, dense, make_inputs, random_case, run, visible
 
 from geo_r1.kernels import PackedLayout
@@ -380,15 +381,9 @@ def test_a_cuda_graph_replays_forward_and_backward():
     def step():
         return run(lambda *x: flash_attention(*x, layout, causal=True, scale=0.125), qkv, grad)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for x in qkv:
-        x.copy_(x.flip(0))
-    graph.replay()
+    def change():
+        for x in qkv:
+            x.copy_(x.flip(0))
+
+    captured = replay(step, change)
     assert_equal(captured, step(), rtol=2e-2, atol=2e-2)  # dQ is added up in any order

@@ -3,9 +3,9 @@
     advantage[i] = (reward[i] - baseline_i) / scale_i
 
 Source: GRPO, arXiv:2402.03300; `public.py` states the formula. A program reads its group's rewards four times
-(smallest and largest, mean, squares, result), the last three times from cache, and writes one value per member
-or token. With scale="batch" each program also reads all N rewards three times, O(G * N) in all. For the
-thousands of rewards of a training step that is still one short launch.
+(smallest and largest, mean, squares, result), the last three times from cache, and writes one value per
+member or token. With scale="batch" each program also reads all N rewards three times, O(G * N) in all. For
+the thousands of rewards of a training step that is still one short launch.
 
 Everything is computed in float64: there are few rewards, so it costs nothing, and no option needs its own
 rounding.
