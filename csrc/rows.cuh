@@ -262,7 +262,7 @@ class Vectors {
 
 // ---- log-sum-exp and entropy
 
-// Of some logits x, with z = (x - top) scale: the largest x, and the sums of 2^z and 2^z z, from which the
+// For some logits x and z = (x - top) scale: the largest x, and the sums of 2^z and 2^z z, from which the
 // entropy follows without cancelling. The difference is taken before the product: if logits are masked by -1e30,
 // the rounding error of a product would be a large exponent.
 struct Sums {

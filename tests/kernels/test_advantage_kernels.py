@@ -79,6 +79,7 @@ def test_many_groups_and_a_batch_wider_than_a_block(scale, lengths, impl):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "cuda"])
 def test_equal_rewards_and_lone_members_give_exactly_zero(baseline, scale, impl):
     reward = torch.tensor([0.9] * 8 + [0.3] + [0.1, 0.7] + [5.0, 1.0], device=DEVICE)
     valid = torch.tensor([True] * 11 + [True, False], device=DEVICE)

@@ -69,11 +69,7 @@ def test_rows(dtype, vocab, launches):
         out = grpo_loss(logits, **rows, config=ALL, impl="cuda")
         head = [x.detach().to(dtype).requires_grad_() for x in (case.hidden_RC, case.lm_head_VC)]
         linear = linear_grpo_loss(*head, **rows, config=ALL, impl="cuda")
-        return (
-            out.logp_R,
-            *torch.autograd.grad(out.loss, logits),
-            *torch.autograd.grad(linear.loss, head),
-        )
+        return (out.logp_R, *torch.autograd.grad(out.loss, logits), *torch.autograd.grad(linear.loss, head))
 
     expected = results()
     names = launches()

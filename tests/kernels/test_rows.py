@@ -10,13 +10,7 @@ from memory import poison_fresh_memory, replay
 from test_grpo_loss import configs
 
 import geo_r1.kernels.loss.chunks as chunks
-from geo_r1.kernels import (
-    GRPOLossConfig,
-    grpo_loss,
-    linear_cross_entropy,
-    linear_grpo_loss,
-    linear_logprob,
-)
+from geo_r1.kernels import GRPOLossConfig, grpo_loss, linear_cross_entropy, linear_grpo_loss, linear_logprob
 from geo_r1.kernels.loss.reference import LossRows
 from geo_r1.kernels.loss.rows import row_kernels
 

@@ -116,9 +116,7 @@ def _check(
     num_rows: int | None,
 ) -> None:
     if reward_N.dim() != 1 or not reward_N.is_floating_point():
-        raise ValueError(
-            f"reward_N: expected [N] floating, got {list(reward_N.shape)} {reward_N.dtype}",
-        )
+        raise ValueError(f"reward_N: expected [N] floating, got {list(reward_N.shape)} {reward_N.dtype}")
     if cu_group.dim() != 1 or cu_group.numel() == 0 or cu_group.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_group: expected [G + 1] int32 or int64, got {list(cu_group.shape)} {cu_group.dtype}"

@@ -19,11 +19,8 @@ from geo_r1.kernels.impls import autocast_dtype, resolve_impl
 from geo_r1.kernels.layout import PackedLayout
 from geo_r1.kernels.layout.tiles import HEAD_SIZES
 
-# What our own kernels take.
-DTYPES = {
-    "triton": (torch.float16, torch.bfloat16, torch.float32),
-    "cuda": (torch.float16, torch.bfloat16),
-}
+# Dtypes of our own kernels.
+DTYPES = {"triton": (torch.float16, torch.bfloat16, torch.float32), "cuda": (torch.float16, torch.bfloat16)}
 
 
 def packed_attention(

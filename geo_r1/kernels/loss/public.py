@@ -239,12 +239,7 @@ def linear_cross_entropy(
 
 
 def _loss(
-    hidden_RC: Tensor,
-    lm_head_VC: Tensor,
-    target_R: Tensor,
-    rows: LossRows,
-    config: GRPOLossConfig,
-    impl: str,
+    hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, rows: LossRows, config: GRPOLossConfig, impl: str
 ) -> GRPOLossOutput:
     rows_R = rows.detached()
     unit = _weight_unit(rows_R.token_weight_R)
