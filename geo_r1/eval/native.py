@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from geo_r1.data import OverlongPrompt, PromptEncoder, Sample
+from geo_r1.data import OverlongPromptError, PromptEncoder, Sample
 from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.rollout import Completion, SamplingConfig, generate
 
@@ -60,7 +60,7 @@ def encode(encoder: PromptEncoder, sample: Sample) -> EncodedPrompt | None:
     """A sample's prompt; None where it is too long and may be skipped."""
     try:
         return encoder.encode(sample)
-    except OverlongPrompt:
+    except OverlongPromptError:
         if encoder.on_overlong != "skip":
             raise
         return None
