@@ -264,7 +264,13 @@ def test_without_nvcc_it_packages_and_says_so(tmp_path):
     (wheel,) = (unpacked / "out").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as packed:
-        assert not [name for name in packed.namelist() if name.startswith(("csrc", "geo_r1/_C"))]
+        names = set(packed.namelist())
+        assert not [name for name in names if name.startswith(("csrc", "geo_r1/_C"))]
+        recipes = {f"geo_r1/recipes/{path.name}" for path in (ROOT / "geo_r1" / "recipes").iterdir()}
+        assert len(recipes) == 5 and names >= recipes
+        assert names >= {"geo_r1/py.typed", "geo_r1/train/report/report.html.j2"}
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert b"geo-r1 = geo_r1.__main__:main" in packed.read(entry_points)
         packed.extractall(tmp_path / "installed")
     probe = "import geo_r1.kernels as k; print(k.__file__); print('cuda' in str(k.available_impls()))"
     done = subprocess.run(

@@ -17,7 +17,7 @@ __all__ += ["Sample", "World", "load_image", "read_samples"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and transformers only for who encodes prompts: the command line does without."""
+    """Import torch and transformers only when prompts are encoded: the command line needs neither."""
     if name not in _WITH_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

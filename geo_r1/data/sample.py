@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -106,6 +107,14 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
+    """A smaller picture of about the same shape with at most so many pixels."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    height = min(max(1, int(image.height * scale)), max_pixels)
+    width = min(max(1, int(image.width * scale)), max_pixels // height)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def read_samples(path: Path | str, image_root: Path | str | None = None) -> list[Sample]:

@@ -53,8 +53,8 @@ def linear_grpo_loss(
     Args:
         hidden_RC: [R, C] float16, bfloat16, float32 or float64, each the state that predicts its target.
         lm_head_VC: [V, C] same dtype and device, or float32 beside narrow states; may be the embedding's own.
-        target_R, advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R,
-            config: see `grpo_loss`.
+        target_R, advantage_R, token_weight_R: see `grpo_loss`.
+        old_logp_R, ref_logp_R, importance_weight_R, sequence_R, config: see `grpo_loss`.
         impl: implementation, see `available_impls()`.
 
     Returns:

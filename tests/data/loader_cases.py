@@ -1,6 +1,5 @@
-"""What the tests of loading share, in a module that worker processes import, too; and a run to be killed."""
+"""Helpers for the tests of loading, in a module that worker processes import too; and a run to be killed."""
 
-import io
 import json
 import os
 import re
@@ -11,9 +10,6 @@ from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from geo_r1.data import PromptEncoder, PromptLoader, Sample, World
 from geo_r1.data.exemplars import Numbered, question
 from geo_r1.data.source import Source
@@ -23,7 +19,7 @@ IMAGE = SPECIAL_TOKENS.index("<|image_pad|>")
 
 
 class CountingEncoder(PromptEncoder):
-    """Says in place of a sample's name what its cache has found so far."""
+    """Reports the hits and misses of its cache in place of a sample's name."""
 
     def encode(self, sample):
         prompt = super().encode(sample)
@@ -33,17 +29,6 @@ class CountingEncoder(PromptEncoder):
 def encoder(kind=PromptEncoder, **options):
     _, tokenizer, image_processor = build_tiny(["where is it, north or south?"], hidden_size=64, num_layers=1)
     return kind(tokenizer, image_processor, IMAGE, **options)
-
-
-def picture(width, height, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def sample(name, *images, text="where is it?"):
@@ -63,7 +48,7 @@ def deadly_source(victim):
 
 
 def killed_run():
-    """Survive signals to the whole group, say what came and who works for whom, and end without farewell."""
+    """Survive signals to the whole group, report them and the workers' parents, and be killed."""
     received = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, _: received.append(int(number)))

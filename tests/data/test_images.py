@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from loader_cases import encoded, encoder, picture, sample
+from data_cases import encoded, picture
+from loader_cases import encoder, sample
 
 from geo_r1.data import OverlongPromptError
 from geo_r1.data.images import Picture, PictureCache, fitted, num_tokens, shrunk

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import loader_cases
 import pytest
 import torch
-from loader_cases import CountingEncoder, deadly_source, encoded, encoder, picture, sample
+from data_cases import encoded, picture
+from loader_cases import CountingEncoder, deadly_source, encoder, sample
 
 from geo_r1.data import PromptLoader, World
 from geo_r1.data.exemplars import Numbered, chain_of_thought

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geo_r1.data.pairing.pictures import Check, Pictures, Stitch, in_processes, shrink, stitched
+from geo_r1.data.pairing.pictures import Check, Pictures, Stitch, in_processes, stitched
+from geo_r1.data.sample import shrink
 
 COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "gray", "navy", "maroon", "olive"]
 

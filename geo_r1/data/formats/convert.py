@@ -21,6 +21,7 @@ from geo_r1.errors import UserError, one_line
 from geo_r1.files import beside, write_text, written_beside
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where, row
+Writer = Callable[[Callable[[], Rows], Path], int]  # returns the number of rows
 BATCH = 256  # rows of a parquet row group; they may hold pictures
 
 # LLaMA-Factory's entries for files. It resets a column or tag that an entry leaves out.
@@ -74,11 +75,11 @@ def command(options: argparse.Namespace) -> None:
                 f"say --from with one of {', '.join(FORMATS)}"
             )
     given = {name: getattr(options, name) for name in ("target", "image_root", "flatten")}
-    count = convert(options.input, options.output, source=source, **given)
+    count = convert_file(options.input, options.output, source=source, **given)
     print(f"{count} rows of {source}{why} written as {options.target}: {options.output}")
 
 
-def convert(
+def convert_file(
     path: Path, out: Path, *, source: str, target: str, image_root: Path | None = None, flatten: bool = False
 ) -> int:
     """Convert a file, and enter it in `dataset_info.json` beside it where LLaMA-Factory wants that.
@@ -156,21 +157,16 @@ def _json(where: str, row: dict[str, Any]) -> bytes:
     return line
 
 
-def _write_jsonl(rows: Callable[[], Rows], path: Path) -> int:
-    count = 0
-    with path.open("wb") as file:
-        for count, (where, row) in enumerate(rows(), 1):  # noqa: B007
-            file.write(_json(where, row) + b"\n")
-    return count
+def _write_json(before: bytes, between: bytes, after: bytes) -> Writer:
+    def write(rows: Callable[[], Rows], path: Path) -> int:
+        count = 0
+        with path.open("wb") as file:
+            for count, (where, row) in enumerate(rows(), 1):
+                file.write((between if count > 1 else before) + _json(where, row))
+            file.write(after)
+        return count
 
-
-def _write_list(rows: Callable[[], Rows], path: Path) -> int:
-    count = 0
-    with path.open("wb") as file:
-        for count, (where, row) in enumerate(rows(), 1):
-            file.write((b",\n" if count > 1 else b"[\n") + _json(where, row))
-        file.write(b"\n]\n")
-    return count
+    return write
 
 
 def _batches(rows: Rows) -> Iterator[list[tuple[str, dict[str, Any]]]]:
@@ -201,8 +197,8 @@ def _write_parquet(rows: Callable[[], Rows], path: Path) -> int:
     return count
 
 
-WRITERS: dict[str, Callable[[Callable[[], Rows], Path], int]] = {
-    ".jsonl": _write_jsonl,
-    ".json": _write_list,
+WRITERS: dict[str, Writer] = {
+    ".jsonl": _write_json(b"", b"\n", b"\n"),
+    ".json": _write_json(b"[\n", b",\n", b"\n]\n"),
     ".parquet": _write_parquet,
 }

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from os.path import isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -100,11 +100,25 @@ def read_sites(
     return reader.sites()
 
 
+class _Row(NamedTuple):
+    """A site; the fields are the columns of `Sites`, in their order."""
+
+    id: str
+    city: str
+    ground: str
+    satellite: str
+    semi_positives: Semi
+    latitude: float
+    longitude: float
+    tile_latitude: float
+    tile_longitude: float
+
+
 class _Reader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.drops = Drops()
-        self.rows: list[tuple[str, str, str, str, Semi, float, float, float, float]] = []
+        self.rows: list[_Row] = []
         self.ids: set[str] = set()
 
     def sites(self) -> tuple[Sites, Drops]:
@@ -152,8 +166,8 @@ class _Reader:
             if city is None:
                 city = _square(latitude, longitude)
             self.ids.add(id)
-            texts = (id, city, str(paths[0]), str(paths[1]), semi)
-            self.rows.append((*texts, latitude, longitude, tile_latitude, tile_longitude))
+            degrees = latitude, longitude, tile_latitude, tile_longitude
+            self.rows.append(_Row(id, city, str(paths[0]), str(paths[1]), semi, *degrees))
             return
         self.drops.add(fault, f"{where} ({id!r:.80})")
 
@@ -187,11 +201,11 @@ class _Reader:
             city = _text(row["city"]) if "city" in row else None
             self.add(where, id=id, place=(lat, lon), city=city, ground=ground, satellite=satellite)
         self.used(path, before)
-        tiles = {row[0]: row[3] for row in self.rows}
+        tiles = {row.id: row.satellite for row in self.rows}
         for i, names in named.items():
             if names and i < len(self.rows):
                 semi = tuple(tiles.get(name) or _inside(name) or name for name in names)
-                self.rows[i] = (*self.rows[i][:4], semi, *self.rows[i][5:])
+                self.rows[i] = self.rows[i]._replace(semi_positives=semi)
 
     def cv_cities(self) -> None:
         """Folders of cities with img_info.csv: name, longitude, latitude, city, satellite, panorama."""

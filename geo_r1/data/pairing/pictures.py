@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from PIL import Image, ImageDraw, ImageFont
 
 from geo_r1.data.paths import naming
-from geo_r1.data.sample import load_image
+from geo_r1.data.sample import load_image, shrink
 from geo_r1.errors import UserError
 from geo_r1.files import written_beside
 
@@ -213,14 +213,6 @@ def _fault(message: str, prefix: str) -> str:
     if "8 bits" in message:
         return "an image has more than 8 bits a channel"
     return f"an image {message.partition(':')[0]}"
-
-
-def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
-    """A smaller picture of about the same shape with at most so many pixels."""
-    scale = math.sqrt(max_pixels / (image.width * image.height))
-    height = min(max(1, int(image.height * scale)), max_pixels)
-    width = min(max(1, int(image.width * scale)), max_pixels // height)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image.Image:

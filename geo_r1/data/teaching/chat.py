@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from geo_r1.data.sample import ImageSource, Sample, load_image, read_image
+from geo_r1.data.sample import ImageSource, Sample, load_image, read_image, shrink
 
 MAX_REPLY = 2**20  # bytes of a response: a chain of thought takes some kilobytes
 SMALL_PICTURE = 2**20  # bytes up to which a picture's file is sent unchanged
@@ -86,7 +85,7 @@ def _data_uri(source: ImageSource, owner: str, max_pixels: int | None) -> str:
     image = load_image(source, owner, encoded)
     fits = max_pixels is None or image.width * image.height <= max_pixels
     if encoded is None or not fits or (kind := _as_it_is(encoded)) is None:
-        kind, encoded = _encode(image if fits else _shrink(image, max_pixels or 1))
+        kind, encoded = _encode(image if fits else shrink(image, max_pixels or 1))
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
@@ -108,12 +107,6 @@ def _encode(image: Image.Image) -> tuple[str, bytes]:
     return "png" if lossless else "jpeg", buffer.getvalue()
 
 
-def _shrink(image: Image.Image, max_pixels: int) -> Image.Image:
-    scale = math.sqrt(max_pixels / (image.width * image.height))
-    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
 def reply_of(body: bytes) -> Reply | Failure:
     """Read a response of status 200."""
     if len(body) > MAX_REPLY:
@@ -133,9 +126,10 @@ def reply_of(body: bytes) -> Reply | Failure:
     if not isinstance(text, str) or not text.strip():
         return Failure(f"the reply is empty (finish reason {finish})", again=finish != "length")
     usage = value.get("usage")
-    tokens = [
-        count if isinstance(usage, dict) and isinstance(count := usage.get(key), int) and count > 0 else 0
-        for key in ("prompt_tokens", "completion_tokens")
-    ]
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written as UTF-8
-    return Reply(text, tokens[0], tokens[1], finish)
+    return Reply(text, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), finish)
+
+
+def _count(usage: Any, key: str) -> int:
+    count = usage.get(key) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count > 0 else 0

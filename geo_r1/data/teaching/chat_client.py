@@ -1,8 +1,8 @@
-"""One request to an OpenAI-compatible endpoint; needs the openai package, which also tries again.
+"""One request to an OpenAI-compatible endpoint; needs the openai package, which does the retries.
 
-The package waits and retries on lost connections, timeouts, the statuses 408, 409, 429 and from 500. Here the
-size of a response and the time for all of it are limited, and a reply that is rubbish counts as a lost
-connection, so that it is asked for again.
+The package waits and retries after lost connections, timeouts, and the statuses 408, 409, 429 and from 500.
+This module limits the bytes of a response and the time for all of it. It reports a malformed reply as a lost
+connection, so that the package retries it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ except ImportError:
 MAX_ERROR = 2**16  # bytes that are read of an error's page
 MAX_WAIT = 120.0  # seconds that a server may ask for; the openai package gives up beyond that
 SHORTEST_SECRET = 8  # shorter keys are stand-ins ("none", "EMPTY") that may well be words of a reply
-FOR_ALL_STATUS = (401, 402, 403, 404, 405)  # no sample would fare better, and neither after a redirection
+FOR_ALL_STATUS = (401, 402, 403, 404, 405)  # all requests would fail; so they would after a redirection
 FOR_ALL_CODES = ("model_not_found", "insufficient_quota", "unsupported_parameter")
 
 
 class ChatClient:
-    """Asks an endpoint, and says in the same words what went wrong, whoever noticed it.
+    """Sends requests to an endpoint, and describes failures of every kind in the same way.
 
     Raises:
         UserError: the key or the address cannot be used.
@@ -53,7 +53,7 @@ class ChatClient:
             raise UserError(f"--url {config.url} is no address: {error}") from None
 
     async def ask(self, messages: Messages) -> Reply | Failure:
-        """Send one request, again where that may help.
+        """Send one request, and send it again if that may help.
 
         Raises:
             UserError: no request can succeed: the endpoint is not there, or refuses the key or the model.
@@ -110,7 +110,7 @@ class _BoundedClient(openai.DefaultAsyncHttpxClient):
     """Reads each response whole, up to a limit, and within a time from the request to the last byte.
 
     Attributes:
-        responses: how many there were, of any kind: somebody is there.
+        responses: number of responses of any status; if it grows, the endpoint is there.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -33,9 +33,9 @@ class CotOutput:
     Beside OUT.jsonl stand OUT.failed.jsonl, OUT.card.json, and OUT_images/ for pictures without a file.
     """
 
-    def __init__(self, out: Path, written: Journal, failed: Journal, prices: tuple[float, float]) -> None:
+    def __init__(self, out: Path, written: Journal, failed: Journal, prices: Mapping[str, float]) -> None:
         self.out, self.written, self.failed, self.prices = out, written, failed, prices
-        self.tokens = [0, 0]
+        self.tokens = dict.fromkeys(prices, 0)  # input_tokens, output_tokens
         for record in (*written.records.values(), *failed.records.values()):
             self._count(record.get("usage"))
 
@@ -66,7 +66,8 @@ class CotOutput:
         if options.retry_failed and failed.exists():
             _forget(failed, set(asked))
         with Journal(out) as written, Journal(failed) as failures:
-            output = cls(out, written, failures, (options.price_in, options.price_out))
+            prices = {"input_tokens": options.price_in, "output_tokens": options.price_out}
+            output = cls(out, written, failures, prices)
             try:
                 yield output
             finally:
@@ -103,8 +104,10 @@ class CotOutput:
             else:
                 try:
                     self.write(sample, {"response": outcome.text, "teacher": teacher, "usage": usage})
-                except UserError as error:  # it does not fit into a line
-                    reason = str(error)
+                except UserError as error:
+                    if isinstance(error.__cause__, OSError):
+                        raise
+                    reason = str(error)  # it does not fit into a line
         if reason is not None:
             self.failed.append({"id": sample.id, "error": reason} | ({"usage": usage} if usage else {}))
         self._count(usage)
@@ -140,14 +143,8 @@ class CotOutput:
         return path
 
     def figures(self) -> dict[str, Any]:
-        cost = {"cost_usd": self._cost()} if any(self.prices) else {}
-        return {
-            "num_samples": len(self.written.records),
-            "num_failed": len(self.failed.records),
-            "input_tokens": self.tokens[0],
-            "output_tokens": self.tokens[1],
-            **cost,
-        }
+        counts = {"num_samples": len(self.written.records), "num_failed": len(self.failed.records)}
+        return counts | self.tokens | ({"cost_usd": self._cost()} if any(self.prices.values()) else {})
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
@@ -169,16 +166,16 @@ class CotOutput:
             yield advance
 
     def _told(self) -> str:
-        cost = f", {self._cost():.2f} USD" if any(self.prices) else ""
-        return f"{sum(self.tokens):,} tokens{cost}, {len(self.failed.records)} failed"
+        cost = f", {self._cost():.2f} USD" if any(self.prices.values()) else ""
+        return f"{sum(self.tokens.values()):,} tokens{cost}, {len(self.failed.records)} failed"
 
     def _cost(self) -> float:
-        return sum(price * tokens for price, tokens in zip(self.prices, self.tokens, strict=True)) / 1e6
+        return sum(self.prices[name] * tokens for name, tokens in self.tokens.items()) / 1e6
 
     def _count(self, usage: Any) -> None:
         if isinstance(usage, Mapping):
-            for i, name in enumerate(("input_tokens", "output_tokens")):
-                self.tokens[i] += usage[name] if isinstance(usage.get(name), int) else 0
+            for name in self.tokens:
+                self.tokens[name] += usage[name] if isinstance(usage.get(name), int) else 0
 
 
 def _check_card(card: Path, out: Path, decisive: Mapping[str, Any]) -> None:

@@ -72,7 +72,8 @@ class Endpoint:
                 if errors:
                     raise errors[0]
         finally:
-            self._runner.run(_cancel(flying))
+            if left := [task for task in flying if not task.done()]:  # none once the endpoint is closed
+                self._runner.run(_cancel(left))
 
     async def _answer(self, name: str, make: Callable[[], Messages]) -> tuple[str, Reply | Failure]:
         try:
