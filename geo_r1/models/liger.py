@@ -45,14 +45,18 @@ def fuse_layers(model: PreTrainedModel) -> tuple[str, ...]:
     Returns:
         What it computes from now on, of "rms_norm", "rotary", "swiglu" and "vision_rotary".
     """
+    forwards = {
+        cls: (name, FORWARDS.get(name) or _calling(cls, ROTARY[name]))
+        for name, classes in CLASSES.items()
+        for cls in classes
+    }
     fused = set()
     for module in model.modules():
-        name = next((name for name, classes in CLASSES.items() if type(module) in classes), None)
-        if name is None or (name == "swiglu" and not isinstance(module.act_fn, nn.SiLU | SiLUActivation)):
+        name, forward = forwards.get(type(module), ("", None))
+        if forward is None or (name == "swiglu" and not isinstance(module.act_fn, nn.SiLU | SiLUActivation)):
             continue
-        if forward := FORWARDS.get(name) or _calling(type(module), ROTARY[name]):
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]  # a copy rebinds it
-            fused.add(name)
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]  # a deep copy rebinds it
+        fused.add(name)
     return tuple(sorted(fused))
 
 
