@@ -31,8 +31,8 @@ from benchmarks.losses import (
 )
 from benchmarks.measure import DTYPE, ON_GPU, Case, Provider, Tensors, floor, nothing, our_names, why_missing
 from geo_r1.kernels import available_impls, grpo_loss
-from geo_r1.kernels.chunks import row_kernels
-from geo_r1.kernels.reference import LossRows
+from geo_r1.kernels.loss.reference import LossRows
+from geo_r1.kernels.loss.rows import row_kernels
 
 HIDDEN = 64  # logits are made from hidden states, whose size does not matter here
 if ON_GPU:

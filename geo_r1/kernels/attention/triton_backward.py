@@ -3,12 +3,12 @@
     p_ij = exp(s_ij - lse_i),   delta_i = dout_i . out_i,   ds_ij = p_ij (dout_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i p_ij dout_i
 
-The program of a tile of keys reads the one range of queries that see it, so a prompt's gradients are summed
-over its completions in registers, in a fixed order, without atomics. dq comes first and leaves delta behind.
+The program of a tile of keys reads the one range of queries that see it. So it sums a prompt's gradients over
+its completions in registers, in a fixed order, without atomics. The kernel of dq runs first and stores delta.
 
-Operations: 14 D a visible pair and head, scores and dout . v twice. Bytes: q, k, v, out, dout and the
-gradients once, k and v once more a tile of queries, q and dout once more a tile of keys; where query heads
-share a key head, dk and dv of each query head are written and read again.
+Operations: 14 D per visible pair and head; scores and dout . v are computed twice. Bytes: q, k, v, out, dout
+and the gradients once, k and v once more per tile of queries, q and dout once more per tile of keys. Where
+query heads share a key head, dk and dv of each query head are written and read again.
 
 Source: FlashAttention-2, arXiv:2307.08691.
 """
@@ -18,9 +18,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from geo_r1.kernels.attention_triton_forward import (
+from geo_r1.kernels.attention.triton_forward import (
     LOG2_E,
     add_dot,
     choose_row,
@@ -33,56 +32,35 @@ from geo_r1.kernels.attention_triton_forward import (
     store_rows,
     strides,
 )
-from geo_r1.kernels.launch import launch
+from geo_r1.kernels.launch import Launch
 
-# As in the forward pass: the widest tiles that spill nothing on sm_80 and sm_90, none of them measured.
+# The widest tiles that spill nothing; reasons as for FORWARD.
 D_QUERY = {
-    ("long", 64): launch(
-        "127/187 registers; not measured", BM=128, BN=64, SPLIT=0, num_warps=8, num_stages=2
-    ),
-    ("long", 128): launch(
-        "177/198 registers; 128 queries a program halve what 64 read of keys; not measured",
+    ("long", 64): Launch("127/187", BM=128, BN=64, SPLIT=0, num_warps=8, num_stages=2),
+    ("long", 128): Launch(
+        "177/198; 128 queries a program read half the keys of 64",
         BM=128,
         BN=32,
         SPLIT=1,
         num_warps=8,
         num_stages=2,
     ),
-    ("short", 128): launch(
-        "193/229 registers; 64 keys spill on sm_80 from D = 80; not measured",
-        BM=64,
-        BN=32,
-        SPLIT=0,
-        num_warps=4,
-        num_stages=2,
+    ("short", 128): Launch(
+        "193/229; 64 keys spill on sm_80 from D = 80", BM=64, BN=32, SPLIT=0, num_warps=4, num_stages=2
     ),
-    ("float32", 64): launch(
-        "255/253 registers; not measured", BM=32, BN=32, SPLIT=0, num_warps=8, num_stages=1
-    ),
-    ("float32", 128): launch(
-        "254/255 registers, more rows spill; not measured", BM=16, BN=16, SPLIT=0, num_warps=8, num_stages=1
-    ),
+    ("float32", 64): Launch("255/253", BM=32, BN=32, SPLIT=0, num_warps=8),
+    ("float32", 128): Launch("254/255; more rows spill", BM=16, BN=16, SPLIT=0, num_warps=8),
 }
 # BM queries at a time for BN keys.
 D_KEY = {
-    ("long", 80): launch("168/255 registers; not measured", BM=32, BN=128, num_warps=8, num_stages=2),
-    ("long", 96): launch(
-        "194/255 registers; two stages spill on sm_80; not measured", BM=32, BN=128, num_warps=8, num_stages=3
-    ),
-    ("long", 128): launch(
-        "230/255 registers; 64 queries spill on both; not measured", BM=32, BN=128, num_warps=8, num_stages=2
-    ),
-    ("short", 96): launch("209/255 registers; not measured", BM=32, BN=64, num_warps=4, num_stages=2),
-    ("short", 128): launch(
-        "240/255 registers; two stages spill on sm_80; not measured", BM=32, BN=64, num_warps=4, num_stages=1
-    ),
-    ("float32", 64): launch("176/176 registers; not measured", BM=16, BN=32, num_warps=8, num_stages=1),
-    ("float32", 80): launch(
-        "255/255 registers; one stage spills; not measured", BM=16, BN=16, num_warps=8, num_stages=2
-    ),
-    ("float32", 128): launch(
-        "192/194 registers, more rows spill; not measured", BM=16, BN=16, num_warps=8, num_stages=1
-    ),
+    ("long", 80): Launch("168/255", BM=32, BN=128, num_warps=8, num_stages=2),
+    ("long", 96): Launch("194/255; two stages spill on sm_80", BM=32, BN=128, num_warps=8, num_stages=3),
+    ("long", 128): Launch("230/255; 64 queries spill on both", BM=32, BN=128, num_warps=8, num_stages=2),
+    ("short", 96): Launch("209/255", BM=32, BN=64, num_warps=4, num_stages=2),
+    ("short", 128): Launch("240/255; two stages spill on sm_80", BM=32, BN=64, num_warps=4),
+    ("float32", 64): Launch("176/176", BM=16, BN=32, num_warps=8),
+    ("float32", 80): Launch("255/255; one stage spills", BM=16, BN=16, num_warps=8, num_stages=2),
+    ("float32", 128): Launch("192/194; more rows spill", BM=16, BN=16, num_warps=8),
 }
 
 
@@ -228,34 +206,22 @@ def _d_key_kernel(
 
 
 def backward(
-    d_out_THD: Tensor,
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    out_THD: Tensor,
-    lse_HT: Tensor,
-    d_query_tiles: Tensor,
-    key_tiles: Tensor,
-    short: bool,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, and dk and dv of every query head, all [T, H, D]."""
+    d_out_THD, q_THD, k_TKD, v_TKD, out_THD, lse_HT, dq_THD, dk_THD, dv_THD,
+    d_query_tiles, key_tiles, short, causal, scale,
+):  # fmt: skip
+    """Fill dq, and dk and dv of every query head."""
     (num_tokens, num_heads, head_size), num_shared = q_THD.shape, q_THD.shape[1] // k_TKD.shape[1]
-    dq_THD, dk_THD, dv_THD = (torch.empty_like(out_THD) for _ in range(3))
     delta_HT = torch.empty_like(lse_HT)
-    if num_tokens:
-        q, k, v, do = map(readable, (q_THD, k_TKD, v_TKD, d_out_THD))
-        sizes = (num_tokens, num_heads, num_shared, scale, scale * LOG2_E)
-        constants = {**split_head(head_size), "CAUSAL": causal}
-        _d_query_kernel[(d_query_tiles.shape[0] * num_heads,)](
-            q, k, v, out_THD, do, lse_HT, dq_THD, delta_HT, d_query_tiles, *sizes,
-            *strides(q, k, v, out_THD, do, dq_THD),
-            **constants, **choose_row(D_QUERY, q.dtype, head_size, short).options,
-        )  # fmt: skip
-        _d_key_kernel[(key_tiles.shape[0] * num_heads,)](
-            q, k, v, do, lse_HT, delta_HT, dk_THD, dv_THD, key_tiles, *sizes,
-            *strides(q, k, v, do, dk_THD, dv_THD),
-            **constants, **choose_row(D_KEY, q.dtype, head_size, short).options,
-        )  # fmt: skip
-    return dq_THD, dk_THD, dv_THD
+    q, k, v, do = map(readable, (q_THD, k_TKD, v_TKD, d_out_THD))
+    sizes = (num_tokens, num_heads, num_shared, scale, scale * LOG2_E)
+    constants = {**split_head(head_size), "CAUSAL": causal}
+    _d_query_kernel[(d_query_tiles.shape[0] * num_heads,)](
+        q, k, v, out_THD, do, lse_HT, dq_THD, delta_HT, d_query_tiles, *sizes,
+        *strides(q, k, v, out_THD, do, dq_THD),
+        **constants, **choose_row(D_QUERY, q.dtype, head_size, short).options,
+    )  # fmt: skip
+    _d_key_kernel[(key_tiles.shape[0] * num_heads,)](
+        q, k, v, do, lse_HT, delta_HT, dk_THD, dv_THD, key_tiles, *sizes,
+        *strides(q, k, v, do, dk_THD, dv_THD),
+        **constants, **choose_row(D_KEY, q.dtype, head_size, short).options,
+    )  # fmt: skip

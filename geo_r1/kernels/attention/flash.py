@@ -1,24 +1,22 @@
-"""Packed attention by a library's flash kernels: two calls merged by their log-sum-exps.
+"""Packed attention by a library's flash kernels: two calls, merged by their log-sum-exps.
 
     own    = every segment against itself              (all T tokens, causal or not)
-    prompt = a group's completions against its prompt  (one query sequence a group, never causal)
+    prompt = a group's completions against its prompt  (one query sequence per group, never causal)
 
     lse = logaddexp(lse_own, lse_prompt)
     out = out_own exp(lse_own - lse) + out_prompt exp(lse_prompt - lse)
 
-A batch without completions (vision windows, plain sequences) is the first call alone. Backward calls each
-library backward with the merged `out` and `lse`: it rebuilds P = exp(S - lse) and needs rowsum(dO * O), so
-the merged ones give the exact gradient of each part, and the parts are added in float32.
+A batch without completions (vision windows, plain sequences) needs the first call alone. Backward calls the
+library's backward for both parts with the merged `out` and `lse`: it rebuilds P = exp(S - lse) and needs
+rowsum(dO * O), so this gives the exact gradient of each part. The parts are added in float32.
 
 Operations: those of the visible pairs. Bytes beyond the library's: the merge reads both outputs of completion
 rows and writes one; a batch where several groups share their prompts also gathers their rows.
 
-Kernels: the flash-attn package (2.7 or newer) where it is installed, else the ones inside torch. Both are
-FlashAttention-2 for NVIDIA GPUs from compute capability 8.0: float16 or bfloat16, head sizes that are
-multiples of 8 up to 256. Both add up dQ by atomics, in an order that differs from run to run, unless
-`torch.use_deterministic_algorithms(True)` is set. Not covered: dropout, and AMD GPUs, whose log-sum-exp is
-laid out otherwise. The merge is tested on the CPU against the definition; neither library has been called on
-a GPU yet.
+Libraries: the flash-attn package (2.7 or newer) if installed, else torch's own kernels. Both are
+FlashAttention-2 for NVIDIA GPUs from compute capability 8.0. Both sum dQ by atomics, in an order that differs
+from run to run, unless `torch.use_deterministic_algorithms(True)` is set. AMD GPUs are not supported: their
+log-sum-exp has another layout. The merge is tested on a CPU against the definition; no GPU has run it.
 
 Source: FlashAttention-2, arXiv:2307.08691; merging by log-sum-exp as in Hydragen, arXiv:2402.05099.
 """
@@ -27,70 +25,72 @@ from __future__ import annotations
 
 import importlib.metadata
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from geo_r1.kernels.layout import PackedLayout
 
-DTYPES = (torch.float16, torch.bfloat16)  # what the libraries are compiled for
+DTYPES = (torch.float16, torch.bfloat16)  # that the libraries are compiled for
 MAX_HEAD_SIZE = 256
 MAX_SEGMENTS = 65535  # sequences are the second axis of the libraries' grids
-LOAD_BYTES = 16  # the libraries load and store rows in steps of this, and do not check that they may
+LOAD_BYTES = 16  # the libraries load and store rows in steps of this, without checking alignment
 
-# Told that no sequence has more than one query, both libraries turn to a layout for decoding that takes every
-# sequence to have exactly one. A longest length is only an upper bound to them, so ours is never 1.
+# If no sequence has more than one query, both libraries switch to a decoding layout in which every sequence
+# must have exactly one. They take the longest length as an upper bound only, so ours is never 1.
 MIN_LONGEST = 2
 
 Sequences = tuple[Tensor, Tensor, int, int]  # cu_q, cu_k: int32 boundaries; the longest lengths
 
 
 class FlashPlan(NamedTuple):
-    """Boundaries of the two calls, built once for a layout. All tensors are on the layout's device.
+    """Boundaries of the two calls, built once per layout, with tensors on the layout's device.
 
-    Where one group shares its prompt the rows are two ranges and nothing is gathered.
+    If only one group shares its prompt, the rows are two ranges and nothing is gathered.
     """
 
     cu_segment: Tensor  # [S + 1] int32, the first call's sequences
-    cu_completion: Tensor | None  # [B + 1] int32, each group's completions as one; None: no second call
-    cu_prompt: Tensor | None  # [B + 1] int32, the prompts that they see
-    completion_row: Tensor | None  # [queries of the second call] int64; None: rows split to stop
-    prompt_row: Tensor | None  # [keys of the second call] int64; None: rows start to split
-    max_segment: int
-    max_completion: int
-    max_prompt: int
-    start: int
-    split: int
-    stop: int
+    cu_completion: Tensor | None = (
+        None  # [B + 1] int32, completions of each group as one; None: no second call
+    )
+    cu_prompt: Tensor | None = None  # [B + 1] int32, each group's prompt
+    completion_row: Tensor | None = None  # [queries of the second call] int64; None: rows split to stop
+    prompt_row: Tensor | None = None  # [keys of the second call] int64; None: rows start to split
+    max_segment: int = MIN_LONGEST
+    max_completion: int = 0
+    max_prompt: int = 0
+    start: int = 0
+    split: int = 0
+    stop: int = 0
 
     @classmethod
     def of(cls, layout: PackedLayout) -> FlashPlan:
-        """The layout's plan, made at the first call and kept with it."""
+        """The layout's plan, made on first use and kept with the layout."""
         plan = layout.__dict__.get("_flash_plan")
         if plan is None:
             plan = cls._from_layout(layout)
             made = [x for x in plan if isinstance(x, Tensor)]
-            if all(type(x) is type(layout.cu_group) for x in made):  # what a tracer makes must not outlive it
+            if all(type(x) is type(layout.cu_group) for x in made):  # a tracer's tensors must not outlive it
                 layout.__dict__["_flash_plan"] = plan
         return plan
 
     @classmethod
     def _from_layout(cls, layout: PackedLayout) -> FlashPlan:
-        """Sizes come from the lengths on the host, tensors from those on the device: neither waits."""
+        """Sizes come from lengths on the host, tensors from those on the device, so nothing waits."""
         longest = max([MIN_LONGEST, *layout.prompt_len, *(n for some in layout.completion_len for n in some)])
-        shared, stop = [], 0  # (start of the prompt, start of the completions, end) of groups that have both
+        shared, stop = [], 0  # (prompt's start, completions' start, end) of groups with both
         for prompt, lengths in zip(layout.prompt_len, layout.completion_len, strict=True):
             start, split = stop, stop + prompt
             stop = split + sum(lengths)
             if start < split < stop:
                 shared.append((start, split, stop))
         if not shared:
-            return cls(layout.cu_segment, None, None, None, None, longest, 0, 0, 0, 0, 0)
+            return cls(layout.cu_segment, max_segment=longest)
 
         start_B, split_B = layout.cu_group[:-1], layout.cu_group[:-1] + layout.prefix_len
         prompt_B, completion_B = layout.prefix_len, layout.cu_group[1:] - split_B
-        both_B = (prompt_B > 0) & (completion_B > 0)  # elsewhere the call's two sequences are empty
+        both_B = (prompt_B > 0) & (completion_B > 0)  # other groups get empty sequences
         prompt_B, completion_B = prompt_B * both_B, completion_B * both_B
         cu_prompt, cu_completion = _boundaries(prompt_B), _boundaries(completion_B)
         prompt_row = completion_row = None
@@ -118,14 +118,14 @@ class FlashPlan(NamedTuple):
 
     @property
     def shared(self) -> Sequences | None:
-        """Completions against their prompt; None where there are none."""
+        """Completions against their prompts; None if no group has both."""
         if self.cu_completion is None or self.cu_prompt is None:
             return None
         return self.cu_completion, self.cu_prompt, self.max_completion, self.max_prompt
 
     @property
     def rows(self) -> tuple[Any, Any]:
-        """Completion rows and prompt rows of the second call, to index with."""
+        """Indices of the completion rows and of the prompt rows in the second call."""
         if self.completion_row is None:
             return slice(self.split, self.stop), slice(self.start, self.split)
         return self.completion_row, self.prompt_row
@@ -141,31 +141,12 @@ def _ranges(start_B: Tensor, length_B: Tensor, cu: Tensor, total: int) -> Tensor
     return shift + torch.arange(total, device=cu.device)
 
 
-class FlashKernels(Protocol):
-    """A library. Sequences are packed in rows; lse is [H, queries] float32, in nats."""
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Output and lse."""
-
-    def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, from P = exp(S - lse) and rowsum(d_out * out)."""
+# A library is a class with `forward`, which gives the output and lse [H, queries] float32 in nats, and
+# `backward`, which gives the gradients of q, k and v from P = exp(S - lse) and rowsum(d_out * out).
 
 
 class TorchKernels:
-    """The flash kernels inside torch, as `torch.nn.attention.varlen` calls them."""
+    """The flash kernels inside torch, called as `torch.nn.attention.varlen` calls them."""
 
     def forward(self, q, k, v, sequences, causal, scale):
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -174,7 +155,10 @@ class TorchKernels:
         return out, lse
 
     def backward(self, d_out, q, k, v, out, lse, sequences, causal, scale):
-        random = lse.new_empty(2, dtype=torch.uint64), lse.new_empty(0)  # dropout's state: there is none
+        random = (
+            lse.new_empty(2, dtype=torch.uint64),
+            lse.new_empty(0),
+        )  # the state of dropout, which is not used
         return torch.ops.aten._flash_attention_backward(
             d_out, q, k, v, out, lse, *sequences, 0.0, causal, *random, scale=scale
         )
@@ -206,8 +190,8 @@ class PackageKernels:
 
 
 @cache
-def flash_kernels() -> FlashKernels:
-    """The library that runs: the flash-attn package from 2.7 on, else torch."""
+def flash_kernels() -> TorchKernels | PackageKernels:
+    """The library in use: the flash-attn package from 2.7 on, else torch."""
     try:
         major, minor = importlib.metadata.version("flash-attn").split(".")[:2]
     except importlib.metadata.PackageNotFoundError:
@@ -216,7 +200,7 @@ def flash_kernels() -> FlashKernels:
 
 
 def loadable(x: Tensor) -> Tensor:
-    """x, or a copy whose rows can be loaded in the libraries' steps."""
+    """x, or a copy whose rows the libraries can load in their steps."""
     step = LOAD_BYTES // x.element_size()
     fits = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1])
     if fits and x.data_ptr() % LOAD_BYTES == 0:
@@ -237,7 +221,7 @@ _PLAN = (
     schema=f"(Tensor q, Tensor k, Tensor v, bool causal, float scale, {_PLAN}) -> (Tensor, Tensor)",
 )
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *fields):
-    if not q.numel():  # the libraries refuse a batch without sequences
+    if not q.numel():  # the libraries refuse an empty batch
         return _forward_fake(q)
     plan, kernels = FlashPlan(*fields), flash_kernels()
     q, k, v = map(loadable, (q, k, v))
@@ -291,7 +275,7 @@ def _backward_fake(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Any) -> tupl
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.options = inputs  # a plan made in inference mode may be kept, but not saved
+    q, k, v, *ctx.options = inputs  # not saved: autograd refuses tensors made in inference mode
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -306,7 +290,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def refusal(q_THD: Tensor, layout: PackedLayout) -> str | None:
-    """What of these inputs the libraries do not take; None where they take all."""
+    """The property of the inputs that the libraries do not take; None if they take them."""
     if q_THD.dtype not in DTYPES:
         return f"{q_THD.dtype} inputs, only float16 and bfloat16"
     head_size = q_THD.shape[-1]
@@ -321,22 +305,7 @@ def refusal(q_THD: Tensor, layout: PackedLayout) -> str | None:
 def flash_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, *, causal: bool, scale: float
 ) -> Tensor:
-    """`packed_attention` by flash kernels. Shapes are checked there.
-
-    Args:
-        q_THD: [T, H, D] float16 or bfloat16 on an NVIDIA GPU, D a multiple of 8 up to 256.
-        k_TKD: [T, K, D] keys; K divides H.
-        v_TKD: [T, K, D] values.
-        layout: the batch's boundaries, T tokens in all.
-        causal: False lets a segment's tokens see the whole segment and its prompt.
-        scale: multiplies the scores.
-
-    Returns:
-        [T, H, D], dtype of q, contiguous, differentiable once in q, k and v.
-
-    Raises:
-        ValueError: the libraries do not take the dtype, the head size or so many segments.
-    """
+    """`packed_attention` of checked inputs; raises ValueError for those that `refusal` names."""
     if reason := refusal(q_THD, layout):
         raise ValueError(f"packed_attention: impl='flash' does not take {reason}")
     return _forward(q_THD, k_TKD, v_TKD, causal, scale, *FlashPlan.of(layout))[0]

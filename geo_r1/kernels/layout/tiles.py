@@ -1,8 +1,8 @@
-"""Which tiles of a packed batch the attention kernels work on, the longest work first.
+"""The tiles of a packed batch that the attention kernels walk, the longest work first.
 
-A tile is up to `rows` neighbouring tokens of one segment, so it has one prefix and one range of keys of its
-own. Because completions stand right behind their prompt, the queries that see a tile of keys are one range
-too, and their gradients are summed in one loop without atomics.
+A tile is up to `rows` neighbouring tokens of one segment, so it has one prefix and one range of its own keys.
+Completions follow their prompt directly, so the queries that see a tile of keys are one range too, and one
+loop sums their gradients without atomics.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Tokens of a tile, as launch tables ask for: 16 and 32 in float32, 64 is a vision tower's window, else 128.
+# Tokens per tile in the launch tables: 16 and 32 for float32, 64 for a vision tower's windows, else 128.
 TILE_ROWS = (16, 32, 64, 128)
-# A layout whose segments are all this long or shorter has tiles that are whole segments.
+# If no segment is longer than this, tiles are whole segments.
 SHORT = 64
-HEAD_SIZES = (16, 32, 64, 80, 96, 128)  # that kernels are built for
+HEAD_SIZES = (16, 32, 64, 80, 96, 128)  # that attention kernels are built for
 
 
 def tile_tables(
@@ -25,20 +25,20 @@ def tile_tables(
     rows: int,
     num_tiles: int,
 ) -> tuple[Tensor, Tensor]:
-    """Cut every segment into tiles, on the device of the boundaries and without waiting for it.
+    """Cut every segment into tiles on the device of the boundaries, without waiting for it.
 
     Args:
         cu_group, prefix_len, cu_segment, segment_parent: boundaries, see `PackedLayout`.
         rows: the most tokens of a tile, one of TILE_ROWS.
-        num_tiles: N, how many there are; the host knows the lengths.
+        num_tiles: N, which the host knows from the lengths.
 
     Returns:
         query_tiles: [N, 5] int32: first query, start and end of its segment, start and end of the prefix
             (empty for a prompt).
-        key_tiles: [N, 4] int32: first key, end of its segment, start and end of the queries that see it when
-            attention is not causal; causal ones start at the first key.
+        key_tiles: [N, 4] int32: first key, end of its segment, start and end of the queries that see it if
+            attention is not causal; if it is, they start at the first key.
 
-        Rows are sorted by the work of causal attention, the most first.
+        Rows are sorted by their work in causal attention, the most first.
     """
     start_S, end_S = cu_segment[:-1], cu_segment[1:]
     is_prompt_S = segment_parent < 0

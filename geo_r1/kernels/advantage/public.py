@@ -6,12 +6,14 @@ Source: GRPO, arXiv:2402.03300; leave-one-out baseline, RLOO, arXiv:2402.14740; 
 arXiv:2503.20783.
 """
 
+import importlib
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from geo_r1.kernels.advantage.reference import reference_advantage
 from geo_r1.kernels.impls import resolve_impl
 
 
@@ -29,34 +31,34 @@ def group_advantage(
     num_rows: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Score each completion against the others that answer the same prompt.
+    """Score each completion against the others of its group.
 
         advantage[i] = (reward[i] - mean_g) / (std_g + eps)
 
     A group whose valid rewards are all equal, or that has one valid member, gets exactly zero. A non-finite
-    reward makes the valid members of its own group NaN (with `scale="batch"`, of every group that is not
-    all equal): nothing waits for the device to raise.
+    reward makes the valid members of its group NaN (with `scale="batch"`, those of every group whose rewards
+    differ): raising an error would wait for the device.
 
     Args:
         reward_N: [N] floating, task units; completions of a group are adjacent.
         cu_group: [G + 1] int32 or int64, group boundaries; starts at 0, ends at N. Empty groups are legal.
-        valid_N: [N] bool; members that are False take no part in the statistics and get 0. None: all valid.
-        baseline: "mean" of the group's valid members, or "leave_one_out", that of the other ones.
+        valid_N: [N] bool; members that are False are left out of the statistics and get 0. None: all valid.
+        baseline: "mean" of the group's valid members, or "leave_one_out", the mean of the other ones.
         scale: divide by the standard deviation of the "group", of the whole "batch"'s valid rewards, or by
             nothing ("none").
         eps: task units, added to the standard deviation; keeps nearly equal rewards finite.
         correction: 1 for the sample standard deviation (Bessel's correction), 0 for the population's.
         cu_completion: [N + 1] int32 or int64, where each completion's loss rows start; starts at 0, ends at
-            R. With it each completion's advantage is repeated for all of its rows. None: one value each.
-        num_rows: R, given if and only if `cu_completion` is, so that nothing waits for the device.
+            R. Repeats each completion's advantage for all of its rows. None: one value per completion.
+        num_rows: R, required with `cu_completion` and only then, so that nothing waits for the device.
         impl: implementation, see `available_impls()`.
 
     Returns:
         [N], or [R] with `cu_completion`; float32 (float64 for float64 rewards), no unit, no gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or option is wrong; or boundaries that live on the CPU do not
-            start at 0, fall, or do not end at N or R.
+        ValueError: a shape, dtype, device or option is wrong; or boundaries on the CPU do not start at 0,
+            decrease, or do not end at N or R.
 
     Source: GRPO, arXiv:2402.03300.
     """
@@ -66,7 +68,7 @@ def group_advantage(
         rows = reward_N.numel() if num_rows is None else num_rows
         options = (baseline, scale, eps, correction, chosen)
         return _kernel_op(reward_N, cu_group, valid_N, cu_completion, rows, *options)
-    advantage_N = _reference(reward_N, cu_group, valid_N, baseline, scale, eps, correction)
+    advantage_N = reference_advantage(reward_N, cu_group, valid_N, baseline, scale, eps, correction)
     if cu_completion is None:
         return advantage_N
     return advantage_N.repeat_interleave(cu_completion.diff(), output_size=num_rows)
@@ -85,69 +87,21 @@ def _refused(dtype: torch.dtype) -> dict[str, str]:
 )
 def _kernel_op(reward_N, cu_group, valid_N, cu_completion, num_rows, *options_and_impl):
     *options, impl = options_and_impl
-    if impl == "cuda":
-        from geo_r1.kernels.advantage_cuda import group_advantage_cuda as kernel
-    else:
-        from geo_r1.kernels.advantage_triton import group_advantage_triton as kernel
-    return kernel(reward_N, cu_group, valid_N, cu_completion, num_rows, *options)
+    out = _new_result(reward_N, num_rows)
+    if num_rows and cu_group.numel() > 1:
+        kernels = importlib.import_module(f"geo_r1.kernels.advantage.{impl}")
+        cu_completion = None if cu_completion is None else cu_completion.contiguous()
+        kernels.group_advantage(out, reward_N, cu_group.contiguous(), valid_N, cu_completion, *options)
+    return out
 
 
 @_kernel_op.register_fake
 def _(reward_N, cu_group, valid_N, cu_completion, num_rows, *_):
+    return _new_result(reward_N, num_rows)
+
+
+def _new_result(reward_N: Tensor, num_rows: int) -> Tensor:
     return reward_N.new_empty(num_rows, dtype=torch.promote_types(reward_N.dtype, torch.float32))
-
-
-def _reference(
-    reward_N: Tensor,
-    cu_group: Tensor,
-    valid_N: Tensor | None,
-    baseline: str,
-    scale: str,
-    eps: float,
-    correction: int,
-) -> Tensor:
-    dtype = torch.promote_types(reward_N.dtype, torch.float32)
-    num_groups, num_members = cu_group.numel() - 1, reward_N.numel()
-    if num_members == 0:
-        return reward_N.new_zeros(0, dtype=dtype)
-    valid = torch.ones_like(reward_N, dtype=torch.bool) if valid_N is None else valid_N
-    reward = reward_N.to(dtype).masked_fill(~valid, 0.0)
-    # Number of group ends at or before i: empty groups are stepped over.
-    member = torch.arange(num_members, device=reward.device, dtype=cu_group.dtype)
-    group = torch.searchsorted(cu_group[1:].contiguous(), member, right=True)
-
-    def total(value_N: Tensor) -> Tensor:
-        return value_N.new_zeros(num_groups).index_add_(0, group, value_N)
-
-    def extreme(fill: float, reduce: str) -> Tensor:
-        value = torch.where(valid, reward, fill)
-        return value.new_full((num_groups,), fill).scatter_reduce_(0, group, value, reduce)
-
-    count_G = total(valid.to(dtype))
-    low_G = extreme(float("inf"), "amin")
-    # inf - inf is NaN, so a non-finite reward never looks like a group of equal rewards.
-    spread_G = extreme(float("-inf"), "amax") - low_G
-
-    # First pass: the mean, measured from the group's smallest reward so that a common offset costs no digits.
-    # spread * 0 is NaN exactly where a reward is not finite.
-    above = torch.where(valid, reward - low_G[group], 0.0)
-    mean_G = total(above) / count_G.clamp(min=1) + spread_G * 0
-    centred = torch.where(valid, above - mean_G[group], 0.0)
-    advantage = centred
-    if baseline == "leave_one_out":  # r_i - (n mean - r_i) / (n - 1) = (r_i - mean) n / (n - 1)
-        advantage = centred * (count_G / (count_G - 1).clamp(min=1))[group]
-    # Second pass: the squares of what is left.
-    if scale == "group":
-        variance_G = total(centred.square()) / (count_G - correction).clamp(min=1)
-        advantage = advantage / (variance_G.sqrt() + eps)[group]
-    elif scale == "batch":
-        count = count_G.sum()
-        above_all = reward - torch.where(valid, reward, float("inf")).amin()
-        mean_all = torch.where(valid, above_all, 0.0).sum() / count.clamp(min=1)
-        square = torch.where(valid, above_all - mean_all, 0.0).square().sum()
-        advantage = advantage / ((square / (count - correction).clamp(min=1)).sqrt() + eps)
-    # Rounding in the mean may leave equal rewards a hair above zero; equal means exactly zero.
-    return advantage.masked_fill(~valid | (spread_G == 0)[group], 0.0)
 
 
 def _check(
@@ -162,9 +116,7 @@ def _check(
     num_rows: int | None,
 ) -> None:
     if reward_N.dim() != 1 or not reward_N.is_floating_point():
-        raise ValueError(
-            f"reward_N: expected [N] floating, got {list(reward_N.shape)} {reward_N.dtype}",
-        )
+        raise ValueError(f"reward_N: expected [N] floating, got {list(reward_N.shape)} {reward_N.dtype}")
     if cu_group.dim() != 1 or cu_group.numel() == 0 or cu_group.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_group: expected [G + 1] int32 or int64, got {list(cu_group.shape)} {cu_group.dtype}"
@@ -197,7 +149,7 @@ def _check(
         raise ValueError(f"eps: expected at least 0, got {eps}")
     if correction not in (0, 1):
         raise ValueError(f"correction: expected 0 or 1, got {correction}")
-    # Values on a GPU are not waited for, and a traced graph has none.
+    # Reading values would wait for a GPU, and a traced graph has none.
     if cu_group.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_boundaries("cu_group", "group", cu_group, "N", reward_N.numel())
         if cu_completion is not None and num_rows is not None:

@@ -1,8 +1,4 @@
-"""Packed attention in Triton: it walks the tiles of a layout, see `schedule.py`.
-
-The kernels, with what they compute and move, stand in `attention_triton_forward.py` and
-`attention_triton_backward.py`.
-"""
+"""Packed attention in Triton: `triton_forward.py` and `triton_backward.py` on a layout's tiles."""
 
 from __future__ import annotations
 
@@ -13,20 +9,19 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.attention_triton_backward import D_KEY, D_QUERY, backward
-from geo_r1.kernels.attention_triton_forward import FORWARD, choose_row, forward
+from geo_r1.kernels.attention.triton_backward import D_KEY, D_QUERY, backward
+from geo_r1.kernels.attention.triton_forward import FORWARD, choose_row, forward
 from geo_r1.kernels.launch import Launch
 from geo_r1.kernels.layout import PackedLayout
-from geo_r1.kernels.schedule import HEAD_SIZES, SHORT
+from geo_r1.kernels.layout.tiles import HEAD_SIZES, SHORT
 
 LAUNCHES: tuple[Launch, ...] = (*FORWARD.values(), *D_QUERY.values(), *D_KEY.values())
 
 
 def tiles(q_THD: Tensor, layout: PackedLayout, short: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles of queries for the forward pass and for dq, tiles of keys."""
+    """Tiles of queries for the forward pass and for dq, and tiles of keys."""
     queries, d_queries, d_keys = (
-        dict(choose_row(table, q_THD.dtype, q_THD.shape[2], short).blocks)
-        for table in (FORWARD, D_QUERY, D_KEY)
+        choose_row(table, q_THD.dtype, q_THD.shape[2], short).blocks for table in (FORWARD, D_QUERY, D_KEY)
     )
     query_tiles, _ = layout.tiles(queries["BM"])
     d_query_tiles, _ = layout.tiles(d_queries["BM"])
@@ -35,7 +30,7 @@ def tiles(q_THD: Tensor, layout: PackedLayout, short: bool) -> tuple[Tensor, Ten
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Launches that together choose every row, for each head size: causal with shared keys, and neither."""
+    """For each head size, launches that together choose every row: causal with shared keys, and neither."""
     kinds = (
         ("short", SHORT, torch.bfloat16),
         ("long", SHORT + 1, torch.bfloat16),
@@ -52,5 +47,7 @@ def _forward_and_backward(length: int, head_size: int, causal: bool, dtype: torc
     k, v = (torch.zeros(length, 1 if causal else 2, head_size, dtype=dtype) for _ in range(2))
     short = length <= SHORT
     query_tiles, d_query_tiles, key_tiles = tiles(q, layout, short)
-    out, lse = forward(q, k, v, query_tiles, short, causal, scale)
-    backward(d_out, q, k, v, out, lse, d_query_tiles, key_tiles, short, causal, scale)
+    out, lse = torch.zeros_like(q), torch.zeros(2, length)
+    forward(q, k, v, out, lse, query_tiles, short, causal, scale)
+    dq, dk, dv = (torch.zeros_like(q) for _ in range(3))
+    backward(d_out, q, k, v, out, lse, dq, dk, dv, d_query_tiles, key_tiles, short, causal, scale)

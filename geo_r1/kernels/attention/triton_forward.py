@@ -1,14 +1,14 @@
-"""Packed attention forward in Triton, and the pieces that its backward shares.
+"""Packed attention forward in Triton, and the functions that its backward shares.
 
     s_ij = scale q_i . k_j,   lse_i = log sum_j exp(s_ij),   out_i = sum_j exp(s_ij - lse_i) v_j
 
-A program has one tile of queries and one head, and reads the keys of its prefix and of its own segment. Long
-rows have a loop for the blocks that need no mask, which come first in both, and one for the few at the ends.
-Heads are neighbours in the grid: those that share keys find them in cache.
+A program computes one tile of queries for one head, and reads the keys of the tile's prefix and of its own
+segment. In long rows one loop takes the blocks that need no mask, which come first in both, and another loop
+the few at the ends. Neighbours in the grid are heads of one tile: those that share keys find them in cache.
 
 A head of 80 or 96 numbers is held as 64 + 16 or 64 + 32, since blocks are powers of two.
 
-Operations: 4 D a visible pair and head. Bytes: q and out once, k and v once a tile of queries.
+Operations: 4 D per visible pair and head. Bytes: q and out once, k and v once per tile of queries.
 
 Source: FlashAttention-2, arXiv:2307.08691.
 """
@@ -23,56 +23,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geo_r1.kernels.launch import Launch, launch
+from geo_r1.kernels.launch import Launch
 
-LOG2_E = math.log2(math.e)  # kernels use exp2, the one the hardware has; their log-sum-exp is in base 2 too
-# A float32 product is made of three of tf32, close to float32's own accuracy; other dtypes ignore it.
+LOG2_E = math.log2(math.e)  # the hardware has exp2, so kernels use it, and a log-sum-exp in base 2
+# Three tf32 products make one of float32, close to its own accuracy; other dtypes ignore this.
 PRECISION = tl.constexpr("tf32x3")
 
-# (what runs, largest head size) -> tile. "short": no segment is longer than 64 tokens, so a tile is a whole
-# segment. SPLIT: blocks that need no mask have a loop of their own. Registers: the most, sm_90 / sm_80.
+# (kind of batch, largest head size) -> tile. "short": no segment is longer than 64 tokens, so a tile is a
+# whole segment. SPLIT: blocks that need no mask have a loop of their own. Reasons give the most registers of
+# any kernel on sm_90 / sm_80. Nothing here was measured.
 FORWARD = {
-    ("long", 32): launch(
-        "79/128 registers; more stages spill on sm_80; not measured",
-        BM=128,
-        BN=64,
-        SPLIT=1,
-        num_warps=8,
-        num_stages=1,
+    ("long", 32): Launch("79/128; more stages spill on sm_80", BM=128, BN=64, SPLIT=1, num_warps=8),
+    ("long", 128): Launch("225/222, 128 KiB", BM=128, BN=64, SPLIT=1, num_warps=8, num_stages=3),
+    ("short", 32): Launch("92/127; two stages spill on sm_80", BM=64, BN=64, SPLIT=0, num_warps=4),
+    ("short", 80): Launch(
+        "155/240; three windows an SM on sm_90, two with two stages", BM=64, BN=64, SPLIT=0, num_warps=4
     ),
-    ("long", 128): launch(
-        "225/222 registers, 128 KiB; not measured", BM=128, BN=64, SPLIT=1, num_warps=8, num_stages=3
+    ("short", 128): Launch(
+        "203/255; fetches k and v of the one block together", BM=64, BN=64, SPLIT=0, num_warps=4, num_stages=2
     ),
-    ("short", 32): launch(
-        "92/127 registers; two stages spill on sm_80; not measured",
-        BM=64,
-        BN=64,
-        SPLIT=0,
-        num_warps=4,
-        num_stages=1,
-    ),
-    ("short", 80): launch(
-        "155/240 registers, three windows an SM on sm_90; two stages leave room for two; not measured",
-        BM=64,
-        BN=64,
-        SPLIT=0,
-        num_warps=4,
-        num_stages=1,
-    ),
-    ("short", 128): launch(
-        "203/255 registers, k and v of the one block fetched together; not measured",
-        BM=64,
-        BN=64,
-        SPLIT=0,
-        num_warps=4,
-        num_stages=2,
-    ),
-    ("float32", 64): launch(
-        "163/158 registers; not measured", BM=32, BN=32, SPLIT=0, num_warps=4, num_stages=1
-    ),
-    ("float32", 128): launch(
-        "224/230 registers; 32 rows spill; not measured", BM=16, BN=32, SPLIT=0, num_warps=8, num_stages=1
-    ),
+    ("float32", 64): Launch("163/158", BM=32, BN=32, SPLIT=0, num_warps=4),
+    ("float32", 128): Launch("224/230; 32 rows spill", BM=16, BN=32, SPLIT=0, num_warps=8),
 }
 
 
@@ -250,7 +221,7 @@ def _forward_kernel(
 def choose_row(
     table: Mapping[tuple[str, int], Launch], dtype: torch.dtype, head_size: int, short: bool
 ) -> Launch:
-    """The row of the narrowest head that holds `head_size`."""
+    """The row for the smallest head size that is at least `head_size`."""
     kind = "float32" if dtype == torch.float32 else "short" if short else "long"
     fitting = [most for name, most in table if name == kind and most >= head_size]
     return table[kind, min(fitting)]
@@ -263,28 +234,23 @@ def split_head(head_size: int) -> dict[str, int]:
 
 
 def readable(x: Tensor) -> Tensor:
-    """x [T, heads, D] as kernels read it: the numbers of a head side by side, blocks within int32 offsets."""
+    """x [T, heads, D], or a copy that kernels can read: heads contiguous, blocks within int32 offsets."""
     return x if x.stride(2) == 1 and x.stride(0) < 2**24 else x.contiguous()
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    """Of tokens and heads."""
+    """Each tensor's strides of tokens and heads."""
     return [x.stride(i) for x in tensors for i in (0, 1)]
 
 
-def forward(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, query_tiles: Tensor, short: bool, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q_THD, k_TKD, v_TKD, out_THD, lse_HT, query_tiles, short, causal, scale):
+    """Fill `out` and the base-2 log-sum-exp."""
     (num_tokens, num_heads, head_size), num_shared = q_THD.shape, q_THD.shape[1] // k_TKD.shape[1]
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    lse_HT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q_THD.device)
-    if num_tokens:
-        q, k, v = map(readable, (q_THD, k_TKD, v_TKD))
-        row = choose_row(FORWARD, q.dtype, head_size, short)
-        _forward_kernel[(query_tiles.shape[0] * num_heads,)](
-            q, k, v, out_THD, lse_HT, query_tiles,
-            num_tokens, num_heads, num_shared, scale * LOG2_E,
-            *strides(q, k, v, out_THD),
-            **split_head(head_size), CAUSAL=causal, **row.options,
-        )  # fmt: skip
-    return out_THD, lse_HT
+    q, k, v = map(readable, (q_THD, k_TKD, v_TKD))
+    row = choose_row(FORWARD, q.dtype, head_size, short)
+    _forward_kernel[(query_tiles.shape[0] * num_heads,)](
+        q, k, v, out_THD, lse_HT, query_tiles,
+        num_tokens, num_heads, num_shared, scale * LOG2_E,
+        *strides(q, k, v, out_THD),
+        **split_head(head_size), CAUSAL=causal, **row.options,
+    )  # fmt: skip

@@ -7,30 +7,30 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class GRPOLossConfig:
-    """Options of the loss, checked once, when it is made.
+    """Options of the loss, checked when the object is made.
 
     Raises:
-        ValueError: an option is out of range or does not go with another.
+        ValueError: an option is out of range or does not fit another option.
     """
 
     # Ratios are clipped to [1 - epsilon, 1 + epsilon_high].
     epsilon: float = 0.2
-    # None: epsilon. With policy "cispo" it is the upper bound of the ratio itself, and must be given.
+    # None: epsilon. With policy "cispo" it is the upper bound of the ratio itself, and required.
     epsilon_high: float | None = None
-    # Upper bound of the ratio on the side that clipping leaves open; policy "clip" only.
+    # Upper bound of the ratio on the side that clipping leaves open; only with policy "clip".
     delta: float | None = None
     policy: Literal["clip", "cispo", "sapo"] = "clip"
-    # Sharpness of SAPO's gate where the advantage is positive, and where it is not.
+    # Sharpness of SAPO's gate for positive advantages, and for others.
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
-    # "sequence": one ratio a completion, the geometric mean of its tokens' (GSPO, arXiv:2507.18071).
+    # "sequence": one ratio per completion, the geometric mean of its tokens' (GSPO, arXiv:2507.18071).
     importance_sampling_level: Literal["token", "sequence"] = "token"
     # Weight of KL(policy || reference).
     beta: float = 0.0
     kl_estimator: Literal["k3", "k1", "k2"] = "k3"
     # Weight of the entropy bonus.
     entropy_coef: float = 0.0
-    # Logits are divided by it, as they were when the completions were sampled.
+    # Divides the logits, as it did when the completions were sampled.
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class GRPOLossConfig:
 
     @property
     def clip_high(self) -> float:
-        """`epsilon_high`, or `epsilon` where it was not given."""
+        """`epsilon_high`, or by default `epsilon`."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property

@@ -2,12 +2,13 @@
 
     advantage[i] = (reward[i] - baseline_i) / scale_i
 
-Source: GRPO, arXiv:2402.03300, as `geo_r1.kernels.advantage` states it. A program reads its group's rewards
-four times (smallest and largest, mean, squares, result), the last three from cache, and writes a value a
-member or a token. With scale="batch" each program also reads all N rewards, three times: O(G * N) in all, for
-the thousands of rewards of a training step still one short launch.
+Source: GRPO, arXiv:2402.03300; `public.py` states the formula. A program reads its group's rewards four times
+(smallest and largest, mean, squares, result), the last three times from cache, and writes one value per
+member or token. With scale="batch" each program also reads all N rewards three times, O(G * N) in all. For
+the thousands of rewards of a training step that is still one short launch.
 
-Everything is computed in float64: rewards are few, so digits are free, and no option needs its own rounding.
+Everything is computed in float64: there are few rewards, so it costs nothing, and no option needs its own
+rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +17,13 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from geo_r1.kernels.launch import Launch, launch
+from geo_r1.kernels.launch import Launch
 
-# By what a program walks. One warp: sums need no barrier, and with more ptxas spills a few bytes around the
-# float64 divisions to fit more programs on an SM (seen on both chips with 2, 4 and 8 warps).
-_GROUP = launch("a group, of 8 to 64 members in practice; not measured", num_warps=1, BLOCK=64)
-_WIDE = launch("the batch, or hundreds of tokens a member; not measured", num_warps=1, BLOCK=256)
+# By what a program walks. One warp, so sums need no barrier; with more, ptxas spills a few bytes around the
+# float64 divisions to fit more programs on an SM (seen on both chips with 2, 4 and 8 warps). Not measured.
+_GROUP = Launch("a group, of 8 to 64 members in practice", num_warps=1, BLOCK=64)
+_WIDE = Launch("the batch, or hundreds of tokens a member", num_warps=1, BLOCK=256)
 LAUNCHES: tuple[Launch, ...] = (_GROUP, _WIDE)
 
 
@@ -140,32 +140,18 @@ def _group_advantage_kernel(
                 tl.store(out_ptr + o_row, advantage.to(out_ptr.dtype.element_ty), mask=o_row < last_row)
 
 
-def group_advantage_triton(
-    reward_N: Tensor,
-    cu_group: Tensor,
-    valid_N: Tensor | None,
-    cu_completion: Tensor | None,
-    num_rows: int,
-    baseline: str,
-    scale: str,
-    eps: float,
-    correction: int,
-) -> Tensor:
-    """Launch over checked inputs; `num_rows` is the length of the result."""
-    out = reward_N.new_empty(num_rows, dtype=torch.promote_types(reward_N.dtype, torch.float32))
-    num_groups = cu_group.numel() - 1
-    if num_rows == 0 or num_groups == 0:
-        return out
+def group_advantage(out, reward_N, cu_group, valid_N, cu_completion, baseline, scale, eps, correction):
+    """Fill `out` [R], not empty, from checked inputs."""
     row = _GROUP if scale != "batch" and cu_completion is None else _WIDE
     with torch.cuda.device_of(reward_N):  # Triton launches on the current device
-        _group_advantage_kernel[(num_groups,)](
+        _group_advantage_kernel[(cu_group.numel() - 1,)](
             out_ptr=out,
             reward_ptr=reward_N,
             valid_ptr=valid_N,
-            cu_group_ptr=cu_group.contiguous(),
-            cu_completion_ptr=None if cu_completion is None else cu_completion.contiguous(),
+            cu_group_ptr=cu_group,
+            cu_completion_ptr=cu_completion,
             num_members=reward_N.numel(),
-            num_rows=num_rows,
+            num_rows=out.numel(),
             stride_reward_n=reward_N.stride(0),
             stride_valid_n=0 if valid_N is None else valid_N.stride(0),
             LEAVE_ONE_OUT=baseline == "leave_one_out",
@@ -174,7 +160,6 @@ def group_advantage_triton(
             CORRECTION=correction,
             **row.options,
         )
-    return out
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -182,7 +167,7 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     reward_N, valid_N = torch.zeros(16), torch.ones(16, dtype=torch.bool)
     cu_group, cu_completion = torch.tensor([0, 8, 16], dtype=torch.int32), torch.arange(17)
     for scale in ("group", "batch", "none"):
-        members = (reward_N.bfloat16(), cu_group, valid_N, None, 16, "leave_one_out", scale, 1e-4, 1)
-        yield f"{scale}, members", partial(group_advantage_triton, *members)
-        tokens = (reward_N, cu_group, None, cu_completion, 16, "mean", scale, 1e-4, 1)
-        yield f"{scale}, tokens", partial(group_advantage_triton, *tokens)
+        members = (reward_N.bfloat16(), cu_group, valid_N, None, "leave_one_out", scale, 1e-4, 1)
+        yield f"{scale}, members", partial(group_advantage, reward_N, *members)
+        tokens = (reward_N, cu_group, None, cu_completion, "mean", scale, 1e-4, 1)
+        yield f"{scale}, tokens", partial(group_advantage, reward_N, *tokens)

@@ -1,18 +1,18 @@
-"""What the losses ask of their inputs."""
+"""Checks of the losses' inputs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.loss_config import GRPOLossConfig
-from geo_r1.kernels.reference import LossRows
+from geo_r1.kernels.loss.config import GRPOLossConfig
+from geo_r1.kernels.loss.reference import LossRows
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_matrix(name: str, matrix: Tensor) -> None:
-    """Raise ValueError unless `matrix` is [*, not empty] of a dtype the losses take."""
+    """Raise ValueError unless `matrix` is [*, not empty] of a dtype that the losses take."""
     if matrix.dim() != 2 or matrix.shape[1] == 0 or matrix.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"{name}: expected two dimensions, the last not empty, of float16, bfloat16, float32 or float64, "
@@ -33,7 +33,7 @@ def check_row(name: str, row_R: Tensor, like: Tensor, *, integer: bool = False) 
 
 
 def check_target(target_R: Tensor, like: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless targets are [R] int64 and, where they live on the CPU, in [0, V)."""
+    """Raise ValueError unless targets are [R] int64 and, if they are on the CPU, in [0, V)."""
     check_row("target_R", target_R, like, integer=True)
     if target_R.device.type == "cpu" and target_R.numel() and not torch.compiler.is_compiling():
         outside = (target_R < 0) | (target_R >= vocab_size)
@@ -45,11 +45,7 @@ def check_target(target_R: Tensor, like: Tensor, vocab_size: int) -> None:
 
 
 def check_rows(
-    like: Tensor,
-    target_R: Tensor,
-    vocab_size: int,
-    config: GRPOLossConfig,
-    rows: LossRows,
+    like: Tensor, target_R: Tensor, vocab_size: int, config: GRPOLossConfig, rows: LossRows
 ) -> None:
     """Raise ValueError unless the rows of a GRPO loss fit `like` [R, *] and the options."""
     check_target(target_R, like, vocab_size)
@@ -80,5 +76,5 @@ def check_linear(hidden_RC: Tensor, lm_head_VC: Tensor) -> None:
 
 
 def refused_dtype(matrix: Tensor) -> dict[str, str]:
-    """What `resolve_impl` is told: the kernels compute in float32."""
+    """Implementations that refuse float64, for `resolve_impl`: the kernels compute in float32."""
     return dict.fromkeys(("triton", "cuda"), "float64 inputs") if matrix.dtype == torch.float64 else {}

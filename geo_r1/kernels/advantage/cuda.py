@@ -1,26 +1,12 @@
 """Group-relative advantages by the CUDA kernel of csrc/group_advantage.cu."""
 
 import torch
-from torch import Tensor
 
 from geo_r1.kernels.extension import launch
 
 
-def group_advantage_cuda(
-    reward_N: Tensor,
-    cu_group: Tensor,
-    valid_N: Tensor | None,
-    cu_completion: Tensor | None,
-    num_rows: int,
-    baseline: str,
-    scale: str,
-    eps: float,
-    correction: int,
-) -> Tensor:
-    """Launch over checked inputs; `num_rows` is the length of the result."""
-    out = reward_N.new_empty(num_rows, dtype=torch.promote_types(reward_N.dtype, torch.float32))
-    cu_group = cu_group.contiguous()
-    cu_completion = None if cu_completion is None else cu_completion.contiguous()
+def group_advantage(out, reward_N, cu_group, valid_N, cu_completion, baseline, scale, eps, correction):
+    """Fill `out` [R], not empty, from checked inputs."""
     launch(
         "group_advantage",
         reward_N,
@@ -34,7 +20,7 @@ def group_advantage_cuda(
         wide_completion=cu_completion is not None and cu_completion.dtype == torch.int64,
         num_groups=cu_group.numel() - 1,
         num_members=reward_N.numel(),
-        num_rows=num_rows,
+        num_rows=out.numel(),
         stride_reward=reward_N.stride(0),
         stride_valid=0 if valid_N is None else valid_N.stride(0),
         leave_one_out=baseline == "leave_one_out",
@@ -42,4 +28,3 @@ def group_advantage_cuda(
         eps=eps,
         correction=correction,
     )
-    return out

@@ -1,4 +1,4 @@
-"""The losses in plain torch, any float dtype: the specification, with its derivatives written out.
+"""The losses in plain torch, any float dtype: their definition, with the derivatives written out.
 
     L = sum_t w_t * (importance_t * policy_t + beta * KL_t - entropy_coef * H_t)
 
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.loss_config import GRPOLossConfig
+from geo_r1.kernels.loss.config import GRPOLossConfig
 
-# sigmoid(40) is 1 in float64, with derivative 0: SAPO's ratio may be held there without changing a bit.
+# sigmoid(40) is 1 in float64 and its derivative 0, so clamping SAPO's ratio there changes no bit.
 SAPO_SATURATED = 40.0
 
 
 class LossRows(NamedTuple):
-    """What the loss is told of each row, [R] each; see `grpo_loss`."""
+    """The loss's inputs for each row, [R] each; see `grpo_loss`."""
 
     advantage_R: Tensor
     token_weight_R: Tensor
@@ -40,11 +40,11 @@ class LossRows(NamedTuple):
 
 
 class RowLoss(NamedTuple):
-    """What the formula makes of each row; float32 or float64. Rows of weight zero: 0, 0, 0, 0, 1, False."""
+    """The formula's results for each row, float32 or float64. Rows of weight zero: 0, 0, 0, 0, 1, False."""
 
     loss_R: Tensor  # [R] weighted part of the loss
-    d_logp_R: Tensor  # [R] derivative of the whole loss in the row's logp
-    d_entropy_R: Tensor  # [R] and in its entropy
+    d_logp_R: Tensor  # [R] derivative of the whole loss with respect to the row's logp
+    d_entropy_R: Tensor  # [R] and with respect to its entropy
     kl_R: Tensor  # [R] nats
     ratio_R: Tensor  # [R]
     clipped_R: Tensor  # [R] bool
@@ -56,7 +56,7 @@ def row_statistics(logits_RV: Tensor, target_R: Tensor, temperature: float) -> t
         z = logits / temperature;  logp = z[target] - logsumexp(z);  H = -sum_v p_v log p_v
 
     Args:
-        logits_RV: [R, V] floating; may hold -inf (entries that cannot be drawn).
+        logits_RV: [R, V] floating; may hold -inf (tokens that cannot be sampled).
         target_R: [R] int64 in [0, V).
         temperature: divides the logits.
 
@@ -106,7 +106,7 @@ def _log_softmax(logits_RV: Tensor, temperature: float) -> Tensor:
 
 
 def _finite(logp_RV: Tensor) -> Tensor:
-    """-inf as a finite number, for a product with its probability: 0 log 0 = 0."""
+    """Replace -inf by a finite number, so that its product with a probability of 0 is 0."""
     return logp_RV.clamp(min=torch.finfo(logp_RV.dtype).min)
 
 
@@ -114,14 +114,14 @@ def grpo_row_loss(logp_R: Tensor, entropy_R: Tensor, rows: LossRows, config: GRP
     """Each row's weighted part of the loss, its derivatives and its report.
 
     Args:
-        logp_R, entropy_R: [R] float32 or float64, nats; the dtype everything is computed in.
-        rows: what else the loss takes.
+        logp_R, entropy_R: [R] float32 or float64, nats; everything is computed in their dtype.
+        rows: the other inputs of the loss.
         config: options of the loss.
     """
     kept_R = rows.token_weight_R != 0
 
     def kept(value_R: Tensor) -> Tensor:
-        # Every input is made finite on dropped rows first: a zero times a NaN further down would be a NaN.
+        # Inputs of dropped rows become finite first, since zero times NaN would be NaN further down.
         return torch.where(kept_R, value_R.to(logp_R.dtype), 0.0)
 
     logp_R, advantage_R, weight_R = kept(logp_R), kept(rows.advantage_R), kept(rows.token_weight_R)
@@ -152,13 +152,13 @@ def grpo_row_loss(logp_R: Tensor, entropy_R: Tensor, rows: LossRows, config: GRP
 
 def _sequence_mean(value_R: Tensor, kept_R: Tensor, sequence_R: Tensor) -> Tensor:
     """Mean over the kept rows of each row's sequence; the ids need be neither sorted nor dense."""
-    # Dense ids by sorting: R of them at most, and no host sync as torch.unique would need.
+    # Dense ids by sorting: at most R of them, without the host sync of torch.unique.
     ordered, order = sequence_R.sort(stable=True)
     rank = torch.zeros_like(ordered)
     rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     slot = torch.empty_like(rank).scatter_(0, order, rank)
     lengths = torch.zeros_like(rank).scatter_add_(0, rank, torch.ones_like(rank))
-    # Segments, not index_add, whose order of addition is not fixed on a GPU.
+    # Not index_add, whose order of addition is not fixed on a GPU.
     total, count = (
         torch.segment_reduce(x[order], "sum", lengths=lengths, unsafe=True)
         for x in (value_R, kept_R.to(value_R.dtype))
@@ -169,13 +169,13 @@ def _sequence_mean(value_R: Tensor, kept_R: Tensor, sequence_R: Tensor) -> Tenso
 def _policy_term(
     logp_R: Tensor, ratio_R: Tensor, advantage_R: Tensor, config: GRPOLossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The policy term (to be minimised), its derivative in the log-ratio, and where the ratio was clipped.
+    """The policy term (to be minimised), its derivative by the log-ratio, and which rows were clipped.
 
-    Where a bound replaces the ratio the derivative is an exact 0, and nothing is multiplied by a ratio that
-    may have overflown. Comparisons are written so that a NaN ratio stays NaN.
+    Where a bound replaces the ratio the derivative is exactly 0, and no factor is a ratio that may have
+    overflowed. Comparisons are written so that a NaN ratio stays NaN.
     """
     high = config.clip_high
-    if config.policy == "cispo":  # arXiv:2506.13585; the derivative is logp's own, past the ratio
+    if config.policy == "cispo":  # arXiv:2506.13585; only logp is differentiated
         weight_R = -ratio_R.clamp(max=high) * advantage_R
         return weight_R * logp_R, weight_R, (ratio_R > high) & (advantage_R > 0)
     if config.policy == "sapo":  # arXiv:2511.20347
@@ -186,10 +186,10 @@ def _policy_term(
         d_gate_R = 4 * gate_R * (1 - gate_R) * _live(chosen_R, ratio_R)
         clipped_R = torch.zeros_like(ratio_R, dtype=torch.bool)
         return -advantage_R * gate_R * 4 / temperature_R, -advantage_R * d_gate_R, clipped_R
-    # Clipped PPO; delta bounds the side that the clip leaves open (arXiv:2505.07291).
+    # Clipped PPO; delta bounds the side that clipping leaves open (arXiv:2505.07291).
     low_R = ratio_R.clamp(1 - config.epsilon, 1 + high)
     open_R = ratio_R if config.delta is None else ratio_R.clamp(max=config.delta)
-    # A zero advantage compares as NaN when its ratio overflows; False then takes the bounded side.
+    # With a zero advantage and a ratio that overflows this compares NaN: False takes the bounded side.
     chosen_R = torch.where(open_R * advantage_R <= low_R * advantage_R, open_R, low_R)
     clipped_R = ((ratio_R < 1 - config.epsilon) & (advantage_R < 0)) | (
         (ratio_R > 1 + high) & (advantage_R > 0)
@@ -198,7 +198,7 @@ def _policy_term(
 
 
 def _live(chosen_R: Tensor, ratio_R: Tensor) -> Tensor:
-    """The ratio where it was chosen, and 0 where a bound replaced it: the chosen value's derivative."""
+    """The chosen value's derivative: the ratio, or 0 where a bound replaced it."""
     return torch.where((chosen_R < ratio_R) | (chosen_R > ratio_R), 0.0, ratio_R)
 
 

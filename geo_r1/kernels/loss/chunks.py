@@ -1,31 +1,30 @@
 """The walk through the vocabulary in chunks of rows, whose logits live in one bounded scratch.
 
-Three products a chunk: logits = hidden lm_head^T, dhidden = dlogits lm_head, dlm_head += dlogits^T hidden.
-What happens to the logits between them is the rows' part: in plain torch, or by kernels.
+Three products per chunk: logits = hidden lm_head^T, dhidden = dlogits lm_head, dlm_head += dlogits^T hidden.
+Between them `TorchRows` or `KernelRows` turns the logits into statistics and gradients.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from geo_r1.kernels import reference
-from geo_r1.kernels.loss_config import GRPOLossConfig
-from geo_r1.kernels.reference import LossRows, RowLoss
+from geo_r1.kernels.loss import reference
+from geo_r1.kernels.loss.config import GRPOLossConfig
+from geo_r1.kernels.loss.reference import LossRows, RowLoss
+from geo_r1.kernels.loss.rows import row_kernels
 
-# All live temporaries of a chunk together, without the copy of a float32 head in a narrower dtype.
-# Accelerators: at V = 152064 in bfloat16 that is 3,530 rows, so the products are bound by arithmetic and most
+# Bytes of all live temporaries of a chunk, except for a float32 head's copy in a narrower dtype.
+# Accelerators: at V = 152064 in bfloat16 this is 3,530 rows, so arithmetic bounds the products and most
 # micro-batches are one chunk (not measured). CPU: the fastest of 4, 16, 64 and 256 MiB at R = 384, C = 128,
 # V = 50021 on one AMD EPYC core, in float32 and in bfloat16.
 SCRATCH_BYTES = 1 << 30
 SCRATCH_BYTES_CPU = 64 << 20
 
-# Up to here the head's gradient is summed over chunks in its own dtype: each sum rounds once, as the products
-# do. Beyond, roundings would pile up, and a float32 buffer of the head's size takes the sum.
+# Up to this many chunks, the head's gradient is summed in its own dtype: each sum rounds once, as products
+# do. With more, roundings would add up, so a float32 buffer of the head's size takes the sum.
 MAX_NARROW_SUMS = 4
 
 
@@ -33,9 +32,9 @@ class ChunkWalk:
     """Products and their sums; `rows` turns a chunk's logits into statistics and gradients.
 
     Args:
-        hidden_RC: [R, C], the dtype that products run in.
-        lm_head_VC: [V, C] of that dtype, or float32; its gradient has its dtype.
-        impl: "reference", "triton" or "cuda", what works on the rows.
+        hidden_RC: [R, C] in the dtype of the products.
+        lm_head_VC: [V, C] in that dtype or float32, which its gradient has too.
+        impl: "reference", "triton" or "cuda", for the work on the rows.
     """
 
     def __init__(
@@ -55,11 +54,11 @@ class ChunkWalk:
         rows_class = TorchRows if impl == "reference" else KernelRows
         row_bytes = rows_class.row_bytes(vocab_size, dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        # The head's gradient is summed where products are written, or in float32 through a block.
+        # The head's gradient is summed by the products, or in float32 by way of a block.
         num_chunks = -(-num_rows // max(1, scratch // row_bytes))
         self.direct = lm_head_VC.dtype == dtype and (dtype == wide or num_chunks <= MAX_NARROW_SUMS)
         block_bytes = scratch // 8 if needs_head and not self.direct else 0
-        # Chunks of nearly one size, in whole tiles of a product where there is room.
+        # Chunks of nearly equal size, in whole tiles of a product if they fit.
         most = max(1, (scratch - block_bytes) // row_bytes)
         even = -(-num_rows // max(1, -(-num_rows // most)))
         self.num_chunk_rows = max(1, min(num_rows, most, -(-even // 128) * 128))
@@ -68,7 +67,7 @@ class ChunkWalk:
         self.d_head_VC = hidden_RC.new_empty(
             lm_head_VC.shape if needs_head else 0, dtype=dtype if self.direct else wide
         )
-        self.summed = False  # whether d_head holds anything; the first chunk writes it, others add
+        self.summed = False  # True once d_head holds a sum: the first chunk writes it, the others add
         self.head_dtype = lm_head_VC.dtype
         self.needs_hidden, self.needs_head = needs_hidden, needs_head
         if block_bytes:
@@ -76,7 +75,7 @@ class ChunkWalk:
             self.block_vC = hidden_RC.new_empty(num_block_rows, hidden_size)
 
     def chunks(self) -> Iterator[slice]:
-        """Slices of rows; none where there are no rows."""
+        """Slices of rows; none if there are no rows."""
         num_rows = self.hidden_RC.shape[0]
         for start in range(0, num_rows, self.num_chunk_rows):
             yield slice(start, min(start + self.num_chunk_rows, num_rows))
@@ -87,7 +86,7 @@ class ChunkWalk:
         return torch.mm(self.hidden_RC[rows], self.head_VC.t(), out=logits_rV)
 
     def add_gradients(self, rows: slice, d_logits_rV: Tensor) -> None:
-        """The other two products, where they are wanted."""
+        """Compute the other two products, if they are wanted."""
         if self.needs_hidden:
             torch.mm(d_logits_rV, self.head_VC, out=self.d_hidden_RC[rows])
         if not self.needs_head:
@@ -106,7 +105,7 @@ class ChunkWalk:
             head_vC.copy_(block_vC) if first else head_vC.add_(block_vC)
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """Both gradients, in the dtypes of what they are gradients of; empty where not wanted."""
+        """Gradients of hidden states and head, in their dtypes; empty if not wanted."""
         if not self.summed:  # no rows at all
             self.d_head_VC.zero_()
         return self.d_hidden_RC, self.d_head_VC.to(self.head_dtype)
@@ -124,17 +123,19 @@ class TorchRows:
 
     @staticmethod
     def row_bytes(vocab_size: int, dtype: torch.dtype) -> int:
-        """Scratch a row takes."""
+        """Bytes of scratch per row."""
         wide = torch.promote_types(dtype, torch.float32)
         return vocab_size * (2 * wide.itemsize + (dtype.itemsize if dtype != wide else 0))
 
     def statistics(self, logits_rV: Tensor, target_r: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """logp and entropy; leaves in the buffers what `gradient` needs."""
+        """logp and entropy; the buffers then hold the inputs of `gradient`."""
         num_rows = len(target_r)
         self.logit, self.exp = self.logit_rV[:num_rows], self.exp_rV[:num_rows]
         if self.narrow:
             self.logit.copy_(logits_rV)
-        if logits_rV.dtype == torch.float16:  # a product that overflowed must not meet its probability of 0
+        if (
+            logits_rV.dtype == torch.float16
+        ):  # -inf of a product that overflowed, times its probability of 0, is NaN
             self.logit.clamp_(min=torch.finfo(torch.float32).min / 2)
         self.target_r, self.temperature = target_r, temperature
         if temperature != 1:
@@ -143,14 +144,14 @@ class TorchRows:
         drawn_r = self.logit.gather(1, target_r[:, None]).squeeze(1)
         torch.exp(self.logit, out=self.exp)
         self.sum_r = self.exp.sum(-1)
-        # From here the logits' buffer holds exp(z) z: the entropy's sum, and all its gradient needs of z.
+        # From here on the logits' buffer holds exp(z) z, for the entropy's sum and its gradient.
         mean_r = self.logit.mul_(self.exp).sum(-1) / self.sum_r
         self.lse_r = self.sum_r.log()
         self.entropy_r = self.lse_r - mean_r
         return drawn_r - self.lse_r, self.entropy_r
 
     def gradient(self, d_logp_r: Tensor | None, d_entropy_r: Tensor | None) -> Tensor:
-        """dlogits in the products' dtype, right after the chunk's `statistics`, whose buffers it uses up."""
+        """dlogits in the products' dtype. Call once after `statistics`, whose buffers it overwrites."""
         if d_logp_r is None:
             d_logp_r = torch.zeros_like(self.sum_r)
         d_logp_r = d_logp_r / self.temperature
@@ -165,14 +166,9 @@ class TorchRows:
         return self.scratch_rV[: len(d_logit_rV)].copy_(d_logit_rV) if self.narrow else d_logit_rV
 
     def loss(
-        self,
-        logits_rV: Tensor,
-        target_r: Tensor,
-        rows_r: LossRows,
-        config: GRPOLossConfig,
-        gradient: bool,
+        self, logits_rV: Tensor, target_r: Tensor, rows_r: LossRows, config: GRPOLossConfig, gradient: bool
     ) -> tuple[RowLoss, Tensor, Tensor, Tensor | None]:
-        """Per-token loss of a chunk: terms, logp, entropy, and dlogits if asked for."""
+        """A chunk's loss with ratios per token: terms, logp, entropy, and dlogits if `gradient`."""
         logp_r, entropy_r = self.statistics(logits_rV, target_r, config.temperature)
         terms = reference.grpo_row_loss(logp_r, entropy_r, rows_r, config)
         if not gradient:
@@ -181,18 +177,13 @@ class TorchRows:
         return terms, logp_r, entropy_r, self.gradient(terms.d_logp_R, d_entropy_r)
 
 
-def row_kernels(impl: str) -> ModuleType:
-    """The kernels that work on rows of logits, "triton" or "cuda": two modules with the same functions."""
-    return importlib.import_module(f"geo_r1.kernels.rows_{impl}")  # Triton may be missing where CUDA runs
-
-
 class KernelRows:
     """A chunk's rows by kernels: one buffer, whose logits become their gradient in place.
 
-    Each row of it begins at a multiple of ALIGNMENT, whatever the vocabulary's size.
+    Each of its rows begins at a multiple of ALIGNMENT, whatever the size of the vocabulary.
     """
 
-    ALIGNMENT = 16  # bytes: what a thread loads at once, and what cuBLAS asks of its fastest products
+    ALIGNMENT = 16  # bytes that a thread loads at once, and that cuBLAS's fastest products require
 
     def __init__(self, like: Tensor, num_rows: int, vocab_size: int, impl: str) -> None:
         self.kernels = row_kernels(impl)
@@ -201,18 +192,18 @@ class KernelRows:
 
     @classmethod
     def row_bytes(cls, vocab_size: int, dtype: torch.dtype) -> int:
-        """Scratch a row takes."""
+        """Bytes of scratch per row."""
         return -(-vocab_size * dtype.itemsize // cls.ALIGNMENT) * cls.ALIGNMENT
 
     def statistics(self, logits_rV: Tensor, target_r: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """logp and entropy; keeps what `gradient` needs."""
+        """logp and entropy; keeps the inputs of `gradient`."""
         logp_r, entropy_r, lse_r = self.kernels.row_statistics(logits_rV, target_r, temperature)
         self.rows = (logits_rV, target_r, lse_r, entropy_r)
         self.temperature = temperature
         return logp_r, entropy_r
 
     def gradient(self, d_logp_r: Tensor | None, d_entropy_r: Tensor | None) -> Tensor:
-        """dlogits, in place, right after the chunk's `statistics`."""
+        """dlogits, in place; call it once after the chunk's `statistics`."""
         if d_logp_r is None:
             d_logp_r = torch.zeros_like(self.rows[2])
         logits_rV = self.rows[0]
@@ -221,14 +212,9 @@ class KernelRows:
         )
 
     def loss(
-        self,
-        logits_rV: Tensor,
-        target_r: Tensor,
-        rows_r: LossRows,
-        config: GRPOLossConfig,
-        gradient: bool,
+        self, logits_rV: Tensor, target_r: Tensor, rows_r: LossRows, config: GRPOLossConfig, gradient: bool
     ) -> tuple[RowLoss, Tensor, Tensor, Tensor | None]:
-        """Per-token loss of a chunk: terms, logp, entropy, and dlogits if asked for, in place."""
+        """As `TorchRows.loss`, with dlogits in place."""
         d_logits_rV = logits_rV if gradient else None
         terms, logp_r, entropy_r, _ = self.kernels.grpo_row_loss(
             logits_rV, target_r, rows_r, config, d_logits_rV

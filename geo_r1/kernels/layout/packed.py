@@ -1,6 +1,6 @@
-"""Which token of a packed batch belongs to which prompt and completion.
+"""The layout of a packed batch: which token belongs to which prompt and completion.
 
-One batch is one row of T tokens with no padding: for each group its prompt once, then its completions.
+A batch is one row of T tokens without padding: each group's prompt once, then its completions.
 
     [ prompt 0 | c 0.0 | c 0.1 | ... | prompt 1 | c 1.0 | ... ]
 
@@ -20,10 +20,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from geo_r1.kernels.schedule import TILE_ROWS, tile_tables
+from geo_r1.kernels.layout.tiles import TILE_ROWS, tile_tables
 
 
-@dataclass(frozen=True, eq=False)  # fields are tensors, so equal means the same object
+@dataclass(frozen=True, eq=False)  # two layouts are equal only if they are one object, as with tensors
 class PackedLayout:
     """The boundaries of a packed batch, on the device for kernels and on the host for schedules.
 
@@ -46,7 +46,7 @@ class PackedLayout:
     prefix_len: Tensor
     cu_segment: Tensor
     segment_parent: Tensor
-    # Counted once: compiled code is then guarded by these numbers, not by the length of every segment.
+    # Counted once, so that compiled code is guarded by these numbers, not by the length of every segment.
     num_tokens: int = field(init=False, repr=False)
     max_segment_len: int = field(init=False, repr=False)
     _num_tiles: dict[int, int] = field(init=False, repr=False)
@@ -56,7 +56,7 @@ class PackedLayout:
         lengths = [*self.prompt_len, *itertools.chain.from_iterable(self.completion_len)]
         object.__setattr__(self, "num_tokens", sum(lengths))
         object.__setattr__(self, "max_segment_len", max(lengths, default=0))
-        # Of one length there are often many.
+        # Many segments often have one length.
         counts = Counter(lengths)
         num_tiles = {rows: sum(n * -(-length // rows) for length, n in counts.items()) for rows in TILE_ROWS}
         object.__setattr__(self, "_num_tiles", num_tiles)
@@ -71,18 +71,18 @@ class PackedLayout:
         """Lay out groups one after another.
 
         Args:
-            prompt_len: tokens of each prompt, B integers >= 0; numpy's are integers too.
+            prompt_len: tokens of each prompt, B integers >= 0, numpy's included.
             completion_len: B sequences with the tokens of each completion; None means no completions.
-            device: where the boundaries live.
+            device: of the boundaries.
 
         Returns:
             The layout.
 
         Raises:
-            ValueError: lengths are negative, not integers, or the two arguments differ in length; or the
-                tokens do not fit int32.
+            ValueError: lengths are negative or not integers, the two arguments differ in length, or the
+                number of tokens does not fit int32.
         """
-        prompts, completions = _check_lengths(
+        prompts, completions = check_lengths(
             prompt_len, [()] * len(prompt_len) if completion_len is None else completion_len
         )
         cu_group, cu_segment, parent = [0], [0], list[int]()
@@ -105,14 +105,14 @@ class PackedLayout:
     def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
         """Query tiles and key tiles of at most `rows` tokens, one of TILE_ROWS, as `tile_tables` makes them.
 
-        Made on first use and kept, by means that `torch.compile` can follow. Under CUDA graph capture the
-        layout must have been used once before: what capture records is not there until the replay.
+        They are made on first use and kept, in a way that `torch.compile` can trace. Use a layout once before
+        capturing a CUDA graph with it: tensors recorded by a capture do not exist until the replay.
         """
         if rows in self._tiles:
             return self._tiles[rows]
         boundaries = (self.cu_group, self.prefix_len, self.cu_segment, self.segment_parent)
         tables = tile_tables(*boundaries, rows, self._num_tiles[rows])
-        if type(tables[0]) is type(self.cu_group):  # what a tracer makes must not outlive it
+        if type(tables[0]) is type(self.cu_group):  # a tracer's tensors must not outlive it
             self._tiles[rows] = tables
         return tables
 
@@ -130,9 +130,9 @@ class PackedLayout:
 
     @cached_property
     def shape_buckets(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
-        """Segments of one shape together: (prefix length, query rows [n, L], key rows [n, P + L]), int64.
+        """Segments grouped by shape: (prefix length, query rows [n, L], key rows [n, P + L]), int64.
 
-        Empty segments are in no bucket; every token is in exactly one bucket's query rows.
+        Empty segments are in no bucket. Every token is in the query rows of exactly one bucket.
         """
         places: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for start, length, prefix, prefix_len in self.segments:
@@ -148,7 +148,7 @@ class PackedLayout:
 
     @cached_property
     def bucket_order(self) -> Tensor:
-        """[T] int64, where each token stands among the concatenated query rows of `shape_buckets`."""
+        """[T] int64, each token's place in the concatenated query rows of `shape_buckets`."""
         rows = [q_row.flatten() for _, q_row, _ in self.shape_buckets]
         return torch.cat(rows).argsort() if rows else torch.zeros(0, dtype=torch.int64, device=self.device)
 
@@ -159,9 +159,10 @@ class PackedLayout:
         A completion's first token is predicted by its prompt's last one.
 
         Raises:
-            ValueError: a group has completion tokens and an empty prompt, so nothing predicts the first.
+            ValueError: a group has completion tokens but an empty prompt, so nothing predicts the first.
         """
-        kept = [row for row in self._completions if row[1]]
+        is_prompt = (i == 0 for lengths in self.completion_len for i in range(1 + len(lengths)))
+        kept = [row for row, prompt in zip(self.segments, is_prompt, strict=True) if row[1] and not prompt]
         for start, _, _, prefix_len in kept:
             if not prefix_len:
                 raise ValueError(f"the completion at token {start} has no prompt to predict its first token")
@@ -174,98 +175,15 @@ class PackedLayout:
         row_R[first_N] = prefix_N + prefix_len_N - 1
         return row_R.to(self.device, non_blocking=True)
 
-    @cached_property
-    def _completions(self) -> tuple[tuple[int, int, int, int], ...]:
-        first_of_group, index = set(), 0
-        for lengths in self.completion_len:
-            first_of_group.add(index)
-            index += 1 + len(lengths)
-        return tuple(row for i, row in enumerate(self.segments) if i not in first_of_group)
 
-
-@dataclass(frozen=True)
-class PackedPlan:
-    """Groups put into batches under a token budget.
-
-    Attributes:
-        batches: for each batch, (group, indices of its completions) pairs; a group may stand in several.
-        num_tokens: tokens over all batches, repeated prompts included.
-        repeated_tokens: prompt tokens computed again because a group was split.
-    """
-
-    batches: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
-    num_tokens: int
-    repeated_tokens: int
-
-
-def plan_batches(
-    prompt_len: Sequence[int], completion_len: Sequence[Sequence[int]], max_tokens: int
-) -> PackedPlan:
-    """Put groups into as few batches of at most `max_tokens` tokens as first-fit decreasing finds.
-
-    A group larger than the budget is split into sub-groups that repeat its prompt, never two of them in one
-    batch; the plan counts what that costs.
-
-    Args:
-        prompt_len: tokens of each prompt, B integers >= 0.
-        completion_len: B sequences with the tokens of each completion.
-        max_tokens: the most tokens a batch may hold.
-
-    Returns:
-        The plan; the same lengths always give the same one.
-
-    Raises:
-        ValueError: as `PackedLayout.from_lengths`; or one prompt, alone or with one of its completions, is
-            larger than the budget: the message names the group.
-    """
-    prompts, completions = _check_lengths(prompt_len, completion_len)
-    pieces: list[tuple[int, tuple[int, ...]]] = []
-    sizes: list[int] = []
-    for group, (prompt, lengths) in enumerate(zip(prompts, completions, strict=True)):
-        if prompt + max(lengths, default=0) > max_tokens:
-            longest = f" with a completion of {max(lengths)}" if lengths else ""
-            raise ValueError(
-                f"group {group}: a prompt of {prompt} tokens{longest} is over the budget of {max_tokens} "
-                "tokens a batch"
-            )
-        if prompt + sum(lengths) <= max_tokens:  # as nearly always
-            pieces.append((group, tuple(range(len(lengths)))))
-            sizes.append(prompt + sum(lengths))
-            continue
-        for piece in _first_fit_decreasing(lengths, max_tokens - prompt):
-            pieces.append((group, piece))
-            sizes.append(prompt + sum(lengths[i] for i in piece))
-    batches = _first_fit_decreasing(sizes, max_tokens)
-    needed = sum(prompts) + sum(map(sum, completions))
-    return PackedPlan(
-        tuple(tuple(pieces[i] for i in batch) for batch in batches), sum(sizes), sum(sizes) - needed
-    )
-
-
-def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
-    """Indices of `sizes` in bins, ascending in each. Any two bins together are over the capacity."""
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        slot = next((i for i, room in enumerate(free) if room >= sizes[index]), len(bins))
-        if slot == len(bins):
-            bins.append([])
-            free.append(capacity)
-        bins[slot].append(index)
-        free[slot] -= sizes[index]
-    return [tuple(sorted(indices)) for indices in bins]
-
-
-def _check_lengths(
+def check_lengths(
     prompt_len: Sequence[int], completion_len: Sequence[Sequence[int]]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """The lengths as Python's own integers, whose sums cannot overflow."""
+    """The lengths as Python integers, whose sums cannot overflow."""
     if len(prompt_len) != len(completion_len):
         raise ValueError(f"{len(prompt_len)} prompts but {len(completion_len)} groups of completions")
     flat = [*prompt_len, *itertools.chain.from_iterable(completion_len)]
-    if (
-        set(map(type, flat)) <= {int} and min(flat, default=0) >= 0
-    ):  # thousands of lengths, soon looked through
+    if set(map(type, flat)) <= {int} and min(flat, default=0) >= 0:  # fast for thousands of lengths
         return tuple(prompt_len), tuple(map(tuple, completion_len))
     for group, (prompt, lengths) in enumerate(zip(prompt_len, completion_len, strict=True)):
         for length in (prompt, *lengths):

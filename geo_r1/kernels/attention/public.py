@@ -2,9 +2,7 @@
 
     out_i = softmax_j(scale * q_i . k_j) v_j,   j visible from i (see `PackedLayout`)
 
-Operations: 4 * H * D for each visible (i, j) pair forward. Kernels: `attention_triton.py`,
-`attention_cuda.py`, and `attention_flash.py` on top of library kernels. The reference runs segments of one
-shape as one batch, so nothing is padded and no [T, T] mask exists.
+Operations: 4 * H * D for each visible (i, j) pair forward.
 """
 
 from __future__ import annotations
@@ -12,18 +10,17 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from geo_r1.kernels.attention.flash import flash_attention, refusal
+from geo_r1.kernels.attention.op import attend
+from geo_r1.kernels.attention.reference import reference_attention
 from geo_r1.kernels.impls import autocast_dtype, resolve_impl
 from geo_r1.kernels.layout import PackedLayout
-from geo_r1.kernels.schedule import HEAD_SIZES
+from geo_r1.kernels.layout.tiles import HEAD_SIZES
 
-# What our own kernels take.
-DTYPES = {
-    "triton": (torch.float16, torch.bfloat16, torch.float32),
-    "cuda": (torch.float16, torch.bfloat16),
-}
+# Dtypes of our own kernels.
+DTYPES = {"triton": (torch.float16, torch.bfloat16, torch.float32), "cuda": (torch.float16, torch.bfloat16)}
 
 
 def packed_attention(
@@ -50,7 +47,7 @@ def packed_attention(
             float16 and bfloat16.
 
     Returns:
-        [T, H, D], dtype of q, differentiable in q, k and v; but for "reference" once.
+        [T, H, D], dtype of q, differentiable in q, k and v: once, or with "reference" any number of times.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree with each other or with the layout, `scale` is not
@@ -67,20 +64,15 @@ def packed_attention(
     _check(q_THD, k_TKD, v_TKD, layout, scale)
     name = resolve_impl("packed_attention", impl, q_THD.device, _refused(q_THD, layout, impl))
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
-    # Imported here: the one imports what is here, the other may look for a library.
     if name in ("triton", "cuda"):
-        from geo_r1.kernels.attention_op import attend
-
-        return attend(q_THD, k_TKD, v_TKD, layout, causal=causal, scale=scale, impl=name)
+        return attend(q_THD, k_TKD, v_TKD, layout, causal, scale, name)
     if name == "flash":
-        from geo_r1.kernels.attention_flash import flash_attention
-
         return flash_attention(q_THD, k_TKD, v_TKD, layout, causal=causal, scale=scale)
-    return _reference(q_THD, k_TKD, v_TKD, layout, causal, scale)
+    return reference_attention(q_THD, k_TKD, v_TKD, layout, causal, scale)
 
 
 def _refused(q: Tensor, layout: PackedLayout, impl: str | None) -> dict[str, str]:
-    """Implementations that do not take these inputs, and why; "flash", never a default, only if named."""
+    """Implementations that do not take these inputs, and why; "flash" only if named, as it is no default."""
     refused = {}
     head_size = q.shape[2]
     for name, dtypes in DTYPES.items():
@@ -88,40 +80,9 @@ def _refused(q: Tensor, layout: PackedLayout, impl: str | None) -> dict[str, str
             refused[name] = f"{q.dtype} inputs"
         elif head_size not in HEAD_SIZES:
             refused[name] = f"head size {head_size}, only {', '.join(map(str, HEAD_SIZES))}"
-    if impl == "flash":
-        from geo_r1.kernels.attention_flash import refusal
-
-        if reason := refusal(q, layout):
-            refused["flash"] = reason
+    if impl == "flash" and (reason := refusal(q, layout)):
+        refused["flash"] = reason
     return refused
-
-
-def _reference(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, causal: bool, scale: float
-) -> Tensor:
-    """One call for each shape of segment: rows are gathered in, and put back in order at the end."""
-    outs = []
-    for prefix_len, q_row, kv_row in layout.shape_buckets:
-        q, k, v = (
-            x.index_select(0, row.flatten()).unflatten(0, row.shape).transpose(1, 2)  # [n, heads, rows, D]
-            for x, row in ((q_THD, q_row), (k_TKD, kv_row), (v_TKD, kv_row))
-        )
-        mask = None
-        if causal and prefix_len:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix_len)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask,
-            is_causal=causal and not prefix_len,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    if not outs:  # no tokens: the result is empty, the product keeps k and v in the graph
-        return q_THD * (k_TKD.sum() + v_TKD.sum())
-    return torch.cat(outs).index_select(0, layout.bucket_order)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float | None) -> None:

@@ -1,10 +1,7 @@
-"""Rows of logits in Triton: statistics, the GRPO loss with its gradient, and the gradient alone.
+"""Rows of logits in Triton: statistics, the GRPO loss with its gradient, the gradient alone; see `rows.py`.
 
-    z = logits / temperature;  lse = logsumexp(z);  logp = z[target] - lse;  H = -sum_v p_v log p_v
-    dlogits = (dlogp (onehot - p) - dH p (log p + H)) / temperature
-
-One program a row. The log-sum-exp is online: one read of the row gives the maximum, the sum of exp(z - max)
-and the sum of exp(z - max) (z - max), from which the entropy follows without cancelling.
+A program takes one row. The log-sum-exp is online: one read of the row gives the maximum, the sum of
+exp(z - max) and the sum of exp(z - max) (z - max), from which the entropy follows without cancelling.
 
 Bytes moved for R rows of V logits of b bytes: statistics R V b; the gradient alone 2 R V b; loss and gradient
 3 R V b, of which the second read comes from L2 where the launch row says so. All arithmetic is in float32.
@@ -22,24 +19,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geo_r1.kernels.launch import Launch, launch
-from geo_r1.kernels.loss_config import GRPOLossConfig
-from geo_r1.kernels.reference import SAPO_SATURATED, LossRows, RowLoss
+from geo_r1.kernels.launch import Launch
+from geo_r1.kernels.loss.config import GRPOLossConfig
+from geo_r1.kernels.loss.reference import SAPO_SATURATED, LossRows, RowLoss
 
-# Most bytes of a row -> how it is read; LOADS: the pipeline's depth, so LOADS - 1 blocks are in flight while
-# one is worked on. None of it was measured. The loss reads a row twice. With one row an SM in flight (132 of
-# them, 300 KB each at V = 152064 in bfloat16: 40 MB) an H200's 60 MB of L2 can hold it until the second
-# read; with more it could not. So the row for large V asks for more than half of an SM's registers.
+# Most bytes of a row -> how it is read. LOADS: depth of the pipeline, so LOADS - 1 blocks are in flight while
+# the program works on one. Nothing here was measured. The loss reads a row twice. With one row in flight per
+# SM (132 SMs, 300 KB each at V = 152064 in bfloat16: 40 MB) an H200's 60 MB of L2 can hold it until the
+# second read; with more it could not. So the launch for large V asks for more than half of an SM's registers.
 LOSS_ROWS = {
-    1 << 11: launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
-    1 << 16: launch("rows stay in L2 anyway", BLOCK_V=2048, LOADS=3, num_warps=8),
-    400_000: launch("one row an SM, 48 KB of it in flight", BLOCK_V=8192, LOADS=4, num_warps=16),
-    1 << 40: launch("L2 cannot hold even one row an SM", BLOCK_V=2048, LOADS=3, num_warps=8),
+    1 << 11: Launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
+    1 << 16: Launch("rows stay in L2 anyway", BLOCK_V=2048, LOADS=3, num_warps=8),
+    400_000: Launch("one row per SM, 48 KB of it in flight", BLOCK_V=8192, LOADS=4, num_warps=16),
+    1 << 40: Launch("L2 cannot hold even one row per SM", BLOCK_V=2048, LOADS=3, num_warps=8),
 }
-# One pass over the row: nothing to keep, so several rows an SM, 8 numbers a thread.
+# One pass keeps nothing, so several rows run on an SM, with 8 numbers a thread.
 PASS_ROWS = {
-    1 << 11: launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
-    1 << 40: launch("4 rows an SM, 32 KB of them in flight", BLOCK_V=2048, LOADS=3, num_warps=8),
+    1 << 11: Launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
+    1 << 40: Launch("4 rows per SM, 32 KB of them in flight", BLOCK_V=2048, LOADS=3, num_warps=8),
 }
 LAUNCHES: tuple[Launch, ...] = (*LOSS_ROWS.values(), *PASS_ROWS.values())
 
@@ -266,95 +263,44 @@ def _gradient_kernel(
         tl.store(p_d + o_v, b_d.to(d_logits_ptr.dtype.element_ty), mask=o_v < num_cols)
 
 
-def row_statistics(logits_RV: Tensor, target_R: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logp_R, entropy_R, lse_R2 in one read of the logits; see `reference.row_statistics`.
-
-    lse_R2 [R, 2] is the log-sum-exp in two parts, the largest logit and the log of the sum of
-    exp((logit - largest) / temperature): rounded to one number it would spoil every probability.
-    """
-    num_rows, vocab_size = logits_RV.shape
-    logp_R, entropy_R, lse_R2 = _new_row(logits_RV), _new_row(logits_RV), _new_row(logits_RV, 2)
-    with torch.cuda.device_of(logits_RV):  # Triton launches on the current device
-        _statistics_kernel[(num_rows,)](
-            logits_RV, target_R.contiguous(), logp_R, entropy_R, lse_R2,
-            vocab_size, *logits_RV.stride(), 1 / temperature, **_row(PASS_ROWS, logits_RV),
-        )  # fmt: skip
-    return logp_R, entropy_R, lse_R2
+def row_statistics(logits_RV, target_R, temperature, logp_R, entropy_R, lse_R2):
+    _statistics_kernel[(len(logits_RV),)](
+        logits_RV, target_R, logp_R, entropy_R, lse_R2,
+        logits_RV.shape[1], *logits_RV.stride(), 1 / temperature, **_row(PASS_ROWS, logits_RV),
+    )  # fmt: skip
 
 
-def grpo_row_loss(
-    logits_RV: Tensor,
-    target_R: Tensor,
-    rows: LossRows,
-    config: GRPOLossConfig,
-    d_logits_RV: Tensor | None = None,
-) -> tuple[RowLoss, Tensor, Tensor, Tensor]:
-    """The formula for ratios per token, straight from logits; see `reference.grpo_row_loss`.
-
-    Args:
-        d_logits_RV: [R, V], filled with the gradient if given, last stride 1; may be the logits themselves.
-
-    Returns:
-        RowLoss, logp_R, entropy_R, lse_R2.
-    """
-    num_rows, vocab_size = logits_RV.shape
-    loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, logp_R, entropy_R = (_new_row(logits_RV) for _ in range(7))
-    lse_R2 = _new_row(logits_RV, 2)
-    clipped_R = torch.empty(num_rows, dtype=torch.int8, device=logits_RV.device)
-    with torch.cuda.device_of(logits_RV):
-        _loss_kernel[(num_rows,)](
-            logits_RV, d_logits_RV,
-            *(None if row_R is None else row_R.contiguous() for row_R in (target_R, *rows[:5])),
-            loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, clipped_R, logp_R, entropy_R, lse_R2,
-            vocab_size, *logits_RV.stride(), 0 if d_logits_RV is None else d_logits_RV.stride(0),
-            1 / config.temperature, config.epsilon, config.clip_high, config.delta or 0.0,
-            config.sapo_temperature_pos, config.sapo_temperature_neg, config.beta, config.entropy_coef,
-            POLICY=config.policy, KL=config.kl_estimator, HAS_DELTA=config.delta is not None,
-            SATURATED=SAPO_SATURATED, HAS_OLD=rows.old_logp_R is not None,
-            HAS_REF=rows.ref_logp_R is not None,
-            HAS_IMPORTANCE=rows.importance_weight_R is not None,
-            ENTROPY=config.entropy_coef != 0,
-            GRADIENT=d_logits_RV is not None, **_row(LOSS_ROWS, logits_RV),
-        )  # fmt: skip
-    terms = RowLoss(loss_R, d_logp_R, d_entropy_R, kl_R, ratio_R, clipped_R.view(torch.bool))
-    return terms, logp_R, entropy_R, lse_R2
+def grpo_row_loss(logits_RV, target_R, rows, config, terms, logp_R, entropy_R, lse_R2, d_logits_RV):
+    *floats_R, clipped_R = terms
+    _loss_kernel[(len(logits_RV),)](
+        logits_RV, d_logits_RV,
+        target_R, *rows[:5],
+        *floats_R, clipped_R.view(torch.int8), logp_R, entropy_R, lse_R2,
+        logits_RV.shape[1], *logits_RV.stride(), 0 if d_logits_RV is None else d_logits_RV.stride(0),
+        1 / config.temperature, config.epsilon, config.clip_high, config.delta or 0.0,
+        config.sapo_temperature_pos, config.sapo_temperature_neg, config.beta, config.entropy_coef,
+        POLICY=config.policy, KL=config.kl_estimator, HAS_DELTA=config.delta is not None,
+        SATURATED=SAPO_SATURATED, HAS_OLD=rows.old_logp_R is not None,
+        HAS_REF=rows.ref_logp_R is not None,
+        HAS_IMPORTANCE=rows.importance_weight_R is not None,
+        ENTROPY=config.entropy_coef != 0,
+        GRADIENT=d_logits_RV is not None, **_row(LOSS_ROWS, logits_RV),
+    )  # fmt: skip
 
 
 def logit_gradient(
-    logits_RV: Tensor,
-    target_R: Tensor,
-    lse_R2: Tensor,
-    entropy_R: Tensor,
-    d_logp_R: Tensor,
-    d_entropy_R: Tensor | None,
-    temperature: float,
-    *,
-    d_loss: Tensor | None = None,
-    out_RV: Tensor | None = None,
-) -> Tensor:
-    """dlogits from the rows' derivatives, times the scalar `d_loss`; `out_RV` may be the logits themselves.
-
-    Rows are float32; see `reference.logit_gradient`.
-    """
-    num_rows, vocab_size = logits_RV.shape
-    out_RV = logits_RV.new_empty(num_rows, vocab_size) if out_RV is None else out_RV
-    with torch.cuda.device_of(logits_RV):
-        _gradient_kernel[(num_rows,)](
-            logits_RV, out_RV, target_R.contiguous(), lse_R2, entropy_R, d_logp_R.contiguous(),
-            None if d_entropy_R is None else d_entropy_R.contiguous(), d_loss,
-            vocab_size, *logits_RV.stride(), out_RV.stride(0), 1 / temperature,
-            HAS_D_LOSS=d_loss is not None, ENTROPY=d_entropy_R is not None, **_row(PASS_ROWS, logits_RV),
-        )  # fmt: skip
-    return out_RV
+    logits_RV, target_R, temperature, lse_R2, entropy_R, d_logp_R, d_entropy_R, d_loss, out_RV
+):
+    _gradient_kernel[(len(logits_RV),)](
+        logits_RV, out_RV, target_R, lse_R2, entropy_R, d_logp_R, d_entropy_R, d_loss,
+        logits_RV.shape[1], *logits_RV.stride(), out_RV.stride(0), 1 / temperature,
+        HAS_D_LOSS=d_loss is not None, ENTROPY=d_entropy_R is not None, **_row(PASS_ROWS, logits_RV),
+    )  # fmt: skip
 
 
 def _row(table: dict[int, Launch], logits_RV: Tensor) -> dict[str, int]:
     row_bytes = logits_RV.shape[1] * logits_RV.element_size()
     return next(row.options for most, row in table.items() if row_bytes <= most)
-
-
-def _new_row(logits_RV: Tensor, *more: int) -> Tensor:
-    return logits_RV.new_empty(logits_RV.shape[0], *more, dtype=torch.float32)
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -367,15 +313,17 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         "cispo, k1": GRPOLossConfig(policy="cispo", epsilon_high=5.0, beta=0.1, kl_estimator="k1"),
         "sapo, k2": GRPOLossConfig(policy="sapo", beta=0.1, kl_estimator="k2"),
     }
+    row, lse, target = torch.zeros(2), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    terms = RowLoss(row, row, row, row, row, torch.zeros(2, dtype=torch.bool))
     for dtype in (torch.bfloat16, torch.float32):
         for vocab in (512, 16384, 152064):
-            logits, row = torch.zeros(2, vocab, dtype=dtype), torch.zeros(2)
-            target = torch.zeros(2, dtype=torch.int64)
+            logits = torch.zeros(2, vocab, dtype=dtype)
             label = f"V {vocab} {str(dtype).removeprefix('torch.')}"
-            yield f"statistics, {label}", partial(row_statistics, logits, target, 1.0)
-            gradient = partial(logit_gradient, logits, target, torch.zeros(2, 2), row, row, row, 1.0)
-            yield f"gradient, {label}", partial(gradient, d_loss=row[0], out_RV=logits)
+            yield f"statistics, {label}", partial(row_statistics, logits, target, 1.0, row, row, lse)
+            gradient = partial(logit_gradient, logits, target, 1.0, lse, row, row, row, row[0], logits)
+            yield f"gradient, {label}", gradient
             for name, config in options.items():
                 extra = None if config is plain else row
                 rows = LossRows(row, row, extra, extra, extra, None)
-                yield f"loss, {name}, {label}", partial(grpo_row_loss, logits, target, rows, config, logits)
+                loss = partial(grpo_row_loss, logits, target, rows, config, terms, row, row, lse, logits)
+                yield f"loss, {name}, {label}", loss
