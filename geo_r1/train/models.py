@@ -16,7 +16,6 @@ from geo_r1.errors import UserError
 from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
-from geo_r1.train.parallel.lifeline import Lifeline
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.parallel.strategy import shard_model, strategy_of
@@ -138,7 +137,7 @@ def without_weights(recipe: Recipe) -> tuple[PreTrainedConfig, Any, Any]:
     if recipe.model.path != TINY:
         vlm, tokenizer, image_processor = load_model(recipe.model.path, liger=False, weights=False)
     else:  # is made on the spot
-        alone = Ranks(0, 1, torch.device("cpu"), Lifeline(0, {}))
+        alone = Ranks(0, 1, torch.device("cpu"))
         vlm, tokenizer, image_processor = Models(recipe, world_of(recipe), alone).load(TINY)
     return vlm.model.config, tokenizer, image_processor
 

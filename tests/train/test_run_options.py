@@ -134,8 +134,8 @@ def test_two_ranks_agree_that_a_step_is_bad(tmp_path):
     changes = {"sft__optim__lr": 1e30, "run__max_bad_steps": 1}
     run_dir = tmp_path / "run"
     ended = forked_ranks.run(runs.arguments(run_dir, "sft", **changes), 2)
-    # a fork of a process that had threads may hang while it ends, and is ended by its alarm
-    assert {*ended.codes} <= {2, -signal.SIGALRM}, "\n".join(ended.stderr)
+    # SIGTERM may come before the second rank has failed too
+    assert 2 in ended.codes and {*ended.codes} <= {2, -signal.SIGTERM}, "\n".join(ended.stderr)
     lines = [line for text in ended.stderr for line in text.splitlines() if line.startswith("geo_r1: ")]
     assert len({*lines}) == 1 and "2 steps were not finite, run.max_bad_steps is 1" in lines[0]
     assert {path.name for path in (run_dir / "bad").iterdir()} == {

@@ -13,7 +13,6 @@ from geo_r1.kernels import GRPOLossConfig
 from geo_r1.models import EncodedPrompt, load_model
 from geo_r1.rollout import Completion
 from geo_r1.train.group import Group
-from geo_r1.train.parallel.lifeline import Lifeline
 from geo_r1.train.parallel.micro_batches import share_out
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.parallel.strategy import shard_model
@@ -21,7 +20,7 @@ from geo_r1.train.recipe.sections import GRPOConfig, ParallelConfig
 from geo_r1.train.stages.grpo import _learn, _logp, _weights, contributing_parts, set_advantages
 
 context = SimpleNamespace(
-    ranks=Ranks(0, 1, torch.device("cpu"), Lifeline(0, {})),
+    ranks=Ranks(0, 1, torch.device("cpu")),
     recipe=SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=8)),
 )
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from geo_r1.train.estimate.model_weights import Weight, entries
 from geo_r1.train.parallel.optim import BLOCK, SMALLEST
-from geo_r1.train.parallel.zero import engine_settings
+from geo_r1.train.parallel.zero import deepspeed_settings
 from geo_r1.train.recipe.sections import OptimConfig, Recipe
 
 Parts = dict[str, int]
@@ -94,7 +94,7 @@ class Holdings:
                 )
         self.zero: dict[str, Any] = dict(ZERO)
         if zero:
-            settings = engine_settings(self.recipe.parallel, self.optim.max_grad_norm, self.compute == 2)
+            settings = deepspeed_settings(self.recipe.parallel, self.optim.max_grad_norm, self.compute == 2)
             self.zero |= settings["zero_optimization"]
         self.learning = [weight for weight in self.weights if weight.trained]
         text: Any = self.config.get_text_config()

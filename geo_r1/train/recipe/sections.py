@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 STAGES = ("pretrain", "sft", "grpo", "eval")
@@ -39,6 +39,8 @@ class RunConfig(Section):
     max_bad_steps: Natural = 10
     """A step whose loss or gradient is not finite is skipped and its batch kept under bad/; one more than
     this many in a stage ends the run."""
+    hang_timeout: PositiveFloat = 600.0
+    """Seconds without a sign of life from another rank after which the run ends."""
 
 
 class ParallelConfig(Section):
