@@ -7,7 +7,7 @@ from typing import Any
 
 from geo_r1.data import Sample
 from geo_r1.rewards import RewardFunction, RewardTable, score
-from geo_r1.rollout.native import Completion
+from geo_r1.rollout.sampling import Completion
 
 
 def score_groups(

@@ -17,8 +17,8 @@ from geo_r1.models.cost import cached_bytes
 from geo_r1.models.lora import merged_state
 from geo_r1.rollout import Completion, SamplingConfig, generate
 from geo_r1.rollout.engine import RolloutEngine
-from geo_r1.rollout.http_client import HttpClient, Unavailable
-from geo_r1.rollout.vllm_input import sampling_params, write_engine_folder
+from geo_r1.rollout.vllm.http_client import HttpClient, Unavailable
+from geo_r1.rollout.vllm.requests import sampling_params, write_engine_folder
 from geo_r1.train.config import GRPOConfig, Recipe, RolloutConfig
 from geo_r1.train.loop import Engine
 from geo_r1.train.parallel.policy import Policy
@@ -155,7 +155,7 @@ def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> Rollout
         return kind(policy, ends, recipe)
     tokens: dict[str, Any] = {"end_token_ids": ends, "vision_token_ids": vlm.vision_token_ids}
     if recipe.server_url is not None:
-        from geo_r1.rollout.server import ServerEngine
+        from geo_r1.rollout.vllm.server import ServerEngine
 
         name = ranks.gather(uuid4().hex)[0]
         return ServerEngine(
@@ -166,7 +166,7 @@ def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> Rollout
             say=engine.log.say,
             **tokens,
         )
-    from geo_r1.rollout.vllm import VLLMEngine
+    from geo_r1.rollout.vllm.in_process import VLLMEngine
 
     folder = engine.run_dir / "rollout-model"
     if ranks.is_main:

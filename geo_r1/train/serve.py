@@ -66,7 +66,7 @@ def _command(recipe: Recipe, host: str, port: int) -> tuple[dict[str, str], list
     """Environment and command line of the server, whose folder is written."""
     import torch  # takes seconds: only once there is a server to start
 
-    from geo_r1.rollout.vllm_input import cpu_options, flags, serve_command, write_engine_folder
+    from geo_r1.rollout.vllm.requests import cpu_options, flags, serve_command, write_engine_folder
     from geo_r1.train.models import encoder_of, without_weights
     from geo_r1.train.samplers import check_sampler, kv_cache_bytes, max_model_len
 

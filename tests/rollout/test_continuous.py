@@ -12,9 +12,10 @@ from vlm_cases import SIZES, Lab
 from geo_r1.kernels import linear_logprob
 from geo_r1.kernels.layout import plan_batches
 from geo_r1.models import PackedVLM, pack
-from geo_r1.rollout import SamplingConfig, generate, native
-from geo_r1.rollout.cache import GroupCache, _halved, compact
-from geo_r1.rollout.decoder import Decoder
+from geo_r1.rollout import SamplingConfig, generate
+from geo_r1.rollout.native import generation
+from geo_r1.rollout.native.cache import GroupCache, _halved, compact
+from geo_r1.rollout.native.decoder import Decoder
 
 ENDS = range(60, 90)  # of 500 tokens: completions of all lengths
 LIMIT = 16
@@ -46,7 +47,7 @@ def vlm(request, lab):
 def shapes(request, monkeypatch):
     """Fixed shapes are what CUDA graphs need; without graphs they run anywhere."""
     monkeypatch.setattr(
-        native, "GroupCache", lambda size, device, fixed: GroupCache(size, device, fixed=request.param)
+        generation, "GroupCache", lambda size, device, fixed: GroupCache(size, device, fixed=request.param)
     )
 
 

@@ -11,7 +11,7 @@ from vlm_cases import SIZES, Lab
 from geo_r1.kernels import linear_logprob
 from geo_r1.models import PackedVLM, pack
 from geo_r1.rollout import SamplingConfig, generate
-from geo_r1.rollout.decoder import draw
+from geo_r1.rollout.native.decoder import draw
 
 NEVER = -1  # no token ends a completion
 

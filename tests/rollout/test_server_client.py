@@ -16,11 +16,12 @@ from PIL import Image
 
 from geo_r1.models import EncodedPrompt
 from geo_r1.models.lora import DOWN, UP, merged_state
-from geo_r1.rollout import SamplingConfig, receiver
+from geo_r1.rollout import SamplingConfig
 from geo_r1.rollout.engine import EngineLost, WeightsLost
-from geo_r1.rollout.receiver import WeightReceiver, WeightSender
-from geo_r1.rollout.server import GENERATE, ServerEngine
-from geo_r1.rollout.vllm_input import flags, seed_of, serve_command
+from geo_r1.rollout.vllm import receiver
+from geo_r1.rollout.vllm.receiver import WeightReceiver, WeightSender
+from geo_r1.rollout.vllm.requests import flags, seed_of, serve_command
+from geo_r1.rollout.vllm.server import GENERATE, ServerEngine
 
 IMAGE, END = 5, 6
 SAMPLING = SamplingConfig(max_new_tokens=4)
@@ -700,7 +701,7 @@ def test_the_command_of_a_server():
         "--load-format dummy",
         "--enable-scale-out",
         "--logprobs-mode processed_logprobs",
-        "--worker-extension-cls geo_r1.rollout.receiver.WeightReceiver",
+        "--worker-extension-cls geo_r1.rollout.vllm.receiver.WeightReceiver",
         "--port 81 --dtype float32 --tensor-parallel-size 1 --max-model-len 512",
     ):
         assert part in line

@@ -9,7 +9,7 @@ from engine_lab import Lab, make_lab
 
 sys.path.append(str(Path(__file__).parent.parent / "models"))  # its helpers serve here too
 HERE = Path(__file__).parent
-WITHOUT = {"test_vllm_input.py"}  # needs no vLLM
+WITHOUT = {"test_requests.py"}  # needs no vLLM
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,7 @@ from geo_r1.kernels import linear_logprob
 from geo_r1.models import EncodedPrompt, PackedVLM, pack
 from geo_r1.models.tiny import build_tiny
 from geo_r1.rollout import Completion
-from geo_r1.rollout.vllm_input import write_engine_folder
+from geo_r1.rollout.vllm.requests import write_engine_folder
 
 END = 2
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from engine_lab import END, make_lab
 
 from geo_r1.rollout import SamplingConfig
-from geo_r1.rollout.vllm import VLLMEngine
+from geo_r1.rollout.vllm.in_process import VLLMEngine
 
 NUM_PROMPTS = (3, 5)
 

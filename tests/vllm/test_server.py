@@ -17,8 +17,8 @@ from geo_r1.models import PackedVLM
 from geo_r1.models.lora import DOWN, UP, add_lora, merged_state
 from geo_r1.rollout import SamplingConfig, generate
 from geo_r1.rollout.engine import WeightsLost
-from geo_r1.rollout.server import ServerEngine
-from geo_r1.rollout.vllm_input import cpu_options, flags, serve_command
+from geo_r1.rollout.vllm.requests import cpu_options, flags, serve_command
+from geo_r1.rollout.vllm.server import ServerEngine
 
 MAX_LEN = 320
 MAX_SEQS = 32

@@ -1,4 +1,4 @@
-"""Sampling by a vLLM server: prompts go to it over HTTP, weights over TCP (`geo_r1.rollout.receiver`).
+"""Sampling by a vLLM server: prompts go to it over HTTP, weights over TCP (`geo_r1.rollout.vllm.receiver`).
 
 The server may die and come back at any time. What it has said by then is kept, and only the rest is asked for
 again. Every load gives it a version, and every completion tells the version that said it: a server that was
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from geo_r1.models import EncodedPrompt
 from geo_r1.rollout.engine import EngineLost, WeightsLost
-from geo_r1.rollout.http_client import HttpClient, Unavailable, message_of
-from geo_r1.rollout.receiver import WeightSender, WorkerLost
 from geo_r1.rollout.sampling import Completion, SamplingConfig
-from geo_r1.rollout.vllm_input import (
+from geo_r1.rollout.vllm.http_client import HttpClient, Unavailable, message_of
+from geo_r1.rollout.vllm.receiver import WeightSender, WorkerLost
+from geo_r1.rollout.vllm.requests import (
     check_expanded,
     common_options,
     pictures_of,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from geo_r1.models.lora import BASE, DOWN, UP, merged_state
-from geo_r1.rollout.vllm_input import CheckedWeights, expected_weights, reload
+from geo_r1.rollout.vllm.requests import CheckedWeights, expected_weights, reload
 
 _LENGTH = struct.Struct("!I")
 _NONCE = 32  # bytes

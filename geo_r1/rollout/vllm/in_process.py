@@ -18,8 +18,8 @@ from transformers import AutoConfig
 
 from geo_r1.models import EncodedPrompt
 from geo_r1.models.lora import merged_state
-from geo_r1.rollout import vllm_input
 from geo_r1.rollout.sampling import Completion, SamplingConfig
+from geo_r1.rollout.vllm import requests as vllm_input
 
 ENVIRONMENT = {
     # Worker and scheduler live in this process: weights are handed over as tensors, not sent, and under

@@ -13,7 +13,7 @@ from torch import Tensor
 from geo_r1.kernels import packed_attention
 from geo_r1.models import EncodedPrompt, PackedVLM, pack
 from geo_r1.models.packed import to_device
-from geo_r1.rollout.cache import Extent, GroupCache
+from geo_r1.rollout.native.cache import Extent, GroupCache
 from geo_r1.rollout.sampling import SamplingConfig
 
 

@@ -12,7 +12,7 @@ from engine_lab import END
 from vlm_cases import sample
 
 from geo_r1.rollout import SamplingConfig, generate
-from geo_r1.rollout.vllm import VLLMEngine
+from geo_r1.rollout.vllm.in_process import VLLMEngine
 
 MAX_LEN = 320
 

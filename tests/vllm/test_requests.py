@@ -12,7 +12,7 @@ from vlm_cases import sample
 
 from geo_r1.data import PromptEncoder
 from geo_r1.rollout import Completion, SamplingConfig
-from geo_r1.rollout.vllm_input import (
+from geo_r1.rollout.vllm.requests import (
     FORBIDDEN,
     CheckedWeights,
     expected_weights,

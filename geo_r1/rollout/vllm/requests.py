@@ -106,7 +106,7 @@ def serve_command(
     named = {
         **common_options(),
         "enable_scale_out": True,
-        "worker_extension_cls": "geo_r1.rollout.receiver.WeightReceiver",
+        "worker_extension_cls": "geo_r1.rollout.vllm.receiver.WeightReceiver",
         "host": host,
         "port": port,
         "dtype": dtype,

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from geo_r1.models import EncodedPrompt, PackedVLM
-from geo_r1.rollout.cache import CacheSize, GroupCache, compact
-from geo_r1.rollout.decoder import Decoder
-from geo_r1.rollout.graphs import CudaGraphs, run_eagerly
+from geo_r1.rollout.native.cache import CacheSize, GroupCache, compact
+from geo_r1.rollout.native.decoder import Decoder
+from geo_r1.rollout.native.graphs import CudaGraphs, run_eagerly
 from geo_r1.rollout.sampling import Completion, SamplingConfig
 
 SPARE_LANES = 1.5  # prompts held for each that rows suffice for: stragglers of a group leave rows to the next
