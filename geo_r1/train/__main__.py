@@ -78,6 +78,7 @@ def _run(recipe: Recipe) -> int:
     # torch takes seconds to import: only once the recipe is known to be right
     import torch
 
+    from geo_r1.errors import OutageError
     from geo_r1.train.loop import Stopped
     from geo_r1.train.parallel.lifeline import OTHER
     from geo_r1.train.parallel.ranks import PeerLost, Ranks
@@ -98,6 +99,8 @@ def _run(recipe: Recipe) -> int:
             _say(stopped)
         ranks.stop()
         return 0
+    except OutageError as error:
+        tell(str(error), OTHER)
     except ValueError as error:
         tell(str(error))
     except PeerLost as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from uuid import uuid4
@@ -94,7 +95,7 @@ def check_sampler(recipe: Recipe, num_ranks: int) -> None:
         return
     if recipe.model.dtype == "float64":
         raise ValueError("vLLM computes in float32 or bfloat16, not in model.dtype = float64")
-    sampling_params(sampling_of(rollout), 1, 0, (), ())  # refuses what vLLM would
+    sampling_params(sampling_of(rollout), 1, "", (), ())  # refuses what vLLM would
     if rollout.server_url is not None:
         return
     if find_spec("vllm") is None:
@@ -111,8 +112,9 @@ def look_for_server(rollout: RolloutConfig, say: Callable[[str], object]) -> Non
     """Say it at the start of a run, not hours later, where the server does not answer yet."""
     if rollout.server_url is None:
         return
+    http = HttpClient(rollout.server_url, SECONDS_TO_LOOK)
     try:
-        HttpClient(rollout.server_url, SECONDS_TO_LOOK).probe("/health")
+        http.run(partial(http.status, "/health"))
     except Unavailable as error:
         seconds = f"{rollout.patience:.0f} s"
         say(f"{rollout.server_url} does not answer yet ({error}); GRPO will wait {seconds} for it")

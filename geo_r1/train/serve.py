@@ -83,10 +83,7 @@ def _command(recipe: Recipe, host: str, port: int) -> tuple[dict[str, str], list
     length = max_model_len(recipe, config)
     options: dict[str, Any] = {}
     if not torch.cuda.is_available():
-        options = cpu_options(length) | {
-            "kv_cache_memory_bytes": kv_cache_bytes(recipe, config),
-            "enforce_eager": True,  # a small model is compiled for longer than it then saves
-        }
+        options = cpu_options(length) | {"kv_cache_memory_bytes": kv_cache_bytes(recipe, config)}
     environment, command = serve_command(
         str(folder),
         host=host,

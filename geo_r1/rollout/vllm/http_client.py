@@ -1,119 +1,134 @@
-"""Requests to one server that answers in JSON, of any number of threads, which can all be cut short."""
+"""Requests to one server that answers in JSON, many at a time, which another thread can cut short."""
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
 import os
-import socket
+import ssl
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from threading import Event
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
+
+import httpx2
+
+from geo_r1.errors import UserError, one_line
 
 CONNECT = 10.0  # seconds, at most, until a server takes a connection
+MOST_REQUESTS = 256  # at a time
+
+T = TypeVar("T")
 
 
-class Unavailable(Exception):  # noqa: N818  # of this package alone
-    """A server does not answer, or not as it should: it may when it is asked again."""
+class Unavailable(Exception):  # noqa: N818  # never leaves this package
+    """A server or one of its workers does not answer as it should; it may do so when asked again."""
 
 
 class HttpClient:
-    """Requests to one server. Leaving its context ends those of other threads; until then they may go on."""
+    """Requests to one server, made by coroutines that `run` runs, one at a time.
+
+    The environment's VLLM_API_KEY is sent, if there is one.
+
+    Args:
+        url: such as http://host:8000.
+        timeout: seconds to wait for the next bytes of an answer.
+
+    Raises:
+        UserError: the URL is no server's address.
+    """
 
     def __init__(self, url: str, timeout: float) -> None:
-        parts = urlsplit(url if "//" in url else f"//{url}")
-        if parts.scheme not in ("", "http", "https") or not parts.hostname:
-            raise ValueError(f"a server's address is like http://host:8000, not {url}")
-        secure = parts.scheme == "https"
-        self.url, self._path, self._timeout = url, parts.path.rstrip("/"), timeout
-        self.address = (parts.hostname, parts.port or (443 if secure else 80))
-        self._kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        self.stopped = Event()
+        try:
+            parts = httpx2.URL(url if "//" in url else f"http://{url}")
+        except httpx2.InvalidURL:
+            parts = httpx2.URL("")
+        if parts.scheme not in ("http", "https") or not parts.host:
+            raise UserError(f"a server's address is like http://host:8000, not {url}")
+        self.url = url
+        self.address = (parts.host, parts.port or (443 if parts.scheme == "https" else 80))
+        key = os.environ.get("VLLM_API_KEY")
+        self._options: dict[str, Any] = {
+            "base_url": parts,
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            "timeout": httpx2.Timeout(timeout, connect=min(CONNECT, timeout), pool=None),
+            "limits": httpx2.Limits(max_connections=MOST_REQUESTS, max_keepalive_connections=0),
+            "verify": ssl.create_default_context(),
+            "trust_env": False,  # no proxy stands between a trainer and its server
+        }
         self._closed = False
-        self._open: set[socket.socket] = set()
+        self._stop: Callable[[], object] | None = None
 
-    def __enter__(self) -> None:
-        if not self._closed:
-            self.stopped.clear()
+    def run(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The result of a coroutine that asks; raises Unavailable if `close` cuts it short."""
 
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        self.cut()
+        async def within_client() -> T:
+            loop, task = asyncio.get_running_loop(), asyncio.current_task()
+            assert task is not None
+            self._stop = lambda: loop.call_soon_threadsafe(task.cancel)
+            if self._closed:
+                raise Unavailable("the client is closed")
+            async with httpx2.AsyncClient(**self._options) as self._client:
+                return await call()
+
+        try:
+            return asyncio.run(within_client())
+        except asyncio.CancelledError:
+            raise Unavailable("the call was given up") from None
+        finally:
+            self._stop = None
 
     def close(self) -> None:
-        """End all requests, and those that are yet to come."""
+        """End the requests that another thread waits for; no more can be made."""
         self._closed = True
-        self.__exit__()
+        if (stop := self._stop) is not None:
+            with suppress(RuntimeError):  # they have just ended by themselves
+                stop()
 
-    def cut(self) -> None:
-        """End the requests that are under way."""
-        for connection in tuple(self._open):
-            with suppress(OSError):  # it has ended by itself
-                connection.shutdown(socket.SHUT_RDWR)
+    async def status(self, path: str) -> int:
+        """The status of a path; raises Unavailable if the server is too unwell to tell."""
+        response = await self.ask("GET", path)
+        if response.status_code >= 500:
+            raise Unavailable(f"{path}: {response.status_code}")
+        return response.status_code
 
-    def probe(self, path: str) -> int:
-        """The status of a path, where the server is well enough to tell."""
-        status, _ = self.ask("GET", path)
-        if status >= 500:
-            raise Unavailable(f"{path}: {status}")
-        return status
-
-    def json(self, method: str, path: str, body: Any = None, who: str = "", *, lasts: bool = False) -> Any:
-        """Ask, and read the answer.
+    async def json(self, method: str, path: str, body: Any = None, who: str = "", **options: Any) -> Any:
+        """An answer's value.
 
         Args:
-            body: bytes of JSON, or what to make them of.
-            who: what an error begins with.
-            lasts: wait for as long as it takes.
+            body: bytes of JSON, or a value to write as JSON.
+            who: the start of an error's message.
+            options: of httpx2.
 
         Raises:
-            ValueError: the server refuses; has its message.
+            UserError: the server refuses; has its message.
+            Unavailable: there is no answer, or none that can be read.
         """
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        status, answer = self.ask(method, path, data, lasts=lasts)
+        response = await self.ask(method, path, body, **options)
+        status = response.status_code
         if status >= 500 or status in (408, 429):
-            raise Unavailable(f"{path}: {status} {message_of(answer)}")
+            raise Unavailable(f"{path}: {status} {message_of(response)}")
         if status >= 400:
-            raise ValueError(f"{who}{self.url} refuses {path}: {status} {message_of(answer)}")
+            raise UserError(f"{who}{self.url} refuses {path}: {status} {message_of(response)}")
         try:
-            return json.loads(answer) if answer else None
+            return response.json() if response.content else None
         except ValueError as error:
             raise Unavailable(f"{path}: its answer is not JSON") from error
 
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, *, lasts: bool = False
-    ) -> tuple[int, bytes]:
-        """Status and body of an answer; raises Unavailable where there is none."""
-        connection = self._kind(*self.address, timeout=min(CONNECT, self._timeout))
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
+    async def ask(self, method: str, path: str, body: Any = None, **options: Any) -> httpx2.Response:
+        """A whole response; raises Unavailable if there is none."""
+        if body is not None:
+            options["content"] = body if isinstance(body, bytes) else json.dumps(body).encode()
+            options["headers"] = {"Content-Type": "application/json"}
         try:
-            connection.connect()
-            channel = connection.sock
-            channel.settimeout(None if lasts else self._timeout)
-            self._open.add(channel)
-            try:
-                if self.stopped.is_set():
-                    raise Unavailable("the call was given up")
-                connection.request(method, self._path + path, body, headers)
-                response = connection.getresponse()
-                return response.status, response.read()
-            finally:
-                self._open.discard(channel)
-        except (OSError, http.client.HTTPException) as error:
+            return await self._client.request(method, path, **options)
+        except httpx2.HTTPError as error:
             raise Unavailable(f"{path}: {type(error).__name__}: {error}") from error
-        finally:
-            connection.close()
 
 
-def message_of(answer: bytes) -> str:
-    """What a server says of an error, on one line."""
-    text = answer.decode(errors="replace")
-    with suppress(ValueError, AttributeError, TypeError):  # not JSON, or of another form
-        told = json.loads(text)
-        text = str(
-            told.get("error", told).get("message", text) if "error" in told else told.get("detail", text)
-        )
-    return " ".join(text.split())[:300]
+def message_of(response: httpx2.Response) -> str:
+    """A server's message about an error, on one line."""
+    text = response.text
+    with suppress(ValueError, AttributeError, LookupError, TypeError):  # not JSON, or of another form
+        told = response.json()
+        text = told["error"]["message"] if "error" in told else told.get("detail", text)
+    return one_line(text)[:300]

@@ -1,4 +1,4 @@
-"""vLLM in the trainer's own process: each rank, or group of ranks, has an engine and gives it its weights."""
+"""vLLM in the trainer's process: each rank, or group of ranks, has an engine and gives it its weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +16,43 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
+from geo_r1.errors import UserError, one_line
 from geo_r1.models import EncodedPrompt
 from geo_r1.models.lora import merged_state
 from geo_r1.rollout.sampling import Completion, SamplingConfig
-from geo_r1.rollout.vllm import requests as vllm_input
+from geo_r1.rollout.vllm import requests
+from geo_r1.rollout.vllm.weights import expected_weights, load_into
 
 ENVIRONMENT = {
-    # Worker and scheduler live in this process: weights are handed over as tensors, not sent, and under
-    # torchrun a rank must not start others.
+    # Worker and scheduler run in this process, so that weights are passed as tensors, and because a rank of
+    # torchrun must not start others.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
 }
 
 
-@dataclass(frozen=True)
-class _Request:
-    prompt: EncodedPrompt
-    num_completions: int
-    sampling: SamplingConfig
-    stream: str
-
-
 class VLLMEngine:
-    """Samples with vLLM, in this process; a `RolloutEngine`.
+    """A `RolloutEngine` in this process.
 
-    Under torchrun every rank makes its engine at the same time as the others, and `tensor_parallel_size`
-    ranks that follow each other share one: each of them calls every method, with prompts of its own.
+    Under torchrun every rank makes its engine at the same time as the others, and each
+    `tensor_parallel_size` consecutive ranks share one: all of them call every method, with their own prompts.
 
     Args:
-        folder: of `write_engine_folder`.
-        end_token_ids: tokens that end a completion.
-        vision_token_ids: tokens that are never said.
+        folder: written by `write_engine_folder`.
+        end_token_ids: each ends a completion.
+        vision_token_ids: never sampled.
         dtype: of weights, activations and cache.
         max_model_len: the most tokens of a prompt and a completion.
-        max_num_seqs: completions that are said at a time.
-        gpu_memory_utilization: share of a device's memory, that of the trainer included, to plan with.
-        kv_cache_bytes: size of the cache of keys and values; None: what that share leaves. On a CPU it must
-            be given, since memory that is free there is not this process's own.
+        max_num_seqs: completions sampled at a time.
+        gpu_memory_utilization: share of a device's memory to plan with, the trainer's part included.
+        kv_cache_bytes: size of the cache of keys and values; None takes what that share leaves. A CPU needs
+            it, since free memory there belongs to other processes as well.
         sleep: give memory back when `sleep` is called.
 
     Raises:
-        ValueError: vLLM is not installed or cannot do what is asked for.
+        UserError: vLLM is not installed or cannot run with these arguments.
+        ValueError: `sleep`, or no `kv_cache_bytes`, on a CPU.
     """
 
     holds_base = False
@@ -78,11 +73,11 @@ class VLLMEngine:
     ) -> None:
         os.environ.update(ENVIRONMENT)
         on_cpu = not torch.cuda.is_available()
-        # on a CPU it warns a dozen times of what cannot be had there
+        # on a CPU it warns a dozen times about what only a GPU has
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING")
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         if num_ranks % tensor_parallel_size:
-            raise ValueError(
+            raise UserError(
                 f"{num_ranks} ranks cannot be shared out among engines of {tensor_parallel_size}; "
                 "tensor_parallel_size must divide the number of ranks"
             )
@@ -92,52 +87,47 @@ class VLLMEngine:
             raise ValueError("on a CPU vLLM's cache needs a size: kv_cache_bytes")
         self.end_token_ids, self.vision_token_ids = list(end_token_ids), list(vision_token_ids)
         self.max_model_len, self.tensor_parallel_size = max_model_len, tensor_parallel_size
-        self._expected = vllm_input.expected_weights(AutoConfig.from_pretrained(folder))
+        self._expected = expected_weights(AutoConfig.from_pretrained(folder))
         self._ready = self._asleep = False
-        self._sleeps = sleep
-        self._foreign_group, self._on_cpu = dist.is_initialized(), on_cpu
-        options = {
-            **vllm_input.common_options(),
+        self._sleeps, self._on_cpu, self._foreign_group = sleep, on_cpu, dist.is_initialized()
+        options = requests.common_options() | {
             "model": str(folder),
             "dtype": dtype,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "gpu_memory_utilization": gpu_memory_utilization,
             "kv_cache_memory_bytes": kv_cache_bytes,
-            "enforce_eager": on_cpu,  # compiling takes longer there than it saves
             "enable_sleep_mode": sleep,
             "tensor_parallel_size": tensor_parallel_size,
             "disable_log_stats": True,
         }
         if on_cpu:
-            options |= vllm_input.cpu_options(max_model_len)
+            options |= requests.cpu_options(max_model_len)
         if num_ranks > 1:
             options["distributed_executor_backend"] = "external_launcher"
         with _trainer_untouched():
             try:
                 from vllm import LLM
+
+                self._llm: Any = LLM(**options)
             except ImportError as error:
-                raise ValueError(f"vLLM cannot be imported: {error}; pip install vllm") from error
-            self._llm: Any = LLM(**options)
-        self._engine: Any = self._llm.llm_engine
+                raise UserError(f"vLLM cannot be imported: {error}; pip install vllm") from error
+            except ValueError as error:  # such as too little memory for its cache
+                raise UserError(f"vLLM cannot start: {one_line(error)}") from error
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
-        """Take over weights; see `RolloutEngine`."""
+        """Replace the weights; see `RolloutEngine.load`."""
         tensors = tensors if alpha is None else merged_state(tensors, alpha)
         self._ready = False
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        weights = vllm_input.CheckedWeights(tensors, self._expected)
-        [not_loaded] = self._llm.collective_rpc(vllm_input.reload, args=(weights,))
-        weights.check()
-        if not_loaded:
-            raise ValueError(f"vLLM has {len(not_loaded)} weights that nobody sent, such as {not_loaded[0]}")
+        self._llm.collective_rpc(load_into, args=(tensors, self._expected))
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         self._llm.reset_prefix_cache()
         self._llm.reset_mm_cache()
-        self._engine.reset_encoder_cache()
+        self._llm.llm_engine.reset_encoder_cache()
         self._ready = True
 
     def sample(
@@ -147,100 +137,85 @@ class VLLMEngine:
         sampling: SamplingConfig,
         streams: Sequence[str],
     ) -> list[list[Completion]]:
-        """`num_completions` completions of each prompt; see `RolloutEngine`."""
+        """`num_completions` completions of each prompt; see `RolloutEngine.sample`."""
         assert self._ready, (
             "an engine has no weights before the first load, nor after one that failed or sleep"
         )
-        own = [_Request(p, num_completions, sampling, s) for p, s in zip(prompts, streams, strict=True)]
-        first, requests = self._shared(own)
+        ends, vision = self.end_token_ids, self.vision_token_ids
+        own = [
+            (
+                prompt,
+                requests.sampling_params(sampling, num_completions, requests.seed_of(stream), ends, vision),
+            )
+            for prompt, stream in zip(prompts, streams, strict=True)
+        ]
+        first, asked = self._shared(own)
         # On a CPU vLLM draws from the process's own generator before it draws from those of the requests.
         with torch.random.fork_rng(devices=[], enabled=self._on_cpu):
-            said = self._run(requests)
-        return said[first : first + len(own)]
+            outputs = self._outputs(asked)
+        groups = []
+        for (prompt, _), output in list(zip(asked, outputs, strict=True))[first : first + len(own)]:
+            requests.check_expanded(prompt, output.prompt_token_ids)
+            said = [(text.token_ids, _drawn_logp(text), text.finish_reason) for text in output.outputs]
+            groups.append(requests.read_completions(said, num_completions, sampling, vision))
+        return groups
 
     def sleep(self) -> None:
-        """Give back weights and cache, if made to; see `RolloutEngine`. Not measured: it needs a GPU."""
+        """Give back weights and cache, if made with `sleep`. Not measured: it needs a GPU."""
         if self._sleeps:
             self._llm.sleep(level=2)
             self._asleep, self._ready = True, False
 
     def close(self) -> None:
-        """Let go of memory; see `RolloutEngine`."""
+        """Let go of memory; see `RolloutEngine.close`."""
         if self._llm is None:
             return
         with _process_group_kept(self._foreign_group):
-            self._engine.engine_core.shutdown()
-        self._llm = self._engine = None
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
 
-    def _shared(self, own: list[_Request]) -> tuple[int, list[_Request]]:
-        """The requests of all ranks that share this engine, and where this rank's begin."""
+    def _shared(
+        self, own: list[tuple[EncodedPrompt, dict[str, Any]]]
+    ) -> tuple[int, list[tuple[EncodedPrompt, dict[str, Any]]]]:
+        """The index of this rank's first request, and the requests of all ranks that share this engine."""
         if self.tensor_parallel_size == 1:
             return 0, own
         from vllm.distributed.parallel_state import get_tp_group
 
         group = get_tp_group()
-        light = [replace(r, prompt=replace(r.prompt, pixel_values=None)) for r in own]
+        light = [(replace(prompt, pixel_values=None), params) for prompt, params in own]
         everyones: list[Any] = [None] * group.world_size
         dist.all_gather_object(everyones, light, group=group.cpu_group)
         first = sum(map(len, everyones[: group.rank_in_group]))
-        return first, [request for requests in everyones for request in requests]
+        return first, [request for asked in everyones for request in asked]
 
-    def _run(self, requests: Sequence[_Request]) -> list[list[Completion]]:
+    def _outputs(self, asked: Sequence[tuple[EncodedPrompt, dict[str, Any]]]) -> list[Any]:
+        """vLLM's output of each request, in order."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
-        results: list[list[Completion]] = [[] for _ in requests]
-        running: dict[int, str] = {}
-        try:
-            for index, request in enumerate(requests):
-                fields = vllm_input.sampling_params(
-                    request.sampling,
-                    request.num_completions,
-                    vllm_input.seed_of(request.stream),
-                    self.end_token_ids,
-                    self.vision_token_ids,
-                )
-                params = SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
-                rendered = self._rendered(request)
-                running[index] = self._engine.add_request(str(index), rendered, params)
-            while self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    index = int(output.request_id)
-                    del running[index]
-                    said = [
-                        (text.token_ids, _drawn_logp(text.token_ids, text.logprobs), text.finish_reason)
-                        for text in output.outputs
-                    ]
-                    request = requests[index]
-                    results[index] = vllm_input.read_completions(
-                        said, request.num_completions, request.sampling, self.vision_token_ids
-                    )
-        finally:  # after an error, what has begun
-            self._engine.abort_request(list(running.values()), internal=True)
-        return results
-
-    def _rendered(self, request: _Request) -> Any:
-        """A prompt as vLLM's engine takes it, its pictures prepared."""
-        prompt = request.prompt
-        prompt.check_budget(request.sampling.max_new_tokens, self.max_model_len, "the engine's max_model_len")
-        asked: dict[str, Any] = {"prompt_token_ids": prompt.short_token_ids}
-        if pictures := vllm_input.pictures_of(prompt):
-            asked["multi_modal_data"] = {"image": pictures}
-        try:
-            [rendered] = self._engine.renderer.render_cmpl([asked])
-        except ValueError as error:  # such as a picture more than 200 times as wide as high
-            raise ValueError(f"sample {prompt.sample_id}: vLLM refuses it: {error}") from error
-        vllm_input.check_expanded(prompt, rendered["prompt_token_ids"])
-        return rendered
+        inputs: list[dict[str, Any]] = []
+        for prompt, params in asked:
+            prompt.check_budget(params["max_tokens"], self.max_model_len, "the engine's max_model_len")
+            pictures = requests.pictures_of(prompt)
+            media = {"multi_modal_data": {"image": pictures}} if pictures else {}
+            inputs.append({"prompt_token_ids": prompt.short_token_ids} | media)
+        running: list[str] = []
+        for (prompt, params), given in zip(asked, inputs, strict=True):
+            try:
+                running += self._llm.enqueue(given, SamplingParams(**params), use_tqdm=False)
+            except ValueError as error:  # such as a picture more than 200 times as wide as high
+                self._llm.llm_engine.abort_request(running, internal=True)
+                raise UserError(f"sample {prompt.sample_id}: vLLM refuses it: {error}") from error
+        return self._llm.wait_for_completion(use_tqdm=False)
 
 
-def _drawn_logp(token_ids: Sequence[int], logprobs: Sequence[Any]) -> list[float]:
-    return [row[token].logprob for token, row in zip(token_ids, logprobs, strict=True)]
+def _drawn_logp(text: Any) -> list[float]:
+    return [row[token].logprob for token, row in zip(text.token_ids, text.logprobs, strict=True)]
 
 
 @contextmanager
 def _trainer_untouched() -> Iterator[None]:
-    """Around making an engine: threads and random states are the trainer's again behind it.
+    """Restore threads and random states after making an engine.
 
     vLLM seeds all generators, and on a CPU replaces `torch.set_num_threads` by one that does nothing.
     """
@@ -258,7 +233,7 @@ def _trainer_untouched() -> Iterator[None]:
 
 @contextmanager
 def _process_group_kept(foreign: bool) -> Iterator[None]:
-    """Around closing an engine: the process group that was there before it is not destroyed with its own."""
+    """Keep a process group that is older than the engine while closing it, which would destroy both."""
     destroy = dist.destroy_process_group
 
     def destroy_own(group: Any = None) -> None:
