@@ -19,8 +19,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from geo_r1.train.config import Recipe
-from geo_r1.train.recipe import DRY_RUN, SERVE, load_recipe
+from geo_r1.train.recipe.load import DRY_RUN, SERVE, load_recipe
+from geo_r1.train.recipe.sections import Recipe
 
 SECONDS_FOR_THE_REASON = 2.0  # the rank that knows it is ending, too
 INTERRUPTED = 130
@@ -37,15 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_ranks = None if ranks is None else _number(ranks or os.environ.get("WORLD_SIZE", "1"))
         recipe = load_recipe(arguments, __doc__)
         if address is not None:
-            from geo_r1.train.serve import serve
+            from geo_r1.train.serve import become_server
 
-            serve(recipe, address)
+            become_server(recipe, address)
         if num_ranks is None:
             return _run(recipe)
         if is_main:
-            from geo_r1.train.estimate.dry_run import dry_run
+            from geo_r1.train.estimate.dry_run import what_it_takes
 
-            print(dry_run(recipe, num_ranks))
+            print(what_it_takes(recipe, num_ranks))
         return 0
     except ValueError as error:
         if is_main:
@@ -79,10 +79,10 @@ def _run(recipe: Recipe) -> int:
     import torch
 
     from geo_r1.errors import OutageError
-    from geo_r1.train.loop import Stopped
     from geo_r1.train.parallel.lifeline import OTHER
     from geo_r1.train.parallel.ranks import PeerLost, Ranks
-    from geo_r1.train.run import run
+    from geo_r1.train.run import run_recipe
+    from geo_r1.train.stages.loop import Stopped
 
     try:
         ranks = Ranks.start(recipe.run.threads)
@@ -91,7 +91,7 @@ def _run(recipe: Recipe) -> int:
         return OTHER
     tell = ranks.lifeline.fail
     try:
-        run(recipe, ranks)
+        run_recipe(recipe, ranks)
         ranks.stop()
         return 0
     except Stopped as stopped:

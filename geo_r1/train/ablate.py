@@ -36,9 +36,9 @@ from matplotlib.lines import Line2D
 from pydantic import Field, ValidationError, field_validator
 
 from geo_r1.files import write_text, written_beside
-from geo_r1.train.config import STAGES, Recipe, Section, Stage
-from geo_r1.train.plots import PALETTE
-from geo_r1.train.recipe import dump_recipe, first_difference, load_recipe
+from geo_r1.train.recipe.load import dump_recipe, first_difference, load_recipe
+from geo_r1.train.recipe.sections import STAGES, Recipe, Section, Stage
+from geo_r1.train.report.plots import PALETTE
 
 TRAINER = "geo_r1.train"
 COLUMNS = ("variant", "chance", "before GRPO", "after GRPO", "95 % interval", "mean length", "well formed")

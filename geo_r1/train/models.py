@@ -15,10 +15,11 @@ from geo_r1.data import PromptEncoder, World, exemplars
 from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
-from geo_r1.train.config import GRPOConfig, ParallelConfig, Recipe, SFTConfig
 from geo_r1.train.parallel.lifeline import Lifeline
-from geo_r1.train.parallel.policy import Policy, spread, strategy_of
+from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
+from geo_r1.train.parallel.strategy import shard_model, strategy_of
+from geo_r1.train.recipe.sections import GRPOConfig, ParallelConfig, Recipe, SFTConfig
 
 TINY = "tiny"
 TEACHER = {"response", "careless", "slip", "curriculum_start", "curriculum_samples"}  # not the world's
@@ -55,7 +56,7 @@ class Models:
         vlm.offload_activations(options.offload_activations)
         if options.compile:
             vlm.compile_layers()
-        return spread(vlm, self.ranks, self.recipe.parallel, alpha=lora.alpha if lora.rank else None)
+        return shard_model(vlm, self.ranks, self.recipe.parallel, alpha=lora.alpha if lora.rank else None)
 
     def reference(self, path: str | Path, moves: bool) -> Policy:
         """A model that only computes, spread as the policy is.
@@ -67,13 +68,13 @@ class Models:
         alike = strategy_of(self.recipe.parallel, self.ranks) == "ddp" or moves
         vlm, *_ = self.load(path, None if alike else getattr(torch, self.recipe.model.dtype))
         vlm.model.requires_grad_(False).eval()
-        return spread(vlm, self.ranks, self.recipe.parallel, trained=False)
+        return shard_model(vlm, self.ranks, self.recipe.parallel, trained=False)
 
     def finished(self, path: str | Path) -> Policy:
         """A model that only computes, whole on every rank."""
         vlm, *_ = self.load(path, getattr(torch, self.recipe.model.dtype))
         vlm.model.requires_grad_(False).eval()
-        return spread(vlm, self.ranks, ParallelConfig(strategy="ddp"), trained=False)
+        return shard_model(vlm, self.ranks, ParallelConfig(strategy="ddp"), trained=False)
 
     def load(self, path: str | Path, dtype: torch.dtype | None = None) -> tuple[PackedVLM, Any, Any]:
         """Model, tokenizer and image processor; the model has its weights on rank 0, on the host.

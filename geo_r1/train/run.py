@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from geo_r1.data import World, exemplars, read_samples
 from geo_r1.data.source import Source
-from geo_r1.eval.cross_view import question_of
 from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
-from geo_r1.train.checkpoint import newest_checkpoint, prune
-from geo_r1.train.config import STAGES, Recipe
-from geo_r1.train.evaluate import evaluate, validate, write_summary
-from geo_r1.train.grpo import loss_config_of, run_grpo
-from geo_r1.train.log import Log
-from geo_r1.train.loop import Engine, load_rewards
+from geo_r1.train.context import RunContext
 from geo_r1.train.models import Models, check_model_exists, encoder_of, world_of
 from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.recipe import dump_recipe, first_difference
-from geo_r1.train.report import write_report
-from geo_r1.train.samplers import check_sampler, look_for_server
-from geo_r1.train.sft import run_sft
+from geo_r1.train.recipe.load import dump_recipe, first_difference
+from geo_r1.train.recipe.sections import STAGES, Recipe
+from geo_r1.train.report.log import Log
+from geo_r1.train.report.page import write_report
+from geo_r1.train.rl.rollout_engines import check_rollout_engine, look_for_server
+from geo_r1.train.rl.scoring import load_rewards
+from geo_r1.train.sources import open_source
+from geo_r1.train.stages.evaluate import evaluate_model, validate, write_summary
+from geo_r1.train.stages.grpo import loss_config_of, run_grpo
+from geo_r1.train.stages.sft import run_sft
+from geo_r1.train.state.checkpoint import newest_checkpoint, prune
 
 # What may change when a run goes on in its folder: speed, memory, what is shown and which model is kept.
 # Of `run` all but the seed may, in the stages how often they save and how they pack.
@@ -53,7 +53,7 @@ FREE_KEYS = {
 }
 
 
-def run(recipe: Recipe, ranks: Ranks) -> None:
+def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
     """Run a recipe's stages in order, going on from whatever its folder holds.
 
     Raises:
@@ -70,47 +70,47 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     load_rewards(recipe.rewards)
     loss_config_of(recipe)
     if "grpo" in recipe.run.stages:
-        check_sampler(recipe, ranks.size)
+        check_rollout_engine(recipe, ranks.size)
     _check_folder(recipe, run_dir)
     check_model_exists(recipe.model.path)
     models = Models(recipe, world, ranks)
-    engine = _start(recipe, ranks, run_dir, models)
+    context = _start(recipe, ranks, run_dir, models)
     if "grpo" in recipe.run.stages and ranks.is_main:
-        look_for_server(recipe.rollout, engine.log.say)
+        look_for_server(recipe.rollout, context.log.say)
     try:
         for stage in recipe.run.stages:
             # as rank 0 sees it: other machines may see a shared folder a minute late
             finished = ranks.gather((run_dir / "models" / stage).exists())[0]
             if stage == "eval":
-                _evaluate(engine, models, sources["eval"])
+                _evaluate(context, models, sources["eval"])
             elif not finished:
                 _check_later_stages(run_dir, stage)
-                _train(engine, models, stage, sources)
+                _train(context, models, stage, sources)
                 _free(ranks.device)
             elif ranks.is_main:
                 prune(run_dir, stage, 0)  # what a run that was killed right after its export left
         if ranks.is_main:
-            engine.log.say(f"report: {write_report(run_dir)}")
+            context.log.say(f"report: {write_report(run_dir)}")
     finally:
-        engine.log.close()
+        context.log.close()
 
 
-def _train(engine: Engine, models: Models, stage: str, sources: Mapping[str, Source]) -> None:
-    recipe = engine.recipe
+def _train(context: RunContext, models: Models, stage: str, sources: Mapping[str, Source]) -> None:
+    recipe = context.recipe
     config = getattr(recipe, stage)
 
     def check(vlm: PackedVLM) -> tuple[dict[str, float], float]:
-        return validate(engine, vlm, stage, sources["eval"])
+        return validate(context, vlm, stage, sources["eval"])
 
-    path = engine.ranks.gather(_start_of(recipe, stage))[0]
+    path = context.ranks.gather(_start_of(recipe, stage))[0]
     policy = models.policy(path, config)
     if stage == "grpo":
         reference = None
         if config.loss.beta and not recipe.lora.rank:
             reference = models.reference(path, moves=config.reference.sync_steps > 0)
-        run_grpo(engine, policy, reference, config, sources[stage], check)
+        run_grpo(context, policy, reference, config, sources[stage], check)
     else:
-        run_sft(engine, stage, policy, config, sources[stage], check)
+        run_sft(context, stage, policy, config, sources[stage], check)
     policy.close()
 
 
@@ -121,35 +121,7 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def open_source(recipe: Recipe, world: World, stage: str) -> Source:
-    """The samples of a stage: of the world, or of the file that its `data` names."""
-    data = getattr(recipe, stage).data
-    if data != "world":
-        samples = read_samples(data, recipe.data.image_root)
-        for sample in samples:
-            if stage == "eval":
-                question_of(sample)
-            elif stage != "grpo" and sample.response is None:
-                raise ValueError(f"sample {sample.id} of {data} has no response, which {stage} needs")
-        return Source.of(samples, recipe.data.curriculum and stage != "eval")
-    options = recipe.world
-    if stage == "pretrain":
-        return Source(exemplars.Numbered(exemplars.pretraining, world, "train"), None)
-    if stage == "sft":
-        first = 1_000_000
-        if options.response == "answer":
-            return Source(exemplars.Numbered(exemplars.direct_answer, world, "train", first), None)
-        teacher = {"careless": options.careless, "slip": options.slip}
-        return Source(exemplars.Numbered(exemplars.chain_of_thought, world, "train", first, teacher), None)
-    if stage == "grpo" and options.curriculum_start is not None:
-        start, num_rising = options.curriculum_start, options.curriculum_samples
-        return Source(exemplars.RisingQuestions(world, "train", 2_000_000, start, num_rising), None)
-    first = 2_000_000 if stage == "grpo" else 0
-    split = "train" if stage == "grpo" else "test"
-    return Source(exemplars.Numbered(exemplars.question, world, split, first), None)
-
-
-def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> Engine:
+def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunContext:
     """Take possession of the run's folder, once the model that the recipe names is found to be whole."""
     vlm, tokenizer, image_processor = models.load(recipe.model.path)
     ranks.barrier()  # every rank has looked
@@ -166,7 +138,7 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> Engin
     fused = ", ".join(vlm.fused_layers) or f"none ({vlm.unfused})"
     log.say(f"layers that liger-kernel computes: {fused}")
     encoder = encoder_of(recipe, vlm.model.config, tokenizer, image_processor)
-    return Engine(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder)
+    return RunContext(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder)
 
 
 def _check_folder(recipe: Recipe, run_dir: Path) -> None:
@@ -224,14 +196,14 @@ def _start_of(recipe: Recipe, stage: str) -> str | Path:
     return recipe.model.path
 
 
-def _evaluate(engine: Engine, models: Models, source: Source) -> None:
+def _evaluate(context: RunContext, models: Models, source: Source) -> None:
     """Evaluate every model of the run: base (what fine-tuning starts from), then each finished stage."""
-    rows = {"base": _start_of(engine.recipe, "sft")}
+    rows = {"base": _start_of(context.recipe, "sft")}
     rows |= {
-        stage: folder for stage in ("sft", "grpo") if (folder := engine.run_dir / "models" / stage).exists()
+        stage: folder for stage in ("sft", "grpo") if (folder := context.run_dir / "models" / stage).exists()
     }
     summaries = {}
-    for name, path in engine.ranks.gather(rows)[0].items():
-        summaries[name] = evaluate(engine, models.finished(path).vlm, name, source)
-    if engine.ranks.is_main:
-        write_summary(engine, summaries)
+    for name, path in context.ranks.gather(rows)[0].items():
+        summaries[name] = evaluate_model(context, models.finished(path).vlm, name, source)
+    if context.ranks.is_main:
+        write_summary(context, summaries)

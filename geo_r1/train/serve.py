@@ -9,14 +9,14 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from geo_r1.train.config import Recipe
-from geo_r1.train.recipe import SERVE
+from geo_r1.train.recipe.load import SERVE
+from geo_r1.train.recipe.sections import Recipe
 
 HOST, PORT = "127.0.0.1", 8000
 SERVER = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs
 
 
-def serve(recipe: Recipe, address: str) -> None:
+def become_server(recipe: Recipe, address: str) -> None:
     """Write `<run.dir>-server/`, all of the recipe's model but its weights, and become vLLM's server of it.
 
     Args:
@@ -68,10 +68,10 @@ def _command(recipe: Recipe, host: str, port: int) -> tuple[dict[str, str], list
 
     from geo_r1.rollout.vllm.requests import cpu_options, flags, serve_command, write_engine_folder
     from geo_r1.train.models import encoder_of, without_weights
-    from geo_r1.train.samplers import check_sampler, kv_cache_bytes, max_model_len
+    from geo_r1.train.rl.rollout_engines import check_rollout_engine, kv_cache_bytes, max_model_len
 
     served = {"engine": "vllm", "server_url": f"http://{host}:{port}"}  # what its trainer will be told
-    check_sampler(recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=served)}), 1)
+    check_rollout_engine(recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=served)}), 1)
     config, tokenizer, image_processor = without_weights(recipe)
     encoder_of(recipe, config, tokenizer, image_processor)  # sets the processor's limits, as the trainer's
     folder = recipe.run.dir.with_name(f"{recipe.run.dir.name}-server")

@@ -132,8 +132,8 @@ def rank_of_job(job: dict, rank: int, port: int, alive: int) -> None:
     os.environ.update({name: str(value) for name, value in own.items()})
 
     from geo_r1.train.__main__ import main
-    from geo_r1.train.log import Log
     from geo_r1.train.parallel.ranks import Ranks
+    from geo_r1.train.report.log import Log
 
     start, write, count = Ranks.start, Log.write, [0]
 

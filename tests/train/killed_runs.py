@@ -7,7 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from geo_r1.train.shards import Writer
+from geo_r1.train.state.shards import Writer
 
 
 def die(*_, **__):

@@ -14,10 +14,10 @@ from geo_r1.kernels import linear_cross_entropy
 from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM, pack
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
-from geo_r1.train.config import Recipe
-from geo_r1.train.optim import build_optimizer
-from geo_r1.train.parallel.policy import spread
+from geo_r1.train.parallel.optim import build_optimizer
 from geo_r1.train.parallel.ranks import Ranks
+from geo_r1.train.parallel.strategy import shard_model
+from geo_r1.train.recipe.sections import Recipe
 
 TEXTS = ["Which tile shows the place?", "north and south of the tower"]
 WIDTHS = {"tiny": (64, 2), "rows of blocks": (256, 1), "20 million": (512, 6)}  # hidden size, text layers
@@ -52,7 +52,7 @@ def bytes_held(recipe: Recipe, size: str, ranks: Ranks) -> dict[str, int]:
     if recipe.lora.rank:
         add_lora(vlm.model, **recipe.lora.model_dump())
     alpha = recipe.lora.alpha if recipe.lora.rank else None
-    policy = spread(vlm, ranks, recipe.parallel, alpha=alpha)
+    policy = shard_model(vlm, ranks, recipe.parallel, alpha=alpha)
     optimizer = policy.attach(build_optimizer(policy.vlm.model, options.optim), 1.0)
     batch = batch_of(vlm.model.config, 4, 4, [3])
     policy.learn(_loss, batch, last=True)

@@ -16,8 +16,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from geo_r1.data import PromptEncoder, Sample
 from geo_r1.models import EncodedPrompt
 from geo_r1.train.__main__ import main
-from geo_r1.train.log import Log
-from geo_r1.train.loop import Engine
+from geo_r1.train.context import RunContext
+from geo_r1.train.report.log import Log
 
 SAME = 1e-4  # relative, of what is added up in another order
 # How the ranks share the work is not what the work is.
@@ -131,8 +131,10 @@ def assert_same_figures(found: Path, expected: Path, stage: str, tolerance: floa
 
 def watch_exports(monkeypatch) -> list:
     """The policies that are exported from now on."""
-    policies, export = [], Engine.export
+    policies, export = [], RunContext.export
     monkeypatch.setattr(
-        Engine, "export", lambda self, folder, policy: (policies.append(policy), export(self, folder, policy))
+        RunContext,
+        "export",
+        lambda self, folder, policy: (policies.append(policy), export(self, folder, policy)),
     )
     return policies

@@ -12,7 +12,7 @@ from PIL import Image
 
 import geo_r1.train.run
 from geo_r1.train.__main__ import main
-from geo_r1.train.checkpoint import Checkpoints
+from geo_r1.train.state.checkpoint import Checkpoints
 
 
 def row_of(**changes):

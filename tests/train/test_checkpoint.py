@@ -25,8 +25,14 @@ from saved_states import (
     without,
 )
 
-from geo_r1.train.checkpoint import Checkpoints, checkpoint_folder, newest_checkpoint, prune, save_folder
-from geo_r1.train.shards import Writer
+from geo_r1.train.state.checkpoint import (
+    Checkpoints,
+    checkpoint_folder,
+    newest_checkpoint,
+    prune,
+    save_folder,
+)
+from geo_r1.train.state.shards import Writer
 
 
 def test_every_bit_comes_back(tmp_path):

@@ -27,9 +27,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from geo_r1.train.checkpoint import Checkpoints
 from geo_r1.train.parallel.ranks import PeerLost
-from geo_r1.train.shards import Writer
+from geo_r1.train.state.checkpoint import Checkpoints
+from geo_r1.train.state.shards import Writer
 
 
 def sharded(state, placement=None):

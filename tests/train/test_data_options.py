@@ -6,8 +6,8 @@ import option_runs
 import pytest
 import small_runs as runs
 
-import geo_r1.train.grpo
-import geo_r1.train.sft
+import geo_r1.train.stages.grpo
+import geo_r1.train.stages.sft
 from geo_r1.data import World
 from geo_r1.train.__main__ import main
 
@@ -57,7 +57,7 @@ def test_workers_go_on_where_they_stopped(tmp_path):
 def watch_work(monkeypatch) -> list:
     """The work of every step from now on."""
     steps = []
-    for module in (geo_r1.train.sft, geo_r1.train.grpo):
+    for module in (geo_r1.train.stages.sft, geo_r1.train.stages.grpo):
         real = module.share_out
 
         def share_out(policy, work, *args, real=real):

@@ -3,9 +3,9 @@
 import pytest
 
 from geo_r1.models.cost import ModelCost
-from geo_r1.train.config import Recipe
 from geo_r1.train.estimate.page import PAGE, model_config, training_page
-from geo_r1.train.recipe import _keys
+from geo_r1.train.recipe.load import _keys
+from geo_r1.train.recipe.sections import Recipe
 
 
 def test_the_page_is_up_to_date():

@@ -9,9 +9,9 @@ from memory_cases import TEXTS
 import geo_r1.train.estimate.dry_run
 from geo_r1.models.cost import ModelCost
 from geo_r1.models.tiny import build_tiny
-from geo_r1.train.estimate.dry_run import dry_run
+from geo_r1.train.estimate.dry_run import what_it_takes
 from geo_r1.train.estimate.memory import estimate
-from geo_r1.train.recipe import load_recipe
+from geo_r1.train.recipe.load import load_recipe
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_run_on_the_world(tmp_path, no_weights):
     folder, config = no_weights
     before = runs.files_under(tmp_path)
     recipe = recipe_of(tmp_path, "sft", "grpo", "eval", model__path=folder)
-    text = dry_run(recipe, 2)
+    text = what_it_takes(recipe, 2)
     assert runs.files_under(tmp_path) == before | {"small.toml"}  # the recipe, which the test wrote
     count = ModelCost.of(config).num_parameters
     assert f"qwen2_5_vl, {count:,} parameters" in text
@@ -48,7 +48,7 @@ def test_a_file_gives_lengths_epochs_and_operations(tmp_path, no_weights):
     recipe = recipe_of(
         tmp_path, "sft", model__path=folder, sft__data=data, sft__epochs=2, sft__freeze=["vision"]
     )
-    text = dry_run(recipe, 1)
+    text = what_it_takes(recipe, 1)
     assert "== sft: 3 steps of 4 samples, 2.00 epochs of 6" in text
     prompt, pictures, response = map(
         int,
@@ -69,7 +69,7 @@ def test_a_file_gives_lengths_epochs_and_operations(tmp_path, no_weights):
 
 def test_data_that_is_not_there_is_said(tmp_path, no_weights):
     recipe = recipe_of(tmp_path, "sft", model__path=no_weights[0], sft__data="nowhere.jsonl")
-    text = dry_run(recipe, 1)
+    text = what_it_takes(recipe, 1)
     assert "== sft: its data cannot be read" in text and "nowhere.jsonl does not exist" in text
     assert "assumed: prompts of 2,048 tokens" in text
 
@@ -77,8 +77,8 @@ def test_data_that_is_not_there_is_said(tmp_path, no_weights):
 def test_long_prompts_are_an_error_or_skipped_as_in_a_run(tmp_path, no_weights):
     options = {"model__path": no_weights[0], "data__max_prompt_tokens": 3}
     with pytest.raises(ValueError, match=r"the budget is 3\. Raise data\.max_prompt_tokens"):
-        dry_run(recipe_of(tmp_path, "sft", **options), 1)
-    text = dry_run(recipe_of(tmp_path, "sft", **options, data__on_overlong="skip"), 1)
+        what_it_takes(recipe_of(tmp_path, "sft", **options), 1)
+    text = what_it_takes(recipe_of(tmp_path, "sft", **options, data__on_overlong="skip"), 1)
     assert "none of the first samples of its data fits" in text
 
 
@@ -88,9 +88,9 @@ def test_what_does_not_fit_and_what_would_help(tmp_path, no_weights, monkeypatch
     peak = estimate(recipe, config, 1, "grpo").peak
     monkeypatch.setattr(geo_r1.train.estimate.dry_run.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(geo_r1.train.estimate.dry_run, "ASSUMED", peak)
-    assert "fits: " in dry_run(recipe, 1) and "Instead" not in dry_run(recipe, 1)
+    assert "fits: " in what_it_takes(recipe, 1) and "Instead" not in what_it_takes(recipe, 1)
     monkeypatch.setattr(geo_r1.train.estimate.dry_run, "ASSUMED", peak - 1)
-    text = dry_run(recipe, 1)
+    text = what_it_takes(recipe, 1)
     assert "does not fit: " in text
     found = dict(re.findall(r"^    (.+?): ([\d.]+ [GM]iB(?:, fits)?)$", text, re.MULTILINE))
     full = estimate(
@@ -111,14 +111,14 @@ def test_what_does_not_fit_and_what_would_help(tmp_path, no_weights, monkeypatch
 
 
 def test_the_tiny_model_is_made_on_the_spot(tmp_path):
-    text = dry_run(recipe_of(tmp_path, "eval", model__path="tiny"), 1)
+    text = what_it_takes(recipe_of(tmp_path, "eval", model__path="tiny"), 1)
     assert "tiny: qwen2_5_vl" in text and "evaluation" in text
 
 
 def test_an_unknown_model_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty cannot be loaded"):
-        dry_run(recipe_of(tmp_path, "sft", model__path=tmp_path / "empty"), 1)
+        what_it_takes(recipe_of(tmp_path, "sft", model__path=tmp_path / "empty"), 1)
 
 
 def test_what_vllm_takes(tmp_path, no_weights, monkeypatch):
@@ -126,17 +126,17 @@ def test_what_vllm_takes(tmp_path, no_weights, monkeypatch):
     monkeypatch.setattr(geo_r1.train.estimate.dry_run, "_device", lambda: (64 << 20, "a small one"))
     weights = 4 * ModelCost.of(config).num_parameters / 2**20
     changes = {"model__path": folder, "rollout__engine": "vllm"}
-    text = dry_run(recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.25), 2)
+    text = what_it_takes(recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.25), 2)
     assert f"sampled by vLLM, whose weights take {weights:.1f} MiB of its 16.0 MiB\n" in text + "\n"
     [line] = [line for line in text.splitlines() if line.startswith("vLLM")]
     first, *others = line.split()[1:]
     assert first == "16.00" and {*others} == {"-"}  # it sleeps while the policy learns
-    small = dry_run(recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.001), 2)
+    small = what_it_takes(recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.001), 2)
     assert "too much; raise rollout.gpu_memory or rollout.tensor_parallel_size" in small
-    ahead = dry_run(
+    ahead = what_it_takes(
         recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.25, rollout__max_staleness=1), 2
     )
     [line] = [line for line in ahead.splitlines() if line.startswith("vLLM")]
     assert {*line.split()[1:]} == {"16.00"}
-    served = dry_run(recipe_of(tmp_path, "grpo", **changes, rollout__server_url="http://here:1"), 2)
+    served = what_it_takes(recipe_of(tmp_path, "grpo", **changes, rollout__server_url="http://here:1"), 2)
     assert "sampled by vLLM at http://here:1, whose memory is its own" in served

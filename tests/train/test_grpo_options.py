@@ -8,12 +8,12 @@ import pytest
 import small_runs as runs
 import torch
 
-import geo_r1.train.grpo
-import geo_r1.train.samplers
+import geo_r1.train.rl.rollout_engines
+import geo_r1.train.stages.grpo
 from geo_r1.data import World, exemplars
 from geo_r1.data.source import Source
-from geo_r1.train.groups import Sampler
 from geo_r1.train.parallel.policy import Policy
+from geo_r1.train.rl.groups import GroupCollector
 
 DYNAMIC = {
     "rewards__functions": ["small_runs:same_for_some_answers"],
@@ -42,13 +42,15 @@ def expected_sampling(num_steps: int, wanted: int, rounds: int):
 @pytest.mark.parametrize("resamples", [1, 4])
 def test_groups_with_equal_rewards_are_replaced(resamples, tmp_path, monkeypatch):
     asked, updates = [], []
-    scored, work = Sampler._scored, geo_r1.train.grpo._work
+    scored, work = GroupCollector._scored, geo_r1.train.stages.grpo._work
     monkeypatch.setattr(
-        Sampler,
+        GroupCollector,
         "_scored",
         lambda self, draw, *args: asked.append(draw.positions) or scored(self, draw, *args),
     )
-    monkeypatch.setattr(geo_r1.train.grpo, "_work", lambda *args: updates.append(args[1]) or work(*args))
+    monkeypatch.setattr(
+        geo_r1.train.stages.grpo, "_work", lambda *args: updates.append(args[1]) or work(*args)
+    )
     run_dir = runs.train(tmp_path / "run", "grpo", **DYNAMIC, grpo__max_resamples=resamples)
     rounds, kept = expected_sampling(5, 2, 1 + resamples)
     assert asked == [positions for step in rounds for positions in step]
@@ -58,7 +60,7 @@ def test_groups_with_equal_rewards_are_replaced(resamples, tmp_path, monkeypatch
     assert [row["sampling/groups"] for row in rows] == [sum(map(len, step)) for step in rounds]
     assert [row["sampling/kept_groups"] for row in rows] == kept
     assert [len(groups) for groups in updates] == kept
-    assert all(group.spread > 0 for groups in updates for group in groups)
+    assert all(group.reward_std > 0 for groups in updates for group in groups)
     for row, count in zip(rows, kept, strict=True):
         assert row["frac_reward_zero_std"] == pytest.approx(1 - count / row["sampling/groups"])
 
@@ -106,7 +108,7 @@ def test_two_ranks_replace_the_groups_that_one_does(tmp_path):
 
 def set_endings(monkeypatch, *ended):
     """Say which of each group's four completions ended by themselves."""
-    real = geo_r1.train.samplers.generate
+    real = geo_r1.train.rl.rollout_engines.generate
 
     def generate(*args, **options):
         groups = real(*args, **options)
@@ -114,20 +116,20 @@ def set_endings(monkeypatch, *ended):
             [dataclasses.replace(c, ended=e) for c, e in zip(group, ended, strict=True)] for group in groups
         ]
 
-    monkeypatch.setattr(geo_r1.train.samplers, "generate", generate)
+    monkeypatch.setattr(geo_r1.train.rl.rollout_engines, "generate", generate)
 
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo"])
 def test_truncated_completions_do_not_reach_the_gradient(loss, tmp_path, monkeypatch):
     set_endings(monkeypatch, False, True, False, True)
     seen = []
-    real = geo_r1.train.grpo.share_out
+    real = geo_r1.train.stages.grpo.share_out
 
     def share_out(policy, work, *args):
         seen.append((work, real(policy, work, *args)))
         return seen[-1][1]
 
-    monkeypatch.setattr(geo_r1.train.grpo, "share_out", share_out)
+    monkeypatch.setattr(geo_r1.train.stages.grpo, "share_out", share_out)
     rows = {}
     for mask in (False, True):
         changes = {"grpo__mask_truncated": mask, "grpo__steps": 1, "grpo__loss__type": loss}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from compared_runs import RATE, same_metrics, same_weights
 
-from geo_r1.train.checkpoint import newest_checkpoint
+from geo_r1.train.state.checkpoint import newest_checkpoint
 
 SOON = 60  # seconds; some 3 on a machine that is not shared
 NUM_KILLS = 10  # a stage

@@ -6,7 +6,7 @@ import small_runs as runs
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-import geo_r1.train.grpo
+import geo_r1.train.stages.grpo
 from geo_r1.data import World, exemplars
 from geo_r1.kernels import linear_logprob
 from geo_r1.models import load_model, pack
@@ -121,9 +121,9 @@ def test_a_run_with_adapters_and_dropout_goes_on_bit_by_bit(stage, tmp_path):
 
 def test_the_reference_is_the_policy_without_its_adapters(tmp_path, monkeypatch):
     """No second model is loaded; after training, too, it computes what the stage started from."""
-    batches, real = [], geo_r1.train.grpo.share_out
+    batches, real = [], geo_r1.train.stages.grpo.share_out
     monkeypatch.setattr(
-        geo_r1.train.grpo, "share_out", lambda *args: batches.append(real(*args)) or batches[-1]
+        geo_r1.train.stages.grpo, "share_out", lambda *args: batches.append(real(*args)) or batches[-1]
     )
     monkeypatch.delattr(Models, "reference")
     rows = runs.metrics(runs.train(tmp_path / "run", "grpo", **ONE_UPDATE, grpo__loss__beta=0.1), "grpo")

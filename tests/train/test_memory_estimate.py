@@ -12,10 +12,10 @@ import geo_r1.models.qwen_vl
 from geo_r1.models import PackedVLM
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
-from geo_r1.train.config import Recipe
 from geo_r1.train.estimate.activations import Numbers, kept_bytes
 from geo_r1.train.estimate.memory import Load, estimate
 from geo_r1.train.estimate.model_weights import entries, model_weights
+from geo_r1.train.recipe.sections import Recipe
 
 ADAPTERS = {"rank": 3, "vision": True, "targets": ("q_proj", "down_proj")}
 CASES = {

@@ -15,15 +15,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import geo_r1.train.optim
-from geo_r1.train.config import OptimConfig
-from geo_r1.train.optim import (
+import geo_r1.train.parallel.optim
+from geo_r1.train.parallel.optim import (
     build_optimizer,
     learning_rate,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
 )
+from geo_r1.train.recipe.sections import OptimConfig
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_bf16")
 RATES = {"lr": 0.02, "vision_lr": 0.005, "weight_decay": 0.1, "schedule": "linear", "warmup_ratio": 0.4}
@@ -217,7 +217,7 @@ def test_what_cannot_be_trained(monkeypatch):
         build_optimizer(Toy().requires_grad_(False), OptimConfig())
     with pytest.raises(ValueError, match=r"trains weights in bfloat16, these are in torch\.float32"):
         build_optimizer(Toy(), options("adamw_bf16"))
-    monkeypatch.setattr(geo_r1.train.optim, "find_spec", lambda name: None)
+    monkeypatch.setattr(geo_r1.train.parallel.optim, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"adamw_8bit needs torchao: pip install '\.\[torchao\]'"):
         build_optimizer(Toy(), OptimConfig(optimizer="adamw_8bit"))
 

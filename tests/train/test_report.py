@@ -7,9 +7,9 @@ import re
 import pytest
 from PIL import Image
 
-from geo_r1.train.page import split_completion
-from geo_r1.train.plots import draw_plots
-from geo_r1.train.report import read_gallery, read_metrics, write_report
+from geo_r1.train.report.embedded import split_completion
+from geo_r1.train.report.page import read_gallery, read_metrics, write_report
+from geo_r1.train.report.plots import draw_plots
 
 GRPO_PLOTS = {"reward", "accuracy", "length", "kl", "entropy", "no_signal", "time", "throughput"}
 SFT_PLOTS = {"loss", "throughput"}

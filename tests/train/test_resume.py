@@ -9,11 +9,11 @@ import pytest
 import small_runs as runs
 from compared_runs import RATE, same_metrics, same_weights
 
-import geo_r1.train.checkpoint
+import geo_r1.train.state.checkpoint
 from geo_r1.train.__main__ import main
-from geo_r1.train.checkpoint import newest_checkpoint
-from geo_r1.train.config import LogConfig
-from geo_r1.train.log import Log
+from geo_r1.train.recipe.sections import LogConfig
+from geo_r1.train.report.log import Log
+from geo_r1.train.state.checkpoint import newest_checkpoint
 
 FINISHED = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
 FINISHED |= {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
@@ -191,7 +191,7 @@ def test_a_saved_folder_never_replaces_another(tmp_path, tiny_model):
     (tmp_path / "sft-000001").mkdir()
     (tmp_path / "sft-000001" / "precious").write_text("")
     with pytest.raises(AssertionError, match="there already"):
-        geo_r1.train.checkpoint.save_folder(tmp_path / "sft-000001", Nothing(), [])
+        geo_r1.train.state.checkpoint.save_folder(tmp_path / "sft-000001", Nothing(), [])
     assert (tmp_path / "sft-000001" / "precious").exists()
 
 

@@ -1,4 +1,4 @@
-"""Rollouts ahead of their step: whose weights sample, what survives a checkpoint, a sampler that goes."""
+"""RolloutQueue ahead of their step: whose weights sample, what survives a checkpoint, a sampler that goes."""
 
 import dataclasses
 import json
@@ -17,14 +17,14 @@ import small_runs as runs
 import torch
 from transformers import AutoConfig
 
-import geo_r1.train.grpo
-import geo_r1.train.samplers
+import geo_r1.train.rl.rollout_engines
+import geo_r1.train.stages.grpo
 from geo_r1.models.lora import DOWN, UP, merged_state
 from geo_r1.rollout.engine import EngineLost, WeightsLost
 from geo_r1.train.__main__ import main
-from geo_r1.train.config import Recipe
-from geo_r1.train.rollouts import Rollouts
-from geo_r1.train.samplers import Copy, check_sampler, max_model_len
+from geo_r1.train.recipe.sections import Recipe
+from geo_r1.train.rl.rollout_engines import Copy, check_rollout_engine, max_model_len
+from geo_r1.train.rl.rollout_queue import RolloutQueue
 
 AHEAD = {"rollout__max_staleness": 1, "grpo__num_iterations": 1, "model__dtype": "float64"}
 DYNAMIC = AHEAD | {
@@ -254,9 +254,11 @@ def shared_sampler(folder, forgets_at=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shared, "folder", folder, raising=False)
         patch.setattr(Shared, "forgets_at", forgets_at)
-        patch.setattr(geo_r1.train.samplers, "Copy", Shared)
+        patch.setattr(geo_r1.train.rl.rollout_engines, "Copy", Shared)
         patch.setattr(
-            geo_r1.train.samplers, "Rollouts", lambda *args, **kw: Rollouts(*args, **kw | {"shared": True})
+            geo_r1.train.rl.rollout_engines,
+            "RolloutQueue",
+            lambda *args, **kw: RolloutQueue(*args, **kw | {"shared": True}),
         )
         yield
 
@@ -309,13 +311,13 @@ def test_two_ranks_send_what_one_does(tmp_path):
 
 @pytest.mark.parametrize("kind", ["truncate", "mask"])
 def test_importance_weights_reach_the_loss(kind, tmp_path, monkeypatch):
-    seen, loss = [], geo_r1.train.grpo.linear_grpo_loss
+    seen, loss = [], geo_r1.train.stages.grpo.linear_grpo_loss
 
     def watched_loss(*args, **options):
         seen.append(options)
         return loss(*args, **options)
 
-    monkeypatch.setattr(geo_r1.train.grpo, "linear_grpo_loss", watched_loss)
+    monkeypatch.setattr(geo_r1.train.stages.grpo, "linear_grpo_loss", watched_loss)
     changes = {"rollout__importance_sampling": kind, "rollout__importance_cap": 1.02, "grpo__loss__beta": 0.0}
     rows = runs.metrics(runs.train(tmp_path / "run", "grpo", **AHEAD, **changes), "grpo")
     assert rows[0]["sampling/importance_weight/mean"] == pytest.approx(1, abs=FORBIDDEN)
@@ -379,7 +381,7 @@ def test_an_option_that_nothing_reads_is_refused(changes, message, tmp_path, cap
 def test_what_vllm_cannot_do_is_said_before_anything_is_trained(
     changes, message, tmp_path, capfd, monkeypatch
 ):
-    monkeypatch.setattr(geo_r1.train.samplers, "find_spec", lambda name: None)
+    monkeypatch.setattr(geo_r1.train.rl.rollout_engines, "find_spec", lambda name: None)
     argv = runs.arguments(tmp_path / "run", "sft", "grpo", rollout__engine="vllm", **changes)
     assert main(argv) == 2
     assert message in capfd.readouterr().err
@@ -387,11 +389,11 @@ def test_what_vllm_cannot_do_is_said_before_anything_is_trained(
 
 
 def test_ranks_that_engines_do_not_divide_are_refused(monkeypatch):
-    monkeypatch.setattr(geo_r1.train.samplers, "find_spec", lambda name: object())
+    monkeypatch.setattr(geo_r1.train.rl.rollout_engines, "find_spec", lambda name: object())
     recipe = Recipe(rollout={"engine": "vllm", "tensor_parallel_size": 2})
-    check_sampler(recipe, 4)
+    check_rollout_engine(recipe, 4)
     with pytest.raises(ValueError, match="tensor_parallel_size = 2 needs a multiple of 2 ranks, there are 3"):
-        check_sampler(recipe, 3)
+        check_rollout_engine(recipe, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,15 @@ import pytest
 import small_runs as runs
 import torch
 
-import geo_r1.train.grpo
 import geo_r1.train.run
-import geo_r1.train.sft
+import geo_r1.train.stages.grpo
+import geo_r1.train.stages.sft
 from geo_r1.train.__main__ import main
-from geo_r1.train.checkpoint import Checkpoints
-from geo_r1.train.loop import Updater
 from geo_r1.train.parallel.policy import Policy
+from geo_r1.train.state.checkpoint import Checkpoints
+from geo_r1.train.updater import Updater
 
-MODULES = {"sft": geo_r1.train.sft, "grpo": geo_r1.train.grpo}
+MODULES = {"sft": geo_r1.train.stages.sft, "grpo": geo_r1.train.stages.grpo}
 
 
 def spoil_loss(patch, stage, bad, gradient_too=True):
@@ -172,11 +172,11 @@ def test_evaluations_on_the_way(stage, tmp_path):
 def test_evaluations_on_the_way_may_take_fewer_samples(tmp_path, monkeypatch):
     counts, real = [], geo_r1.train.run.validate
 
-    def validate(engine, vlm, stage, source):
+    def validate(context, vlm, stage, source):
         sample = source.sample
         seen = []
         object.__setattr__(source, "sample", lambda index: seen.append(index) or sample(index))
-        out = real(engine, vlm, stage, source)
+        out = real(context, vlm, stage, source)
         object.__setattr__(source, "sample", sample)
         counts.append(seen)
         return out
@@ -190,7 +190,7 @@ def script_accuracies(monkeypatch, accuracies):
     """Say how accurate the model is at each evaluation, and keep what was evaluated, by accuracy."""
     seen = {}
 
-    def validate(engine, vlm, stage, source):
+    def validate(context, vlm, stage, source):
         accuracy = accuracies[len(seen)]
         seen[len(seen)] = {name: p.detach().clone() for name, p in vlm.model.named_parameters()}
         return {"accuracy": accuracy}, accuracy

@@ -9,7 +9,7 @@ import small_runs as runs
 import torch
 from safetensors.torch import load_file
 
-import geo_r1.train.grpo
+import geo_r1.train.stages.grpo
 from geo_r1.eval.cross_view import wilson_interval
 from geo_r1.train.__main__ import main
 from geo_r1.train.models import Models
@@ -116,13 +116,13 @@ def test_a_completion_that_nothing_scores_takes_no_part(tmp_path, monkeypatch):
     """It is not packed, and has no place in the reward's figures."""
     seen = []
     for name in ("_work", "share_out"):
-        real = getattr(geo_r1.train.grpo, name)
+        real = getattr(geo_r1.train.stages.grpo, name)
 
         def watched(*args, real=real):
             seen.append((args, real(*args)))
             return seen[-1][1]
 
-        monkeypatch.setattr(geo_r1.train.grpo, name, watched)
+        monkeypatch.setattr(geo_r1.train.stages.grpo, name, watched)
     changes = {"rewards__functions": ["small_runs:first_of_group_unscored"], "grpo__steps": 1}
     [row] = runs.metrics(runs.train(tmp_path / "run", "grpo", **changes), "grpo")
     [((_, scored, _), _), (_, batches)] = seen
@@ -160,13 +160,13 @@ def test_equal_rewards_cost_nothing_and_change_nothing(tmp_path, monkeypatch):
         "grpo__optim__weight_decay": 0.1,
     }
     without = runs.train(tmp_path / "without", "grpo", **changes)
-    real = geo_r1.train.grpo._work
+    real = geo_r1.train.stages.grpo._work
 
     def all_that_count(config, *rest):  # as if a term of the loss needed them
         loss = config.loss.model_copy(update={"entropy_coef": 1.0})
         return real(config.model_copy(update={"loss": loss}), *rest)
 
-    monkeypatch.setattr(geo_r1.train.grpo, "_work", all_that_count)
+    monkeypatch.setattr(geo_r1.train.stages.grpo, "_work", all_that_count)
     packed = runs.train(tmp_path / "packed", "grpo", **changes)
     rows = [*zip(runs.metrics(without, "grpo"), runs.metrics(packed, "grpo"), strict=True)]
     assert {row["frac_reward_zero_std"] for row, _ in rows} == {0, 0.5, 1}

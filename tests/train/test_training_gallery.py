@@ -10,8 +10,7 @@ from PIL import Image
 
 from geo_r1.data import Sample
 from geo_r1.rollout import Completion
-from geo_r1.train.report import write_report
-from geo_r1.train.training_gallery import (
+from geo_r1.train.report.gallery import (
     NUM_CHARACTERS,
     NUM_COMPLETIONS,
     NUM_PICTURES,
@@ -19,9 +18,10 @@ from geo_r1.train.training_gallery import (
     NUM_STEPS,
     read_training_gallery,
 )
-from geo_r1.train.transcripts import Transcript, write_transcripts
+from geo_r1.train.report.page import write_report
+from geo_r1.train.report.transcripts import Transcript, write_transcripts
 
-HEADING = "<h2>Rollouts in training</h2>"
+HEADING = "<h2>RolloutQueue in training</h2>"
 
 
 def png(image):

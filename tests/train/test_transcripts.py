@@ -10,7 +10,7 @@ from PIL import Image
 
 from geo_r1.data import Sample, load_image, read_samples
 from geo_r1.rollout import Completion
-from geo_r1.train.transcripts import (
+from geo_r1.train.report.transcripts import (
     Transcript,
     forget_after,
     read_transcripts,

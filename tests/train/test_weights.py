@@ -11,14 +11,14 @@ from geo_r1.data import PromptEncoder, Sample, World, exemplars
 from geo_r1.kernels import GRPOLossConfig
 from geo_r1.models import EncodedPrompt, load_model
 from geo_r1.rollout import Completion
-from geo_r1.train.batches import Work, share_out
-from geo_r1.train.config import GRPOConfig, ParallelConfig
-from geo_r1.train.grpo import Group, _advantages, _logp, _update, _weights, _work
 from geo_r1.train.parallel.lifeline import Lifeline
-from geo_r1.train.parallel.policy import spread
+from geo_r1.train.parallel.micro_batches import Work, share_out
 from geo_r1.train.parallel.ranks import Ranks
+from geo_r1.train.parallel.strategy import shard_model
+from geo_r1.train.recipe.sections import GRPOConfig, ParallelConfig
+from geo_r1.train.stages.grpo import Group, _advantages, _logp, _update, _weights, _work
 
-engine = SimpleNamespace(
+context = SimpleNamespace(
     ranks=Ranks(0, 1, torch.device("cpu"), Lifeline(0, {})),
     recipe=SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=8)),
 )
@@ -27,7 +27,7 @@ engine = SimpleNamespace(
 @pytest.fixture(scope="module")
 def lab():
     vlm, tokenizer, image_processor = load_model(runs.SMALL["model.path"], torch.float64)
-    policy = spread(vlm, engine.ranks, ParallelConfig())
+    policy = shard_model(vlm, context.ranks, ParallelConfig())
     return policy, PromptEncoder(tokenizer, image_processor, vlm.model.config.image_token_id)
 
 
@@ -44,8 +44,8 @@ def text_prompt(name):
 def batches_of(policy, config, groups, work=None):
     """What a step computes: of its groups, those completions that reach the gradient, or the given work."""
     if work is None:
-        work = _work(config, groups, _advantages(engine, config, groups))
-    return share_out(policy, work, config.optim.max_tokens, _weights(engine, config, groups))
+        work = _work(config, groups, _advantages(context, config, groups))
+    return share_out(policy, work, config.optim.max_tokens, _weights(context, config, groups))
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])

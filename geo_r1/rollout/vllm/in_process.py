@@ -143,10 +143,7 @@ class VLLMEngine:
         )
         ends, vision = self.end_token_ids, self.vision_token_ids
         own = [
-            (
-                prompt,
-                requests.sampling_params(sampling, num_completions, requests.seed_of(stream), ends, vision),
-            )
+            (prompt, requests.sampling_params(sampling, num_completions, stream, ends, vision))
             for prompt, stream in zip(prompts, streams, strict=True)
         ]
         first, asked = self._shared(own)

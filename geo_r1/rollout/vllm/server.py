@@ -143,7 +143,8 @@ class ServerEngine:
         num_workers = await self._check_server()
         version = f"{self._run}/{uuid.uuid4().hex}"
         base, self._base = self._base if alpha is not None else None, None
-        call = {"alpha": alpha, "base": base[0] if base else version, "whole": base is None}
+        name = base[0] if base else version
+        call = {"alpha": alpha, "base": name, "whole": base is None}
         post = partial(self._http.json, "POST")
         try:
             await post("/abort_requests", {})  # those of a call that was given up
@@ -157,7 +158,7 @@ class ServerEngine:
             # The same weights have the same one, whether all were sent or adapters alone.
             self._version = f"{version}/{rest:08x}-{adapters:08x}-{alpha}"
             await post("/update_weight_version", {"new_version": self._version})
-            self._base = None if alpha is None else (call["base"], rest)
+            self._base = None if alpha is None else (name, rest)
         except Unavailable as error:
             await self._pause(error, 0)
             raise WeightsLost(f"{self._http.url} did not take the weights: {error}") from error

@@ -16,12 +16,12 @@ from geo_r1.data import PromptEncoder
 from geo_r1.data.prompt import OverlongPrompt
 from geo_r1.data.source import Source
 from geo_r1.models.cost import ModelCost
-from geo_r1.train.config import EvalConfig, GRPOConfig, LoraConfig, Recipe
 from geo_r1.train.estimate.holdings import WIDTH, spread_of
 from geo_r1.train.estimate.memory import Estimate, Load, estimate
 from geo_r1.train.estimate.model_weights import entries, model_weights
 from geo_r1.train.models import encoder_of, without_weights, world_of
-from geo_r1.train.run import open_source
+from geo_r1.train.recipe.sections import EvalConfig, GRPOConfig, LoraConfig, Recipe
+from geo_r1.train.sources import open_source
 
 NUM_SAMPLES = 32  # of a stage's data that are looked at
 ASSUMED = 80 * 10**9  # bytes of a GPU where there is none
@@ -34,7 +34,7 @@ ASSUMED_LOAD = (
 ADAPTER_RANK = 32
 
 
-def dry_run(recipe: Recipe, num_ranks: int) -> str:
+def what_it_takes(recipe: Recipe, num_ranks: int) -> str:
     """Say what a recipe would take on a number of ranks. Writes nothing and reads no weights.
 
     Raises:

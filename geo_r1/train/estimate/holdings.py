@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from geo_r1.train.config import OptimConfig, Recipe
 from geo_r1.train.estimate.model_weights import Weight, entries
-from geo_r1.train.optim import BLOCK, SMALLEST
+from geo_r1.train.parallel.optim import BLOCK, SMALLEST
 from geo_r1.train.parallel.zero import engine_settings
+from geo_r1.train.recipe.sections import OptimConfig, Recipe
 
 Parts = dict[str, int]
 Spread = Literal["ddp", "fsdp2", "zero2", "zero3"]

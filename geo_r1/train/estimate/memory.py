@@ -23,10 +23,10 @@ from transformers import PreTrainedConfig
 from geo_r1.kernels.chunks import MAX_NARROW_SUMS, SCRATCH_BYTES, KernelRows
 from geo_r1.models.cost import cached_bytes
 from geo_r1.models.qwen_vl import VISION
-from geo_r1.train.config import EvalConfig, GRPOConfig, LoraConfig, Recipe, SFTConfig
 from geo_r1.train.estimate.activations import Numbers, kept_bytes, text_layer, vision_block, working_bytes
 from geo_r1.train.estimate.holdings import WIDTH, Holdings, Parts
 from geo_r1.train.estimate.model_weights import entries, model_weights
+from geo_r1.train.recipe.sections import EvalConfig, GRPOConfig, LoraConfig, Recipe, SFTConfig
 
 # Prompts stand in the cache twice, in groups and stacked by length; room for completions grows by half.
 CACHE_COPIES = 2

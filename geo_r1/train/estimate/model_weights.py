@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from geo_r1.models import PackedVLM
 from geo_r1.models.qwen_vl import VISION
 from geo_r1.models.skeleton import empty_model
-from geo_r1.train.config import LoraConfig
+from geo_r1.train.recipe.sections import LoraConfig
 
 
 @dataclass(frozen=True)

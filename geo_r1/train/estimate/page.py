@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from transformers import Qwen2_5_VLConfig
 
-from geo_r1.train.config import Recipe
 from geo_r1.train.estimate.dry_run import memory_table
 from geo_r1.train.estimate.memory import Load, estimate
+from geo_r1.train.recipe.sections import Recipe
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "training.md"

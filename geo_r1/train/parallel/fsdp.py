@@ -18,10 +18,10 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 
 from geo_r1.models import PackedVLM
-from geo_r1.train.config import ParallelConfig
 from geo_r1.train.parallel.place import hand_out
 from geo_r1.train.parallel.policy import Function, Policy, Runner
 from geo_r1.train.parallel.ranks import Ranks
+from geo_r1.train.recipe.sections import ParallelConfig
 
 
 class ShardedPolicy(Policy):

@@ -174,12 +174,12 @@ class _Work:
         fewest = -(-sum(self.size) // (self.num_ranks * self.max_tokens))
         enough = -(-len(fitted) // self.num_ranks)
         for num_rows in range(fewest, enough + 1):
-            found = [self.spread(num_rows, limit) for limit in HOME_LIMITS]
+            found = [self.spread_over(num_rows, limit) for limit in HOME_LIMITS]
             if spread := [batches for batches in found if batches is not None]:
                 return [rows for batches in spread for rows in (self.keep(batches), self.deal(batches))]
         return [self.deal(self.even_out(fitted))]
 
-    def spread(self, num_rows: int, limit: float) -> list[list[int]] | None:
+    def spread_over(self, num_rows: int, limit: float) -> list[list[int]] | None:
         """All pieces in `num_rows` batches a rank, alike in cost; None where one finds no place.
 
         The most costly piece comes first. It goes to the lightest of its home's own batches with room, if
@@ -231,7 +231,7 @@ class _Work:
         return [sorted(batch) for batch in batches]
 
     def keep(self, batches: list[list[int]]) -> list[list[list[int]]]:
-        """[row][rank] batches of `spread`, each with the rank whose own it is."""
+        """[row][rank] batches of `spread_over`, each with the rank whose own it is."""
         own = (batches[rank :: self.num_ranks] for rank in range(self.num_ranks))
         ordered = [sorted(mine, key=lambda batch: (-self.cost_of(batch), batch)) for mine in own]
         return [list(row) for row in zip(*ordered, strict=True)]

@@ -27,8 +27,7 @@ from transformers import PreTrainedModel
 
 from geo_r1.models import PackedVLM
 from geo_r1.models.lora import merged_state
-from geo_r1.train.config import ParallelConfig
-from geo_r1.train.optim import load_optimizer_state, optimizer_state
+from geo_r1.train.parallel.optim import load_optimizer_state, optimizer_state
 from geo_r1.train.parallel.place import hand_out, replace_all
 from geo_r1.train.parallel.ranks import Ranks
 
@@ -200,40 +199,6 @@ class Policy:
             buffer.copy_(own[name])
         copy.model.requires_grad_(False).eval()
         return copy
-
-
-def spread(
-    vlm: PackedVLM,
-    ranks: Ranks,
-    config: ParallelConfig,
-    *,
-    trained: bool = True,
-    alpha: float | None = None,
-) -> Policy:
-    """Hand out a model that rank 0 holds, and spread it over the ranks.
-
-    Args:
-        vlm: whole on rank 0; on the others on the meta device.
-        trained: False for a model that only computes; DeepSpeed has nothing to do for it, fsdp2 shards it.
-        alpha: of the model's adapters; None where it has none.
-    """
-    strategy = strategy_of(config, ranks)
-    if strategy == "deepspeed" and trained:
-        from geo_r1.train.parallel.zero import ZeroPolicy
-
-        return ZeroPolicy(vlm, ranks, alpha, config)
-    if strategy == "fsdp2" or (strategy == "deepspeed" and config.zero_stage == 3):
-        from geo_r1.train.parallel.fsdp import ShardedPolicy
-
-        return ShardedPolicy(vlm, ranks, trained, alpha, config)
-    return Policy(vlm, ranks, trained, alpha)
-
-
-def strategy_of(config: ParallelConfig, ranks: Ranks) -> str:
-    """The strategy that is asked for, or the one that fits the number of ranks."""
-    if config.strategy == "auto":
-        return "fsdp2" if ranks.size > 1 else "ddp"
-    return config.strategy
 
 
 def _full(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from geo_r1.models.qwen_vl import VISION
-from geo_r1.train.config import OptimConfig
+from geo_r1.train.recipe.sections import OptimConfig
 
 BLOCK = 256  # weights that share a scale; torchao's default
 SMALLEST = 4096  # weights of a tensor worth 8 bits; torchao's choice

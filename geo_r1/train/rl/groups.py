@@ -11,13 +11,15 @@ from geo_r1.models import EncodedPrompt
 from geo_r1.rewards import RewardFunction
 from geo_r1.rollout import Completion, score_groups
 from geo_r1.rollout.engine import EngineLost
-from geo_r1.train.batches import StepBatches
-from geo_r1.train.config import GRPOConfig
-from geo_r1.train.loop import Engine, Updater, load_rewards
+from geo_r1.train.context import RunContext
+from geo_r1.train.parallel.micro_batches import StepBatches
 from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.phases import Phases
-from geo_r1.train.rollouts import Draw, Rollouts
-from geo_r1.train.transcripts import Transcript
+from geo_r1.train.recipe.sections import GRPOConfig
+from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.transcripts import Transcript
+from geo_r1.train.rl.rollout_queue import Draw, RolloutQueue
+from geo_r1.train.rl.scoring import load_rewards
+from geo_r1.train.updater import Updater
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,18 @@ class Group:
     version: int
 
     @property
-    def spread(self) -> float:
+    def reward_std(self) -> float:
         """Standard deviation of the rewards; exactly 0 where they are equal: such a group teaches nothing."""
         scores = [value for value in self.reward if value is not None]
         return statistics.stdev(scores) if len(scores) > 1 and min(scores) < max(scores) else 0.0
 
 
-class Sampler:
+class GroupCollector:
     """Draws prompts, has them answered and scores the answers, until a step has what it needs."""
 
-    def __init__(self, engine: Engine, config: GRPOConfig, rollouts: Rollouts) -> None:
-        self.engine, self.config, self.rollouts = engine, config, rollouts
-        self.functions: dict[str, RewardFunction] = load_rewards(engine.recipe.rewards)
+    def __init__(self, context: RunContext, config: GRPOConfig, rollouts: RolloutQueue) -> None:
+        self.context, self.config, self.rollouts = context, config, rollouts
+        self.functions: dict[str, RewardFunction] = load_rewards(context.recipe.rewards)
         self.num_skipped = 0  # prompts of this rank's in the last step that were too long
 
     def sample(self, updater: Updater, phases: Phases) -> tuple[list[Group], list[Group]]:
@@ -63,7 +65,7 @@ class Sampler:
         Raises:
             EngineLost: the sampler has gone; what the step had drawn besides is forgotten.
         """
-        wanted, progress, ranks = self.config.prompts_per_step, updater.progress, self.engine.ranks
+        wanted, progress, ranks = self.config.prompts_per_step, updater.progress, self.context.ranks
         draw, answers = self.rollouts.take(progress, phases)
         sampled = self._scored(draw, answers, phases)
         self.num_skipped = draw.num_skipped
@@ -86,14 +88,14 @@ class Sampler:
         return sampled, kept
 
     def _kept(self, groups: list[Group]) -> list[Group]:
-        return [group for group in groups if group.spread or not self.config.max_resamples]
+        return [group for group in groups if group.reward_std or not self.config.max_resamples]
 
     def _scored(self, draw: Draw, answers: list[list[Completion]], phases: Phases) -> list[Group]:
         if not answers:  # a rank may have none; a user's function need not expect that
             return []
         samples = [item.sample for item in draw.drawn]
         with phases("reward"):
-            weights, tokenizer = self.engine.recipe.rewards.weights, self.engine.tokenizer
+            weights, tokenizer = self.context.recipe.rewards.weights, self.context.tokenizer
             table = score_groups(self.functions, weights, tokenizer, samples, answers)
         size = self.config.num_completions
         parts = [slice(i * size, (i + 1) * size) for i in range(len(answers))]
@@ -115,15 +117,15 @@ def reward_metrics(ranks: Ranks, sampled: list[Group]) -> dict[str, float]:
     """Rewards of all groups of the step, those that dynamic sampling left out among them."""
     everyone = [
         pair
-        for pairs in ranks.gather([(group.reward, group.by_function, group.spread) for group in sampled])
+        for pairs in ranks.gather([(group.reward, group.by_function, group.reward_std) for group in sampled])
         for pair in pairs
     ]
     totals = [value for rewards, *_ in everyone for value in rewards if value is not None]
-    spreads = [spread for *_, spread in everyone]
+    stds = [std for *_, std in everyone]
     metrics = {
         "reward": statistics.fmean(totals) if totals else 0.0,
-        "reward_std": statistics.fmean(spreads) if spreads else 0.0,
-        "frac_reward_zero_std": statistics.fmean(s == 0 for s in spreads) if spreads else 0.0,
+        "reward_std": statistics.fmean(stds) if stds else 0.0,
+        "frac_reward_zero_std": statistics.fmean(s == 0 for s in stds) if stds else 0.0,
     }
     for name in everyone[0][1] if everyone else ():
         values = [value for _, table, _ in everyone for value in table[name] if value is not None]
@@ -172,14 +174,14 @@ def token_metrics(ranks: Ranks, kept: list[Group], batches: StepBatches) -> dict
 
 
 def transcripts(
-    engine: Engine, sampled: list[Group], advantages: Mapping[int, list[float]]
+    context: RunContext, sampled: list[Group], advantages: Mapping[int, list[float]]
 ) -> list[Transcript]:
     """What the first groups of a step say, for the main rank to keep; on the others, nothing.
 
     Args:
         advantages: by position; groups that dynamic sampling left out have none.
     """
-    decode, count = engine.tokenizer.decode, engine.recipe.log.rollouts_prompts
+    decode, count = context.tokenizer.decode, context.recipe.log.rollouts_prompts
     mine = [
         Transcript(
             group.position,
@@ -192,8 +194,8 @@ def transcripts(
         )
         for group in sampled[:count]
     ]
-    everyone = [item for items in engine.ranks.gather(mine) for item in items]
-    return sorted(everyone, key=lambda item: item.position)[:count] if engine.ranks.is_main else []
+    everyone = [item for items in context.ranks.gather(mine) for item in items]
+    return sorted(everyone, key=lambda item: item.position)[:count] if context.ranks.is_main else []
 
 
 def staleness(ranks: Ranks, step: int, sampled: list[Group]) -> float:

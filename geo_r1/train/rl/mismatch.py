@@ -1,6 +1,6 @@
 """How far the sampler's log-probabilities are from the trainer's, and the weights that correct for it.
 
-Another engine, another precision or older weights: completions then come from a distribution q that is not
+Another context, another precision or older weights: completions then come from a distribution q that is not
 quite the policy p. With d = log p - log q of a sampled token, both under the recipe's temperature, and q as
 top_p, top_k and the tokens that are never sampled leave it,
 
@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geo_r1.train.batches import MicroBatch
-from geo_r1.train.config import RolloutConfig
+from geo_r1.train.parallel.micro_batches import MicroBatch
 from geo_r1.train.parallel.ranks import Ranks
+from geo_r1.train.recipe.sections import RolloutConfig
 
 
 def importance_weights(micro: MicroBatch, config: RolloutConfig) -> Tensor:

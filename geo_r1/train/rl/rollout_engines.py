@@ -1,4 +1,4 @@
-"""What samples a GRPO stage's completions, as the recipe's section `rollout` asks for it."""
+"""The rollout engine of a GRPO stage, as the recipe's section `rollout` chooses it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geo_r1.data.loader import PromptLoader
+from geo_r1.errors import UserError
 from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.models.cost import cached_bytes
 from geo_r1.models.lora import merged_state
@@ -20,13 +21,13 @@ from geo_r1.rollout import Completion, SamplingConfig, generate
 from geo_r1.rollout.engine import RolloutEngine
 from geo_r1.rollout.vllm.http_client import HttpClient, Unavailable
 from geo_r1.rollout.vllm.requests import sampling_params, write_engine_folder
-from geo_r1.train.config import GRPOConfig, Recipe, RolloutConfig
-from geo_r1.train.loop import Engine
+from geo_r1.train.context import RunContext
 from geo_r1.train.parallel.policy import Policy
-from geo_r1.train.rollouts import Rollouts
+from geo_r1.train.recipe.sections import GRPOConfig, Recipe, RolloutConfig
+from geo_r1.train.rl.rollout_queue import RolloutQueue
 
 SECONDS_TO_LOOK = 5.0
-MOST_AT_A_TIME = 256  # completions that vLLM says at once; its own default
+MOST_AT_A_TIME = 256  # completions that vLLM samples at once; its own default
 
 
 class OwnWeights:
@@ -86,30 +87,30 @@ class Copy(OwnWeights):
         return nullcontext(self.vlm)
 
 
-def check_sampler(recipe: Recipe, num_ranks: int) -> None:
-    """Raise ValueError if what is to sample cannot, before the stages in front of it have run."""
+def check_rollout_engine(recipe: Recipe, num_ranks: int) -> None:
+    """Raise UserError if the rollout engine cannot run, before the stages ahead of it have run."""
     rollout = recipe.rollout
     if rollout.engine == "native":
         if rollout.cuda_graphs and not torch.cuda.is_available():
-            raise ValueError("rollout.cuda_graphs needs a GPU, and there is none")
+            raise UserError("rollout.cuda_graphs needs a GPU, and there is none")
         return
     if recipe.model.dtype == "float64":
-        raise ValueError("vLLM computes in float32 or bfloat16, not in model.dtype = float64")
+        raise UserError("vLLM computes in float32 or bfloat16, not in model.dtype = float64")
     sampling_params(sampling_of(rollout), 1, "", (), ())  # refuses what vLLM would
     if rollout.server_url is not None:
         return
     if find_spec("vllm") is None:
-        raise ValueError("rollout.engine = vllm needs vLLM: pip install '.[vllm]'")
+        raise UserError("rollout.engine = vllm needs vLLM: pip install '.[vllm]'")
     if num_ranks % rollout.tensor_parallel_size:
         size = rollout.tensor_parallel_size
-        raise ValueError(
+        raise UserError(
             f"rollout.tensor_parallel_size = {size} needs a multiple of {size} ranks, there are {num_ranks}: "
             f"torchrun --nproc-per-node {size}"
         )
 
 
 def look_for_server(rollout: RolloutConfig, say: Callable[[str], object]) -> None:
-    """Say it at the start of a run, not hours later, where the server does not answer yet."""
+    """If the server does not answer yet, say so at the start of a run, not hours later."""
     if rollout.server_url is None:
         return
     http = HttpClient(rollout.server_url, SECONDS_TO_LOOK)
@@ -124,23 +125,24 @@ def sampling_of(rollout: RolloutConfig) -> SamplingConfig:
     return SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
 
 
-def open_rollouts(
-    engine: Engine, policy: Policy, config: GRPOConfig, loader: PromptLoader, num_steps: int
-) -> Rollouts:
+def open_rollout_queue(
+    context: RunContext, policy: Policy, config: GRPOConfig, loader: PromptLoader, num_steps: int
+) -> RolloutQueue:
     """The draws of a stage, to be closed at its end.
 
     Raises:
-        ValueError: vLLM is not installed, cannot run the model, or its server does not answer.
+        UserError: vLLM is not installed, or cannot run the model.
+        EngineLost: its server does not answer.
     """
-    recipe = engine.recipe.rollout
-    return Rollouts(
+    recipe = context.recipe.rollout
+    return RolloutQueue(
         policy,
-        _open_sampler(engine, policy, config),
+        _open_sampler(context, policy, config),
         loader,
         sampling_of(recipe),
         loads=recipe.engine != "native" or recipe.max_staleness > 0,
         shared=recipe.server_url is not None,
-        seed=engine.recipe.run.seed,
+        seed=context.recipe.run.seed,
         num_steps=num_steps,
         num_prompts=config.prompts_per_step,
         num_completions=config.num_completions,
@@ -149,9 +151,9 @@ def open_rollouts(
     )
 
 
-def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> RolloutEngine:
-    recipe, vlm, ranks = engine.recipe.rollout, policy.vlm, policy.ranks
-    ends = {engine.tokenizer.eos_token_id, *vlm.end_token_ids}
+def _open_sampler(context: RunContext, policy: Policy, config: GRPOConfig) -> RolloutEngine:
+    recipe, vlm, ranks = context.recipe.rollout, policy.vlm, policy.ranks
+    ends = {context.tokenizer.eos_token_id, *vlm.end_token_ids}
     if recipe.engine == "native":
         kind = Copy if recipe.max_staleness else OwnWeights
         return kind(policy, ends, recipe)
@@ -165,23 +167,23 @@ def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> Rollout
             run=name,
             timeout=recipe.timeout,
             patience=recipe.patience,
-            say=engine.log.say,
+            say=context.log.say,
             **tokens,
         )
     from geo_r1.rollout.vllm.in_process import VLLMEngine
 
-    folder = engine.run_dir / "rollout-model"
+    folder = context.run_dir / "rollout-model"
     if ranks.is_main:
-        write_engine_folder(folder, vlm.model.config, engine.tokenizer, engine.image_processor)
+        write_engine_folder(folder, vlm.model.config, context.tokenizer, context.image_processor)
     ranks.barrier()
     on_gpu = ranks.device.type == "cuda"
     return VLLMEngine(
         folder,
         dtype=vlm.compute_dtype,
-        max_model_len=max_model_len(engine.recipe, vlm.model.config),
+        max_model_len=max_model_len(context.recipe, vlm.model.config),
         max_num_seqs=min(MOST_AT_A_TIME, config.prompts_per_step * config.num_completions),
         gpu_memory_utilization=recipe.gpu_memory,
-        kv_cache_bytes=None if on_gpu else kv_cache_bytes(engine.recipe, vlm.model.config),
+        kv_cache_bytes=None if on_gpu else kv_cache_bytes(context.recipe, vlm.model.config),
         tensor_parallel_size=recipe.tensor_parallel_size,
         sleep=on_gpu and not recipe.max_staleness,
         **tokens,
@@ -189,7 +191,7 @@ def _open_sampler(engine: Engine, policy: Policy, config: GRPOConfig) -> Rollout
 
 
 def max_model_len(recipe: Recipe, config: Any) -> int:
-    """The most tokens of a prompt and a completion that vLLM has to be ready for."""
+    """The most tokens of a prompt and a completion, for vLLM to plan with."""
     if recipe.rollout.max_model_len is not None:
         return recipe.rollout.max_model_len
     most = config.get_text_config().max_position_embeddings
@@ -198,5 +200,5 @@ def max_model_len(recipe: Recipe, config: Any) -> int:
 
 
 def kv_cache_bytes(recipe: Recipe, config: Any) -> int:
-    """What keys and values of `rollout.max_tokens` tokens take."""
+    """Bytes of the keys and values of `rollout.max_tokens` tokens."""
     return recipe.rollout.max_tokens * cached_bytes(config, getattr(torch, recipe.model.dtype).itemsize)

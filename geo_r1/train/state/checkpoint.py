@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from geo_r1.files import beside, publish, sync
 from geo_r1.train.parallel.ranks import PATIENCE, PeerLost, Ranks
-from geo_r1.train.shards import State, Writer, check, plain_of, reason_of, tensors_of
+from geo_r1.train.state.shards import State, Writer, check, plain_of, reason_of, tensors_of
 
 
 class Checkpoints:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
-from geo_r1.train.config import Recipe
+from geo_r1.train.recipe.sections import Recipe
 
 PROGRAM = "python -m geo_r1.train"
 DRY_RUN = "--dry-run"
@@ -79,7 +79,7 @@ def first_difference(before: Any, now: Any, key: str) -> str | None:
 
 def _default_recipe() -> Path:
     here = Path("recipes/world.toml")
-    beside = Path(__file__).parents[2] / here
+    beside = Path(__file__).parents[3] / here
     return here if here.exists() or not beside.exists() else beside
 
 

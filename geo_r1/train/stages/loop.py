@@ -2,119 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from geo_r1.data import PromptEncoder
-from geo_r1.files import written_beside
 from geo_r1.models import PackedVLM
-from geo_r1.rewards import RewardFunction, load_reward
 from geo_r1.rollout.engine import EngineLost
-from geo_r1.train.batches import MicroBatch
-from geo_r1.train.checkpoint import Checkpoints, save_folder
-from geo_r1.train.config import Duration, OptimConfig, Recipe, RewardConfig
-from geo_r1.train.log import Log
-from geo_r1.train.optim import build_optimizer, set_learning_rate
+from geo_r1.train.context import RunContext
 from geo_r1.train.parallel.policy import Policy
-from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.phases import Phases, peak_memory_mib
-from geo_r1.train.shards import State
-from geo_r1.train.transcripts import forget_after
+from geo_r1.train.recipe.sections import Duration, OptimConfig
+from geo_r1.train.report.phases import Phases, peak_memory_mib
+from geo_r1.train.report.transcripts import forget_after
+from geo_r1.train.state.checkpoint import Checkpoints
+from geo_r1.train.state.shards import State
+from geo_r1.train.updater import Updater
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(Exception):  # noqa: N818  # nothing went wrong
     """The run was asked to stop, and has written a checkpoint to go on from."""
-
-
-@dataclass
-class Engine:
-    """What a run has besides its policy, and where it writes."""
-
-    recipe: Recipe
-    ranks: Ranks
-    run_dir: Path
-    log: Log
-    tokenizer: Any
-    image_processor: Any
-    encoder: PromptEncoder
-
-    def export(self, folder: Path, policy: Policy) -> None:
-        """Write the policy as a transformers folder, on the main rank; the others take part, and wait."""
-        with policy.exported() as model:
-            if model is not None:
-                save_folder(folder, model, [self.tokenizer, self.image_processor])
-        self.ranks.barrier()
-
-
-@dataclass
-class Progress:
-    """What a stage has behind it. With weights and optimiser, all that its future depends on: samples and
-    random streams are functions of these numbers and the seed."""
-
-    step: int = 0
-    drawn: int = 0
-    """Positions of the training order that were used."""
-    bad_steps: int = 0
-    pending: list[dict[str, Any]] = field(default_factory=list)
-    """Drawn for steps to come, as `geo_r1.train.rollouts` keeps it; up to date in a checkpoint."""
-
-
-class Updater:
-    """A policy's optimiser, with its schedule, and what happens when a step goes wrong."""
-
-    def __init__(
-        self, engine: Engine, stage: str, policy: Policy, config: OptimConfig, num_steps: int
-    ) -> None:
-        self.engine, self.stage, self.policy = engine, stage, policy
-        self.config, self.num_steps = config, num_steps
-        self.progress = Progress()
-        self.optimizer = policy.attach(build_optimizer(policy.vlm.model, config), config.max_grad_norm)
-
-    def apply(self, loss: float, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Clip and update; returns `grad_norm` and `learning_rate`.
-
-        A loss or a gradient that is not finite changes nothing: the step is counted, its batch kept.
-
-        Args:
-            loss: of the step, over all ranks.
-            micro_batches: what this rank's gradient came from.
-
-        Raises:
-            ValueError: there were too many such steps.
-        """
-        rate = set_learning_rate(self.optimizer, self.config, self.progress.step, self.num_steps)
-        norm = self.policy.update(self.optimizer, self.config.max_grad_norm, math.isfinite(loss))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            self._count_bad_step(loss, norm, micro_batches)
-        figures = {"grad_norm": norm, "learning_rate": rate}
-        return figures | ({"bad_steps": float(self.progress.bad_steps)} if self.progress.bad_steps else {})
-
-    def _count_bad_step(self, loss: float, norm: float, micro_batches: Sequence[MicroBatch]) -> None:
-        engine, step = self.engine, self.progress.step + 1
-        self.progress.bad_steps += 1
-        folder = engine.run_dir / "bad"
-        folder.mkdir(exist_ok=True)
-        file = folder / f"{self.stage}-{step:06d}-rank{engine.ranks.rank}.pt"
-        with written_beside(file) as partial:
-            torch.save([micro.record for micro in micro_batches], partial)
-        what = f"step {step}: loss {loss}, gradient {norm}"
-        engine.log.say(f"{self.stage} {what}: skipped; its batch is in {folder}")
-        if self.progress.bad_steps > engine.recipe.run.max_bad_steps:
-            raise ValueError(
-                f"{self.stage} {what}: {self.progress.bad_steps} steps were not finite, run.max_bad_steps is "
-                f"{engine.recipe.run.max_bad_steps}; lower the learning rate or check the rewards. Their "
-                f"batches are in {folder}"
-            )
 
 
 # One step of a stage: updates the policy, returns the step's figures and the tokens it computed on this rank.
@@ -124,7 +37,7 @@ Validate = Callable[[PackedVLM], tuple[dict[str, float], float]]
 
 
 def run_stage(
-    engine: Engine,
+    context: RunContext,
     stage: str,
     policy: Policy,
     config: Duration,
@@ -151,9 +64,9 @@ def run_stage(
         EngineLost: what samples has gone; the state of the last whole step is in a checkpoint.
         ValueError: a checkpoint cannot be read or written, or too many steps went wrong.
     """
-    ranks, recipe = engine.ranks, engine.recipe
-    updater = Updater(engine, stage, policy, optim, num_steps)
-    checkpoints = Checkpoints(engine.run_dir, stage, ranks, recipe.run.keep_checkpoints)
+    ranks, recipe = context.ranks, context.recipe
+    updater = Updater(context, stage, policy, optim, num_steps)
+    checkpoints = Checkpoints(context.run_dir, stage, ranks, recipe.run.keep_checkpoints)
 
     def state() -> State:
         updater.progress.pending = pending()
@@ -163,15 +76,15 @@ def run_stage(
         progress = updater.progress
         if (newest := checkpoints.newest()) is not None:
             _load(checkpoints, newest, updater, reference)
-            engine.log.say(f"{stage}: going on from {newest}")
-        engine.log.rewind(stage, progress.step)
+            context.log.say(f"{stage}: going on from {newest}")
+        context.log.rewind(stage, progress.step)
         if ranks.is_main:
-            forget_after(engine.run_dir, stage, progress.step)
+            forget_after(context.run_dir, stage, progress.step)
         policy.vlm.model.train()
-        engine.log.start(stage, num_steps, progress.step)
+        context.log.start(stage, num_steps, progress.step)
         while progress.step < num_steps:
             try:
-                metrics, seconds = _timed_step(engine, updater, step_fn)
+                metrics, seconds = _timed_step(context, updater, step_fn)
             except EngineLost as error:
                 checkpoints.wait()
                 if checkpoints.newest() != checkpoints.folder(progress.step):
@@ -181,9 +94,9 @@ def run_stage(
             if recipe.eval.every and progress.step % recipe.eval.every == 0:
                 figures, accuracy = _validated(policy, validate)
                 metrics |= {f"eval/{name}": figure for name, figure in figures.items()}
-            engine.log.write(stage, progress.step, metrics)
+            context.log.write(stage, progress.step, metrics)
             line = f"{headline} {metrics[headline]:.4f}  {seconds:.2f} s/step"
-            engine.log.advance(stage, progress.step, num_steps, line)
+            context.log.advance(stage, progress.step, num_steps, line)
             best = checkpoints.best()
             better = recipe.eval.keep_best and accuracy is not None and (not best or accuracy > best[1])
             stop = ranks.any(stop_requested())
@@ -193,16 +106,16 @@ def run_stage(
                 assert accuracy is not None
                 checkpoints.mark_best(progress.step, accuracy)
             if stop:
-                engine.log.stop()
+                context.log.stop()
                 raise Stopped(
                     f"{stage} stopped after step {progress.step} of {num_steps}; the same command goes on"
                 )
-        engine.log.stop()
+        context.log.stop()
         checkpoints.wait()
         if (best := checkpoints.best()) is not None and best[0] != progress.step:
             _load(checkpoints, checkpoints.folder(best[0]), updater, reference)
-            engine.log.say(f"{stage}: leaves the model of step {best[0]}, accuracy {best[1]:.1%}")
-        engine.export(engine.run_dir / "models" / stage, policy)
+            context.log.say(f"{stage}: leaves the model of step {best[0]}, accuracy {best[1]:.1%}")
+        context.export(context.run_dir / "models" / stage, policy)
         checkpoints.clear()
         if ranks.any(stop_requested()):
             raise Stopped(f"{stage} is finished; the same command goes on")
@@ -213,11 +126,11 @@ def _validated(policy: Policy, validate: Validate) -> tuple[dict[str, float], fl
         return validate(vlm)
 
 
-def _timed_step(engine: Engine, updater: Updater, step_fn: Step) -> tuple[dict[str, float], float]:
+def _timed_step(context: RunContext, updater: Updater, step_fn: Step) -> tuple[dict[str, float], float]:
     """Run a step; its figures with times and memory, and its seconds."""
-    ranks, progress = engine.ranks, updater.progress
+    ranks, progress = context.ranks, updater.progress
     # dropout draws from it, and what it draws is to be the same when a run goes on
-    torch.manual_seed(hash((engine.recipe.run.seed, progress.step, ranks.rank)))
+    torch.manual_seed(hash((context.recipe.run.seed, progress.step, ranks.rank)))
     phases = Phases(ranks.device)
     start = time.perf_counter()
     metrics, tokens = step_fn(updater, phases)
@@ -268,18 +181,3 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def load_rewards(config: RewardConfig) -> dict[str, RewardFunction]:
-    """The recipe's reward functions by name.
-
-    Raises:
-        ValueError: a function or an option is unknown, or options and weights name a function not in use.
-    """
-    for table, names in (("options", config.options), ("weights", config.weights)):
-        for name in names:
-            if name not in config.functions:
-                raise ValueError(
-                    f"rewards.{table} names {name}, but rewards.functions has {', '.join(config.functions)}"
-                )
-    return {name: load_reward(name, **config.options.get(name, {})) for name in config.functions}

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from geo_r1.data.sample import IMAGE_MARKER
-from geo_r1.train.page import Picture, embedded, is_finite, split_completion
-from geo_r1.train.transcripts import PART, read_transcripts, transcript_files
+from geo_r1.train.report.embedded import Picture, embedded, is_finite, split_completion
+from geo_r1.train.report.transcripts import PART, read_transcripts, transcript_files
 
 # With as many photographs and as long texts as these allow, the page has 7 MB.
 NUM_STEPS = 6

@@ -21,25 +21,34 @@ from geo_r1.kernels import (
 )
 from geo_r1.models import PackedBatch, PackedVLM
 from geo_r1.models.lora import adapters_off
-from geo_r1.train.batches import MicroBatch, StepBatches, Work, share_out
-from geo_r1.train.config import GRPOConfig, Recipe
-from geo_r1.train.groups import Group, Sampler, reward_metrics, staleness, token_metrics, transcripts
-from geo_r1.train.loop import Engine, Updater, Validate, run_stage
-from geo_r1.train.mismatch import (
+from geo_r1.train.context import RunContext
+from geo_r1.train.parallel.micro_batches import MicroBatch, StepBatches, Work, share_out
+from geo_r1.train.parallel.policy import Policy
+from geo_r1.train.recipe.sections import GRPOConfig, Recipe
+from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.transcripts import write_transcripts
+from geo_r1.train.rl.groups import (
+    Group,
+    GroupCollector,
+    reward_metrics,
+    staleness,
+    token_metrics,
+    transcripts,
+)
+from geo_r1.train.rl.mismatch import (
     check_mismatch,
     differences,
     importance_metrics,
     importance_weights,
     mismatch_metrics,
 )
-from geo_r1.train.parallel.policy import Policy
-from geo_r1.train.phases import Phases
-from geo_r1.train.samplers import open_rollouts
-from geo_r1.train.transcripts import write_transcripts
+from geo_r1.train.rl.rollout_engines import open_rollout_queue
+from geo_r1.train.stages.loop import Validate, run_stage
+from geo_r1.train.updater import Updater
 
 
 def run_grpo(
-    engine: Engine,
+    context: RunContext,
     policy: Policy,
     reference: Policy | None,
     config: GRPOConfig,
@@ -56,7 +65,7 @@ def run_grpo(
         ValueError: a reward is unknown or fails, or a group does not fit the token budget; names it.
     """
     num_steps = source.num_steps(config.steps, config.epochs, config.prompts_per_step)
-    recipe = engine.recipe
+    recipe = context.recipe
     loss_config = loss_config_of(recipe)
     temperature = recipe.rollout.temperature
     moves = reference is not None and config.reference.sync_steps > 0
@@ -64,18 +73,18 @@ def run_grpo(
 
     def step(updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
         sampled, kept = sampler.sample(updater, phases)
-        metrics = reward_metrics(engine.ranks, sampled)
-        num_kept, num_sampled, num_skipped = engine.ranks.sum([len(kept), len(sampled), sampler.num_skipped])
+        metrics = reward_metrics(context.ranks, sampled)
+        num_kept, num_sampled, num_skipped = context.ranks.sum([len(kept), len(sampled), sampler.num_skipped])
         if config.max_resamples:
             metrics |= {"sampling/kept_groups": num_kept, "sampling/groups": num_sampled}
         if num_skipped:
             metrics["num_skipped"] = num_skipped
         if recipe.rollout.max_staleness:
-            metrics["sampling/staleness"] = staleness(engine.ranks, updater.progress.step, sampled)
+            metrics["sampling/staleness"] = staleness(context.ranks, updater.progress.step, sampled)
         with phases("plan"):
-            advantages = _advantages(engine, config, kept)
+            advantages = _advantages(context, config, kept)
             work = _work(config, kept, advantages)
-            batches = share_out(policy, work, config.optim.max_tokens, _weights(engine, config, kept))
+            batches = share_out(policy, work, config.optim.max_tokens, _weights(context, config, kept))
         with phases("reference"):
             for micro in batches.micro_batches:
                 if reference is not None:
@@ -89,7 +98,7 @@ def run_grpo(
                 if config.num_iterations == 1:  # the ratio is 1
                     micro.old_logp = None
         if corrects:
-            metrics |= importance_metrics(engine.ranks, batches.micro_batches, recipe.rollout)
+            metrics |= importance_metrics(context.ranks, batches.micro_batches, recipe.rollout)
         with phases("update"):
             for iteration in range(config.num_iterations):
                 metrics |= _update(policy, loss_config, batches, updater, iteration == 0)
@@ -100,17 +109,17 @@ def run_grpo(
         number, every = updater.progress.step + 1, recipe.log.rollouts_every
         if every and (number == 1 or number % every == 0):
             of = {group.position: own for group, own in zip(kept, advantages, strict=True)}
-            write_transcripts(engine.run_dir, "grpo", number, transcripts(engine, sampled, of))
-        metrics |= token_metrics(engine.ranks, kept, batches) | batches.figures
+            write_transcripts(context.run_dir, "grpo", number, transcripts(context, sampled, of))
+        metrics |= token_metrics(context.ranks, kept, batches) | batches.figures
         return metrics, batches.num_tokens * config.num_iterations
 
     with (
-        PromptLoader.of(recipe.data, source, engine.encoder, recipe.run.seed) as loader,
-        closing(open_rollouts(engine, policy, config, loader, num_steps)) as rollouts,
+        PromptLoader.of(recipe.data, source, context.encoder, recipe.run.seed) as loader,
+        closing(open_rollout_queue(context, policy, config, loader, num_steps)) as rollouts,
     ):
-        sampler = Sampler(engine, config, rollouts)
+        sampler = GroupCollector(context, config, rollouts)
         run_stage(
-            engine,
+            context,
             "grpo",
             policy,
             config,
@@ -139,9 +148,9 @@ def _counted(config: GRPOConfig, group: Group) -> list[bool]:
     ]
 
 
-def _advantages(engine: Engine, config: GRPOConfig, kept: list[Group]) -> list[list[float]]:
+def _advantages(context: RunContext, config: GRPOConfig, kept: list[Group]) -> list[list[float]]:
     """Of this rank's groups, a number a completion; by batch they are those of all ranks together."""
-    shared = engine.ranks.gather([group.reward for group in kept])
+    shared = context.ranks.gather([group.reward for group in kept])
     rewards = [reward for groups in shared for reward in groups]
     flat = [value for reward in rewards for value in reward]
     advantage = group_advantage(
@@ -152,7 +161,7 @@ def _advantages(engine: Engine, config: GRPOConfig, kept: list[Group]) -> list[l
         scale=config.advantage.scale,
         eps=config.advantage.eps,
     )
-    first = sum(map(len, shared[: engine.ranks.rank]))
+    first = sum(map(len, shared[: context.ranks.rank]))
     return advantage.view(-1, config.num_completions)[first : first + len(kept)].tolist()
 
 
@@ -178,7 +187,7 @@ def _work(config: GRPOConfig, kept: list[Group], advantages: list[list[float]]) 
     return work
 
 
-def _weights(engine: Engine, config: GRPOConfig, kept: list[Group]):
+def _weights(context: RunContext, config: GRPOConfig, kept: list[Group]):
     """Completion lengths to token weights; the averages are over the whole step, on all ranks."""
     lengths = [
         len(completion.token_ids)
@@ -186,12 +195,12 @@ def _weights(engine: Engine, config: GRPOConfig, kept: list[Group]):
         for completion, counts in zip(group.completions, _counted(config, group), strict=True)
         if counts
     ]
-    num_tokens, num_sequences = (max(n, 1) for n in engine.ranks.sum([sum(lengths), len(lengths)]))
+    num_tokens, num_sequences = (max(n, 1) for n in context.ranks.sum([sum(lengths), len(lengths)]))
     return lambda completion_len: token_weights(
         completion_len,
         config.loss.type,
         num_items=num_tokens if config.loss.type in ("bnpo", "dapo") else num_sequences,
-        max_completion_length=engine.recipe.rollout.max_new_tokens,
+        max_completion_length=context.recipe.rollout.max_new_tokens,
     )
 
 
@@ -226,7 +235,7 @@ def _update(
         means.pop("kl", None)
     if first and tokens:
         means |= mismatch_metrics(ranks, tokens, apart, largest)
-        check_mismatch(updater.progress.step + 1, means, updater.engine.recipe.rollout.max_mismatch)
+        check_mismatch(updater.progress.step + 1, means, updater.context.recipe.rollout.max_mismatch)
     return {"loss": loss, **means, **updater.apply(loss, batches.micro_batches)}
 
 

@@ -6,7 +6,7 @@ the update, with the newest weights that the sampler had when they began. Weight
 nothing is being sampled, so every completion comes from one policy. With 1, a draw is always one update old,
 and a run has the same figures however long sampling takes; with more, what is how old depends on time.
 
-What was drawn and is not used yet belongs to a checkpoint: `Rollouts.state`.
+What was drawn and is not used yet belongs to a checkpoint: `RolloutQueue.state`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from geo_r1.data.loader import Encoded, PromptLoader
 from geo_r1.models.lora import DOWN, UP
 from geo_r1.rollout import Completion, SamplingConfig
 from geo_r1.rollout.engine import EngineLost, RolloutEngine, WeightsLost
-from geo_r1.train.loop import Progress
 from geo_r1.train.parallel.policy import Policy
-from geo_r1.train.phases import Phases
+from geo_r1.train.report.phases import Phases
+from geo_r1.train.updater import Progress
 
 RELOADS = 5  # in a row, of a server that loses its weights again and again
 
@@ -51,7 +51,7 @@ class Draw:
     answers: Future[list[list[Completion]]] = field(default_factory=Future)
 
 
-class Rollouts:
+class RolloutQueue:
     """The draws of a stage's steps. All ranks call the same methods in the same order.
 
     Args:

@@ -16,35 +16,38 @@ from geo_r1.eval.cross_view import Prediction, predict, summarise
 from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
 from geo_r1.rollout import score_groups
-from geo_r1.train.loop import Engine, load_rewards
+from geo_r1.train.context import RunContext
+from geo_r1.train.rl.scoring import load_rewards
 
 
-def evaluate(engine: Engine, vlm: PackedVLM, row: str, source: Source) -> dict[str, Any]:
+def evaluate_model(context: RunContext, vlm: PackedVLM, row: str, source: Source) -> dict[str, Any]:
     """Evaluate a model as one row of the table; writes eval/<row>/ and returns its summary.
 
     Args:
         vlm: whole on every rank.
     """
-    config = engine.recipe.eval
+    config = context.recipe.eval
     count = _count(source, config.num_samples)
-    predictions = _predict(engine, vlm, source, count, f"eval {row}")
+    predictions = _predict(context, vlm, source, count, f"eval {row}")
     summary = summarise(predictions)
-    if engine.ranks.is_main:
-        folder = engine.run_dir / "eval" / row
+    if context.ranks.is_main:
+        folder = context.run_dir / "eval" / row
         folder.mkdir(parents=True, exist_ok=True)
         _write_lines(folder / "predictions.jsonl", map(_record, predictions))
         shown = [source.sample(index) for index in range(min(config.gallery, count))]
-        _write_lines(folder / "gallery.jsonl", _gallery(engine, shown, predictions))
+        _write_lines(folder / "gallery.jsonl", _gallery(context, shown, predictions))
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
-    engine.ranks.barrier()
+    context.ranks.barrier()
     return summary
 
 
-def validate(engine: Engine, vlm: PackedVLM, stage: str, source: Source) -> tuple[dict[str, float], float]:
+def validate(
+    context: RunContext, vlm: PackedVLM, stage: str, source: Source
+) -> tuple[dict[str, float], float]:
     """Figures of a model in training on the first held-out samples, and its accuracy; writes nothing."""
-    config = engine.recipe.eval
+    config = context.recipe.eval
     count = _count(source, config.every_num_samples or config.num_samples)
-    summary = summarise(_predict(engine, vlm, source, count, f"{stage}: eval"))
+    summary = summarise(_predict(context, vlm, source, count, f"{stage}: eval"))
     figures = {name: float(summary[name]) for name in ("accuracy", "well_formed", "completion_length")}
     return figures, figures["accuracy"]
 
@@ -53,27 +56,27 @@ def _count(source: Source, wanted: int) -> int:
     return min(size for size in (wanted, source.size) if size)
 
 
-def _predict(engine: Engine, vlm: PackedVLM, source: Source, count: int, what: str) -> list[Prediction]:
+def _predict(context: RunContext, vlm: PackedVLM, source: Source, count: int, what: str) -> list[Prediction]:
     """Predictions of the first `count` samples, each made by one rank, on every rank."""
-    config = engine.recipe.eval
-    samples = [source.sample(index) for index in engine.ranks.share(count)]
-    with engine.log.aside(what, len(samples)) as advance:
+    config = context.recipe.eval
+    samples = [source.sample(index) for index in context.ranks.share(count)]
+    with context.log.aside(what, len(samples)) as advance:
         mine = predict(
             vlm,
-            engine.tokenizer,
-            engine.encoder,
+            context.tokenizer,
+            context.encoder,
             samples,
             max_new_tokens=config.max_new_tokens,
             max_tokens=config.max_tokens,
             progress=advance,
         )
-    shares = engine.ranks.gather(mine)
+    shares = context.ranks.gather(mine)
     return [shares[i % len(shares)][i // len(shares)] for i in range(count)]
 
 
-def write_summary(engine: Engine, rows: dict[str, dict[str, Any]]) -> None:
+def write_summary(context: RunContext, rows: dict[str, dict[str, Any]]) -> None:
     """Write summary.json, a summary by row, and print the table."""
-    write_text(engine.run_dir / "summary.json", json.dumps(rows, indent=2))
+    write_text(context.run_dir / "summary.json", json.dumps(rows, indent=2))
     table = Table(title=f"Cross-view pairing, held out (chance {rows['base']['chance']:.0%})")
     for column in ("model", "accuracy", "95 % interval", "mean length", "well formed", "samples"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -87,7 +90,7 @@ def write_summary(engine: Engine, rows: dict[str, dict[str, Any]]) -> None:
             f"{row['well_formed']:.1%}",
             str(row["num_samples"]),
         )
-    engine.log.console.print(table)
+    context.log.console.print(table)
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -115,25 +118,25 @@ def _label(index: int, num_images: int, prediction: Prediction) -> str:
 
 
 def _gallery(
-    engine: Engine, samples: list[Sample], predictions: list[Prediction]
+    context: RunContext, samples: list[Sample], predictions: list[Prediction]
 ) -> Iterable[dict[str, Any]]:
     if not samples:
         return
     table = score_groups(
-        load_rewards(engine.recipe.rewards),
-        engine.recipe.rewards.weights,
-        engine.tokenizer,
+        load_rewards(context.recipe.rewards),
+        context.recipe.rewards.weights,
+        context.tokenizer,
         samples,
         [[prediction.completion] for prediction in predictions[: len(samples)]],
     )
-    folder = engine.run_dir / "eval" / "images"
+    folder = context.run_dir / "eval" / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for number, (sample, prediction) in enumerate(zip(samples, predictions, strict=False)):
         paths = []
         for index, image in enumerate(sample.images):
             path = folder / f"{number:03d}_{index}.png"
             load_image(image, sample.id).save(path)
-            paths.append(path.relative_to(engine.run_dir).as_posix())
+            paths.append(path.relative_to(context.run_dir).as_posix())
         rewards = {name: values[number] for name, values in table.per_function.items()}
         yield _record(prediction) | {
             "images": paths,

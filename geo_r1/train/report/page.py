@@ -20,9 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from geo_r1.files import written_beside
-from geo_r1.train.page import Picture, data_uri, embedded, is_finite, split_completion
-from geo_r1.train.plots import Metrics, draw_plots
-from geo_r1.train.training_gallery import read_training_gallery
+from geo_r1.train.report.embedded import Picture, data_uri, embedded, is_finite, split_completion
+from geo_r1.train.report.gallery import read_training_gallery
+from geo_r1.train.report.plots import Metrics, draw_plots
 
 STAGE_ORDER = ("base", "pretrain", "sft", "grpo")
 GALLERY_FIELDS = ("id", "images", "labels", "answer", "correct", "completion")

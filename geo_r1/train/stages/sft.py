@@ -10,22 +10,24 @@ from geo_r1.data.loader import PromptLoader
 from geo_r1.data.source import Source
 from geo_r1.kernels import linear_cross_entropy
 from geo_r1.models import PackedBatch, PackedVLM
-from geo_r1.train.batches import Work, share_out
-from geo_r1.train.config import SFTConfig
-from geo_r1.train.loop import Engine, Updater, Validate, run_stage
+from geo_r1.train.context import RunContext
+from geo_r1.train.parallel.micro_batches import Work, share_out
 from geo_r1.train.parallel.policy import Policy
-from geo_r1.train.phases import Phases
+from geo_r1.train.recipe.sections import SFTConfig
+from geo_r1.train.report.phases import Phases
+from geo_r1.train.stages.loop import Validate, run_stage
+from geo_r1.train.updater import Updater
 
 
 def run_sft(
-    engine: Engine, stage: str, policy: Policy, config: SFTConfig, source: Source, validate: Validate
+    context: RunContext, stage: str, policy: Policy, config: SFTConfig, source: Source, validate: Validate
 ) -> None:
     """Run a supervised stage to its end.
 
     Raises:
         ValueError: a sample does not fit the token budget; names it.
     """
-    ranks = engine.ranks
+    ranks = context.ranks
     num_steps = source.num_steps(config.steps, config.epochs, config.batch_size)
 
     def positions(first: int) -> list[int]:
@@ -39,7 +41,7 @@ def run_sft(
             work = []
             for item in drawn:
                 if item is not None:
-                    response = engine.encoder.encode_response(_response(item.sample))
+                    response = context.encoder.encode_response(_response(item.sample))
                     item.prompt.check_budget(
                         len(response), config.optim.max_tokens, f"{stage}.optim.max_tokens"
                     )
@@ -63,8 +65,8 @@ def run_sft(
             metrics["num_skipped"] = config.batch_size - num_samples
         return metrics, batches.num_tokens
 
-    with PromptLoader.of(engine.recipe.data, source, engine.encoder, engine.recipe.run.seed) as loader:
-        run_stage(engine, stage, policy, config, config.optim, num_steps, step, "loss", validate=validate)
+    with PromptLoader.of(context.recipe.data, source, context.encoder, context.recipe.run.seed) as loader:
+        run_stage(context, stage, policy, config, config.optim, num_steps, step, "loss", validate=validate)
 
 
 def _loss(vlm: PackedVLM, batch: PackedBatch, weight: Tensor) -> tuple[Tensor]:

@@ -1,0 +1,1 @@
+"""A run's recipe: its sections, and how it is read."""

@@ -1,0 +1,1 @@
+"""What a run tells: the log, transcripts, plots and the report page."""
