@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -70,6 +71,9 @@ class Worker(WeightReceiver):
             parallel_config=SimpleNamespace(data_parallel_size=1),
         )
         self.model_runner = SimpleNamespace(vllm_config=self.config, get_model=lambda: self)
+        language_model = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=False))
+        self.get_language_model, self.state_dict = lambda: language_model, dict
+        self.named_parameters = lambda remove_duplicate=True: []
 
     def load_weights(self, weights):
         for name, tensor in weights:
@@ -80,15 +84,6 @@ class Worker(WeightReceiver):
 
     def reload_weights(self, weights_iterator):
         self.load_weights(weights_iterator)
-
-    def named_parameters(self, remove_duplicate=True):
-        return []
-
-    def state_dict(self):
-        return {}
-
-    def get_language_model(self):
-        return SimpleNamespace(lm_head=None, config=SimpleNamespace(tie_word_embeddings=False))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -106,14 +101,9 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server.owner
         if server.dead():
             return
-        if self.path in server.missing:
-            self.answer(404, {"detail": "Not Found"})
-        elif self.path == "/health":
-            self.answer(200, b"")
-        elif self.path == "/weight_info":
-            self.answer(200, {"weight_version": server.version})
-        else:
-            self.answer(405, {"detail": "Method Not Allowed"})
+        answers = {"/health": (200, b""), "/weight_info": (200, {"weight_version": server.version})}
+        missing = (404, {"detail": "Not Found"})
+        self.answer(*(missing if self.path in server.missing else answers.get(self.path, (405, b""))))
 
     def do_POST(self):
         server = self.server.owner
@@ -124,13 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         server.asked.append((self.path, body))
         if self.path == "/update_weight_version":
             server.version = body["new_version"]
-            self.answer(200, {})
-        elif self.path == "/collective_rpc":
-            server.call(self, body)
-        elif self.path == GENERATE:
-            server.generate(self, body)
-        else:
-            self.answer(200, b"")
+        special = {"/collective_rpc": server.call, GENERATE: server.generate}
+        special.get(self.path, lambda handler, _: handler.answer(200, b""))(self, body)
 
 
 class Server:
@@ -195,12 +180,18 @@ class Server:
         choices = []
         for i in reversed(range(params["n"])):  # in no order
             tokens = said(params["seed"], i)
-            content = [{"token_id": t, "logprob": -t / 8} for t in tokens]
-            reason = "abort" if fault == "aborts" else "stop" if tokens[-1] == END else "length"
-            spans = [{"version": self.version, "start": 0, "end": len(tokens)}]
             choices.append(
-                {"index": i, "token_ids": tokens, "logprobs": {"content": content}, "finish_reason": reason}
-                | {"weight_versions": spans}
+                {
+                    "index": i,
+                    "token_ids": tokens,
+                    "logprobs": {"content": [{"token_id": t, "logprob": -t / 8} for t in tokens]},
+                    "finish_reason": "abort"
+                    if fault == "aborts"
+                    else "stop"
+                    if tokens[-1] == END
+                    else "length",
+                    "weight_versions": [{"version": self.version, "start": 0, "end": len(tokens)}],
+                }
             )
         handler.answer(200, {"choices": choices, "prompt_token_ids": self.expanded(body["token_ids"])})
 
@@ -242,10 +233,12 @@ STREAMS = ["0/4", "0/5", "0/6"]
 
 
 def sampled(engine, prompts=PROMPTS, streams=STREAMS, count=2):
-    return [
-        [(c.token_ids, c.logp, c.ended) for c in group]
-        for group in engine.sample(prompts, count, SAMPLING, streams)
-    ]
+    groups = engine.sample(prompts, count, SAMPLING, streams)
+    return [[(c.token_ids, c.logp, c.ended) for c in group] for group in groups]
+
+
+def sample_one(engine, i, count=2):
+    return engine.sample(PROMPTS[i : i + 1], count, SAMPLING, STREAMS[i : i + 1])
 
 
 def expected(streams=STREAMS, count=2):
@@ -294,7 +287,7 @@ def test_a_prompt_that_is_too_long_is_not_sent(server, engine):
 def test_a_prompt_that_the_server_reads_otherwise_is_refused(server, engine):
     server.expanded = lambda short: [*short, 0]
     with pytest.raises(ValueError, match=r"sample s1: vLLM reads a prompt of 3 tokens where .* has 2"):
-        engine.sample(PROMPTS[1:2], 2, SAMPLING, STREAMS[1:2])
+        sample_one(engine, 1)
 
 
 FAULTS = {
@@ -336,14 +329,14 @@ def test_a_request_that_stalls_is_asked_again(server):
 def test_a_refusal_is_told_once(server, engine, status, body, told):
     server.faults = [(status, body)]
     with pytest.raises(ValueError, match=rf"^sample s1: {server.url} refuses {GENERATE}: {told}$") as caught:
-        engine.sample(PROMPTS[1:2], 2, SAMPLING, STREAMS[1:2])
+        sample_one(engine, 1)
     assert server.count() == 1 and not isinstance(caught.value, EngineLost)
 
 
 def test_nan_is_no_log_probability(server, engine, monkeypatch):
     monkeypatch.setitem(globals(), "said", lambda *_: [8 * 9999])
     with pytest.raises(ValueError, match="sample s0: a token has no log-probability"):
-        engine.sample(PROMPTS[:1], 1, SAMPLING, STREAMS[:1])
+        sample_one(engine, 0, 1)
 
 
 def test_patience_ends(server, engine):
@@ -470,15 +463,15 @@ def test_workers_that_never_come_end_the_load(server):
         engine.load(WEIGHTS.items())
 
 
+def broken(tensors):
+    yield from [*tensors.items()][:2]
+    raise KeyError("mine")
+
+
 def test_a_trainer_that_fails_in_the_middle_leaves_the_worker_free(server):
     engine = engine_of(server)
-
-    def broken():
-        yield from [*WEIGHTS.items()][:2]
-        raise KeyError("mine")
-
     with pytest.raises(KeyError, match="mine"):
-        engine.load(broken())
+        engine.load(broken(WEIGHTS))
     engine.load(WEIGHTS.items())
     assert sampled(engine) == expected()
 
@@ -616,12 +609,8 @@ def test_adapters_that_came_twice_are_named(server, adapted):
 
 
 def test_adapters_that_came_in_part_change_nothing(server, adapted):
-    def broken():
-        yield from [*ALONE.items()][:2]
-        raise KeyError("mine")
-
     with pytest.raises(KeyError, match="mine"):
-        adapted.load(broken(), alpha=ALPHA)
+        adapted.load(broken(ALONE), alpha=ALPHA)
     assert_has_merged(server, with_adapters(1))
     assert not adapted.holds_base
     adapted.load(WHOLE.items(), alpha=ALPHA)
@@ -678,7 +667,7 @@ def test_the_key_is_sent_and_never_shown(server, monkeypatch):
     assert server.headers["Authorization"] == "Bearer s3cret"
     server.faults = [(401, {"error": "Unauthorized"})]
     with pytest.raises(ValueError, match="401") as caught:
-        engine.sample(PROMPTS[:1], 2, SAMPLING, STREAMS[:1])
+        sample_one(engine, 0)
     assert "s3cret" not in str(caught.value)
 
 
@@ -693,25 +682,18 @@ def test_closing_ends_what_another_thread_waits_for(server, engine):
 
 
 def test_the_command_of_a_server():
-    environment, command = serve_command(
-        "/m", port=81, dtype="float32", max_model_len=512, options=["--x", "1"]
-    )
+    environment, command = serve_command("/m", port=81, dtype="float32", max_model_len=512, x=1)
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
-    assert command[:3] == ["vllm", "serve", "/m"] and command[-2:] == ["--x", "1"]
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "/m"]
+    assert command[:5] == server and command[-2:] == ["--x", "1"]
     line = " ".join(command)
     for part in (
         "--load-format dummy",
         "--enable-scale-out",
         "--logprobs-mode processed_logprobs",
-        "--worker-extension-cls geo_r1.rollout.vllm.channel.WeightReceiver",
-        "--port 81 --dtype float32 --tensor-parallel-size 1 --max-model-len 512",
+        "--worker-extension-cls geo_r1.rollout.vllm.channel.WeightReceiver --host 127.0.0.1",
+        "--port 81 --dtype float32 --max-model-len 512",
     ):
         assert part in line
-    assert flags({"a_b": True, "c": False, "d": {"e": 0}, "f": 1}) == [
-        "--a-b",
-        "--no-c",
-        "--d",
-        '{"e": 0}',
-        "--f",
-        "1",
-    ]
+    words = ["--a-b", "--no-c", "--d", '{"e": 0}', "--f", "1"]
+    assert flags({"a_b": True, "c": False, "d": {"e": 0}, "f": 1}) == words

@@ -47,6 +47,11 @@ class Lab:
             vision = (hidden @ head.T).softmax(1)[:, self.vlm.vision_token_ids].sum(1)
         return logp - torch.log1p(-vision)
 
+    def assert_logp(self, prompts: list[EncodedPrompt], groups: list[list[Completion]], atol=1e-4) -> None:
+        """What the engine told of each token is what the trainer computes."""
+        told = torch.tensor([value for group in groups for c in group for value in c.logp])
+        torch.testing.assert_close(told, self.logp(prompts, groups), rtol=0, atol=atol)
+
 
 def make_lab(folder: Path) -> Lab:
     """A lab with 50 questions; the folder is written."""

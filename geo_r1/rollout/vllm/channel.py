@@ -30,7 +30,6 @@ from geo_r1.models.lora import BASE, DOWN, UP, merged_state
 from geo_r1.rollout.vllm.http_client import Unavailable
 from geo_r1.rollout.vllm.weights import CheckedWeights, expected_weights, load_into
 
-KEY_BYTES = 32
 GREETING = 5.0  # seconds that a connection has to prove that it comes from a worker
 LOOK = 0.1  # seconds between two looks at whether missing workers may still come
 SAMPLE = 1 << 16  # bytes of each tensor in a load's checksum: reading all takes longer than sending
@@ -189,7 +188,7 @@ class WeightSender:
 
     def __init__(self, towards: tuple[str, int], timeout: float) -> None:
         self._timeout = timeout
-        self._key = secrets.token_bytes(KEY_BYTES)
+        self._key = secrets.token_bytes(32)
         self._workers: list[Connection] = []
         self._open = ExitStack()
         try:

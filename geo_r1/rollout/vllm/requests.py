@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,7 @@ def cpu_options(max_model_len: int) -> dict[str, Any]:
     }
 
 
-def serve_command(
-    folder: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    dtype: str = "bfloat16",
-    max_model_len: int | None = None,
-    tensor_parallel_size: int = 1,
-    options: Sequence[str] = (),
-) -> tuple[dict[str, str], list[str]]:
+def serve_command(folder: Path, **options: Any) -> tuple[dict[str, str], list[str]]:
     """Environment and command line of a server for `ServerEngine`.
 
     In development mode anyone who reaches the port can change what the server runs. VLLM_API_KEY guards
@@ -92,35 +84,30 @@ def serve_command(
 
     Args:
         folder: written by `write_engine_folder`.
-        host: the address to listen at; the default is reached from this machine alone.
-        max_model_len: tokens of a prompt and a completion; None takes the model's own limit.
-        options: further words of the command line.
+        options: further ones, by vLLM's names in Python, such as host, port, dtype and max_model_len. The
+            default host is reached from this machine alone.
     """
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
-    named = {
-        **common_options(),
+    named = common_options() | {
         "enable_scale_out": True,
         "worker_extension_cls": "geo_r1.rollout.vllm.channel.WeightReceiver",
-        "host": host,
-        "port": port,
-        "dtype": dtype,
-        "tensor_parallel_size": tensor_parallel_size,
+        "host": "127.0.0.1",
     }
-    if max_model_len is not None:
-        named["max_model_len"] = max_model_len
-    return environment, ["vllm", "serve", folder, *flags(named), *options]
+    # `vllm serve` asks for the version of a package named vllm, which the build for CPUs is not.
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    return environment, server + flags(named | options)
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
     """Options by their names in Python, as words of vLLM's command line."""
-    written: list[str] = []
+    words: list[str] = []
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            written.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            written += [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
-    return written
+            words += [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
+    return words
 
 
 def seed_of(stream: str) -> int:
