@@ -159,7 +159,7 @@ class Step:
             batch = pack([self.prompt], [self.completions], self.device)
             rows_RC = self.vlm.loss_rows(batch)
             out = linear_grpo_loss(
-                rows_RC, self.vlm.lm_head, batch.target, self.advantage_R, self.weight_R, config=CONFIG
+                rows_RC, self.vlm.lm_head, batch.target_R, self.advantage_R, self.weight_R, config=CONFIG
             )
             return self._results(out.loss, clock)
 

@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 import typing
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,37 @@ def test_imports_point_one_way(module):
         if part_of(name) not in {None, part} | MAY_IMPORT.get(part, set()) or name == "geo_r1"
     }
     assert not wrong
+
+
+# Within train, each row may import the rows above it.
+TRAIN_FLOORS = [
+    {"recipe", "group"},
+    {"parallel"},
+    {"state"},
+    {"report"},
+    {"context", "sources", "models"},
+    {"updater"},
+    {"rl"},
+    {"stages", "serve"},
+    {"run", "estimate"},
+    {"ablate"},
+    {"__main__"},
+]
+
+
+def test_train_has_no_upward_import():
+    floor = {name: number for number, names in enumerate(TRAIN_FLOORS) for name in names}
+    for module, imported in IMPORTS.items():
+        if not module.startswith("geo_r1.train."):
+            continue
+        own = module.split(".")[2]
+        for name in imported:
+            if name.startswith("geo_r1.train.") and name.split(".")[2] != own:
+                assert floor[name.split(".")[2]] < floor[own], f"{module} imports {name}"
+
+
+def test_no_circle():
+    TopologicalSorter({module: IMPORTS[module] & FILES.keys() - {module} for module in FILES}).prepare()
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from geo_r1.errors import OutageError
 from geo_r1.models import EncodedPrompt
 from geo_r1.rollout.sampling import Completion, SamplingConfig
+
+Copies = Literal["none", "per rank", "one"]
 
 
 class EngineLost(OutageError):  # noqa: N818
@@ -21,7 +23,14 @@ class WeightsLost(EngineLost):
 
 
 class RolloutEngine(Protocol):
-    """Samples with its own copy of the policy, for one caller at a time, on any thread."""
+    """Samples completions for one caller at a time, on any thread.
+
+    Attributes:
+        copies: of the policy's weights: "none" (it samples with the policy itself, and `load` does nothing),
+            one "per rank", or "one" for all ranks, which rank 0 loads.
+    """
+
+    copies: Copies
 
     @property
     def holds_base(self) -> bool:

@@ -162,7 +162,7 @@ def grpo(vlm, batch, rows):
     return linear_grpo_loss(
         vlm.loss_rows(batch),
         vlm.lm_head,
-        batch.target,
+        batch.target_R,
         completion[rows],
         weight,
         old_logp_R=logp[rows],
@@ -173,7 +173,7 @@ def grpo(vlm, batch, rows):
 
 def cross_entropy(vlm, batch, rows):
     weight = token_weights(batch.completion_len, "dapo", num_items=23)
-    return linear_cross_entropy(vlm.loss_rows(batch), vlm.lm_head, batch.target, weight)
+    return linear_cross_entropy(vlm.loss_rows(batch), vlm.lm_head, batch.target_R, weight)
 
 
 @pytest.mark.parametrize("loss_fn", [grpo, cross_entropy])

@@ -185,7 +185,7 @@ def test_how_close_log_probabilities_are_to_the_trainers(vlm, prompts, shapes, t
     batch = pack(prompts, [[c.token_ids for c in group] for group in groups])
     with torch.no_grad():
         hidden, head = vlm.loss_rows(batch), vlm.lm_head
-        trainer, _ = linear_logprob(hidden, head, batch.target, temperature=temperature)
+        trainer, _ = linear_logprob(hidden, head, batch.target_R, temperature=temperature)
         vision = (hidden @ head.T / temperature).double().softmax(1)[:, vlm.vision_token_ids].sum(1)
     got = torch.tensor([value for c in flat(groups) for value in c.logp], dtype=torch.float64)
     assert got.min() < -2 and vision.max() > 1e-3

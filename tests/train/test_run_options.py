@@ -93,14 +93,14 @@ def test_a_step_that_is_not_finite_changes_nothing(stage, what, tmp_path, monkey
 
     [file] = (run_dir / "bad").iterdir()
     assert file.name == f"{stage}-000002-rank0.pt"
-    [record], ([micro], *_) = torch.load(file, weights_only=True), updates[1]
+    [record], ([batch], *_) = torch.load(file, weights_only=True), updates[1]
     assert {"token_ids", "position_ids", "image_grids", "prompt_len", "completion_len"} <= {*record}
-    for name in ("token_ids", "position_ids", "image_rows", "pixel_values", "target"):
-        assert torch.equal(record[name], getattr(micro.batch, name)), name
-    for name in ("advantage", "weight", *(("ref_logp",) if stage == "grpo" else ())):
-        assert torch.equal(record[name], getattr(micro, name)), name
-    assert record["completion_len"].tolist() == micro.batch.completion_len
-    assert [tuple(grid) for grid in record["image_grids"].tolist()] == [*micro.batch.image_grids]
+    for name in ("token_ids", "position_ids", "image_rows", "pixel_values", "target_R"):
+        assert torch.equal(record[name], getattr(batch, name)), name
+    for name in ("token_weight_R", *(("advantage_R", "ref_logp_R") if stage == "grpo" else ())):
+        assert torch.equal(record[name], getattr(batch, name)), name
+    assert record["completion_len"].tolist() == batch.completion_len
+    assert [tuple(grid) for grid in record["image_grids"].tolist()] == [*batch.image_grids]
     assert f"{stage} step 2: loss " in capsys.readouterr().out
 
 

@@ -43,7 +43,7 @@ class Lab:
         batch = pack(prompts, [[completion.token_ids for completion in group] for group in groups])
         with torch.no_grad():
             hidden, head = self.vlm.loss_rows(batch), self.vlm.lm_head
-            logp, _ = linear_logprob(hidden, head, batch.target)
+            logp, _ = linear_logprob(hidden, head, batch.target_R)
             vision = (hidden @ head.T).softmax(1)[:, self.vlm.vision_token_ids].sum(1)
         return logp - torch.log1p(-vision)
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from geo_r1.errors import UserError, one_line
 from geo_r1.models import EncodedPrompt
 from geo_r1.models.lora import merged_state
+from geo_r1.rollout.engine import Copies
 from geo_r1.rollout.sampling import Completion, SamplingConfig
 from geo_r1.rollout.vllm import requests
 from geo_r1.rollout.vllm.weights import expected_weights, load_into
@@ -55,6 +56,7 @@ class VLLMEngine:
         ValueError: `sleep`, or no `kv_cache_bytes`, on a CPU.
     """
 
+    copies: Copies = "per rank"
     holds_base = False
 
     def __init__(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from geo_r1.errors import UserError
 from geo_r1.models import EncodedPrompt
-from geo_r1.rollout.engine import EngineLost, WeightsLost
+from geo_r1.rollout.engine import Copies, EngineLost, WeightsLost
 from geo_r1.rollout.sampling import Completion, SamplingConfig
 from geo_r1.rollout.vllm.channel import WeightSender
 from geo_r1.rollout.vllm.http_client import HttpClient, Unavailable
@@ -58,6 +58,8 @@ class ServerEngine:
         UserError: the server was started otherwise; has the whole command.
         EngineLost: there is no server within `patience`.
     """
+
+    copies: Copies = "one"
 
     def __init__(
         self,

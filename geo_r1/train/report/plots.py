@@ -43,7 +43,7 @@ def draw_plots(metrics: Metrics, *, chance: float | None = None) -> dict[str, Fi
         "kl": _draw_lines("KL to the reference", "nats a token", of_grpo({"": "kl"})),
         "entropy": _draw_lines("Entropy", "nats a token", of_grpo({"": "entropy"})),
         "mismatch": _draw_lines(
-            "GroupCollector against trainer", "nats a token", of_grpo({"": "sampling/logp_difference/mean"})
+            "Sampler against trainer", "nats a token", of_grpo({"": "sampling/logp_difference/mean"})
         ),
         "no_signal": _draw_lines("Groups of equal rewards", "%", of_grpo({"": "frac_reward_zero_std"}), 100),
         "loss": _draw_lines("Loss", "nats a token", of_stages(tuning, "loss")),
