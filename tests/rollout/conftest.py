@@ -11,6 +11,13 @@ from geo_r1.rollout.vllm import channel
 sys.path.append(str(Path(__file__).parent.parent / "models"))
 
 
+@pytest.fixture(scope="module")
+def lab():
+    from vlm_cases import Lab
+
+    return Lab()
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(channel, "expected_weights", lambda _: {n: t.shape for n, t in WEIGHTS.items()})

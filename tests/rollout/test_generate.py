@@ -6,18 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from vlm_cases import SIZES, Lab
+from native_sampling import sample_natively
+from vlm_cases import SIZES
 
 from geo_r1.models import PackedVLM, pack
-from geo_r1.rollout import SamplingConfig, generate
+from geo_r1.rollout import SamplingConfig
 from geo_r1.rollout.native.decoder import draw
 
 NEVER = -1  # no token ends a completion
-
-
-@pytest.fixture(scope="module")
-def lab() -> Lab:
-    return Lab()
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +33,9 @@ def prompts(lab):
     return made
 
 
-def sampled(
-    lab, prompts, num_completions=3, *, streams=None, eos=NEVER, vlm=None, max_tokens=65536, **sampling
-):
-    return generate(
-        vlm or lab.packed,
-        prompts,
-        num_completions,
-        sampling=SamplingConfig(**{"max_new_tokens": 12, **sampling}),
-        eos_token_id=eos,
-        streams=streams or [f"7/{i}" for i in range(len(prompts))],
-        max_tokens=max_tokens,
-    )
+def sampled(lab, prompts, num_completions=3, *, eos=NEVER, vlm=None, **options):
+    options = {"max_new_tokens": 12} | options
+    return sample_natively(vlm or lab.packed, prompts, num_completions, "7", eos, **options)
 
 
 def tokens_of(groups):

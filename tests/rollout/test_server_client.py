@@ -140,8 +140,6 @@ def test_no_server_at_all():
         url = f"http://127.0.0.1:{port.getsockname()[1]}"
     with pytest.raises(EngineLost, match=rf"^{url} has not answered .*/health: ConnectError"):
         ServerEngine(url, end_token_ids=[END], vision_token_ids=[], timeout=1.0, patience=0.2)
-    with pytest.raises(ValueError, match="a server's address is like http://host:8000, not ftp://there"):
-        ServerEngine("ftp://there", end_token_ids=[END], vision_token_ids=[], timeout=1.0, patience=0.2)
 
 
 @pytest.mark.parametrize("fault", ["dies and forgets", "forgets"])

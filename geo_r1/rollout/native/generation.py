@@ -70,7 +70,7 @@ def generate(
             for size, groups in _runs(vlm, prompts, num_completions, sampling.max_new_tokens, max_tokens):
                 decoder = Decoder(vlm, sampling, ends, GroupCache(size, vlm.device, fixed=cuda_graphs))
                 launch = CudaGraphs() if cuda_graphs else run_eagerly
-                results |= _Run(decoder, launch, prompts, streams, groups, num_completions).complete()
+                results |= _Run(decoder, launch, prompts, streams, deque(groups), num_completions).complete()
     finally:
         vlm.model.train(training)
     return [[results[group, i] for i in range(num_completions)] for group in range(len(prompts))]
@@ -125,33 +125,32 @@ class _Row:
     said: int = 0
 
 
+@dataclass(eq=False)
 class _Run:
     """Samples all completions of some prompts through one cache."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        launch: Callable[..., None],
-        prompts: Sequence[EncodedPrompt],
-        streams: Sequence[str],
-        groups: Sequence[int],
-        num_completions: int,
-    ) -> None:
-        self.decoder, self.cache, self.launch = decoder, decoder.cache, launch
-        self.prompts, self.streams, self.num_completions = prompts, streams, num_completions
-        self.queue = deque(groups)
-        self.num_results = len(groups) * num_completions
-        self.held: list[_Group] = []  # in the order of the cache's lanes
-        self.rows: list[_Row] = []  # in the order of the cache's rows
-        self.results: dict[tuple[int, int], Completion] = {}
+    decoder: Decoder
+    launch: Callable[..., None]
+    prompts: Sequence[EncodedPrompt]
+    streams: Sequence[str]
+    queue: deque[int]  # indices of prompts that have not begun
+    num_completions: int
+    held: list[_Group] = field(default_factory=list)  # in the order of the cache's lanes
+    rows: list[_Row] = field(default_factory=list)  # in the order of the cache's rows
+    results: dict[tuple[int, int], Completion] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> GroupCache:
+        return self.decoder.cache
 
     def complete(self) -> dict[tuple[int, int], Completion]:
         """All completions, by prompt and index."""
+        num_results = len(self.queue) * self.num_completions
         while True:
             changed = self._admit()
             self.launch(self.decoder.draw, self.cache.rows_read(len(self.rows)))
             changed |= self._collect()
-            if len(self.results) == self.num_results:
+            if len(self.results) == num_results:
                 return self.results
             if not self.rows:
                 continue

@@ -175,8 +175,8 @@ class _Stream:
             self.lost = f"a worker of the server lost the trainer: {type(error).__name__}: {error}"
 
 
-class WeightSender:
-    """The trainer's side of one transfer.
+class WeightSender(ExitStack):
+    """The trainer's side of one transfer; closing it ends the connections after the bytes that were sent.
 
     Args:
         towards: host and port of the server; the sender listens at the interface that leads there.
@@ -190,24 +190,14 @@ class WeightSender:
         self._timeout = timeout
         self._key = secrets.token_bytes(32)
         self._workers: list[Connection] = []
-        self._open = ExitStack()
+        super().__init__()
         try:
             with socket.create_connection(towards, timeout) as there:
                 family, self._host = there.family, there.getsockname()[0]
         except OSError as error:
             raise Unavailable(str(error)) from error
-        self._listener = self._open.enter_context(socket.create_server((self._host, 0), family=family))
+        self._listener = self.enter_context(socket.create_server((self._host, 0), family=family))
         self._listener.settimeout(LOOK)
-
-    def __enter__(self) -> WeightSender:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the connections; bytes that were sent still arrive."""
-        self._open.close()
 
     def arguments(self) -> dict[str, Any]:
         """Arguments for `WeightReceiver.receive_weights`."""
@@ -231,7 +221,7 @@ class WeightSender:
             except BROKEN:  # a stranger, or a worker that has gone: the server's answer says which
                 connection.close()
             else:
-                self._workers.append(self._open.enter_context(connection))
+                self._workers.append(self.enter_context(connection))
         return len(self._workers) == num_workers
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:

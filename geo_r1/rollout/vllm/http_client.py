@@ -30,20 +30,12 @@ class HttpClient:
     The environment's VLLM_API_KEY is sent, if there is one.
 
     Args:
-        url: such as http://host:8000.
+        url: such as http://host:8000, as the recipe's `rollout.server_url`.
         timeout: seconds to wait for the next bytes of an answer.
-
-    Raises:
-        UserError: the URL is no server's address.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
-        try:
-            parts = httpx2.URL(url if "//" in url else f"http://{url}")
-        except httpx2.InvalidURL:
-            parts = httpx2.URL("")
-        if parts.scheme not in ("http", "https") or not parts.host:
-            raise UserError(f"a server's address is like http://host:8000, not {url}")
+        parts = httpx2.URL(url)
         self.url = url
         self.address = (parts.host, parts.port or (443 if parts.scheme == "https" else 80))
         key = os.environ.get("VLLM_API_KEY")
