@@ -1,6 +1,7 @@
 """What holds the house together: the public names, and the direction of imports."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -51,6 +52,7 @@ CLASSES = {"PackedLayout", "GRPOLossConfig", "GRPOLossOutput"}
 
 # What each part of geo_r1 may import of it, besides itself.
 MAY_IMPORT = {
+    "__main__": {"errors"},
     "kernels": set(),
     "models": {"errors", "kernels"},
     "errors": set(),
@@ -143,7 +145,8 @@ def test_imports_point_one_way(module):
     wrong = {
         name
         for name in IMPORTS[module]
-        if part_of(name) not in {None, part} | MAY_IMPORT.get(part, set()) or name == "geo_r1"
+        if part_of(name) not in {None, part} | MAY_IMPORT.get(part, set())
+        or (name == "geo_r1" and part != "__main__")  # the console script, for the version
     }
     assert not wrong
 
@@ -268,3 +271,20 @@ def test_a_function_says_what_goes_in_what_comes_out_and_what_goes_wrong(name):
 def test_a_class_says_what_it_is(name):
     text = getattr(kernels, name).__doc__
     assert text and not text.startswith(f"{name}(")  # what dataclass writes where there is none
+
+
+def test_no_module_is_hidden_behind_another_name():
+    """`import geo_r1.a.b as x` gives the module, not a function of that name in `geo_r1.a`."""
+    hidden = []
+    for module in sorted(FILES.keys() - {"geo_r1"}):
+        parent, _, name = module.rpartition(".")
+        if name == "__main__":
+            continue
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            assert not error.name.startswith("geo_r1"), error  # an optional package that is not installed
+            continue
+        if not inspect.ismodule(getattr(sys.modules[parent], name)):
+            hidden.append(module)
+    assert not hidden
