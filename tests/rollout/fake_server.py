@@ -118,7 +118,7 @@ class Server:
         self.asked, self.headers, self.missing, self.dead_for = [], {}, set(), 0
         self.fault_of, self.until = {}, lambda: True  # faults by a prompt's last token; when they come
         self.expanded = lambda token_ids: token_ids
-        self.rpc = None  # what becomes of a call of the workers; None: they are called
+        self.rpc = None  # answers a call of the workers; None: they are called
         self.over = threading.Event()
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

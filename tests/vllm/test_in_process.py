@@ -1,4 +1,4 @@
-"""vLLM in this process says what the policy would say, with its weights and its log-probabilities."""
+"""vLLM in this process samples from the policy: its weights, its log-probabilities."""
 
 import dataclasses
 import random

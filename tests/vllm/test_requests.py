@@ -1,4 +1,4 @@
-"""What vLLM is given is whole and says what is wrong with it; these tests need no vLLM."""
+"""Input for vLLM is whole, and mistakes in it are named; these tests need no vLLM."""
 
 import json
 

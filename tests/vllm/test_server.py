@@ -1,4 +1,4 @@
-"""A vLLM server in processes of its own says what the policy would say, also after it was killed."""
+"""A vLLM server, in its own processes, samples from the policy, also after it was killed."""
 
 import copy
 import os
