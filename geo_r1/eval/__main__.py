@@ -1,11 +1,11 @@
-"""Benchmarks of geospatial reasoning: a model here, vLLM, an endpoint or a file of answers is scored.
+"""Score a model, an endpoint or a file of answers on benchmarks of geospatial reasoning.
 
 python -m geo_r1.eval cross-view --data test.jsonl --model runs/mine/models/grpo --out evals/mine
 python -m geo_r1.eval geolocation --data im2gps3k.csv --images photos --url http://localhost:8000/v1 \\
     --model NAME --out evals/endpoint
 
-After a stop or a kill the same command goes on. A user's mistake is one line on stderr and exit code 2, an
-outage one line and exit code 1.
+The same command continues after a stop or a kill. A user's mistake ends with one line on stderr and exit code
+2, an outage with one line and exit code 1.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(benchmark.name, help=benchmark.help, description=benchmark.help)
         command.set_defaults(run=benchmark)
         command.add_argument(
-            "--out", type=Path, required=True, help="folder of the results; a run goes on there"
+            "--out", type=Path, required=True, help="folder for results; an unfinished run continues there"
         )
-        command.add_argument("--limit", type=int, help="only the first questions")
-        command.add_argument("--name", help="of the row in the table")
+        command.add_argument("--limit", type=int, help="ask only the first LIMIT questions")
+        command.add_argument("--name", help="name of this row in the table")
         benchmark.configure(command)
         configure(command)
     options = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""A benchmark: its questions, how an answer is scored, and how scores are summed up."""
+"""A benchmark: its questions, the scoring of answers, and the summary of scores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Question:
     """One question of a benchmark.
 
     Attributes:
-        sample: its prompt and pictures; its id is unique in the benchmark.
-        truth: JSON values that the scorer compares with.
+        sample: prompt and pictures; the id is unique in the benchmark.
+        truth: JSON values that the scorer compares the answer with.
     """
 
     sample: Sample
@@ -29,9 +29,9 @@ class Column:
     """A column of a benchmark's table.
 
     Attributes:
-        title: as it is printed, with its unit.
-        key: of a summary; a dot goes into a mapping: "within.25".
-        unit: how a value is shown.
+        title: printed title, with its unit.
+        key: key of a summary; a dot enters a nested mapping: "within.25".
+        unit: decides how a value is printed.
     """
 
     title: str
@@ -44,19 +44,19 @@ class Benchmark:
     """A benchmark as functions.
 
     Attributes:
-        name: on the command line.
-        help: one line.
+        name: its name on the command line.
+        help: one line for the command's help.
         configure: adds its options to a parser.
-        questions: options -> all questions. Raises UserError with file and row where the data is malformed.
-        score: (question, the model's text or "") -> a record of JSON values. It has "answered" (an answer
-            could be read); for a place on the map also "latitude", "longitude", "predicted_latitude",
-            "predicted_longitude" and "distance_km", the latter three None where the answer names no place.
+        questions: options -> all questions. Raises UserError with file and row if data is malformed.
+        score: (question, the model's text or "") -> a record of JSON values. "answered" is true if an
+            answer could be read. A record for the map also has "latitude", "longitude", "predicted_latitude",
+            "predicted_longitude" and "distance_km", the last three None if the answer names no place.
         summarise: (records of all questions, each with "id" and "length" in tokens or None) -> figures.
             Every question is in the denominator; "answered" is the share that could be read.
-        columns: of the table.
-        published: figures of other models, by name, with the keys of a summary; shares from 0 to 1.
+        columns: the table's columns.
+        published: other models' figures by model name, with a summary's keys; shares from 0 to 1.
         breakdowns: keys of a summary that hold a summary by group, shown as further tables.
-        note: how the figures are measured, for the table's reader.
+        note: tells the table's reader how the figures are measured.
     """
 
     name: str
@@ -76,7 +76,7 @@ def broken_down(
     key: Callable[[Mapping[str, Any]], Any],
     summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """A summary for each group of records that have a key, in the keys' order."""
+    """Summarise the records of each key, in the order of the keys; a record whose key is None is left out."""
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for record in records:
         if (name := key(record)) is not None:
@@ -86,7 +86,7 @@ def broken_down(
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number that a float can hold."""
+    """True if a value is a finite number that a float can hold."""
     try:
         return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:  # an int of hundreds of digits

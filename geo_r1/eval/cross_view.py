@@ -1,4 +1,4 @@
-"""Cross-view pairing: the share of held-out panoramas whose satellite tile is found, greedily decoded."""
+"""Cross-view pairing: how often a greedily decoded model finds the satellite tile of a panorama."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from geo_r1.rollout import Completion, SamplingConfig
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's completion of one sample, its text, and what `score` reads in it."""
+    """A model's completion of one sample, its text, and its record from `score`."""
 
     id: str
     completion: Completion
@@ -33,7 +33,7 @@ def question_of(sample: Sample) -> tuple[str, int]:
     """The true letter of a sample, and how many choices it has.
 
     Raises:
-        UserError: they are missing, or not a letter among 2 to 26 choices; names the sample.
+        UserError: the answer is not one of the letters, or the choices are not 2 to 26; names the sample.
     """
     num_choices = sample.metadata.get("num_choices", DEFAULT_NUM_CHOICES)
     if not isinstance(num_choices, int) or not 2 <= num_choices <= 26:
@@ -60,11 +60,11 @@ def predict(
 ) -> list[Prediction]:
     """Answer each sample once, with the most likely token at every step.
 
-    A prompt that is too long and may be skipped stays in, unanswered.
+    A prompt that is skipped because it is too long counts as unanswered.
 
     Args:
         max_new_tokens: longer completions are cut off, which usually leaves no answer.
-        max_tokens: cached tokens at a time.
+        max_tokens: most tokens in the cache at a time.
         progress: called with the number of samples answered so far.
 
     Raises:
@@ -96,7 +96,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """As `summarise`, from records of `score`. All records count, but only known lengths."""
+    """Like `summarise`, from records of `score`; the mean length is over known lengths only."""
     count, correct = len(records), sum(r["correct"] for r in records)
     lengths = [r["length"] for r in records if r["length"] is not None]
     return {
@@ -111,7 +111,7 @@ def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def truth_of(sample: Sample) -> dict[str, Any]:
-    """The answer, and the facts by which accuracy is broken down; raises as `question_of` does."""
+    """The answer, and the facts to break accuracy down by; raises like `question_of`."""
     answer, num_choices = question_of(sample)
     known = {key: sample.metadata.get(key) for key in ("confusers", "difficulty", "latitude", "longitude")}
     city = texts_of(sample.metadata, ["city"])["city"] or ""
@@ -132,7 +132,7 @@ def score(question: Question, text: str) -> dict[str, Any]:
 
 
 def by_group(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`figures` of all, and by number of choices, kind of confuser, their difficulty, and city."""
+    """`figures` of all records, and by number of choices, kind of confuser, difficulty and city."""
     groups: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "by_k": lambda r: r["num_choices"],
         "by_confusers": lambda r: texts_of(r, ["confusers"])["confusers"],
@@ -143,7 +143,7 @@ def by_group(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _third_of(records: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str | None]:
-    """Which third of the known difficulties a record is in, named by its bounds."""
+    """A function from a record to its third of the known difficulties, named by the third's bounds."""
     known = sorted(r["difficulty"] for r in records if is_finite(r["difficulty"]))
     if not known:
         return lambda r: None
@@ -174,7 +174,7 @@ PUBLISHED = {
 }
 BENCHMARK = Benchmark(
     name="cross-view",
-    help="which satellite tile shows the place of a panorama: accuracy, length; by k, confusers and city",
+    help="find the satellite tile of a panorama: accuracy and length; by k, confusers and city",
     configure=_configure,
     questions=_questions,
     score=score,

@@ -1,6 +1,6 @@
 """GeoChain: 21 questions on a street photo, from the objects in it to its place on earth.
 
-The paper reports 13 of the 21 tasks, but does not name them. `--tasks 13` takes those of yes or no.
+The paper reports 13 of the 21 tasks, but does not name them. `--tasks 13` takes the yes-or-no tasks.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from geo_r1.eval.geolocation import distances, placed
 from geo_r1.eval.rows import add_data, coordinates_of, first_of, read_table
 from geo_r1.places import open_gazetteer
 
-RIGHT_KM = 25  # coordinates in the same city are right: the public code states no threshold
-SMALLEST_CITY = 1000  # inhabitants, for where a photo is: as in the public generator's reverse geocoder
+RIGHT_KM = 25  # coordinates in the same city count as right; the public code states no threshold
+SMALLEST_CITY = 1000  # inhabitants, to locate a photo: as in the public generator's reverse geocoder
 
 ASKED_FOR = {
     YES_NO: "yes or no",
@@ -58,21 +58,21 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     folder = "folder of <city>/<sub_folder>/images/<key>.jpg"
     add_data(parser, "test_samples.csv of GeoChain", folder, required=True)
     add = parser.add_argument
-    add("--questions", type=Path, default=QUESTIONS, help="a questions.csv; default: the 21 of GeoChain")
+    add("--questions", type=Path, default=QUESTIONS, help="a questions.csv; default: GeoChain's 21")
     add("--per-city", type=Path, default=CITY_FACTS, help="a per_city_answers.csv; default: GeoChain's")
-    add("--tasks", default="all", help="all; 13, those of yes or no; or ranks: 8,10,21 (13,: the 13th)")
-    add("--photos", type=int, help="only the first photos")
+    add("--tasks", default="all", help="all; 13 for the yes-or-no tasks; or ranks: 8,10,21 (13, is rank 13)")
+    add("--photos", type=int, help="take only the first PHOTOS photos")
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
     """A question for each photo and task that has a truth.
 
-    A photo without coordinates is only asked about what can be seen. The number of questions that were left
-    out for want of a truth is in each sample's metadata, and in the summary.
+    A photo without coordinates only gets the questions about visible things. Each sample's metadata and the
+    summary hold the number of questions left out because they have no truth.
 
     Raises:
-        UserError: a file or an option is malformed, a photo is there twice or outside of the folder of
-            images; names file and row.
+        UserError: a file or an option is malformed, or a photo is listed twice or lies outside the image
+            folder; names file and row.
     """
     tasks, city_facts = read_tasks(options.questions), read_city_facts(options.per_city)
     ranks, gazetteer = _ranks(options.tasks, tasks), open_gazetteer(SMALLEST_CITY)
@@ -136,7 +136,7 @@ def _image_path(root: Path, row: Mapping[str, Any], where: str, wanted: bool) ->
 
 
 def _classes(mapping: Any) -> set[str]:
-    """Names of the classes; none where the mapping cannot be read, as in the public generator."""
+    """Names of the classes; none if the mapping cannot be read, as in the public generator."""
     try:
         value = json.loads(mapping)
     except (TypeError, ValueError, RecursionError):
@@ -159,11 +159,11 @@ def _question(metadata: dict[str, Any], image: Path, task: Task, truth: Truth) -
 
 
 def score(question: Question, text: str) -> dict[str, Any]:
-    """Read an answer, and compare it with the truth; see `judge` and `Benchmark.score`.
+    """Read an answer and compare it with the truth; see `judge` and `Benchmark.score`.
 
-    Country, state and city are right by any of their names, also with the region: "Ottawa, Ontario".
-    Languages are right if one of the true ones is named. Coordinates are right within 25 km; only their
-    records have a place on the map.
+    Any name of the country, state or city is right, with or without the region: "Ottawa, Ontario".
+    Languages are right if one of the true ones is named. Coordinates are right within 25 km; only
+    questions for coordinates appear on the map.
     """
     metadata, truth = question.sample.metadata, question.truth
     record = {
@@ -183,7 +183,7 @@ def score(question: Question, text: str) -> dict[str, Any]:
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures of all records; by rank, difficulty, category and city."""
+    """Figures of all records, and by rank, difficulty, category and city."""
     groups = {
         f"by_{name}": broken_down(records, operator.itemgetter(name), _figures)
         for name in ("rank", "difficulty", "category", "city")
@@ -192,7 +192,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of all questions; the pass score is the mean, over photos, of the share that is right."""
+    """Shares of all questions; the pass score averages each photo's share of right answers."""
     photos: dict[str, list[bool]] = {}
     for record in records:
         photos.setdefault(record["image"], []).append(record["right"])
@@ -224,5 +224,5 @@ BENCHMARK = Benchmark(
         Column("no truth", "left_out", "count"),
     ),
     breakdowns=("by_rank", "by_difficulty", "by_category", "by_city"),
-    note="The truths are the public generator's; how answers are judged is ours: coordinates within 25 km.",
+    note="Truths are the public generator's; the judging of answers is ours: coordinates within 25 km.",
 )

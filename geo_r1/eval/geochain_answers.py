@@ -1,6 +1,6 @@
 """Read answers to GeoChain as a person would, and judge them; the public code has no scorer.
 
-An answer is the answer block, or in a text with no tags the last line. Two different answers are none.
+The answer is the answer block, or the last line of a text without tags. Two different answers count as none.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from geo_r1.answers import TAGS, extract_answer
 from geo_r1.eval.geochain_truths import CITIES_OF, CITY, CITY_OF, COUNTRY, LANGUAGES, STATE, STATES, YES_NO
 from geo_r1.places import Country, Gazetteer, distance_km, fold, parse_coordinates
 
-ELSEWHERE_KM = 100  # from the photo: a city that lies further, named before the true one, is the answer
-MOST_READ = 2000  # characters: a longer text is no answer, and looking up its words would be slow
-MOST_PARTS = 6  # of a name with its regions, or of languages: more are a list of guesses
-MOST_WORDS = 5  # of an unknown name
+ELSEWHERE_KM = 100  # a city farther than this from the photo, named before the true one, is the answer
+MOST_READ = 2000  # characters: a longer text is no answer, and its words would be slow to look up
+MOST_PARTS = 6  # a place with its regions, or languages; more are a list of guesses
+MOST_WORDS = 5  # words of an unknown name
 
 OTHER_WORDS = {"arid": "Dry", "australia": "Oceania"}
 OTHER_LANGUAGES = {
@@ -25,7 +25,7 @@ OTHER_LANGUAGES = {
     "Norwegian": ("bokmal", "nynorsk", "norsk"),
     "Swahili": ("kiswahili",),
 }
-# Folded name to country and first name; abbreviations are words in other languages.
+# Folded name -> country and first name, without abbreviations, which are words in other languages.
 STATE_NAMES = {
     fold(name): (country, names[0])
     for (country, _), names in STATES.items()
@@ -36,7 +36,7 @@ CITY_NAMES = {fold(city): city for city in [*CITY_OF.values(), *CITIES_OF["CA"],
 _REFUSAL = re.compile(r"\b(?:unknown|unclear|unsure|not sure|cannot|can't|don't know|do not know|n/a|none)\b")
 _ASKED = re.compile(r"\b(?:state or province|city(?: or|,) town,?(?: or village)?|town or village)\b")
 
-Read = tuple[str | None, bool]  # what was read, if an answer was, and whether it is right
+Read = tuple[str | None, bool]  # the answer as read, if any, and whether it is right
 Lookup = Callable[[str], str | None]
 
 
@@ -105,7 +105,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _yes_no(text: str) -> str | None:
-    """One that opens the answer or ends a clause counts before one in passing: "Yes, there are no clouds"."""
+    """A word that opens the answer or ends a clause outranks one in passing: "Yes, there are no clouds"."""
     text = text.lower()
     firm = set(re.findall(r"^(?:yes|no)\b|\b(?:yes|no)(?=\s{0,9}(?:[,.;:!?/]|$))", text))
     return _only(firm or set(re.findall(r"\b(?:yes|no)\b", text)))
@@ -117,7 +117,7 @@ def _option(text: str, options: list[str]) -> str | None:
 
 
 def _country(text: str, gazetteer: Gazetteer) -> str | None:
-    """Parts that are a country's name count before names in passing: "New Jersey, USA"."""
+    """A part that is a country's name outranks names in passing: "New Jersey, USA"."""
 
     def lookup(phrase: str) -> str | None:
         if gazetteer.continent(phrase):
@@ -131,12 +131,12 @@ def _country(text: str, gazetteer: Gazetteer) -> str | None:
 
 
 def _country_of(phrase: str, gazetteer: Gazetteer) -> Country | None:
-    """As the gazetteer has it, without most two-letter codes: "Phoenix, AZ" is not in Azerbaijan."""
+    """The gazetteer's country, without most two-letter codes: "Phoenix, AZ" is not in Azerbaijan."""
     return gazetteer.country(phrase) if len(phrase) > 2 or phrase in ("US", "UK") else None
 
 
 def _languages(text: str, truth: list[str]) -> Read:
-    """Right where one of the true languages is named; a long list of languages is no answer."""
+    """Right if one of the true languages is named; a long list of languages is no answer."""
     names = {other: name for name in truth for other in (fold(name), *OTHER_LANGUAGES.get(name, ()))}
     found = sorted(_named(text, lambda phrase: names.get(fold(phrase))))
     if len(re.split(r"[,;/\n]|\band\b", text)) > MOST_PARTS:
@@ -145,7 +145,7 @@ def _languages(text: str, truth: list[str]) -> Read:
 
 
 def _unknown_name(text: str) -> str | None:
-    """A part of a text that may be a name, though not one that a lookup knows."""
+    """The first part of a text, if it may be a name that no lookup knows."""
     parts = _parts(text)
     if not parts or _REFUSAL.search(text.lower()) or len(parts[0].split()) > MOST_WORDS:
         return None
@@ -174,7 +174,7 @@ def _state(text: str, names: list[str]) -> str | None:
 def _city(
     text: str, truth: Mapping[str, Any], point: tuple[float, float], gazetteer: Gazetteer
 ) -> str | None:
-    """The city that is named; the part of the answer that places it elsewhere, if one does."""
+    """The named city, or the part of the answer that places it elsewhere."""
     answer, country = truth["answer"], truth["code"]
 
     def lookup(phrase: str) -> str | None:
@@ -198,6 +198,6 @@ def _city(
 
 
 def _is_elsewhere(name: str, point: tuple[float, float], gazetteer: Gazetteer) -> bool:
-    """Whether cities have this name, and all of them are far from a point."""
+    """True if cities have this name and all of them are far from the point."""
     cities = gazetteer.cities(name) if not name[0].islower() else []
     return bool(cities) and all(distance_km(*point, c.latitude, c.longitude) > ELSEWHERE_KM for c in cities)

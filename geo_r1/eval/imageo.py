@@ -1,8 +1,8 @@
 """IMAGEO-Bench: address and coordinates, in JSON, of street views (GSS) or places of business (UPC).
 
-Its public scoring leaves missing answers out of the denominator and takes a coordinate of exactly 0 for
-missing. Here every sample counts, 0 is the equator, and names are compared as the gazetteer reads them
-("USA" is "United States"); the accuracy by equal lower-case text, as published, stands beside.
+Its public scoring leaves missing answers out of the denominator and takes a coordinate of exactly 0 as
+missing. Here every sample counts, 0 is a coordinate, and names are compared as the gazetteer reads them
+("USA" is "United States"). The published kind of accuracy, by equal lower-case text, is shown beside it.
 Source: IMAGEO-Bench, arXiv:2508.01608.
 """
 
@@ -22,7 +22,7 @@ from geo_r1.places import is_coordinate, open_gazetteer
 
 LEVELS = ("city", "state", "country")
 MOST_READ = 65536  # characters of an answer
-MOST_TRIES = 64  # braces at which no JSON begins
+MOST_TRIES = 64  # failed attempts to read JSON from a brace
 QUESTION = (
     "Where was this picture taken? Answer with one JSON object and nothing after it:\n"
     '{"image_information": {"environment": "indoor or outdoor", "scene_type": "building, scenery, street or '
@@ -35,7 +35,7 @@ QUESTION = (
 
 
 def parse_answer(text: str) -> dict[str, Any]:
-    """The object `reverse_geocoding` of the last JSON object in an answer that has one; empty without.
+    """The last `reverse_geocoding` object in an answer's JSON; empty if there is none.
 
     Without JSON, the text between the outermost braces may be a Python literal.
     """
@@ -81,7 +81,7 @@ def _coordinates(value: Any) -> tuple[float, float] | None:
     numbers: list[Any] = [x for x in pair if isinstance(x, str) or is_finite(x)]
     try:
         latitude, longitude = map(float, numbers)
-    except ValueError:  # no numbers, or other than two
+    except ValueError:  # not numbers, or not two of them
         return None
     return (latitude, longitude) if is_coordinate(latitude, longitude) else None
 
@@ -108,7 +108,7 @@ def _questions(options: argparse.Namespace) -> list[Question]:
     for where, row in read_table(options.data):
         name = first_of(row, ("image_id",), where)
         place = place_of(row, (*LEVELS, "continent"), where)
-        # GSS has a path on the machine that downloaded the picture
+        # GSS gives the path on the machine that downloaded the picture
         file_name = Path(str(row.get("img_path") or name)).name
         questions.append(Question(pictures.sample(name, QUESTION, file_name, where), place))
     return questions
@@ -142,5 +142,5 @@ BENCHMARK = Benchmark(
         )
     },
     breakdowns=("by_continent",),
-    note="Published rows leave out samples without an answer. Distances are of those with coordinates.",
+    note="Published rows leave out samples without an answer. Distances are over answers with coordinates.",
 )

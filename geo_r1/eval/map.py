@@ -1,4 +1,4 @@
-"""A map of true places and predicted ones, on the dots of the gazetteer's cities."""
+"""A map of true and predicted places, over dots for the gazetteer's cities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from geo_r1.eval.benchmark import is_finite
 from geo_r1.places import open_gazetteer
 
-LINES = 3000  # at most: more hide the map
+LINES = 3000  # at most: more would hide the map
 RIGHT, WRONG, LAND = "#2c8f6b", "#c0392b", "#dfe3e8"
 NEAREST, FARTHEST = 1.0, 20000.0  # km: the ends of the colours
 
@@ -21,8 +21,8 @@ NEAREST, FARTHEST = 1.0, 20000.0  # km: the ends of the colours
 def draw_map(records: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Draw the records that have a place; None if there are none.
 
-    With distances, each place is coloured by its error and joined to the predicted place; else it is green
-    where the answer is right and red where it is wrong.
+    With distances, each place is coloured by its error and joined to the predicted place. Without
+    distances, it is green if the answer is right and red if it is wrong.
     """
     placed = [r for r in records if is_finite(r.get("latitude")) and is_finite(r.get("longitude"))]
     located = [r for r in placed if is_finite(r.get("distance_km"))]

@@ -1,4 +1,4 @@
-"""Any multiple-choice set, to see whether general skills survive the training.
+"""Any multiple-choice set, to check that general skills survive training.
 
 Reads our own rows (`prompt`, `images`, `answer`, `num_choices`), and rows like those of MMMU and
 GEOBench-VLM: `question`, `options` (a list, or its text), `answer`, and pictures as `image`, `images` or
@@ -29,7 +29,7 @@ _NUMBERED = re.compile(r"<image ?(\d{1,2})>")
 def _configure(parser: argparse.ArgumentParser) -> None:
     add_data(parser, "JSONL, JSON or parquet", RELATIVE)
     parser.add_argument(
-        "--by", action="append", default=[], metavar="COLUMN", help="a table by it; may be repeated"
+        "--by", action="append", default=[], metavar="COLUMN", help="add a table by COLUMN; may be repeated"
     )
 
 
@@ -39,7 +39,7 @@ def _questions(options: argparse.Namespace) -> list[Question]:
     for number, row in read_rows(options.data):
         where = f"{options.data}, row {number}"
         if isinstance(row, Mapping) and "options" in row and row["options"] in (None, "[]", []):
-            open_ended += 1  # MMMU has some
+            open_ended += 1  # MMMU has some without options
             continue
         own = isinstance(row, Mapping) and "options" in row
         sample = sample_of(_own_columns(row, where) if own else row, where, root)
@@ -53,7 +53,7 @@ def _questions(options: argparse.Namespace) -> list[Question]:
 
 
 def _own_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A row with `question` and `options` in our own columns."""
+    """Convert a row with `question` and `options` to our own columns."""
     columns = {key: value for key, value in row.items() if value is not None}
     text, options = str(columns.pop("question", "")), _options(columns.pop("options"), where)
     images = [columns.pop(name) for name in _image_columns(columns)]
@@ -71,7 +71,7 @@ def _own_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _letter(answer: Any, options: list[str], where: str) -> Any:
-    """The letter of an answer that is a letter, a number from 0, or an option's own text."""
+    """The letter of an answer given as a letter, a number from 0, or an option's text."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         if str(answer) in options and options.index(str(answer)) != answer:
             raise UserError(

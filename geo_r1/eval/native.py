@@ -1,4 +1,4 @@
-"""One completion for each prompt, a turn of prompts at a time, by the native sampler or another."""
+"""Complete each prompt once, a turn of prompts at a time, with the native sampler or another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.rollout import Completion, SamplingConfig, generate
 
-PROMPTS_A_TURN = 64  # between two moves of the progress line
+PROMPTS_A_TURN = 64  # prompts between two updates of the progress bar
 UNANSWERED = Completion([], [], False)
 
 Sampler = Callable[[list[EncodedPrompt]], list[list[Completion]]]
@@ -39,7 +39,7 @@ def native_sampler(
 def complete(
     sampler: Sampler, tokenizer: Any, prompts: Iterable[EncodedPrompt | None]
 ) -> Iterator[list[tuple[Completion, str]]]:
-    """Yields completions with their texts, a turn of prompts at a time; an empty one for None."""
+    """Yield each turn's completions with their texts; a None gets an empty completion."""
     left = iter(prompts)
     while turn := list(islice(left, PROMPTS_A_TURN)):
         groups = iter(sampler([prompt for prompt in turn if prompt is not None]))

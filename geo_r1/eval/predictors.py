@@ -1,4 +1,4 @@
-"""Where answers to a benchmark's questions come from: a model in process, vLLM, an endpoint, or a file."""
+"""Answer a benchmark's questions: by a model in process, vLLM, an endpoint, or a file."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Answer:
     """The answer to one question.
 
     Attributes:
-        id: of the question's sample.
-        text: empty where there is no answer.
-        length: in tokens; None where it is not known.
-        error: why there is no answer; the next call asks such a question again.
+        id: the id of the question's sample.
+        text: empty without an answer.
+        length: in tokens; None if unknown.
+        error: why there is no answer; the next call asks the question again.
     """
 
     id: str
@@ -55,14 +55,14 @@ class Answer:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the predictor."""
-    group = parser.add_argument_group("who answers")
+    group = parser.add_argument_group("predictor")
     add = group.add_argument
-    add("--engine", choices=tuple(PREDICTORS), help="without it: by --predictions, --url, --model")
-    add("--model", help="a folder or hub name; of an endpoint, the model's name there")
-    add("--predictions", type=Path, help="JSONL or CSV of given answers: id and text")
-    add("--max-new-tokens", type=int, default=2048, help="tokens of an answer (2048)")
-    add("--max-tokens", type=int, default=65536, help="tokens cached at a time (65536)")
-    add("--max-pixels", type=int, help="larger pictures are shrunk to it")
+    add("--engine", choices=tuple(PREDICTORS), help="default: chosen by --predictions, --url or --model")
+    add("--model", help="a folder or hub name; for an endpoint, the model's name there")
+    add("--predictions", type=Path, help="JSONL or CSV of answers, with id and text")
+    add("--max-new-tokens", type=int, default=2048, help="most tokens of an answer (2048)")
+    add("--max-tokens", type=int, default=65536, help="most tokens cached at a time (65536)")
+    add("--max-pixels", type=int, help="shrink larger pictures to this many pixels")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU")
     add_endpoint_arguments(group, sampling=False)
@@ -109,10 +109,10 @@ def identity(predictor: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def from_file(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
-    """Given answers, by the questions' ids or by the names of their pictures.
+    """Read answers from a file, matched by question id or picture name.
 
     Raises:
-        UserError: the file is malformed, answers a question twice, or knows none of these questions.
+        UserError: the file is malformed, answers a question twice, or answers none of these questions.
     """
     given = _read_predictions(options.predictions)
     by_stem = {_stem(key): text for key, text in given.items()}
@@ -128,7 +128,7 @@ def from_file(questions: Sequence[Question], options: argparse.Namespace) -> Ite
 
 
 def _stem(name: str) -> str:
-    """An id without the ending of a picture's file, which may be missing in one of two files."""
+    """An id without a picture's file ending, which one of the two files may leave out."""
     head, _, suffix = name.rpartition(".")
     return head if suffix.lower() in ("jpg", "jpeg", "png", "webp") else name
 
@@ -158,7 +158,7 @@ def _read_predictions(path: Path) -> dict[str, str]:
 
 
 def from_native(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
-    """A checkpoint in this process, by the native sampler."""
+    """Ask a checkpoint in this process, through the native sampler."""
     vlm, tokenizer, encoder = _load(options, keep_pictures=False)
     sampler = native_sampler(vlm, tokenizer, _sampling(options), options.max_tokens, "--max-tokens")
     prompts = (encoder.encode(question.sample) for question in questions)
@@ -166,7 +166,7 @@ def from_native(questions: Sequence[Question], options: argparse.Namespace) -> I
 
 
 def from_vllm(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
-    """A checkpoint by vLLM in this process, with the weights and prompts of the native sampler."""
+    """Ask a checkpoint through vLLM in this process, with the native sampler's weights and prompts."""
     from geo_r1.rollout.vllm.in_process import VLLMEngine
     from geo_r1.rollout.vllm.requests import write_engine_folder
 
@@ -223,7 +223,7 @@ def _load(
 
 
 def from_endpoint(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
-    """A model behind an OpenAI-compatible address."""
+    """Ask a model at an OpenAI-compatible address."""
     requests = (
         (q.sample.id, lambda q=q: chat_messages(q.sample, max_pixels=options.max_pixels)) for q in questions
     )

@@ -1,4 +1,4 @@
-"""Rows of a benchmark's table: CSV or parquet, columns by any of their usual names, pictures found."""
+"""Read a benchmark's table, CSV or parquet, with any usual column names, and find its pictures."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ NO_NAME = ("", "none", "null", "nan", "unknown", "n/a", "not known", "not visibl
 LONGEST_PATH = 1000  # characters
 SUFFIXES = ("", ".jpg", ".png", ".jpeg", ".webp")
 
-# What the help of --images says.
+# Help of --images.
 RELATIVE = "image paths are relative to this folder, not to the file"
 SEARCHED = "folder of the pictures; subfolders are searched"
 
 
 def add_data(parser: argparse.ArgumentParser, data: str, images: str, **options: Any) -> None:
-    """Add --data and --images, the latter with `options`, and the help of each."""
+    """Add --data and --images with their help; `options` go to --images."""
     parser.add_argument("--data", type=Path, required=True, help=data)
     parser.add_argument("--images", type=Path, help=images, **options)
 
 
 def read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields where a row stands, for errors, and the row by its column names, lower-cased; empty is None.
+    """Yield each row's location, for errors, and its values by lower-case column name; empty ones are None.
 
     Raises:
         UserError: the file is missing, empty or malformed.
@@ -69,7 +69,7 @@ def first_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
 
 
 def texts_of(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str | None]:
-    """Some columns of a row as text; None where there is no value."""
+    """Some columns of a row as text; None without a value."""
     return {name: None if row.get(name) is None else str(row[name]) for name in names}
 
 
@@ -77,7 +77,7 @@ def literal(text: str) -> Any:
     """The value of a Python literal, such as a printed list; None for any other text."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd numbers and escapes
+            warnings.simplefilter("ignore")  # it warns of odd numbers and escapes
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
@@ -116,11 +116,11 @@ def place_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> dict[s
 class Pictures:
     """Picture files under a folder, found by the name in a row, with or without suffix.
 
-    A name without a folder is looked for in subfolders, too.
+    A name without a folder is searched for in subfolders, too.
 
     Args:
-        options: --images names the folder. With --predictions the answers are given, and no picture is
-            looked for.
+        options: --images names the folder. With --predictions the answers are given, and no pictures are
+            needed.
 
     Raises:
         UserError: the folder is not given, or does not exist.
@@ -136,13 +136,13 @@ class Pictures:
             self.root = Path(os.path.realpath(options.images))
 
     def sample(self, name: str, text: str, file_name: str, where: str) -> Sample:
-        """A question about one photograph; without it where no picture is looked for. Raises as `find`."""
+        """A question about one photograph, without it if no pictures are needed. Raises like `find`."""
         images = () if self.root is None else (self.find(file_name, where),)
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
         return Sample(name, ({"role": "user", "content": content},), images)
 
     def find(self, name: str, where: str) -> Path:
-        """The path of a picture, which is under the folder.
+        """The path of a picture under the folder.
 
         Raises:
             UserError: there is none, there are several, or the name leads out of the folder.

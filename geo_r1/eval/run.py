@@ -1,8 +1,8 @@
 """Ask the questions of a benchmark, score the answers, and write figures, table and map.
 
-<out>/eval.json      what the answers were made with; another call must agree with it
+<out>/eval.json      settings of the answers; a later call must have the same
       answers.jsonl  id, text and length of each answer, appended as they come
-      records.jsonl  the reading of each answer, and whether it is right
+      records.jsonl  each answer as read, and whether it is right
       summary.json   table.md   map.png
 """
 
@@ -30,17 +30,17 @@ from geo_r1.places import open_gazetteer
 
 
 def evaluate(benchmark: Benchmark, options: argparse.Namespace, console: Console) -> None:
-    """Run a benchmark and write its results; questions that an earlier run has answered are not asked again.
+    """Run a benchmark and write its results; questions that an earlier run answered are not asked again.
 
     Raises:
-        UserError: the data, the model or the predictions are wrong, or the folder is another evaluation's.
+        UserError: the data, model or predictions are wrong, or the folder belongs to another evaluation.
     """
     predictor, out = predictor_of(options), options.out
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     questions = benchmark.questions(options)[: options.limit]
     if not questions:
-        raise UserError(f"{options.data} asks nothing")
+        raise UserError(f"{options.data} holds no questions")
     if any(question.truth.get("latitude") is not None for question in questions):
         open_gazetteer()  # for the map: a missing package is an error now, not after hours of answers
     for name, count in Counter(question.sample.id for question in questions).items():

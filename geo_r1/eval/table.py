@@ -1,4 +1,4 @@
-"""A summary as a table, ours beside the published rows: on the terminal, and as Markdown.
+"""Show a summary beside the published rows, on the terminal and as Markdown.
 
 Names come from models and data files, which may be hostile: they are escaped for Markdown and the terminal.
 """
@@ -28,7 +28,7 @@ def rows_of(benchmark: Benchmark, name: str, summary: Mapping[str, Any]) -> Iter
 
 
 def cell(summary: Mapping[str, Any], column: Column) -> str:
-    """One figure as text; empty where the summary has none."""
+    """One figure as text; empty if the summary has none."""
     value: Any = summary
     for key in column.key.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -57,7 +57,7 @@ def markdown(benchmark: Benchmark, name: str, summary: Mapping[str, Any]) -> str
 
 
 def show(benchmark: Benchmark, name: str, summary: Mapping[str, Any]) -> None:
-    """Print the main table; at full width where there is no terminal to fit."""
+    """Print the main table, at full width if stdout is not a terminal."""
     table = Table(title=benchmark.name, caption=benchmark.note or None)
     table.add_column("model", overflow="fold")
     for column in benchmark.columns:
