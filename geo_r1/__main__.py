@@ -1,4 +1,4 @@
-"""geo-r1 COMMAND ...; python -m geo_r1 COMMAND ... is the same.
+"""geo-r1 COMMAND ..., the same as python -m geo_r1 COMMAND ...
 
 geo-r1 train    run a recipe: python -m geo_r1.train
 geo-r1 ablate   compare recipes that differ in one thing: python -m geo_r1.train.ablate
@@ -9,7 +9,7 @@ geo-r1 ops      print which kernels run here: python -m geo_r1.kernels
 geo-r1 COMMAND --help lists a command's options, geo-r1 --version prints the version. On several GPUs:
 torchrun [its options] -m geo_r1.train ...
 
-Exit codes: 0 done, or stopped with a checkpoint; 2 a mistake that the user can mend; 1 an outage or a defect;
+Exit codes: 0 done, or stopped with a checkpoint; 2 a mistake that the user can fix; 1 an outage or a defect;
 130 interrupted.
 """
 

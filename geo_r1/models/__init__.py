@@ -1,4 +1,4 @@
-"""A transformers vision-language model made to run on packed batches."""
+"""Run transformers' vision-language models on packed batches."""
 
 from geo_r1.models.loading import load_model
 from geo_r1.models.packed import EncodedPrompt, PackedBatch, pack

@@ -1,4 +1,4 @@
-"""Replacements of functions of transformers: packed attention, and additions to image rows by number."""
+"""Replacements for transformers' functions: packed attention, and additions to numbered image rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from geo_r1.kernels import packed_attention
 
-# The vision tower takes its packed path only where the name contains "flash".
+# The vision tower takes its packed path only if the name contains "flash".
 TEXT_ATTENTION = "geo_r1_packed"
 VISION_ATTENTION = "geo_r1_packed_flash"
 
@@ -19,13 +19,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Hidden:
-    """Hides a function from compiled layers, which would be recompiled for each new one."""
+    """Hides a function from compiled layers, which would otherwise recompile for each new one."""
 
     def __init__(self, function: Attend) -> None:
         self.function = function
 
 
-# Attention stays outside of compiled graphs: its layout, lengths in Python, changes with every batch.
+# Attention stays outside of compiled graphs: its layout holds Python lengths that change with every batch.
 @torch.compiler.disable
 def _text_attention(module, query, key, value, attention_mask, *, scaling, attend: Hidden, **_):
     """transformers' attention signature, [1, heads, T, D] in and [1, T, heads, D] out."""
@@ -45,7 +45,7 @@ def _vision_attention(
 
 
 def add_at_rows(hidden: Tensor, rows: Tensor, features: Tensor) -> Tensor:
-    """Qwen3-VL's `_deepstack_process` by row numbers: finding the rows of a mask waits for the device.
+    """Qwen3-VL's `_deepstack_process` with row numbers: finding a mask's rows would wait for the device.
 
     hidden [1, T, C], rows [I] int64 and features [I, C] to [1, T, C].
     """

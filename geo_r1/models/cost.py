@@ -1,4 +1,4 @@
-"""The parameters of a Qwen-VL, and the operations of a packed step, from its config alone.
+"""Count a Qwen-VL's parameters, and the operations of a packed step, from its config alone.
 
     forward = 2 x rows x entries of every weight matrix + 4 H D x visible (query, key) pairs of every layer
 
@@ -33,16 +33,16 @@ class ModelCost:
     """Parameters and operations of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
 
     Attributes:
-        parameters: their number by part: `vision` (patch embedding, positions and blocks), `projector` (the
-            mergers), `embeddings`, `text_layers` (without norms), `norms` (all of the text model) and `head`
-            (0 where it is the embedding table itself).
+        parameters: their number in each part: `vision` (patch embedding, positions and blocks), `projector`
+            (the mergers), `embeddings`, `text_layers` (without norms), `norms` (all of the text model) and
+            `head` (0 if it is the embedding table itself).
     """
 
     parameters: Mapping[str, int]
     _matrices: Mapping[str, int]  # entries of all weight matrices, by part, and of the "head"
     _text_width: int  # heads times head size, over all layers
-    _whole_width: int  # of the vision blocks that see a whole picture
-    _windowed_width: int  # of those that see windows
+    _whole_width: int  # the same for the vision blocks that see a whole picture
+    _windowed_width: int  # and for those that see windows
     _merge: int
     _window: int  # patches along a side
 
@@ -51,7 +51,7 @@ class ModelCost:
         """Count the model that transformers would build from `config`.
 
         Raises:
-            UserError: the config is of another family.
+            UserError: the config belongs to another family.
         """
         if config.model_type not in FAMILIES:
             raise UserError(f"cannot count a {config.model_type}; supported: {', '.join(FAMILIES)}")
@@ -74,20 +74,20 @@ class ModelCost:
     ) -> float:
         """Operations on one packed group: its prompt and pictures once, and all of its completions.
 
-        A backward pass costs a forward one for the gradients of activations, and one more for those of
+        A backward pass costs a forward pass for the gradients of activations, and another for those of
         weights; attention costs both, whether its layer's weights are trained or not.
 
         Args:
-            prompt_len: tokens of the prompt, those of its pictures included.
+            prompt_len: tokens of the prompt, including those of its pictures.
             completion_lens: tokens of each completion.
-            image_grids: (frames, rows, columns) in patches, one a picture.
-            head: whether completion tokens go through the language head.
+            image_grids: (frames, rows, columns) in patches, one per picture.
+            head: send completion tokens through the language head.
             backward: count the backward pass as well.
-            frozen: parts without gradients of weights, of "vision", "projector" and "text"; a frozen part has
-                no backward pass at all if nothing before it is trained.
+            frozen: parts whose weights get no gradients, from "vision", "projector" and "text"; a frozen part
+                has no backward pass at all if nothing before it is trained.
 
         Raises:
-            UserError: `frozen` names no part.
+            UserError: `frozen` names an unknown part.
         """
         if unknown := sorted(set(frozen) - set(PARTS)):
             raise UserError(f"frozen: there is no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
@@ -116,7 +116,7 @@ class ModelCost:
         yield "text", 2.0 * products, 4.0 * self._text_width * pairs
 
     def _window_pairs(self, frames: int, rows: int, columns: int) -> int:
-        """Visible pairs of a picture in windows: squares of their patches, fewer at its right and bottom.
+        """Visible pairs of a picture in windows, which are smaller at its right and bottom edges.
 
         A window of h x w patches has (h w)^2 pairs, so their sum is a product over the two sides.
         """
@@ -133,7 +133,7 @@ def _causal(length: int) -> int:
 
 @lru_cache
 def _cost_of(config_json: str) -> ModelCost:
-    """Count a model without weights; cached, since making one takes a third of a second."""
+    """Count a model without weights; cached, since building one takes a third of a second."""
     values = json.loads(config_json)
     model: Any = empty_model(CONFIG_MAPPING[values["model_type"]].from_dict(values), torch.float32)
     parameters = dict.fromkeys(("vision", "projector", "embeddings", "text_layers", "norms", "head"), 0)
@@ -167,7 +167,7 @@ def _cost_of(config_json: str) -> ModelCost:
 
 
 def cached_bytes(config, itemsize: int) -> int:
-    """Bytes of a token's keys and values in all text layers, with `itemsize` bytes an entry."""
+    """Bytes of a token's keys and values in all text layers, at `itemsize` bytes per entry."""
     text = config.get_text_config()
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * itemsize

@@ -1,14 +1,14 @@
-"""RMSNorm, SwiGLU and rotary positions of a Qwen-VL by liger-kernel's Triton kernels.
+"""Compute a Qwen-VL's RMSNorm, SwiGLU and rotary positions with liger-kernel's Triton kernels.
 
     rms_norm: x / sqrt(mean(x^2) + eps) * w      statistics in float32, as transformers computes them
     swiglu:   silu(gate) * up                    one pass instead of two, and silu(gate) is not kept
     rotary:   [a, b] -> [a cos - b sin, b cos + a sin]   rounded once; cos and sin come ready from the model
 
-Each reads its inputs once and writes its outputs once, where transformers takes three to eight passes.
+Each reads its inputs once and writes its outputs once; transformers takes three to eight passes.
 
 Only the modules of the given model change: each gets a `forward` of its own. transformers' classes and
 functions stay as they are. (liger-kernel's own patch replaces `apply_multimodal_rotary_pos_emb`, which
-transformers no longer calls since 5.17: rotary stays unfused there.)
+transformers has not called since 5.17, so it leaves rotary unfused.)
 
 The kernels work in place: rotary overwrites the outputs of the projections, which nothing else reads; the
 backward passes of swiglu and rms_norm overwrite saved gates and incoming gradients. So a graph allows one
@@ -37,13 +37,13 @@ Forward = Callable[..., Tensor]
 
 
 def fuse_layers(model: PreTrainedModel) -> tuple[str, ...]:
-    """Let liger-kernel compute the layers of this model that it knows.
+    """Let liger-kernel compute the layers of this model that it supports.
 
     Args:
         model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL in float32, bfloat16 or float16, for a GPU.
 
     Returns:
-        What it computes from now on, of "rms_norm", "rotary", "swiglu" and "vision_rotary".
+        The kinds of layers that it now computes, from "rms_norm", "rotary", "swiglu" and "vision_rotary".
     """
     forwards: dict[type[nn.Module], tuple[str, Forward | None]] = {
         cls: (name, FORWARDS.get(name) or _calling(cls, ROTARY[name]))
@@ -61,13 +61,13 @@ def fuse_layers(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _rms_norm(self, hidden_states: Tensor) -> Tensor:
-    # in place: only linear layers, or after norms of q and k the rotary embedding, read a norm's output, so
-    # nothing else uses its gradient; the norm keeps its input, so rotary may overwrite its output
+    # In place: a norm's output is read only by linear layers, or for q and k by the rotary embedding, so
+    # nothing else uses its gradient. The norm keeps its input, so rotary may overwrite its output.
     out = LigerRMSNormFunction.apply(
         hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", True, None
     )
     device = out.device.type
-    if torch.is_autocast_enabled(device):  # one cast, which each reader would make and keep
+    if torch.is_autocast_enabled(device):  # one cast; else each reader would make and keep one
         out = out.to(torch.get_autocast_dtype(device))
     return out
 
@@ -90,7 +90,7 @@ def _vision_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def _calling(attention: type[nn.Module], functions: dict[str, Callable]) -> Forward | None:
-    """The class's own forward with functions that it calls by name replaced; None if it calls no such."""
+    """The class's own forward with `functions` replaced by name; None if it does not call them all."""
     forward = attention.forward
     if not functions.keys() <= set(forward.__code__.co_names):
         return None
@@ -98,8 +98,8 @@ def _calling(attention: type[nn.Module], functions: dict[str, Callable]) -> Forw
     return FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
 
 
-# Exact classes by the part that liger-kernel computes. The vision towers of Qwen2-VL and Qwen3-VL have
-# LayerNorm and GELU, which stay.
+# Exact classes by the kind of layer that liger-kernel computes. The vision towers of Qwen2-VL and Qwen3-VL
+# have LayerNorm and GELU, which stay as they are.
 CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
     "rms_norm": (qwen2_5_vl.Qwen2_5_VLRMSNorm, qwen2_vl.Qwen2VLRMSNorm, qwen3_vl.Qwen3VLTextRMSNorm),
     "swiglu": (qwen2_5_vl.Qwen2MLP, qwen2_vl.Qwen2MLP, qwen3_vl.Qwen3VLTextMLP, qwen2_5_vl.Qwen2_5_VLMLP),

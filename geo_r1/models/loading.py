@@ -1,4 +1,4 @@
-"""From a checkpoint's folder, or its name at the hub, to a model on packed batches."""
+"""Load a checkpoint, from a folder or the hub, as a model on packed batches."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def load_model(
     """Load a checkpoint, its tokenizer and its image processor from a folder or by hub name.
 
     Args:
-        dtype: of the weights.
+        dtype: the weights' dtype.
         compute_dtype, liger: see `PackedVLM`.
-        device: where the model is going to run.
-        weights: False builds the model on the `meta` device, without any file of weights.
-        weights_on: where the weights are put for now; None: on `device`.
+        device: where the model will run.
+        weights: False builds the model on the `meta` device and reads no weight files.
+        weights_on: where to put the weights for now; None: on `device`.
 
     Raises:
         UserError: there is no such checkpoint, it is incomplete, or of an unsupported family.
@@ -47,7 +47,7 @@ def load_model(
             raise ValueError(f"it is a {config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
         model = _read(path, config, dtype) if weights else empty_model(config, dtype)
         if not weights:
-            with suppress(OSError):  # without that file both ways of making a model take the config's values
+            with suppress(OSError):  # without the file, both ways of building a model use the config's values
                 model.generation_config = GenerationConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if len(tokenizer) <= config.image_token_id:
@@ -64,7 +64,7 @@ def load_model(
 
 
 def _read(path: str | Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    # transformers fills weights it does not find with random ones, and makes up a tokenizer.
+    # transformers fills missing weights with random ones, and makes up a tokenizer.
     loaded: Any = MODEL_CLASSES[config.model_type].from_pretrained(
         path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )

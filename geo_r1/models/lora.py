@@ -1,9 +1,9 @@
 """Low-rank adapters on a Qwen-VL's frozen linear layers, by peft.
 
-    y = W x + (alpha / rank) B A dropout(x)      A [rank, in] drawn, B [out, rank] zero at first
+    y = W x + (alpha / rank) B A dropout(x)      A [rank, in] random, B [out, rank] zero at first
 
-The layers are replaced in place: the model keeps its class, and every other module its path. The language
-head and the embeddings never get an adapter: the losses take the head's own weight.
+The layers are replaced in place: the model keeps its class, and every other module keeps its path. The
+language head and the embeddings never get an adapter: the losses take the head's own weight.
 
 Source: LoRA, arXiv:2106.09685.
 """
@@ -43,8 +43,8 @@ def add_lora(
         model: a Qwen-VL without adapters. They take their layer's dtype and device, `meta` included.
         rank, alpha, dropout: see the formula above.
         targets: names of linear layers of the text model, such as "q_proj".
-        vision: adapters on all linear layers of the vision tower's blocks, too.
-        seed: of A, the same on every machine.
+        vision: adapt all linear layers of the vision tower's blocks, too.
+        seed: seed of A, which is the same on every machine.
 
     Raises:
         UserError: peft is not installed, or a target is no linear layer of the text layers.
@@ -77,20 +77,20 @@ def add_lora(
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """peft's layers of a model by their paths; none where it has no adapters."""
+    """peft's layers of a model by path; empty without adapters."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """A context in which the base model computes without its adapters.
+    """A context that computes with the base model, without its adapters.
 
-    It only sets a flag of each layer, so it works on sharded models, too.
+    It only sets a flag on each layer, so it works on sharded models, too.
     """
     layers = list(lora_layers(model).values())
     before = [layer._disable_adapters for layer in layers]
     try:
-        for layer in layers:  # peft's enable_adapters also freezes weights, and by then they are sharded
+        for layer in layers:  # peft's enable_adapters would also freeze weights, sharded by then
             layer._disable_adapters = True
         yield
     finally:
@@ -100,20 +100,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_state(tensors: Iterable[tuple[str, Tensor]], alpha: float) -> Iterator[tuple[str, Tensor]]:
-    """The state of a plain model from that of a model with adapters, one tensor after the other.
+    """Turn the state of a model with adapters into a plain model's, one tensor at a time.
 
     Args:
-        tensors: names and whole tensors, in any order; in the order of a state dict few are held at a time.
+        tensors: names and whole tensors, in any order; in a state dict's order few are held at a time.
         alpha: as given to `add_lora`.
 
     Yields:
-        Names and tensors as they were before `add_lora`, the adapters added to the weights.
+        Names and tensors as before `add_lora`, with the adapters added to the weights.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
         end = next((end for end in (f"{BASE}weight", DOWN, UP) if name.endswith(end)), None)
         if end is None:
-            yield name.replace(BASE, "."), tensor  # a bias, or of another layer
+            yield name.replace(BASE, "."), tensor  # a bias, or another layer's tensor
             continue
         path = name.removesuffix(end)
         part = parts.setdefault(path, {})

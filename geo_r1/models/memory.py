@@ -1,4 +1,4 @@
-"""Memory of a forward pass: what selective checkpointing keeps for backward, and tensors in host memory."""
+"""Save memory of a forward pass: by selective checkpointing, or by keeping saved tensors on the host."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PRODUCTS = ("aten::mm", "aten::addmm")
 
 
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Keep the attention's output, and of the products after it every second: the first, the third, ...
+    """Keep the attention's output and every second product after it: the first, the third, ...
 
-    In a text layer of Qwen these are `o_proj` and `up_proj`. The products before the attention are small, and
-    liger-kernel's rotary embedding overwrites their outputs, so they cannot be kept. Nor can those of
+    In a text layer of Qwen these products are `o_proj` and `up_proj`. Those before the attention are small,
+    and liger-kernel's rotary embedding overwrites their outputs, so they cannot be kept. Nor can those of
     compiled layers, whose memory is reused: `aten::mm.out`.
     """
     counted: dict[bool, int] = {}  # older torch asks again during recomputation
@@ -48,14 +48,14 @@ class HostMemory:
 
     Attributes:
         smallest: bytes.
-        num_packed, num_unpacked: tensors that have gone to the host and come back.
+        num_packed, num_unpacked: number of tensors moved to the host, and back.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.smallest = 1 << 20
         self.num_packed = self.num_unpacked = 0
         self._entered: nn.Module | None = None
-        # A sharded layer has its whole weights only while it runs: they are looked up in the running module.
+        # A sharded layer has its whole weights only while it runs, so they are looked up then.
         self._handles = [
             module.register_forward_pre_hook(self._enter)
             for module in model.modules()
@@ -63,12 +63,12 @@ class HostMemory:
         ]
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
     def saving(self) -> saved_tensors_hooks:
-        """A context in which tensors that are saved for backward go to the host."""
+        """A context that moves tensors saved for backward to the host."""
         self._entered = None
         return saved_tensors_hooks(self._pack, self._unpack)
 
@@ -81,7 +81,7 @@ class HostMemory:
             return tensor
         self.num_packed += 1
         on_gpu = tensor.device.type == "cuda"
-        # Only its own elements: it may be a view of a larger tensor.
+        # Copy only its own elements: it may be a view of a larger tensor.
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
         host.copy_(tensor, non_blocking=on_gpu)
         return tensor.device, host
@@ -94,9 +94,9 @@ class HostMemory:
         return host.to(device, non_blocking=True)
 
     def _is_weight(self, tensor: Tensor) -> bool:
-        """A saved weight comes detached and often transposed: it is recognised by its memory.
+        """Recognise a weight by its memory, since a saved one comes detached and often transposed.
 
-        Autocast's copy of it is recognised by its shape; an activation of the same shape stays, too.
+        Autocast's copy is recognised by its shape, so an activation of the same shape also stays.
         """
         if self._entered is None:
             return False

@@ -1,4 +1,4 @@
-"""From encoded prompts and their completions to one packed batch."""
+"""Pack encoded prompts and their completions into one batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from geo_r1.kernels import PackedLayout
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the model takes it; its pictures travel with it, so they cannot reach another prompt.
+    """A prompt as the model takes it; it holds its pictures, so they cannot reach another prompt.
 
     Attributes:
         sample_id: names the sample in errors.
-        token_ids: P token ids; each picture stands as a run of image tokens.
+        token_ids: P token ids; each picture is a run of image tokens.
         position_ids: [3, P] int64, rotary positions on the time, height and width axes.
         image_rows: indices of the image tokens among the P.
         pixel_values: [patches, patch size] float32, all pictures in order; None without pictures.
-        image_grids: (frames, rows, columns) in patches, one a picture.
+        image_grids: (frames, rows, columns) in patches, one per picture.
         pictures: [height, width, 3] uint8 each, at the size that was encoded, for a sampler that encodes them
-            itself; empty where nobody asked for them.
+            itself; empty unless asked for.
     """
 
     sample_id: str
@@ -38,11 +38,11 @@ class EncodedPrompt:
 
     @property
     def short_token_ids(self) -> list[int]:
-        """The tokens with one image token a picture: as the chat template writes it."""
+        """The tokens with one image token per picture, as the chat template writes them."""
         num_patches = sum(frames * rows * columns for frames, rows, columns in self.image_grids)
         left_out: set[int] = set()
         start = 0
-        for frames, rows, columns in self.image_grids:  # as many tokens an area for every picture
+        for frames, rows, columns in self.image_grids:  # every picture has as many tokens per patch
             end = start + frames * rows * columns * len(self.image_rows) // num_patches
             left_out.update(self.image_rows[start + 1 : end])
             start = end
@@ -54,7 +54,7 @@ class EncodedPrompt:
         return int(self.position_ids.max()) + 1 if self.token_ids else 0
 
     def check_budget(self, completion_len: int, max_tokens: int, option: str) -> None:
-        """Raise UserError, with the sample's name, if this and one completion exceed an option's tokens."""
+        """Raise UserError, naming sample and option, if this and one completion exceed `max_tokens`."""
         if len(self.token_ids) + completion_len > max_tokens:
             raise UserError(
                 f"sample {self.sample_id}: a prompt of {len(self.token_ids)} tokens and {completion_len} "
@@ -74,12 +74,12 @@ class PackedBatch:
         position_ids: [3, T] int64.
         image_rows: [I] int64, rows of the image tokens, in the order of the encoded pictures.
         pixel_values: [patches, patch size] of all prompts' pictures; None if there are none.
-        image_grids: (frames, rows, columns) in patches, one a picture.
-        completion_len: tokens of each completion, N of them.
+        image_grids: (frames, rows, columns) in patches, one per picture.
+        completion_len: length of each of the N completions.
         target_R: [R] int64, the completion tokens, in order.
         token_weight_R: [R] weight of each token in the loss; 0 for a placeholder.
         advantage_R: [R] float32, no unit.
-        sequence_R: [R] int64, number of the row's completion in this batch.
+        sequence_R: [R] int64, index of the row's completion in this batch.
         sampled_logp_R: [R] nats, of the distribution that each token was drawn from.
         ref_logp_R, old_logp_R: [R] nats, of the reference and of the policy before the step's updates.
         importance_weight_R: [R] policy over sampler.
@@ -102,7 +102,7 @@ class PackedBatch:
     importance_weight_R: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every field as a tensor on the host, by name; what is None is left out."""
+        """All fields that are not None, by name, as tensors on the host."""
         lengths = {"prompt_len": self.layout.prompt_len, "completion_len": self.completion_len}
         values = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         found = {
@@ -158,7 +158,7 @@ def pack(
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Bring to a device; from the host to a GPU through pinned memory, so that nothing waits for the copy."""
+    """Move a tensor to a device, from host to GPU through pinned memory, so that nothing waits for it."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

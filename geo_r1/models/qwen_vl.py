@@ -33,11 +33,11 @@ MODEL_CLASSES = {
 LIGER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PARTS = ("vision", "projector", "text")  # in the order of the forward pass
-VISION = "model.visual."  # how names of weights of the vision tower and its projector begin
+VISION = "model.visual."  # prefix of the weights of the vision tower and its projector
 
 
 def part_of(name: str) -> str:
-    """The part, of PARTS, of a weight or a module."""
+    """The part, one of PARTS, that a weight or module belongs to."""
     if not name.startswith(VISION):
         return "text"
     merges = name.startswith((f"{VISION}merger.", f"{VISION}deepstack_merger_list."))
@@ -45,22 +45,22 @@ def part_of(name: str) -> str:
 
 
 class PackedVLM:
-    """A transformers model and the two ways through it: a packed batch, or rows with your own attention.
+    """A transformers model, run on a packed batch, or on rows with your own attention.
 
     Args:
         model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL with its language head; may be on the `meta` device. Its
             attention is replaced by the packed one.
-        compute_dtype: of the layers (autocast); None computes in the weights' own dtype.
-        liger: let liger-kernel compute the layers that it knows, if it is installed and the model runs on a
-            GPU.
-        device: where the model is going to run; None: where its weights are.
+        compute_dtype: dtype of the layers (autocast); None: the weights' own.
+        liger: let liger-kernel compute the layers that it supports, if it is installed and the model runs on
+            a GPU.
+        device: where the model will run; None: where its weights are.
 
     Attributes:
         fused_layers: the layers that liger-kernel computes, such as "rms_norm".
-        unfused: why it computes none; "" where it computes some.
+        unfused: why it computes none; "" if it computes some.
 
     Raises:
-        UserError: the model is of another family.
+        UserError: the model belongs to another family.
     """
 
     def __init__(
@@ -100,18 +100,18 @@ class PackedVLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs, or is going to."""
+        """The device that the model runs on, or will run on."""
         now = self.model.device
         return now if self._runs_on is None or self._runs_on.type == now.type else self._runs_on
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Text layers and vision blocks; each is recomputed, compiled and sharded as one."""
+        """Text layers and vision blocks; each is recomputed, compiled and sharded as a unit."""
         return [*self.model.model.language_model.layers, *self.model.model.visual.blocks]
 
     @property
     def lm_head(self) -> Tensor:
-        """[V, C] the language head's own weight, in the weights' dtype, which the `linear_*` ops take."""
+        """[V, C] the language head's own weight, in the weights' dtype, for the `linear_*` ops."""
         return self.model.lm_head.weight
 
     @property
@@ -123,7 +123,7 @@ class PackedVLM:
 
     @property
     def end_token_ids(self) -> list[int]:
-        """Tokens that end a completion, as the checkpoint's generation config names them."""
+        """Tokens that end a completion, from the checkpoint's generation config."""
         ends = self.model.generation_config.eos_token_id
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
@@ -162,7 +162,7 @@ class PackedVLM:
         image_rows: Tensor | None = None,
         deepstack: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Embeddings through the text layers.
+        """Run embeddings through the text layers.
 
         Args:
             embedded: [T, C].
@@ -187,7 +187,7 @@ class PackedVLM:
         return outputs.last_hidden_state[0].to(self.compute_dtype)
 
     def autocast(self) -> torch.autocast:
-        """A context of computing in `compute_dtype`; the methods enter it themselves."""
+        """A context that computes in `compute_dtype`; the methods enter it themselves."""
         return torch.autocast(
             self.device.type, self.compute_dtype, enabled=self.compute_dtype != self.model.dtype
         )
@@ -199,7 +199,7 @@ class PackedVLM:
 
         Args:
             pixel_values: [patches, patch size].
-            grids: (frames, rows, columns) in patches, one a picture.
+            grids: (frames, rows, columns) in patches, one per picture.
 
         Returns:
             [merged patches, C], and features of that shape from inside the tower for the first text layers
@@ -207,7 +207,7 @@ class PackedVLM:
         """
         visual = self.model.model.visual
         inputs = tower_inputs(visual, grids, pixel_values.device)
-        # A frozen tower keeps nothing, even if hooks ask for gradients of the patches.
+        # A frozen tower keeps nothing for backward, even if hooks ask for gradients of the patches.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
         with self.autocast(), torch.set_grad_enabled(trained):
             outputs = visual(pixel_values.to(visual.dtype), **inputs)
@@ -217,7 +217,7 @@ class PackedVLM:
         """Train every weight but those of `parts`.
 
         Args:
-            parts: of "vision" (the tower without its projector), "projector" (the merger of patches, with
+            parts: from "vision" (the tower without its projector), "projector" (the merger of patches, with
                 Qwen3-VL's deepstack mergers) and "text" (the layers, embeddings and head).
 
         Raises:
@@ -237,8 +237,8 @@ class PackedVLM:
         and memory options are left out.
 
         Args:
-            dtype: of the weights; None: as here.
-            device: where it is going to run; None: where this one does.
+            dtype: dtype of the weights; None: this model's.
+            device: where it will run; None: this model's device.
         """
         model = empty_like(self.model, dtype or self.model.dtype)
         return PackedVLM(model, self.compute_dtype, self.liger, device or self.device)
@@ -248,8 +248,8 @@ class PackedVLM:
 
         Args:
             kind: "none"; "full" keeps only the input of each layer and vision block; "selective" also the
-                output of its attention and every second product after it (of compiled layers, only the
-                attention's).
+                output of its attention and every second product after it (in compiled layers, only the
+                attention's output).
 
         Raises:
             UserError: there is no such kind.
@@ -266,12 +266,12 @@ class PackedVLM:
         self.model.disable_input_require_grads()
 
     def offload_activations(self, on: bool) -> HostMemory | None:
-        """Keep what `hidden_states` and `loss_rows` save for backward in host memory, or no longer.
+        """Move tensors that `hidden_states` and `loss_rows` save for backward to the host, or stop doing so.
 
-        Call it before sharding. With checkpointing only the inputs of the layers are saved.
+        Call it before sharding. With checkpointing, only the inputs of the layers are saved.
 
         Returns:
-            The host memory, with its smallest size and its counts; None for off.
+            The host memory, with its size limit and its counts; None if off.
 
         Raises:
             UserError: the layers are compiled without checkpointing.
@@ -286,7 +286,7 @@ class PackedVLM:
         """Compile each text layer and vision block, once for all lengths. Call it before sharding.
 
         Args:
-            backend: of torch.compile. Attention stays outside its graphs: a layer becomes two of them.
+            backend: torch.compile's. Attention stays outside its graphs, so a layer becomes two graphs.
 
         Raises:
             UserError: activations are offloaded without checkpointing.

@@ -9,15 +9,15 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of a config, with tied embeddings tied, in evaluation mode as after loading."""
+    """Build a config's model, with tied embeddings tied, in evaluation mode as after loading."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
 
 def empty_like(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of another's config, with buffers of the other's dtypes and its generation config.
+    """Build a model like another, with the other's buffer dtypes and generation config.
 
-    Made from the config, not from the modules: those may hold shards or adapters by now.
+    It is built from the config, since the modules may hold shards or adapters by now.
     """
     empty = empty_model(type(model.config).from_dict(model.config.to_dict()), dtype)
     buffers = dict(model.named_buffers())

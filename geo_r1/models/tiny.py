@@ -52,10 +52,10 @@ def build_tiny(
     """Build a small random Qwen2.5-VL, with windowed and whole-picture vision layers and tied embeddings.
 
     Args:
-        texts: the tokenizer is trained on them.
-        seed: of the weights.
-        hidden_size: of the text layers; four heads share two key/value heads.
-        num_layers: text layers.
+        texts: train the tokenizer.
+        seed: seed of the weights.
+        hidden_size: width of the text layers; four heads share two key/value heads.
+        num_layers: number of text layers.
         weights: False builds the model on the `meta` device.
     """
     tokenizer = train_tokenizer(texts)

@@ -1,4 +1,4 @@
-"""The arguments of a vision tower besides pixels, made on the host, so that nothing waits for the device."""
+"""Make a vision tower's arguments besides pixels on the host, so that nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from geo_r1.models.packed import to_device
 
 
 class TowerLayouts:
-    """The layout of attention for each boundary tensor that a layer of the tower may get.
+    """The attention layout for each boundary tensor that a layer of the tower may get.
 
-    An object hides it from compiled layers, which look into lists and are recompiled when these change.
+    It is an object, not a list: compiled layers look into lists and recompile when these change.
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, PackedLayout]]) -> None:
@@ -32,12 +32,12 @@ def tower_inputs(visual: Any, grids: Sequence[tuple[int, int, int]], device: tor
 
     Args:
         visual: the tower, of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-        grids: (frames, rows, columns) in patches, one a picture.
-        device: of the pixels.
+        grids: (frames, rows, columns) in patches, one per picture.
+        device: the pixels' device.
 
     Returns:
-        Indices that the tower would make itself, on the device, and `vision_layouts` for the boundaries of
-        pictures, and of windows where it has them.
+        The indices that the tower would make itself, on the device, and `vision_layouts` for the boundaries
+        of pictures, and of windows if it has them.
     """
     config = visual.config
     grid = torch.tensor(grids)
