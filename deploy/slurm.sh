@@ -1,7 +1,7 @@
 #!/bin/bash
 # Two nodes of eight GPUs: sbatch deploy/slurm.sh [RECIPE] [--section.key VALUE ...]
 # Slurm starts the ranks, so that its signals reach them: ten minutes before the limit every rank writes a
-# checkpoint and the job is put back into the queue. Not measured: this script was not run.
+# checkpoint and the job is put back into the queue. Not measured: we have not run this script.
 #SBATCH --job-name=geo_r1
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -21,5 +21,5 @@ srun --kill-on-bad-exit=1 bash -c '
     export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
     exec python -m geo_r1.train "$@"' rank "${@:-geo_r1_7b}" --run.dir "$run_dir"
 
-# The exit code is 0 after a stop, too; a run that is done has a report.
+# The exit code is 0 after a stop, too; only a finished run has a report.
 test -e "$run_dir/report.html" || scontrol requeue "$SLURM_JOB_ID"

@@ -2,8 +2,8 @@
 
     python examples/own_data.py FOLDER
 
-One sample a row of JSONL. `<image>` in the prompt stands for the pictures, in order; their paths start at the
-file's folder.
+Each row of JSONL is a sample. Each `<image>` in the prompt stands for one picture, in order; paths start at
+the file's folder.
 """
 
 import json

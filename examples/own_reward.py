@@ -2,8 +2,8 @@
 
     python examples/own_reward.py FOLDER
 
-It has TRL's signature: completions first, then every column of the data by name, one number for each
-completion; None leaves a completion without a score.
+It has TRL's signature: completions first, then every column of the data by name. It returns one number
+for each completion; None leaves a completion without a score.
 """
 
 import json
