@@ -209,7 +209,7 @@ def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 BENCHMARK = Benchmark(
     name="geochain",
-    help="GeoChain: 21 questions on a street photo, visible objects to coordinates; accuracy by question",
+    help="GeoChain: 21 questions on a street photo, from objects to coordinates; accuracy by question",
     configure=_configure,
     questions=_questions,
     score=score,
