@@ -37,7 +37,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from geo_r1.files import write_text, written_beside
 from geo_r1.train.recipe.load import dump_recipe, first_difference, load_recipe
-from geo_r1.train.recipe.sections import STAGES, Recipe, Section, Stage
+from geo_r1.train.recipe.run_sections import STAGES, Section, Stage
+from geo_r1.train.recipe.sections import Recipe
 from geo_r1.train.report.plots import PALETTE
 
 TRAINER = "geo_r1.train"

@@ -19,7 +19,8 @@ from geo_r1.train.parallel.lifeline import Lifeline
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.parallel.strategy import shard_model, strategy_of
-from geo_r1.train.recipe.sections import GRPOConfig, ParallelConfig, Recipe, SFTConfig
+from geo_r1.train.recipe.run_sections import ParallelConfig
+from geo_r1.train.recipe.sections import GRPOConfig, Recipe, SFTConfig
 
 TINY = "tiny"
 TEACHER = {"response", "careless", "slip", "curriculum_start", "curriculum_samples"}  # not the world's

@@ -4,7 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from geo_r1.train.recipe.load import dump_recipe, load_recipe
-from geo_r1.train.recipe.sections import EvalConfig, GRPOConfig, OptimConfig, Recipe
+from geo_r1.train.recipe.run_sections import EvalConfig
+from geo_r1.train.recipe.sections import GRPOConfig, OptimConfig, Recipe
 
 
 @pytest.fixture

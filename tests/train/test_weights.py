@@ -15,7 +15,8 @@ from geo_r1.train.parallel.lifeline import Lifeline
 from geo_r1.train.parallel.micro_batches import Work, share_out
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.parallel.strategy import shard_model
-from geo_r1.train.recipe.sections import GRPOConfig, ParallelConfig
+from geo_r1.train.recipe.run_sections import ParallelConfig
+from geo_r1.train.recipe.sections import GRPOConfig
 from geo_r1.train.stages.grpo import Group, _advantages, _logp, _update, _weights, _work
 
 context = SimpleNamespace(

@@ -26,7 +26,7 @@ from geo_r1.models import PackedVLM
 from geo_r1.train.parallel.place import hand_out
 from geo_r1.train.parallel.policy import Function, Policy, Runner
 from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.recipe.sections import ParallelConfig
+from geo_r1.train.recipe.run_sections import ParallelConfig
 
 # What the recipe, not a JSON of the user's, decides.
 OURS = (

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from geo_r1.files import write_text
-from geo_r1.train.recipe.sections import LogConfig
+from geo_r1.train.recipe.run_sections import LogConfig
 
 SECONDS_BETWEEN_LINES = 15.0  # where the output is no terminal
 
