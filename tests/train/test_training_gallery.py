@@ -21,7 +21,7 @@ from geo_r1.train.report.gallery import (
 from geo_r1.train.report.page import write_report
 from geo_r1.train.report.transcripts import Transcript, write_transcripts
 
-HEADING = "<h2>RolloutQueue in training</h2>"
+HEADING = "<h2>Rollouts in training</h2>"
 
 
 def png(image):

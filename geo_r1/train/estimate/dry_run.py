@@ -170,7 +170,7 @@ def _teraflop(
     update = mean(backward=True, frozen=() if recipe.lora.rank else options.freeze)
     if not isinstance(options, GRPOConfig):
         return {"update": update}
-    passes = bool(options.loss.beta)
+    passes = int(bool(options.loss.beta))
     passes += options.num_iterations > 1 or recipe.rollout.importance_sampling != "none"
     again = {"reference": passes * mean()} if passes else {}
     return {"rollout": mean(), **again, "update": options.num_iterations * update}

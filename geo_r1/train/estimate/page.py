@@ -19,15 +19,20 @@ PAGE = ROOT / "docs" / "training.md"
 TEXT = PAGE.with_name("training.md.in")  # with a line for each table
 GPUS = (1, 8, 16)
 # Source: each model's public config.json; other values are 7B's, transformers' defaults.
-NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-NAMES += ("intermediate_size", "vocab_size")
+NAMES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
 MODELS = {
     "3B": (2048, 36, 16, 2, 11008, 151936),
     "7B": (3584, 28, 28, 4, 18944, 152064),
     "32B": (5120, 64, 40, 8, 27648, 152064),
     "72B": (8192, 80, 64, 8, 29568, 152064),
 }
-VISION = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 14, "window_size": 112}
+VISION: dict[str, Any] = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "num_heads": 16,
+    "patch_size": 14,
+    "window_size": 112,
+}
 VISION |= {"fullatt_block_indexes": [7, 15, 23, 31]}
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": {"strategy": "ddp"}},
@@ -57,7 +62,7 @@ def training_page() -> str:
 
 def model_config(name: str) -> Qwen2_5_VLConfig:
     """The config of a Qwen2.5-VL by its size, as far as weights and memory depend on it."""
-    text = dict(zip(NAMES, MODELS[name], strict=True))
+    text = dict(zip(NAMES.split(), MODELS[name], strict=True))
     inner = 3420 if name in ("3B", "7B") else 3456
     vision = VISION | {"intermediate_size": inner, "out_hidden_size": text["hidden_size"]}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=name == "3B")

@@ -42,12 +42,7 @@ def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
         source.root_parser.print_help()
         raise SystemExit(0)
     path = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else _default_recipe()
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid TOML: {error}") from error
+    values = read_toml(path, "recipe ")
     known = _keys(Recipe)
     for option in arguments:
         key = option.removeprefix("--").split("=")[0]
@@ -62,6 +57,16 @@ def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
         return Recipe(**_merge(values, overrides))
     except ValidationError as error:
         raise UserError(_explain(error, path, known)) from error
+
+
+def read_toml(path: Path, kind: str = "") -> dict[str, Any]:
+    """The tables of a TOML file; a UserError names the file, after its kind, if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{kind}{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{kind}{path} is not valid TOML: {error}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

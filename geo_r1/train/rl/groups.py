@@ -15,7 +15,7 @@ from geo_r1.train.context import RunContext
 from geo_r1.train.parallel.micro_batches import StepBatches
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.sections import GRPOConfig
-from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.log import Phases
 from geo_r1.train.report.transcripts import Transcript
 from geo_r1.train.rl.rollout_queue import Draw, RolloutQueue
 from geo_r1.train.rl.scoring import load_rewards

@@ -24,7 +24,7 @@ from geo_r1.models.lora import DOWN, UP
 from geo_r1.rollout import Completion, SamplingConfig
 from geo_r1.rollout.engine import EngineLost, RolloutEngine, WeightsLost
 from geo_r1.train.parallel.policy import Policy
-from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.log import Phases
 from geo_r1.train.updater import Progress
 
 RELOADS = 5  # in a row, of a server that loses its weights again and again

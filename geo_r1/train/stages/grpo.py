@@ -25,7 +25,7 @@ from geo_r1.train.context import RunContext
 from geo_r1.train.parallel.micro_batches import MicroBatch, StepBatches, Work, share_out
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe
-from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.log import Phases
 from geo_r1.train.report.transcripts import write_transcripts
 from geo_r1.train.rl.groups import (
     Group,
