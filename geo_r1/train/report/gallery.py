@@ -9,13 +9,12 @@ many more there are, and where.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geo_r1.data.sample import IMAGE_MARKER
 from geo_r1.eval.benchmark import is_finite
-from geo_r1.train.report.embedded import Picture, embedded, split_completion
+from geo_r1.train.report.embedded import embedded, split_completion
 from geo_r1.train.report.transcripts import PART, read_transcripts, transcript_files
 
 # With as many photographs and as long texts as these allow, the page has 7 MB.
@@ -28,51 +27,10 @@ NUM_CHARACTERS = 8_000  # per text; the middle of a longer one is left out
 LABEL_CHARACTERS = 24  # longer text before a picture is not its name
 
 
-@dataclass(frozen=True)
-class Spoken:
-    """A completion. `rank` is "best", "worst" or ""; `figures` are rewards by function and the advantage."""
-
-    name: str
-    rank: str
-    reward: float | None
-    figures: dict[str, float]
-    length: int  # in tokens
-    ended: bool
-    parts: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt with its best and worst completion and some others, and how much is left out."""
-
-    id: str
-    position: int
-    text: str
-    answer: str | None
-    pictures: list[Picture]
-    pictures_left_out: int
-    extremes: list[Spoken]
-    others: list[Spoken]
-    left_out: int
-
-
-@dataclass(frozen=True)
-class Step:
-    stage: str
-    step: int
-    prompts: list[Prompt]
-    left_out: int
-    file: str
-
-
-@dataclass(frozen=True)
-class TrainingGallery:
-    steps: list[Step]
-    left_out: int
-
-
-def read_training_gallery(run_dir: Path) -> TrainingGallery | None:
+def read_training_gallery(run_dir: Path) -> dict[str, Any] | None:
     """The part of a run's rollouts that the page shows, the newest step last; None if none were recorded.
+
+    The keys are those of the template; `left_out` counts steps, prompts or completions that are not shown.
 
     Raises:
         UserError: a file is broken; names it.
@@ -86,12 +44,20 @@ def read_training_gallery(run_dir: Path) -> TrainingGallery | None:
     steps = []
     for stage, step, path in chosen:
         prompts, count = read_transcripts(path, NUM_PROMPTS)
-        shown = [_prompt(rows) for rows in prompts]
-        steps.append(Step(stage, step, shown, count - len(shown), path.relative_to(run_dir).as_posix()))
-    return TrainingGallery(steps, len(files) - len(chosen))
+        steps.append(
+            {
+                "stage": stage,
+                "step": step,
+                "prompts": [_prompt(rows) for rows in prompts],
+                "left_out": count - len(prompts),
+                "file": path.relative_to(run_dir).as_posix(),
+            }
+        )
+    return {"steps": steps, "left_out": len(files) - len(chosen)}
 
 
-def _prompt(rows: list[dict[str, Any]]) -> Prompt:
+def _prompt(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A prompt with its best and worst completion and some others."""
     first = rows[0]
     # best first; rows without a reward last, else in order
     scored = sorted((row for row in rows if is_finite(row["reward"])), key=lambda row: -row["reward"])
@@ -107,32 +73,33 @@ def _prompt(rows: list[dict[str, Any]]) -> Prompt:
         embedded(image["bytes"] or b"", label, largest=PICTURE_PIXELS)
         for image, label in zip(first["images"][:NUM_PICTURES], labels, strict=False)
     ]
-    return Prompt(
-        first["sample_id"],
-        first["position"],
-        _cut(first["prompt"]),
-        None if first["answer"] is None else _cut(first["answer"]),
-        pictures,
-        len(labels) - len(pictures),
-        extremes,
-        others,
-        len(rest) - len(others),
-    )
+    return {
+        "id": first["sample_id"],
+        "position": first["position"],
+        "text": _cut(first["prompt"]),
+        "answer": None if first["answer"] is None else _cut(first["answer"]),
+        "pictures": pictures,
+        "pictures_left_out": len(labels) - len(pictures),
+        "extremes": extremes,
+        "others": others,
+        "left_out": len(rest) - len(others),
+    }
 
 
-def _spoken(row: dict[str, Any], rank: str = "") -> Spoken:
+def _spoken(row: dict[str, Any], rank: str = "") -> dict[str, Any]:
+    """A completion that is the "best", the "worst" or neither, with its rewards by function."""
     number = f"completion {row['completion'] + 1}"
     figures = {name.removeprefix(PART): row[name] for name in row if name.startswith(PART)}
     figures["advantage"] = row["advantage"]
-    return Spoken(
-        f"{rank}: {number}" if rank else number,
-        rank,
-        row["reward"] if is_finite(row["reward"]) else None,
-        {name: value for name, value in figures.items() if is_finite(value)},
-        row["num_tokens"],
-        row["ended"],
-        split_completion(_cut(row["text"])),
-    )
+    return {
+        "name": f"{rank}: {number}" if rank else number,
+        "rank": rank,
+        "reward": row["reward"] if is_finite(row["reward"]) else None,
+        "figures": {name: value for name, value in figures.items() if is_finite(value)},
+        "length": row["num_tokens"],
+        "ended": row["ended"],
+        "parts": split_completion(_cut(row["text"])),
+    }
 
 
 def _labels(prompt: str, count: int) -> list[str]:

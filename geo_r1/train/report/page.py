@@ -12,7 +12,6 @@ head forbids everything but inline style and inline pictures.
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +21,12 @@ from matplotlib.figure import Figure
 from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import is_finite
 from geo_r1.files import written_beside
-from geo_r1.train.report.embedded import Picture, data_uri, embedded, split_completion
+from geo_r1.train.report.embedded import data_uri, embedded, split_completion
 from geo_r1.train.report.gallery import read_training_gallery
 from geo_r1.train.report.plots import Metrics, draw_plots
 
 STAGE_ORDER = ("base", "pretrain", "sft", "grpo")
 GALLERY_FIELDS = ("id", "images", "labels", "answer", "correct", "completion")
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """The answer of one row (base, sft, grpo) to a sample."""
-
-    row: str
-    prediction: str | None
-    correct: bool
-    parts: list[tuple[str, str]]
-    rewards: dict[str, float]
-    length: int | None
-
-
-@dataclass(frozen=True)
-class Sample:
-    id: str
-    city: str
-    answer: str
-    panorama: Picture | None
-    candidates: list[Picture]
-    attempts: list[Attempt] = field(default_factory=list)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -114,12 +91,12 @@ def read_metrics(path: Path) -> Metrics:
     return dict(sorted(metrics.items(), key=lambda item: _rank(item[0], STAGE_ORDER)))
 
 
-def read_gallery(run_dir: Path, *, order: list[str]) -> list[Sample]:
-    """Join `eval/<row>/gallery.jsonl` of all rows: a sample's pictures once, one attempt a row.
+def read_gallery(run_dir: Path, *, order: list[str]) -> list[dict[str, Any]]:
+    """Join `eval/<row>/gallery.jsonl` of all rows: samples with their pictures, and an attempt per row.
 
     `order` names the rows from first to last; others follow by name. Raises UserError as `write_report`.
     """
-    samples: dict[str, Sample] = {}
+    samples: dict[str, dict[str, Any]] = {}
     galleries = (run_dir / "eval").glob("*/gallery.jsonl")
     for path in sorted(galleries, key=lambda path: _rank(path.parent.name, order)):
         for number, record in _read_lines(path):
@@ -132,9 +109,15 @@ def read_gallery(run_dir: Path, *, order: list[str]) -> list[Sample]:
             if (name := record["id"]) not in samples:
                 files = zip(record["images"], record["labels"], strict=True)
                 pictures = [embedded(run_dir / file, label) for file, label in files]
-                first = pictures[0] if pictures else None
-                samples[name] = Sample(name, record.get("city") or "", record["answer"], first, pictures[1:])
-            samples[name].attempts.append(_attempt(path.parent.name, record))
+                samples[name] = {
+                    "id": name,
+                    "city": record.get("city") or "",
+                    "answer": record["answer"],
+                    "panorama": pictures[0] if pictures else None,
+                    "candidates": pictures[1:],
+                    "attempts": [],
+                }
+            samples[name]["attempts"].append(_attempt(path.parent.name, record))
     return list(samples.values())
 
 
@@ -150,10 +133,17 @@ def _save_plots(figures: dict[str, Figure], folder: Path) -> list[tuple[str, str
     return plots
 
 
-def _attempt(row: str, record: dict[str, Any]) -> Attempt:
-    rewards = {name: value for name, value in (record.get("rewards") or {}).items() if is_finite(value)}
-    parts, length = split_completion(record["completion"]), record.get("completion_length")
-    return Attempt(row, record.get("prediction"), bool(record["correct"]), parts, rewards, length)
+def _attempt(row: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The answer of one row (base, sft, grpo) to a sample."""
+    rewards = record.get("rewards") or {}
+    return {
+        "row": row,
+        "prediction": record.get("prediction"),
+        "correct": bool(record["correct"]),
+        "parts": split_completion(record["completion"]),
+        "rewards": {name: value for name, value in rewards.items() if is_finite(value)},
+        "length": record.get("completion_length"),
+    }
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
