@@ -30,21 +30,24 @@ def say(message: object) -> None:
     print(f"geo_r1: {one_line(message)}", file=sys.stderr, flush=True)
 
 
-def exit_code_of(command: Callable[[], None], interrupted: str = "interrupted") -> int:
+def exit_code_of(
+    command: Callable[[], None], interrupted: str = "interrupted", tell: Callable[[object], None] = say
+) -> int:
     """Run a command and return its exit code; defects pass through.
 
     Args:
         interrupted: what to say after Ctrl-C.
+        tell: prints the one line.
     """
     try:
         command()
     except UserError as error:
-        say(error)
+        tell(error)
         return MISTAKE
     except OutageError as error:
-        say(error)
+        tell(error)
         return OUTAGE
     except KeyboardInterrupt:
-        say(interrupted)
+        tell(interrupted)
         return INTERRUPTED
     return 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from geo_r1.errors import UserError
 from geo_r1.kernels import PackedLayout
 
 
@@ -53,17 +54,19 @@ class EncodedPrompt:
         return int(self.position_ids.max()) + 1 if self.token_ids else 0
 
     def check_budget(self, completion_len: int, max_tokens: int, option: str) -> None:
-        """Raise ValueError, with the sample's name, if this and one completion exceed an option's tokens."""
+        """Raise UserError, with the sample's name, if this and one completion exceed an option's tokens."""
         if len(self.token_ids) + completion_len > max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"sample {self.sample_id}: a prompt of {len(self.token_ids)} tokens and {completion_len} "
                 f"more are over {option} = {max_tokens}"
             )
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedBatch:
-    """One row of T tokens: each group's prompt once, then its completions. See `PackedLayout`.
+    """Groups in one row of T tokens, each prompt once before its completions, and the R rows of the loss.
+
+    A loss row belongs to one completion token. See `PackedLayout` for the order.
 
     Attributes:
         layout: boundaries of prompts and completions.
@@ -72,8 +75,14 @@ class PackedBatch:
         image_rows: [I] int64, rows of the image tokens, in the order of the encoded pictures.
         pixel_values: [patches, patch size] of all prompts' pictures; None if there are none.
         image_grids: (frames, rows, columns) in patches, one a picture.
-        target: [R] int64, the completion tokens, in order.
         completion_len: tokens of each completion, N of them.
+        target_R: [R] int64, the completion tokens, in order.
+        token_weight_R: [R] weight of each token in the loss; 0 for a placeholder.
+        advantage_R: [R] float32, no unit.
+        sequence_R: [R] int64, number of the row's completion in this batch.
+        sampled_logp_R: [R] nats, of the distribution that each token was drawn from.
+        ref_logp_R, old_logp_R: [R] nats, of the reference and of the policy before the step's updates.
+        importance_weight_R: [R] policy over sampler.
     """
 
     layout: PackedLayout
@@ -82,8 +91,24 @@ class PackedBatch:
     image_rows: Tensor
     pixel_values: Tensor | None
     image_grids: tuple[tuple[int, int, int], ...]
-    target: Tensor
-    completion_len: list[int] = field(default_factory=list)
+    completion_len: list[int]
+    target_R: Tensor
+    token_weight_R: Tensor | None = None
+    advantage_R: Tensor | None = None
+    sequence_R: Tensor | None = None
+    sampled_logp_R: Tensor | None = None
+    ref_logp_R: Tensor | None = None
+    old_logp_R: Tensor | None = None
+    importance_weight_R: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every field as a tensor on the host, by name; what is None is left out."""
+        lengths = {"prompt_len": self.layout.prompt_len, "completion_len": self.completion_len}
+        values = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        found = {
+            name: torch.tensor(value) for name, value in (lengths | {"image_grids": self.image_grids}).items()
+        }
+        return found | {name: value.detach().cpu() for name, value in values.items()}
 
 
 def pack(
@@ -127,8 +152,8 @@ def pack(
         image_rows=to_device(torch.tensor(image_rows, dtype=torch.int64), device),
         pixel_values=to_device(torch.cat(pixels), device) if pixels else None,
         image_grids=tuple(grid for p in prompts for grid in p.image_grids),
-        target=to_device(torch.tensor(target, dtype=torch.int64), device),
         completion_len=[len(completion) for group in completions for completion in group],
+        target_R=to_device(torch.tensor(target, dtype=torch.int64), device),
     )
 
 

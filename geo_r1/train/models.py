@@ -1,4 +1,4 @@
-"""The models of a run: read by rank 0, given what the recipe asks for, and spread over the ranks."""
+"""The models of a run: loaded by rank 0, prepared as the recipe asks, and sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import PreTrainedConfig
 
 from geo_r1.data import PromptEncoder, World, exemplars
+from geo_r1.errors import UserError
 from geo_r1.models import PackedVLM, load_model
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
-from geo_r1.train.parallel.lifeline import Lifeline
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.parallel.strategy import shard_model, strategy_of
@@ -23,13 +23,14 @@ from geo_r1.train.recipe.run_sections import ParallelConfig
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe, SFTConfig
 
 TINY = "tiny"
-TEACHER = {"response", "careless", "slip", "curriculum_start", "curriculum_samples"}  # not the world's
+# keys of the recipe's section `world` that are about its questions and answers, not about the world
+TEACHER = {"response", "careless", "slip", "curriculum_start", "curriculum_samples"}
 TOKENIZER_SAMPLES = 200
 
 
 @dataclass(frozen=True)
 class Models:
-    """Where a run's models come from: folders, the hub, or the procedural world's own tiny one."""
+    """Loads a run's models: from a folder, from the hub, or the procedural world's own tiny one."""
 
     recipe: Recipe
     world: World
@@ -39,12 +40,12 @@ class Models:
         """The model that a stage trains.
 
         Raises:
-            ValueError: it cannot be loaded, or the recipe leaves nothing to train.
+            UserError: it cannot be loaded, or the recipe leaves nothing to train.
         """
         options = self.recipe.model
         bare = config.optim.optimizer == "adamw_bf16"  # which rounds so that small updates are not lost
         if bare and options.dtype != "bfloat16":
-            raise ValueError(f"optimizer = adamw_bf16 needs model.dtype = bfloat16, it is {options.dtype}")
+            raise UserError(f"optimizer = adamw_bf16 needs model.dtype = bfloat16, it is {options.dtype}")
         vlm, *_ = self.load(path, torch.bfloat16 if bare else None)
         vlm.freeze(config.freeze)
         lora = self.recipe.lora
@@ -52,7 +53,7 @@ class Models:
             dropout = 0.0 if isinstance(config, GRPOConfig) else lora.dropout
             add_lora(vlm.model, lora.rank, lora.alpha, dropout, lora.targets, lora.vision)
         if not any(parameter.requires_grad for parameter in vlm.model.parameters()):
-            raise ValueError(f"freeze = {list(config.freeze)} leaves nothing to train")
+            raise UserError(f"freeze = {list(config.freeze)} leaves nothing to train")
         vlm.checkpoint_layers(options.checkpointing)
         vlm.offload_activations(options.offload_activations)
         if options.compile:
@@ -60,19 +61,19 @@ class Models:
         return shard_model(vlm, self.ranks, self.recipe.parallel, alpha=lora.alpha if lora.rank else None)
 
     def reference(self, path: str | Path, moves: bool) -> Policy:
-        """A model that only computes, spread as the policy is.
+        """A model without gradients, sharded as the policy is.
 
         Args:
-            moves: whether its weights will change, in steps too small for a narrow dtype.
+            moves: True if its weights will change, in steps too small for a narrow dtype.
         """
-        # Engines let layers compute with narrow weights; autocast, of `ddp`, keeps what is between them wide.
+        # Sharded layers compute with narrow weights; under ddp, autocast keeps activations between them wide.
         alike = strategy_of(self.recipe.parallel, self.ranks) == "ddp" or moves
         vlm, *_ = self.load(path, None if alike else getattr(torch, self.recipe.model.dtype))
         vlm.model.requires_grad_(False).eval()
         return shard_model(vlm, self.ranks, self.recipe.parallel, trained=False)
 
     def finished(self, path: str | Path) -> Policy:
-        """A model that only computes, whole on every rank."""
+        """A model without gradients, whole on every rank."""
         vlm, *_ = self.load(path, getattr(torch, self.recipe.model.dtype))
         vlm.model.requires_grad_(False).eval()
         return shard_model(vlm, self.ranks, ParallelConfig(strategy="ddp"), trained=False)
@@ -109,7 +110,7 @@ def _tokenizer_texts(world: World) -> list[str]:
 
 
 def encoder_of(recipe: Recipe, config: Any, tokenizer: Any, image_processor: Any) -> PromptEncoder:
-    """What makes prompts as the recipe wants them for a model of this config."""
+    """The encoder of prompts that the recipe asks for."""
     options = recipe.data
     return PromptEncoder(
         tokenizer,
@@ -131,27 +132,27 @@ def without_weights(recipe: Recipe) -> tuple[PreTrainedConfig, Any, Any]:
     """Config, tokenizer and image processor of the recipe's model.
 
     Raises:
-        ValueError: there is no such model, or it is of an unsupported family.
+        UserError: there is no such model, or it is of an unsupported family.
     """
     check_model_exists(recipe.model.path)
     if recipe.model.path != TINY:
         vlm, tokenizer, image_processor = load_model(recipe.model.path, liger=False, weights=False)
     else:  # is made on the spot
-        alone = Ranks(0, 1, torch.device("cpu"), Lifeline(0, {}))
+        alone = Ranks(0, 1, torch.device("cpu"))
         vlm, tokenizer, image_processor = Models(recipe, world_of(recipe), alone).load(TINY)
     return vlm.model.config, tokenizer, image_processor
 
 
 def check_model_exists(path: str) -> None:
-    """Answer a mistyped path at once; transformers would ask the hub for half a minute."""
+    """Report a mistyped path at once; transformers would retry the hub for half a minute."""
     if path == TINY or Path(path).is_dir():
         return
     try:
         if not try_to_load_from_cache(path, "config.json"):
             model_info(path, timeout=10)
     except HFValidationError:
-        raise ValueError(f"model folder {path} does not exist") from None
+        raise UserError(f"model folder {path} does not exist") from None
     except (HTTPError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"model {path}: no such folder, and the hub does not answer for it: {error}"
         ) from error

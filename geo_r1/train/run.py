@@ -15,6 +15,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from geo_r1.data.source import Source
+from geo_r1.errors import UserError
 from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
 from geo_r1.train.context import RunContext
@@ -35,10 +36,10 @@ from geo_r1.train.state.checkpoint import newest_checkpoint, prune
 
 
 def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
-    """Run a recipe's stages in order, going on from whatever its folder holds.
+    """Run a recipe's stages in order, continuing from what the run folder holds.
 
     Raises:
-        ValueError: the user's recipe, data, model or reward is wrong; the message says how.
+        UserError: the recipe, the data, the model or a reward function is wrong.
         Stopped: the run was asked to stop and left a checkpoint.
     """
     transformers_logging.disable_progress_bar()
@@ -47,7 +48,7 @@ def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
     world = world_of(recipe)
     needed = {*recipe.run.stages, *(("eval",) if recipe.eval.every else ())}
     sources = {stage: open_source(recipe, world, stage) for stage in needed}
-    # Wrong rewards and loss options are errors now, not when their stage comes.
+    # wrong rewards and loss options fail now, not hours later when their stage begins
     load_rewards(recipe.rewards)
     loss_config_of(recipe)
     if "grpo" in recipe.run.stages:
@@ -60,7 +61,7 @@ def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
         look_for_server(recipe.rollout, context.log.say)
     try:
         for stage in recipe.run.stages:
-            # as rank 0 sees it: other machines may see a shared folder a minute late
+            # ask rank 0: on other machines a shared folder may lag by a minute
             finished = ranks.gather((run_dir / "models" / stage).exists())[0]
             if stage == "eval":
                 _evaluate(context, models, sources["eval"])
@@ -69,7 +70,7 @@ def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
                 _train(context, models, stage, sources)
                 _free(ranks.device)
             elif ranks.is_main:
-                prune(run_dir, stage, 0)  # what a run that was killed right after its export left
+                prune(run_dir, stage, 0)  # left over if the run was killed right after its export
         if ranks.is_main:
             context.log.say(f"report: {write_report(run_dir)}")
     finally:
@@ -96,16 +97,16 @@ def _train(context: RunContext, models: Models, stage: str, sources: Mapping[str
 
 
 def _free(device: torch.device) -> None:
-    """Give back the memory of a stage: engines tie their models into circles."""
+    """Free the memory of a stage; sharding wrappers hold their models in reference cycles."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunContext:
-    """Take possession of the run's folder, once the model that the recipe names is found to be whole."""
+    """Load the model's parts, so that a broken one fails early, then set up the run folder and its log."""
     vlm, tokenizer, image_processor = models.load(recipe.model.path)
-    ranks.barrier()  # every rank has looked
+    ranks.barrier()  # every rank has checked the folder
     if ranks.is_main:
         if recipe.run.overwrite:
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -113,7 +114,7 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunCo
             run_dir.mkdir(parents=True, exist_ok=True)
             write_text(run_dir / "recipe.toml", dump_recipe(recipe))
         except OSError as error:
-            raise ValueError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
+            raise UserError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
     ranks.barrier()
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
     fused = ", ".join(vlm.fused_layers) or f"none ({vlm.unfused})"
@@ -126,34 +127,32 @@ def _check_folder(recipe: Recipe, run_dir: Path) -> None:
     file = run_dir / "recipe.toml"
     if recipe.run.overwrite:
         if run_dir.is_dir() and any(run_dir.iterdir()) and not file.exists():
-            raise ValueError(f"{run_dir} is not the folder of a run; run.overwrite does not delete it")
+            raise UserError(f"{run_dir} is not the folder of a run; run.overwrite does not delete it")
         return
     if not file.exists():
         return
-    try:  # what it does not name has its default
+    try:  # keys that it leaves out have their defaults
         made = Recipe(**tomllib.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is of another version of geo_r1; give another --run.dir, or --run.overwrite true"
         ) from error
     if changed := first_difference(decisive(made), decisive(recipe), ""):
-        raise ValueError(
-            f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true"
-        )
+        raise UserError(f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true")
 
 
 def _check_later_stages(run_dir: Path, stage: str) -> None:
-    """A later stage that is there already did not start from this one."""
+    """Refuse to run a stage before one that is already finished: that one did not start from it."""
     for later in STAGES[STAGES.index(stage) + 1 :]:
         if (run_dir / "models" / later).exists() or newest_checkpoint(run_dir, later) is not None:
-            raise ValueError(
+            raise UserError(
                 f"{run_dir} holds {later}, which did not start from the {stage} that is asked for now; "
                 "give another --run.dir, or --run.overwrite true"
             )
 
 
 def _start_of(recipe: Recipe, stage: str) -> str | Path:
-    """The newest model of the stages before this one, in this run's folder; else the recipe's model."""
+    """The model of the last finished stage before this one, or else the recipe's model."""
     for earlier in reversed(STAGES[: STAGES.index(stage)]):
         folder = recipe.run.dir / "models" / earlier
         if folder.exists():
@@ -162,7 +161,7 @@ def _start_of(recipe: Recipe, stage: str) -> str | Path:
 
 
 def _evaluate(context: RunContext, models: Models, source: Source) -> None:
-    """Evaluate every model of the run: base (what fine-tuning starts from), then each finished stage."""
+    """Evaluate the base model (from which SFT starts) and the model of each finished stage."""
     rows = {"base": _start_of(context.recipe, "sft")}
     rows |= {
         stage: folder for stage in ("sft", "grpo") if (folder := context.run_dir / "models" / stage).exists()

@@ -11,8 +11,8 @@ import torch
 
 from geo_r1.errors import UserError
 from geo_r1.files import written_beside
+from geo_r1.models import PackedBatch
 from geo_r1.train.context import RunContext
-from geo_r1.train.parallel.micro_batches import MicroBatch
 from geo_r1.train.parallel.optim import build_optimizer, set_learning_rate
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import OptimConfig
@@ -20,19 +20,26 @@ from geo_r1.train.recipe.sections import OptimConfig
 
 @dataclass
 class Progress:
-    """What a stage has behind it. With weights and optimiser, all that its future depends on: samples and
-    random streams are functions of these numbers and the seed."""
+    """How far a stage has come.
+
+    Together with weights and optimiser this decides the rest of the stage: samples and random streams are
+    functions of these numbers and the seed.
+
+    Attributes:
+        step: steps taken.
+        drawn: positions of the training order that were used.
+        bad_steps: steps skipped because a loss or a gradient was not finite.
+        pending: rollouts drawn for later steps (see `RolloutQueue.state`); up to date in a checkpoint only.
+    """
 
     step: int = 0
     drawn: int = 0
-    """Positions of the training order that were used."""
     bad_steps: int = 0
     pending: list[dict[str, Any]] = field(default_factory=list)
-    """Drawn for steps to come, as `geo_r1.train.rl.rollout_queue` keeps it; up to date in a checkpoint."""
 
 
 class Updater:
-    """A policy's optimiser, with its schedule, and what happens when a step goes wrong."""
+    """A policy's optimiser and its schedule; skips and counts steps that are not finite."""
 
     def __init__(
         self, context: RunContext, stage: str, policy: Policy, config: OptimConfig, num_steps: int
@@ -42,17 +49,17 @@ class Updater:
         self.progress = Progress()
         self.optimizer = policy.attach(build_optimizer(policy.vlm.model, config), config.max_grad_norm)
 
-    def apply(self, loss: float, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+    def apply(self, loss: float, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
         """Clip and update; returns `grad_norm` and `learning_rate`.
 
-        A loss or a gradient that is not finite changes nothing: the step is counted, its batch kept.
+        If the loss or the gradient is not finite, nothing changes; the step is counted and its batch saved.
 
         Args:
             loss: of the step, over all ranks.
-            micro_batches: what this rank's gradient came from.
+            micro_batches: this rank's batches, from which the gradient came.
 
         Raises:
-            ValueError: there were too many such steps.
+            UserError: more than `run.max_bad_steps` steps were not finite.
         """
         rate = set_learning_rate(self.optimizer, self.config, self.progress.step, self.num_steps)
         norm = self.policy.update(self.optimizer, self.config.max_grad_norm, math.isfinite(loss))
@@ -61,14 +68,14 @@ class Updater:
         figures = {"grad_norm": norm, "learning_rate": rate}
         return figures | ({"bad_steps": float(self.progress.bad_steps)} if self.progress.bad_steps else {})
 
-    def _count_bad_step(self, loss: float, norm: float, micro_batches: Sequence[MicroBatch]) -> None:
+    def _count_bad_step(self, loss: float, norm: float, micro_batches: Sequence[PackedBatch]) -> None:
         context, step = self.context, self.progress.step + 1
         self.progress.bad_steps += 1
         folder = context.run_dir / "bad"
         folder.mkdir(exist_ok=True)
         file = folder / f"{self.stage}-{step:06d}-rank{context.ranks.rank}.pt"
         with written_beside(file) as partial:
-            torch.save([micro.record for micro in micro_batches], partial)
+            torch.save([batch.tensors() for batch in micro_batches], partial)
         what = f"step {step}: loss {loss}, gradient {norm}"
         context.log.say(f"{self.stage} {what}: skipped; its batch is in {folder}")
         if self.progress.bad_steps > context.recipe.run.max_bad_steps:

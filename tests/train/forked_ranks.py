@@ -2,7 +2,8 @@
 
     python forked_ranks.py      reads a job a line from stdin, as JSON, and answers with what became of it
 
-A job that was waited for in vain is killed. Each rank writes to files of its own.
+As torchrun does, it holds the ranks' store, and when a rank fails it sends the others SIGTERM and, later,
+SIGKILL. A job that does not end is killed. Each rank writes to files of its own.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import NoReturn
 
 import killed_runs
 import pytest
 import small_runs as runs
+import torch.distributed as dist
 
 PATIENCE = 240.0  # seconds until a job that has not ended hangs; DeepSpeed may compile something once
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL; torchrun's --shutdown-timeout
 # What libraries write to stderr besides.
 NOISE = re.compile(
     r"DeepSpeed |(\[rank\d+\]:)?\[W\d|Exception raised from|frame #|<omitting python frames>|$"
@@ -52,16 +56,16 @@ class Ended:
     """What became of a job.
 
     Attributes:
-        codes: each rank's exit code; a signal's number, negative; None where it hung and was killed for that.
+        codes: each rank's exit code; a signal's number, negative; None where the job hung and was killed.
         stderr, stdout: of each rank.
-        killed: whether the rank that was to be killed was still there.
-        seconds: from the kill, or from the start where there was none, to the last rank's end.
+        struck: whether the rank that `strike` names was still there.
+        seconds: from the strike, or from the start where there was none, to the last rank's end.
     """
 
     codes: list[int | None]
     stderr: list[str]
     stdout: list[str]
-    killed: bool
+    struck: bool
     seconds: float
 
     @property
@@ -77,17 +81,17 @@ def run(
     *,
     moment: str | None = None,
     stop: Signal | None = None,
-    kill: tuple[int, int, float] | None = None,
+    strike: tuple[int, int, int, float] | None = None,
 ) -> Ended:
     """Run a recipe on some ranks, each a process, and wait for all of them.
 
     Args:
         moment: of killed_runs, where every rank kills itself.
         stop: (signal, rank, n): that rank gets that signal at the end of its n-th step.
-        kill: (rank, n, seconds): that rank gets SIGKILL so long after its n-th sign of life; it gives the
-            first when all ranks have met, and one at the end of each step.
+        strike: (signal, rank, n, seconds): that rank gets that signal so long after its n-th sign of life; it
+            gives the first when all ranks have met, and one at the end of each step.
     """
-    job = {"argv": argv, "ranks": ranks, "moment": moment, "stop": stop, "kill": kill}
+    job = {"argv": argv, "ranks": ranks, "moment": moment, "stop": stop, "strike": strike}
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(job | {"folder": folder}), file=_server().stdin, flush=True)
         answer = _server().stdout.readline()
@@ -122,23 +126,23 @@ def _server() -> subprocess.Popen:
 # The server. From here on, all runs there and in its forks.
 
 
-def rank_of_job(job: dict, rank: int, port: int, alive: int) -> None:
-    """Be one rank: never returns to the server's loop."""
+def rank_of_job(job: dict, rank: int, alive: int) -> NoReturn:
+    """Be one rank."""
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output(job, rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"]}
-    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"], "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in own.items()})
 
-    from geo_r1.train.__main__ import main
+    from geo_r1.train.__main__ import rank_main
     from geo_r1.train.parallel.ranks import Ranks
     from geo_r1.train.report.log import Log
 
     start, write, count = Ranks.start, Log.write, [0]
 
-    def started(threads: int) -> Ranks:
-        ranks = start(threads)
+    def started(*options) -> Ranks:
+        ranks = start(*options)
         os.write(alive, b".")
         return ranks
 
@@ -152,66 +156,68 @@ def rank_of_job(job: dict, rank: int, port: int, alive: int) -> None:
     Ranks.start, Log.write = started, written
     if job["moment"]:
         killed_runs.arm(job["moment"])
-    sys.exit(main(job["argv"]))
+    rank_main(job["argv"])
 
 
 def output(job: dict, rank: int, name: str) -> Path:
     return Path(job["folder"], f"{name}{rank}")
 
 
-def fork_ranks(job: dict) -> tuple[list[int], list[int]]:
-    """Process ids, and pipes that each rank holds open as long as it lives."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    pids, pipes = [], []
-    for rank in range(job["ranks"]):
-        pipe, alive = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            for other in [*pipes, pipe]:
-                os.close(other)
-            rank_of_job(job, rank, port, alive)
-        os.close(alive)
-        pids.append(pid)
-        pipes.append(pipe)
-    return pids, pipes
+def hold_store(pipe: int) -> NoReturn:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(pipe, str(store.port).encode())
+    while True:
+        signal.pause()
+
+
+def fork(be: Callable[[int], NoReturn]) -> tuple[int, int]:
+    """Process id of a fork, and a pipe that it writes to, and holds open as long as it lives."""
+    pipe, alive = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        be(alive)
+    os.close(alive)
+    return pid, pipe
+
+
+def end(pid: int, pipe: int, number: int = 0) -> int:
+    """The exit code of a fork, which gets a signal first."""
+    os.kill(pid, number)
+    os.close(pipe)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def carry_out(job: dict) -> Ended:
+    store = fork(hold_store)
+    job["port"] = os.read(store[1], 9).decode()
     start = time.monotonic()
-    pids, pipes = fork_ranks(job)
-    killed = False
-    if job["kill"]:
-        victim, signs, seconds = job["kill"]
-        pipe = pipes[victim]
-        killed = lives_on(pipe, start + PATIENCE, signs) and lives_on(pipe, time.monotonic() + seconds)
-        if killed:
-            os.kill(pids[victim], signal.SIGKILL)
-            start = time.monotonic()
-    hung = [lives_on(pipe, start + PATIENCE) for pipe in pipes]
-    seconds = time.monotonic() - start
-    for pid, hangs in zip(pids, hung, strict=True):
-        if hangs:
-            os.kill(pid, signal.SIGKILL)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    for pipe in pipes:
-        os.close(pipe)
-    return Ended(
-        [None if hangs else code for code, hangs in zip(codes, hung, strict=True)],
-        *([output(job, i, name).read_text() for i in range(len(pids))] for name in ("stderr", "stdout")),
-        killed,
-        seconds,
-    )
-
-
-def lives_on(pipe: int, until: float, signs: float = math.inf) -> bool:
-    """Wait for so many signs of life of the rank that holds the pipe, but not longer; False: it has ended."""
-    while signs > 0 and (left := until - time.monotonic()) > 0:
-        if select.select([pipe], [], [], left)[0]:
-            if not os.read(pipe, 1):
-                return False
-            signs -= 1
-    return True
+    living = {rank: fork(partial(rank_of_job, job, rank)) for rank in range(job["ranks"])}
+    number, victim, signs, seconds = job["strike"] or (0, 0, math.inf, 0)
+    struck, strike_at, kill_at = False, math.inf, start + PATIENCE
+    codes: list[int | None] = [None] * job["ranks"]
+    while living and (now := time.monotonic()) < kill_at:
+        if now >= strike_at and victim in living:
+            os.kill(living[victim][0], number)
+            struck, start, strike_at = True, now, math.inf
+        ready, _, _ = select.select([p for _, p in living.values()], [], [], min(strike_at, kill_at) - now)
+        for rank, (_, pipe) in [*living.items()]:
+            if pipe in ready and os.read(pipe, 1):
+                signs -= rank == victim
+                if signs == 0 and not struck:
+                    strike_at = min(strike_at, time.monotonic() + seconds)
+            elif pipe in ready:
+                codes[rank] = end(*living.pop(rank))
+                if codes[rank] and not any(codes[:rank] + codes[rank + 1 :]):  # the first that fails
+                    kill_at = time.monotonic() + GRACE
+                    for other, _ in living.values():
+                        os.kill(other, signal.SIGTERM)
+    failed = any(codes)
+    for rank, fork_ in living.items():
+        code = end(*fork_, signal.SIGKILL)
+        codes[rank] = code if failed else None
+    end(*store, signal.SIGKILL)
+    told = ([output(job, i, name).read_text() for i in range(job["ranks"])] for name in ("stderr", "stdout"))
+    return Ended(codes, *told, struck, time.monotonic() - start)
 
 
 if __name__ == "__main__":

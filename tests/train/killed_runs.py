@@ -1,17 +1,16 @@
-"""Moments at which a run kills itself with SIGKILL. A moment is NAME:N, the N-th time that NAME happens."""
+"""Moments at which a run kills itself with SIGKILL, or fails. NAME:N is the N-th time that NAME happens."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 from pathlib import Path
 
+from saved_states import die
+
+from geo_r1.errors import OutageError, UserError
 from geo_r1.train.state.shards import Writer
-
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
+from geo_r1.train.updater import Updater
 
 
 def half_written(self, plan, planner):
@@ -30,6 +29,17 @@ def renamed_then_dead(self, target):
 def half_deleted(folder, **_):
     next(path for path in Path(folder).iterdir()).unlink()
     die()
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def defect(*_, **__):
+    return [*zip([1], [], strict=True)]
 
 
 def always(*_, **__):
@@ -56,6 +66,9 @@ MOMENTS = {
     "before rename": (Path, "rename", real_rename, die, lambda path, _: path.is_dir()),
     "after rename": (Path, "rename", real_rename, renamed_then_dead, lambda path, _: path.is_dir()),
     "rmtree half done": (shutil, "rmtree", real_rmtree, half_deleted, always),
+    "mistake": (Updater, "apply", Updater.apply, raising(UserError("sample 7 has no answer")), always),
+    "outage": (Updater, "apply", Updater.apply, raising(OutageError("the server has gone")), always),
+    "defect": (Updater, "apply", Updater.apply, defect, always),
 }
 
 

@@ -77,8 +77,8 @@ def bytes_on_a_rank(rank: int, size: int, store: str, recipe: Recipe, model: str
 
 
 def _loss(vlm: PackedVLM, batch: PackedBatch) -> tuple[Tensor]:
-    weight = torch.full(batch.target.shape, 1 / len(batch.target))
-    return (linear_cross_entropy(vlm.loss_rows(batch), vlm.lm_head, batch.target, weight),)
+    weight = torch.full(batch.target_R.shape, 1 / len(batch.target_R))
+    return (linear_cross_entropy(vlm.loss_rows(batch), vlm.lm_head, batch.target_R, weight),)
 
 
 def storage_bytes(tree) -> int:

@@ -82,14 +82,14 @@ def changed(run_dir: Path, stage: str) -> set[str]:
     return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
 
 
-def stopped(run_dir: Path, stage: str, step: int, **changes) -> Path:
+def stopped(run_dir: Path, stage: str, step: int, by: int = signal.SIGTERM, **changes) -> Path:
     """A run that is asked to stop at a step, and does so with a checkpoint."""
     write = Log.write
 
     def write_and_stop(self, stage, number, metrics):
         write(self, stage, number, metrics)
         if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Log, "write", write_and_stop)

@@ -7,12 +7,11 @@ import signal
 import torch
 from torch.distributed.tensor import DTensor
 
-from geo_r1.train.parallel.lifeline import Lifeline
 from geo_r1.train.parallel.ranks import Ranks
 
 
 def rank_of(rank, size):
-    return Ranks(rank, size, torch.device("cpu"), Lifeline(rank, {}))
+    return Ranks(rank, size, torch.device("cpu"))
 
 
 ALONE = rank_of(0, 1)

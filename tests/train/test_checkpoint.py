@@ -176,7 +176,7 @@ def test_a_checkpoint_never_replaces_another(tmp_path):
 def test_an_export_appears_whole(tmp_path):
     class Piece:
         def save_pretrained(self, folder):
-            assert names(folder.parent) == {".sft.partial"}
+            assert names(folder.parent) - {"sft"} == {".sft.partial"}
             (folder / "weights").write_text("7")
 
     stale = tmp_path / "models" / ".sft.partial"
@@ -185,6 +185,9 @@ def test_an_export_appears_whole(tmp_path):
     save_folder(tmp_path / "models" / "sft", Piece(), [])
     assert names(tmp_path / "models") == {"sft"}
     assert names(tmp_path / "models" / "sft") == {"weights"}
+    with pytest.raises(AssertionError, match="there already"):
+        save_folder(tmp_path / "models" / "sft", Piece(), [])
+    assert (tmp_path / "models" / "sft" / "weights").read_text() == "7"
 
 
 # What goes wrong.

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from geo_r1.train.parallel.ranks import PeerLost
+from geo_r1.train.parallel.ranks import RankLost
 from geo_r1.train.state.checkpoint import Checkpoints
 from geo_r1.train.state.shards import Writer
 
@@ -192,7 +192,7 @@ def one_rank_dies(ranks, run_dir, told):
         Writer.write_data = die
     checkpoints = Checkpoints(run_dir, "sft", ranks, 2)
     checkpoints.save(1, make_state())
-    with pytest.raises(PeerLost, match=r"^another rank has ended \("):
+    with pytest.raises(RankLost, match=r"^another rank has ended \("):
         checkpoints.wait()
     checkpoints.close()
     told.write_text(json.dumps(sorted(names(run_dir / "checkpoints"))))

@@ -54,15 +54,15 @@ def test_workers_go_on_where_they_stopped(tmp_path):
     option_runs.assert_goes_on_bit_by_bit(whole, "sft", 3, data__num_workers=1)
 
 
-def watch_work(monkeypatch) -> list:
-    """The work of every step from now on."""
+def watch_groups(monkeypatch) -> list:
+    """The groups of every step from now on."""
     steps = []
     for module in (geo_r1.train.stages.sft, geo_r1.train.stages.grpo):
         real = module.share_out
 
-        def share_out(policy, work, *args, real=real):
-            steps.append(work)
-            return real(policy, work, *args)
+        def share_out(policy, groups, *args, real=real):
+            steps.append(groups)
+            return real(policy, groups, *args)
 
         monkeypatch.setattr(module, "share_out", share_out)
     return steps
@@ -81,11 +81,11 @@ def of_file(data) -> dict:
 
 
 def prompt_lengths(steps) -> list[dict[str, int]]:
-    return [{w.prompt.sample_id: len(w.prompt.token_ids) for w in work} for work in steps]
+    return [{g.prompt.sample_id: len(g.prompt.token_ids) for g in groups} for groups in steps]
 
 
 def test_prompts_that_are_too_long_are_left_out(one_long_prompt, tmp_path, monkeypatch, capfd):
-    steps, changes = watch_work(monkeypatch), of_file(one_long_prompt)
+    steps, changes = watch_groups(monkeypatch), of_file(one_long_prompt)
     every = runs.train(tmp_path / "every", "sft", **changes)
     lengths = prompt_lengths(steps)[0]
     assert lengths["row1"] > lengths["row0"] == lengths["row2"] == lengths["row3"]
@@ -110,7 +110,7 @@ def test_prompts_that_are_too_long_are_left_out(one_long_prompt, tmp_path, monke
 
 
 def test_resampling_replaces_what_was_left_out(one_long_prompt, tmp_path, monkeypatch):
-    steps, changes = watch_work(monkeypatch), of_file(one_long_prompt)
+    steps, changes = watch_groups(monkeypatch), of_file(one_long_prompt)
     runs.train(tmp_path / "every", "sft", **changes)
     limit = {"data__max_prompt_tokens": prompt_lengths(steps)[0]["row0"], "data__on_overlong": "skip"}
     run_dir = runs.train(tmp_path / "run", "grpo", **changes, **limit, grpo__max_resamples=3)
@@ -119,17 +119,17 @@ def test_resampling_replaces_what_was_left_out(one_long_prompt, tmp_path, monkey
 
 
 def test_pictures_of_prompts_that_are_too_long_are_shrunk(one_long_prompt, tmp_path, monkeypatch):
-    steps, changes = watch_work(monkeypatch), of_file(one_long_prompt)
+    steps, changes = watch_groups(monkeypatch), of_file(one_long_prompt)
     runs.train(tmp_path / "every", "sft", **changes)
     lengths = prompt_lengths(steps)[0]
     steps.clear()
     limit = {"data__max_prompt_tokens": lengths["row1"] - 2, "data__on_overlong": "resize"}
     run_dir = runs.train(tmp_path / "run", "sft", "grpo", **changes, **limit)
     assert len(steps) == 4
-    for work in steps:
-        tokens = {w.prompt.sample_id: len(w.prompt.image_rows) for w in work}
+    for groups in steps:
+        tokens = {g.prompt.sample_id: len(g.prompt.image_rows) for g in groups}
         assert tokens.pop("row1") <= 4 and tokens == {"row0": 6, "row2": 6, "row3": 6}
-        assert all(len(w.prompt.token_ids) <= lengths["row1"] - 2 for w in work)
+        assert all(len(w.prompt.token_ids) <= lengths["row1"] - 2 for w in groups)
     assert all("num_skipped" not in row for row in runs.metrics(run_dir, "sft"))
 
 
@@ -153,7 +153,7 @@ def test_the_first_epoch_of_a_file_goes_from_easy_to_hard(tmp_path, monkeypatch)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     hard = dict(zip((row["id"] for row in rows), (3, 0, 5, 1, 4, 2), strict=True))
     runs.write_rows(data, [row | {"difficulty": hard[row["id"]]} for row in rows])
-    steps = watch_work(monkeypatch)
+    steps = watch_groups(monkeypatch)
     changes = {"sft__data": data, "sft__epochs": 2, "sft__batch_size": 1, "data__curriculum": True}
     runs.train(tmp_path / "run", "sft", **changes)
     order = [hard[w.prompt.sample_id] for [w] in steps]

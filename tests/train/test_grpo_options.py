@@ -42,14 +42,18 @@ def expected_sampling(num_steps: int, wanted: int, rounds: int):
 @pytest.mark.parametrize("resamples", [1, 4])
 def test_groups_with_equal_rewards_are_replaced(resamples, tmp_path, monkeypatch):
     asked, updates = [], []
-    scored, work = GroupCollector._scored, geo_r1.train.stages.grpo._work
+    scored, parts = GroupCollector._scored, geo_r1.train.stages.grpo.contributing_parts
     monkeypatch.setattr(
         GroupCollector,
         "_scored",
-        lambda self, draw, *args: asked.append(draw.positions) or scored(self, draw, *args),
+        lambda self, groups, *args: (
+            asked.append([group.position for group in groups]) or scored(self, groups, *args)
+        ),
     )
     monkeypatch.setattr(
-        geo_r1.train.stages.grpo, "_work", lambda *args: updates.append(args[1]) or work(*args)
+        geo_r1.train.stages.grpo,
+        "contributing_parts",
+        lambda *args: updates.append(args[1]) or parts(*args),
     )
     run_dir = runs.train(tmp_path / "run", "grpo", **DYNAMIC, grpo__max_resamples=resamples)
     rounds, kept = expected_sampling(5, 2, 1 + resamples)
@@ -125,8 +129,8 @@ def test_truncated_completions_do_not_reach_the_gradient(loss, tmp_path, monkeyp
     seen = []
     real = geo_r1.train.stages.grpo.share_out
 
-    def share_out(policy, work, *args):
-        seen.append((work, real(policy, work, *args)))
+    def share_out(policy, groups, *args):
+        seen.append((groups, real(policy, groups, *args)))
         return seen[-1][1]
 
     monkeypatch.setattr(geo_r1.train.stages.grpo, "share_out", share_out)
@@ -135,21 +139,21 @@ def test_truncated_completions_do_not_reach_the_gradient(loss, tmp_path, monkeyp
         changes = {"grpo__mask_truncated": mask, "grpo__steps": 1, "grpo__loss__type": loss}
         [rows[mask]] = runs.metrics(runs.train(tmp_path / str(mask), "grpo", **changes), "grpo")
     (every, all_batches), (whole, batches) = seen
-    assert [len(w.completions) for w in every] == [4, 4]
+    assert [len(group.completions) for group in every] == [4, 4]
     # advantages are those of the whole group: what was cut off counts in its mean
-    for w, masked in zip(every, whole, strict=True):
-        assert masked.completions == w.completions[1::2]
-        assert masked.advantage == w.advantage[1::2]
-    lengths = [len(c) for w in whole for c in w.completions]
-    [micro], [unmasked] = batches.micro_batches, all_batches.micro_batches
-    assert micro.batch.completion_len == lengths
+    for group, masked in zip(every, whole, strict=True):
+        assert masked.completions == group.completions[1::2]
+        assert torch.equal(masked.advantage_N, group.advantage_N[1::2])
+    lengths = [length for group in whole for length in group.completion_len]
+    [batch], [unmasked] = batches.micro_batches, all_batches.micro_batches
+    assert batch.completion_len == lengths
     a_token = {
         "dapo": [1 / sum(lengths)] * sum(lengths),
         "grpo": [1 / (4 * n) for n in lengths for _ in range(n)],
         "dr_grpo": [1 / (4 * 16)] * sum(lengths),
     }[loss]
-    assert micro.weight.tolist() == pytest.approx(a_token)
-    assert len(unmasked.weight) > len(micro.weight)
+    assert batch.token_weight_R.tolist() == pytest.approx(a_token)
+    assert len(unmasked.token_weight_R) > len(batch.token_weight_R)
     assert rows[True]["completions/clipped_ratio"] == 0.5
     assert rows[True]["completions/dropped_zero_advantage"] == 4
     assert rows[False]["completions/dropped_zero_advantage"] == 0

@@ -131,11 +131,11 @@ def test_the_reference_is_the_policy_without_its_adapters(tmp_path, monkeypatch)
     assert all(row["kl"] > 1e-7 for row in rows[1:])
     start, *_ = load_model(runs.SMALL["model.path"], torch.float32)
     for step in (batches[0], batches[-1]):
-        for micro in step.micro_batches:
+        for batch in step.micro_batches:
             with torch.no_grad():
-                rows_RC = start.loss_rows(micro.batch)
-                expected_R, _ = linear_logprob(rows_RC, start.lm_head, micro.batch.target)
-            torch.testing.assert_close(micro.ref_logp, expected_R, rtol=1e-4, atol=1e-5)
+                rows_RC = start.loss_rows(batch)
+                expected_R, _ = linear_logprob(rows_RC, start.lm_head, batch.target_R)
+            torch.testing.assert_close(batch.ref_logp_R, expected_R, rtol=1e-4, atol=1e-5)
 
 
 def test_two_ranks_train_adapters_as_one(tmp_path):

@@ -5,11 +5,11 @@ import os
 import signal
 
 import forked_ranks
+import option_runs
 import pytest
 import small_runs as runs
 from compared_runs import RATE, same_metrics, same_weights
 
-import geo_r1.train.state.checkpoint
 from geo_r1.train.__main__ import main
 from geo_r1.train.recipe.run_sections import LogConfig
 from geo_r1.train.report.log import Log
@@ -55,46 +55,25 @@ def same_result(found, expected, stage):
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_stopped_run_goes_on_bit_by_bit(stage, number, tmp_path, monkeypatch, capfd):
+def test_a_stopped_run_goes_on_bit_by_bit(stage, number, tmp_path, capfd):
     whole = runs.train(tmp_path / "whole", stage)
-    run_dir = tmp_path / "stopped"
-    write = Log.write
-
-    def write_and_stop(self, stage, step, metrics):
-        write(self, stage, step, metrics)
-        if step == 3:  # of five
-            os.kill(os.getpid(), number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Log, "write", write_and_stop)
-        before = signal.getsignal(number)
-        capfd.readouterr()
-        assert main(runs.arguments(run_dir, stage)) == 0
-        assert signal.getsignal(number) is before
+    capfd.readouterr()
+    before = signal.getsignal(number)
+    run_dir = option_runs.stopped(tmp_path / "stopped", stage, 3, number)
+    assert signal.getsignal(number) is before
     stopped = f"geo_r1: {stage} stopped after step 3 of 5; the same command goes on\n"
     assert capfd.readouterr().err == stopped
     assert newest_checkpoint(run_dir, stage).name == f"{stage}-000003"
-    assert not (run_dir / "models").exists()
     runs.train(run_dir, stage)
     same_result(run_dir, whole, stage)
 
 
-def test_a_stop_at_the_last_step_leaves_only_the_export(tmp_path, monkeypatch):
+def test_a_stop_at_the_last_step_leaves_only_the_export(tmp_path):
     whole = runs.train(tmp_path / "whole", "sft")
-    with monkeypatch.context() as patch:
-        write = Log.write
-        patch.setattr(
-            Log,
-            "write",
-            lambda self, stage, step, metrics: (
-                write(self, stage, step, metrics),
-                step == 5 and os.kill(os.getpid(), signal.SIGTERM),
-            ),
-        )
-        assert main(runs.arguments(tmp_path / "run", "sft")) == 0
-    assert newest_checkpoint(tmp_path / "run", "sft").name == "sft-000005"
-    runs.train(tmp_path / "run", "sft")
-    same_result(tmp_path / "run", whole, "sft")
+    run_dir = option_runs.stopped(tmp_path / "run", "sft", 5)
+    assert newest_checkpoint(run_dir, "sft").name == "sft-000005"
+    runs.train(run_dir, "sft")
+    same_result(run_dir, whole, "sft")
 
 
 @FORKS
@@ -185,16 +164,3 @@ def test_rewinding_one_stage_leaves_the_others(tmp_path):
     log.rewind("grpo", 1)
     kept = [(row["stage"], row["step"]) for row in map(json.loads, log.path.read_text().splitlines())]
     assert kept == [("sft", 1), ("sft", 2), ("grpo", 1)]
-
-
-def test_a_saved_folder_never_replaces_another(tmp_path, tiny_model):
-    (tmp_path / "sft-000001").mkdir()
-    (tmp_path / "sft-000001" / "precious").write_text("")
-    with pytest.raises(AssertionError, match="there already"):
-        geo_r1.train.state.checkpoint.save_folder(tmp_path / "sft-000001", Nothing(), [])
-    assert (tmp_path / "sft-000001" / "precious").exists()
-
-
-class Nothing:
-    def save_pretrained(self, folder):
-        pass

@@ -1,4 +1,4 @@
-"""RolloutQueue ahead of their step: whose weights sample, what survives a checkpoint, a sampler that goes."""
+"""Rollouts ahead of their step: whose weights sample, what survives a checkpoint, a sampler that goes."""
 
 import dataclasses
 import json
@@ -23,8 +23,7 @@ from geo_r1.models.lora import DOWN, UP, merged_state
 from geo_r1.rollout.engine import EngineLost, WeightsLost
 from geo_r1.train.__main__ import main
 from geo_r1.train.recipe.sections import Recipe
-from geo_r1.train.rl.rollout_engines import Copy, check_rollout_engine, max_model_len
-from geo_r1.train.rl.rollout_queue import RolloutQueue
+from geo_r1.train.rl.rollout_engines import CopySampler, check_rollout_engine, max_model_len
 
 AHEAD = {"rollout__max_staleness": 1, "grpo__num_iterations": 1, "model__dtype": "float64"}
 DYNAMIC = AHEAD | {
@@ -42,7 +41,7 @@ FORBIDDEN = 0.012
 def watched():
     """What a sampler of its own is asked, in order: "load", or the streams of the prompts."""
     asked = []
-    load, sample = Copy.load, Copy.sample
+    load, sample = CopySampler.load, CopySampler.sample
 
     def loads(self, tensors, **options):
         asked.append("load")
@@ -53,8 +52,8 @@ def watched():
         return sample(self, prompts, count, sampling, streams)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Copy, "load", loads)
-        patch.setattr(Copy, "sample", samples)
+        patch.setattr(CopySampler, "load", loads)
+        patch.setattr(CopySampler, "sample", samples)
         yield asked
 
 
@@ -122,7 +121,7 @@ def test_two_ranks_go_on_with_what_one_sampled_ahead(tmp_path):
 def failing(number, error):
     """The n-th call of a sampler of its own fails, in another way than by an answer."""
     calls = []
-    sample = Copy.sample
+    sample = CopySampler.sample
 
     def fails(self, *args):
         calls.append(args)
@@ -131,7 +130,7 @@ def failing(number, error):
         return sample(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Copy, "sample", fails)
+        patch.setattr(CopySampler, "sample", fails)
         yield calls
 
 
@@ -140,7 +139,7 @@ def failing(number, error):
 def test_a_sampler_that_goes_loses_nothing(number, changes, tmp_path, capfd):
     whole = runs.train(tmp_path / "whole", "grpo", **changes)
     with failing(number, EngineLost("the server at http://here does not answer")):
-        assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 2
+        assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 1
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith("geo_r1: the server at http://here does not answer; grpo goes on after step ")
     found = runs.train(tmp_path / "lost", "grpo", **changes)
@@ -153,7 +152,7 @@ def test_a_sampler_that_goes_loses_nothing(number, changes, tmp_path, capfd):
 def test_a_sampler_that_goes_while_it_is_given_weights_loses_nothing(staleness, number, tmp_path, capfd):
     """By then the step's own completions are there, and have not been learnt from."""
     changes = AHEAD | {"rollout__max_staleness": staleness}
-    calls, load = [], Copy.load
+    calls, load = [], CopySampler.load
 
     def loads(self, tensors, **options):
         calls.append(options)
@@ -162,8 +161,8 @@ def test_a_sampler_that_goes_while_it_is_given_weights_loses_nothing(staleness, 
         load(self, tensors, **options)
 
     with pytest.MonkeyPatch.context() as patch, watched() as first:
-        patch.setattr(Copy, "load", loads)
-        assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 2
+        patch.setattr(CopySampler, "load", loads)
+        assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 1
     assert "grpo goes on after step" in capfd.readouterr().err
     with watched() as then:
         found = runs.train(tmp_path / "lost", "grpo", **changes)
@@ -173,13 +172,13 @@ def test_a_sampler_that_goes_while_it_is_given_weights_loses_nothing(staleness, 
 
 
 def test_a_sampler_whose_log_probabilities_are_no_numbers_stops_the_run(tmp_path, monkeypatch, capfd):
-    sample = Copy.sample
+    sample = CopySampler.sample
 
     def samples(self, *args):
         groups = sample(self, *args)
         return [[dataclasses.replace(c, logp=[math.nan] * len(c.logp)) for c in group] for group in groups]
 
-    monkeypatch.setattr(Copy, "sample", samples)
+    monkeypatch.setattr(CopySampler, "sample", samples)
     changes = AHEAD | {"rollout__max_mismatch": 1.5}
     assert main(runs.arguments(tmp_path / "run", "grpo", **changes)) == 2
     assert "sampling/token_mult_prob_error is nan" in capfd.readouterr().err
@@ -213,12 +212,12 @@ def test_one_that_loses_them_every_time_is_given_up(tmp_path, monkeypatch, capfd
     def lost(*_):
         raise WeightsLost("the server at http://here has other weights")
 
-    monkeypatch.setattr(Copy, "sample", lost)
-    assert main(runs.arguments(tmp_path / "run", "grpo", **AHEAD)) == 2
+    monkeypatch.setattr(CopySampler, "sample", lost)
+    assert main(runs.arguments(tmp_path / "run", "grpo", **AHEAD)) == 1
     assert "http://here has other weights" in capfd.readouterr().err
 
 
-class Shared(Copy):
+class Shared(CopySampler):
     """Stands in for a server: what rank 0 sent it lies in a folder, and every rank samples with that.
 
     Attributes:
@@ -226,6 +225,7 @@ class Shared(Copy):
         forgets_at: the load, counted from 0, at which it is found to have been started again.
     """
 
+    copies = "one"
     folder: Path
     forgets_at: int | None = None
     calls = 0
@@ -254,12 +254,7 @@ def shared_sampler(folder, forgets_at=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shared, "folder", folder, raising=False)
         patch.setattr(Shared, "forgets_at", forgets_at)
-        patch.setattr(geo_r1.train.rl.rollout_engines, "Copy", Shared)
-        patch.setattr(
-            geo_r1.train.rl.rollout_engines,
-            "RolloutQueue",
-            lambda *args, **kw: RolloutQueue(*args, **kw | {"shared": True}),
-        )
+        patch.setattr(geo_r1.train.rl.rollout_engines, "CopySampler", Shared)
         yield
 
 
@@ -419,7 +414,7 @@ def test_a_server_that_is_not_there_is_said_at_once(tmp_path, capfd):
         "rollout__patience": 0.2,
         "sft__steps": 1,
     }
-    assert main(runs.arguments(tmp_path / "run", "sft", "grpo", **changes)) == 2
+    assert main(runs.arguments(tmp_path / "run", "sft", "grpo", **changes)) == 1
     told = capfd.readouterr()
     first, tuned = (told.out.index(text) for text in (f"{url} does not answer yet", "sft 1/1"))
     assert first < tuned

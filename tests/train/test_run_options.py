@@ -93,14 +93,14 @@ def test_a_step_that_is_not_finite_changes_nothing(stage, what, tmp_path, monkey
 
     [file] = (run_dir / "bad").iterdir()
     assert file.name == f"{stage}-000002-rank0.pt"
-    [record], ([micro], *_) = torch.load(file, weights_only=True), updates[1]
+    [record], ([batch], *_) = torch.load(file, weights_only=True), updates[1]
     assert {"token_ids", "position_ids", "image_grids", "prompt_len", "completion_len"} <= {*record}
-    for name in ("token_ids", "position_ids", "image_rows", "pixel_values", "target"):
-        assert torch.equal(record[name], getattr(micro.batch, name)), name
-    for name in ("advantage", "weight", *(("ref_logp",) if stage == "grpo" else ())):
-        assert torch.equal(record[name], getattr(micro, name)), name
-    assert record["completion_len"].tolist() == micro.batch.completion_len
-    assert [tuple(grid) for grid in record["image_grids"].tolist()] == [*micro.batch.image_grids]
+    for name in ("token_ids", "position_ids", "image_rows", "pixel_values", "target_R"):
+        assert torch.equal(record[name], getattr(batch, name)), name
+    for name in ("token_weight_R", *(("advantage_R", "ref_logp_R") if stage == "grpo" else ())):
+        assert torch.equal(record[name], getattr(batch, name)), name
+    assert record["completion_len"].tolist() == batch.completion_len
+    assert [tuple(grid) for grid in record["image_grids"].tolist()] == [*batch.image_grids]
     assert f"{stage} step 2: loss " in capsys.readouterr().out
 
 
@@ -134,8 +134,8 @@ def test_two_ranks_agree_that_a_step_is_bad(tmp_path):
     changes = {"sft__optim__lr": 1e30, "run__max_bad_steps": 1}
     run_dir = tmp_path / "run"
     ended = forked_ranks.run(runs.arguments(run_dir, "sft", **changes), 2)
-    # a fork of a process that had threads may hang while it ends, and is ended by its alarm
-    assert {*ended.codes} <= {2, -signal.SIGALRM}, "\n".join(ended.stderr)
+    # SIGTERM may come before the second rank has failed too
+    assert 2 in ended.codes and {*ended.codes} <= {2, -signal.SIGTERM}, "\n".join(ended.stderr)
     lines = [line for text in ended.stderr for line in text.splitlines() if line.startswith("geo_r1: ")]
     assert len({*lines}) == 1 and "2 steps were not finite, run.max_bad_steps is 1" in lines[0]
     assert {path.name for path in (run_dir / "bad").iterdir()} == {

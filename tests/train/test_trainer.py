@@ -115,7 +115,7 @@ def test_groups_without_signal_are_counted(tmp_path):
 def test_a_completion_that_nothing_scores_takes_no_part(tmp_path, monkeypatch):
     """It is not packed, and has no place in the reward's figures."""
     seen = []
-    for name in ("_work", "share_out"):
+    for name in ("contributing_parts", "share_out"):
         real = getattr(geo_r1.train.stages.grpo, name)
 
         def watched(*args, real=real):
@@ -125,12 +125,12 @@ def test_a_completion_that_nothing_scores_takes_no_part(tmp_path, monkeypatch):
         monkeypatch.setattr(geo_r1.train.stages.grpo, name, watched)
     changes = {"rewards__functions": ["small_runs:first_of_group_unscored"], "grpo__steps": 1}
     [row] = runs.metrics(runs.train(tmp_path / "run", "grpo", **changes), "grpo")
-    [((_, scored, _), _), (_, batches)] = seen
-    [micro] = batches.micro_batches
+    [((_, scored), _), (_, batches)] = seen
+    [batch] = batches.micro_batches
     assert [[reward is not None for reward in group.reward] for group in scored] == [[False, *[True] * 3]] * 2
     lengths = [[len(completion.token_ids) for completion in group.completions] for group in scored]
-    assert micro.batch.completion_len == [length for group in lengths for length in group[1:]]
-    assert bool((micro.weight > 0).all())
+    assert batch.completion_len == [length for group in lengths for length in group[1:]]
+    assert bool((batch.token_weight_R > 0).all())
     assert row["completions/dropped_zero_advantage"] == 2
     assert row["tokens/dropped_zero_advantage"] == sum(group[0] for group in lengths)
     rewards = torch.tensor([runs.spread([c.token_ids for c in group.completions])[1:] for group in scored])
@@ -160,13 +160,13 @@ def test_equal_rewards_cost_nothing_and_change_nothing(tmp_path, monkeypatch):
         "grpo__optim__weight_decay": 0.1,
     }
     without = runs.train(tmp_path / "without", "grpo", **changes)
-    real = geo_r1.train.stages.grpo._work
+    real = geo_r1.train.stages.grpo.contributing_parts
 
-    def all_that_count(config, *rest):  # as if a term of the loss needed them
+    def all_that_count(config, groups):  # as if a term of the loss needed them
         loss = config.loss.model_copy(update={"entropy_coef": 1.0})
-        return real(config.model_copy(update={"loss": loss}), *rest)
+        return real(config.model_copy(update={"loss": loss}), groups)
 
-    monkeypatch.setattr(geo_r1.train.stages.grpo, "_work", all_that_count)
+    monkeypatch.setattr(geo_r1.train.stages.grpo, "contributing_parts", all_that_count)
     packed = runs.train(tmp_path / "packed", "grpo", **changes)
     rows = [*zip(runs.metrics(without, "grpo"), runs.metrics(packed, "grpo"), strict=True)]
     assert {row["frac_reward_zero_std"] for row, _ in rows} == {0, 0.5, 1}

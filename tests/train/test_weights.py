@@ -1,6 +1,7 @@
 """Which of a step's completions are packed, and how they weigh: only those that were scored count."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +12,16 @@ from geo_r1.data import PromptEncoder, Sample, World, exemplars
 from geo_r1.kernels import GRPOLossConfig
 from geo_r1.models import EncodedPrompt, load_model
 from geo_r1.rollout import Completion
-from geo_r1.train.parallel.lifeline import Lifeline
-from geo_r1.train.parallel.micro_batches import Work, share_out
+from geo_r1.train.group import Group
+from geo_r1.train.parallel.micro_batches import share_out
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.parallel.strategy import shard_model
 from geo_r1.train.recipe.run_sections import ParallelConfig
 from geo_r1.train.recipe.sections import GRPOConfig
-from geo_r1.train.stages.grpo import Group, _advantages, _logp, _update, _weights, _work
+from geo_r1.train.stages.grpo import _learn, _logp, _weights, contributing_parts, set_advantages
 
 context = SimpleNamespace(
-    ranks=Ranks(0, 1, torch.device("cpu"), Lifeline(0, {})),
+    ranks=Ranks(0, 1, torch.device("cpu")),
     recipe=SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=8)),
 )
 
@@ -35,18 +36,19 @@ def lab():
 def group_of(prompt, completions, rewards):
     said = [Completion(ids, [0.0] * len(ids), True) for ids in completions]
     asked = ({"role": "user", "content": [{"type": "text", "text": "north?"}]},)
-    return Group(0, Sample(prompt.sample_id, asked, ()), prompt, said, rewards, {}, 0)
+    return Group(Sample(prompt.sample_id, asked, ()), prompt, said, reward=rewards)
 
 
 def text_prompt(name):
     return EncodedPrompt(name, [1, 2, 3], torch.arange(3).expand(3, -1), [], None, ())
 
 
-def batches_of(policy, config, groups, work=None):
-    """What a step computes: of its groups, those completions that reach the gradient, or the given work."""
-    if work is None:
-        work = _work(config, groups, _advantages(context, config, groups))
-    return share_out(policy, work, config.optim.max_tokens, _weights(context, config, groups))
+def batches_of(policy, config, groups, parts=None):
+    """The batches of a step: the completions that reach the gradient, or the given parts of groups."""
+    if parts is None:
+        set_advantages(context.ranks, config, groups)
+        parts = contributing_parts(config, groups)
+    return share_out(policy, parts, config.optim.max_tokens, _weights(context, config, groups))
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
@@ -63,8 +65,8 @@ def test_unscored_completions_do_not_dilute_the_loss(loss_type, max_tokens, lab)
     batches = batches_of(lab[0], config, [group])
     assert len(batches.micro_batches) == (1 if max_tokens > 9 else 2)
     assert batches.plan.repeated_tokens == 3 * (len(batches.micro_batches) - 1)
-    weight = torch.cat([micro.weight for micro in batches.micro_batches])
-    advantage = torch.cat([micro.advantage for micro in batches.micro_batches])
+    weight = torch.cat([batch.token_weight_R for batch in batches.micro_batches])
+    advantage = torch.cat([batch.advantage_R for batch in batches.micro_batches])
     assert weight.sum().item() == pytest.approx(1.0)
     assert (weight > 0).all()
     assert sorted(advantage.tolist()) == [-1.0] * 6 + [1.0] * 4
@@ -79,14 +81,16 @@ def test_equal_rewards_are_packed_only_where_another_term_needs_them(options, la
     ]
     config = GRPOConfig(steps=1, num_completions=3, loss={"type": "bnpo", **options})
     batches = batches_of(lab[0], config, groups)
-    [micro] = batches.micro_batches
+    [batch] = batches.micro_batches
     kept = [(1, 4), (1, 2), (2, 2), (2, 3)]
     if options:
         kept = [(0, 4), (0, 2), (0, 3), (1, 4), (1, 2), (1, 3), (2, 2), (2, 3)]
-    assert micro.batch.target.tolist() == [g for g, length in kept for _ in range(length)]
-    assert micro.batch.layout.prompt_len == (3,) * len({g for g, _ in kept})
-    assert batches.num_tokens == batches.plan.num_tokens == len(micro.batch.token_ids)
-    assert micro.weight.tolist() == pytest.approx([1 / 23] * len(micro.weight))  # tokens of all that count
+    assert batch.target_R.tolist() == [g for g, length in kept for _ in range(length)]
+    assert batch.layout.prompt_len == (3,) * len({g for g, _ in kept})
+    assert batches.num_tokens == batches.plan.num_tokens == len(batch.token_ids)
+    assert batch.token_weight_R.tolist() == pytest.approx(
+        [1 / 23] * len(batch.token_weight_R)
+    )  # tokens of all that count
     for group in groups:
         group.reward[:] = [reward and 1.0 for reward in group.reward]
     groups[1].reward[1:] = [1.0, 1.0]
@@ -113,31 +117,23 @@ def test_leaving_out_equal_rewards_changes_no_gradient(lab, pictures_matter, pol
         )
         for i, prompt in enumerate(prompts)
     ]
-    everything = [
-        Work(
-            group.prompt,
-            [c.token_ids for c in group.completions],
-            group.reward,
-            [c.logp for c in group.completions],
-        )
-        for group in groups
-    ]
+    everything = [replace(group, advantage_N=torch.tensor(group.reward)) for group in groups]
     loss = {"policy": policy, "importance_sampling_level": level, "epsilon_high": 0.3}
     config = GRPOConfig(steps=1, num_completions=3, num_iterations=2, loss=loss, advantage={"scale": "none"})
 
-    def gradients(work):
-        batches = batches_of(model, config, groups, work)
-        for micro in batches.micro_batches:  # ratios on both sides of 1
-            logp = model.run(_logp, micro.batch, 1.0)
-            micro.old_logp = logp + 0.3 * torch.sin(7 * logp)
+    def gradients(parts):
+        batches = batches_of(model, config, groups, parts)
+        for batch in batches.micro_batches:  # ratios on both sides of 1
+            logp = model.run(_logp, batch, 1.0)
+            batch.old_logp_R = logp + 0.3 * torch.sin(7 * logp)
         options = GRPOLossConfig(**config.loss.model_dump(exclude={"type"}))
         grads = {}
         optimizer = SimpleNamespace(  # sees what any would; nothing is clipped
             step=lambda: grads.update({name: p.grad for name, p in model.vlm.model.named_parameters()}),
             zero_grad=lambda: model.vlm.model.zero_grad(set_to_none=True),
         )
-        updater = SimpleNamespace(apply=lambda *_: {"grad_norm": model.update(optimizer, math.inf, True)})
-        found = _update(model, options, batches, updater, False)
+        found = _learn(model, options, batches, first=False)
+        found["grad_norm"] = model.update(optimizer, math.inf, True)
         return batches.plan.num_tokens, found, grads
 
     num_tokens, figures, grads = gradients(None)

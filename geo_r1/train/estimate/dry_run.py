@@ -12,7 +12,8 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
-from geo_r1.data import OverlongPrompt, PromptEncoder
+from geo_r1.data import PromptEncoder
+from geo_r1.data.prompt import OverlongPromptError
 from geo_r1.data.source import Source
 from geo_r1.errors import UserError
 from geo_r1.models import EncodedPrompt
@@ -139,7 +140,7 @@ def _groups(recipe: Recipe, options: Any, source: Source, encoder: PromptEncoder
         sample = source.draw(position, recipe.run.seed)
         try:
             prompt = encoder.encode(sample)
-        except OverlongPrompt:
+        except OverlongPromptError:
             if recipe.data.on_overlong == "error":
                 raise
             num_skipped += 1

@@ -27,13 +27,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from geo_r1.errors import UserError
-from geo_r1.kernels.chunks import SCRATCH_BYTES, KernelRows
+from geo_r1.kernels.loss.chunks import SCRATCH_BYTES, KernelRows
 from geo_r1.models.cost import cached_bytes
 from geo_r1.models.qwen_vl import VISION
 from geo_r1.train.estimate.activations import Numbers, rows_of
 from geo_r1.train.estimate.weights import Weight, entries, weights_of
 from geo_r1.train.parallel.optim import BLOCK, SMALLEST
-from geo_r1.train.parallel.zero import engine_settings
+from geo_r1.train.parallel.zero import deepspeed_settings
 from geo_r1.train.recipe.run_sections import EvalConfig, LoraConfig
 from geo_r1.train.recipe.sections import GRPOConfig, OptimConfig, Recipe
 
@@ -184,7 +184,7 @@ class _Rank:
         self.casts = self.spread == "ddp" and self.width > self.narrow
         self.zero: dict[str, Any] = dict(ZERO)
         if self.by_zero:
-            settings = engine_settings(parallel, self.optim.max_grad_norm, self.narrow == 2)
+            settings = deepspeed_settings(parallel, self.optim.max_grad_norm, self.narrow == 2)
             self.zero |= settings["zero_optimization"]
         numbers = Numbers(self.width if self.casts else self.narrow, self.narrow, self.casts, self.fused)
         self.tokens, self.pictures = rows_of(self.config, numbers, model.checkpointing)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,31 +13,33 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from transformers import PreTrainedModel
 
+from geo_r1.errors import UserError
 from geo_r1.models import PackedVLM
-from geo_r1.train.parallel.place import hand_out
-from geo_r1.train.parallel.policy import Function, Policy, Runner
+from geo_r1.train.parallel.policy import Function, Policy, Runner, hand_out
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.run_sections import ParallelConfig
 
 
 class ShardedPolicy(Policy):
-    """A policy in shards, of whole layers and, in one more group, of all that is outside of them."""
+    """A policy in shards of whole layers and, in one more group, of everything outside of them."""
+
+    sharded = True
 
     def __init__(
         self, vlm: PackedVLM, ranks: Ranks, trained: bool, alpha: float | None, config: ParallelConfig
     ) -> None:
         self.vlm, self.ranks, self.alpha, self.everyone = vlm, ranks, alpha, True
+        self.export_dtype = vlm.model.dtype
         ranks.join()
-        offload = config.cpu_offload and ranks.device.type != "cpu"  # where all is there already
+        offload = config.cpu_offload and ranks.device.type != "cpu"
         narrow = vlm.compute_dtype != vlm.model.dtype
         options: dict[str, Any] = {
             "mesh": _mesh(ranks, config.shard_size),
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=vlm.compute_dtype if narrow else None,
                 reduce_dtype=torch.float32 if narrow else None,
-                cast_forward_inputs=False,  # advantages and weights of tokens stay as they are
+                cast_forward_inputs=False,  # advantages and weights of tokens keep their dtype
             ),
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
@@ -58,22 +58,12 @@ class ShardedPolicy(Policy):
                 module.reshard()
         return out
 
-    @contextmanager
-    def whole(self) -> Iterator[PackedVLM]:
-        replica = self.replica(self.vlm.compute_dtype, self.ranks.device)
-        assert replica is not None
-        yield replica
-
-    @contextmanager
-    def exported(self) -> Iterator[PreTrainedModel | None]:
-        yield self._plain_copy(self.vlm.model.dtype)
-
 
 def _mesh(ranks: Ranks, shard_size: int | None) -> Any:
     if shard_size is None or shard_size == ranks.size:
         return init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("shard",))
     if ranks.size % shard_size:
-        raise ValueError(
+        raise UserError(
             f"parallel.shard_size = {shard_size} does not divide the {ranks.size} ranks; "
             f"try {next(n for n in range(shard_size, 0, -1) if ranks.size % n == 0)}"
         )

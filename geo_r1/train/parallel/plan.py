@@ -1,17 +1,17 @@
-"""Who computes what in a step: groups of all ranks become micro-batches, the same number on every rank.
+"""Divides a step among the ranks: groups of all ranks become micro-batches, the same number on every rank.
 
-Every rank plans for itself and finds the same plan, since all know all lengths. What matters, in this order:
+Every rank computes the same plan from the lengths of all groups. A plan minimises, in this order:
 
-1. As few micro-batches as can be: in each one every rank gathers the weights.
-2. Time lost in waiting: in each micro-batch all ranks wait for the slowest.
-3. Groups that stay home, where their prompt was encoded: to move one is to send its pictures.
+1. The number of micro-batches: in each one every rank gathers the weights.
+2. Waiting: in each micro-batch all ranks wait for the slowest.
+3. Groups that leave home, the rank that encoded their prompt: moving one sends its pictures.
 
-Groups are spread over as many batches as the ranks will have, alike in cost; a rank's own groups go into its
-own batches as long as those do not grow heavy. Then either each rank keeps its batches, or all are sorted by
-cost and dealt in rows, one a rank, which is the least waiting that given batches allow; who in a row takes
-which is free, so groups come home there, too. Of all ways tried, the one that moves the fewest tokens is
-taken among those about as short as the shortest. Where the budget is so tight that spreading finds no place
-for a group, batches are those of `plan_batches`, evened out by swaps.
+Groups are spread over as many batches as the ranks will have, of about equal cost. A rank's own groups go
+into its own batches as long as those do not grow heavy. Then either each rank keeps its batches, or all are
+sorted by cost and dealt in rows, one for each rank, which waits least for given batches; swaps within a row
+bring groups home. Of the plans that take about as long as the shortest, the one that moves the fewest tokens
+wins. If the budget is so tight that spreading finds no place for a group, batches come from `plan_batches`
+and are evened out by swaps.
 
 Longest first, each to the lightest, is Graham's rule (Bounds on multiprocessing timing anomalies, 1969).
 """
@@ -27,17 +27,17 @@ from dataclasses import dataclass
 
 from geo_r1.kernels.layout import plan_batches
 
-# (group, indices of its completions); a group over the budget stands in several.
+# (group, indices of its completions); a group over the budget becomes several pieces.
 Piece = tuple[int, tuple[int, ...]]
 Batch = tuple[Piece, ...]
 
-# Groups leave home only where staying makes the step longer by more than this.
+# Groups leave home only if staying makes the step longer by more than this.
 HOME_TOLERANCE = 1.03
-# How far above the mean a batch may grow by groups of its own rank: from not at all to as its tokens allow.
+# How heavy groups of its own rank may make a batch, over the mean batch.
 HOME_LIMITS = (1.0, 1.03, 1.1, 1.2, math.inf)
-# Over a tight packing: with 24 batches of 8 ranks waiting falls from 1.136 to 1.038 in 4, to 1.020 in 8.
+# With 24 batches of 8 ranks, waiting falls from 1.136 to 1.038 in 4 passes, to 1.020 in 8.
 EVEN_PASSES = 8
-# Of the lightest batches that a swap is looked for in; all of them would take seconds for hundreds of ranks.
+# The lightest batches to look for a swap in; all would take seconds for hundreds of ranks.
 EVEN_PARTNERS = 32
 
 
@@ -46,13 +46,12 @@ class StepPlan:
     """Micro-batches of a step.
 
     Attributes:
-        batches: [rank][micro-batch], each of (group, indices of its completions) pairs; every rank has the
-            same number, in descending order of cost; an empty one is idle.
-        cost: [rank][micro-batch] operations of each.
+        batches: [rank][micro-batch] of (group, indices of its completions) pairs; every rank has the same
+            number, in descending order of cost; an empty one is idle.
+        cost: [rank][micro-batch] operations.
         num_tokens: tokens over all ranks, repeated prompts included.
         repeated_tokens: prompt tokens computed again because a group was split.
-        moved: (group, home, owner) of all that are computed away from home; a split group may have several
-            owners.
+        moved: (group, home, owner) of groups computed away from home; a split one may have several owners.
     """
 
     batches: tuple[tuple[Batch, ...], ...]
@@ -67,30 +66,10 @@ class StepPlan:
         return len(self.batches[0])
 
     @property
-    def num_idle(self) -> int:
-        """Micro-batches with nothing in them, over all ranks."""
-        return sum(not batch for batches in self.batches for batch in batches)
-
-    @property
-    def imbalance(self) -> float:
-        """The heaviest rank's cost over the mean; 1 is even."""
-        return self._over_mean(max(map(sum, self.cost)))
-
-    @property
     def waiting(self) -> float:
         """The slowest batches' cost, one of each micro-batch, over the mean rank's; 1 is even."""
-        return self._over_mean(sum(map(max, zip(*self.cost, strict=True))))
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_tokens} tokens ({self.repeated_tokens} repeated) in {self.num_batches} micro-batches "
-            f"on each of {len(self.batches)} ranks ({self.num_idle} idle), {len(self.moved)} groups moved, "
-            f"heaviest rank {self.imbalance:.3f} x the mean, {self.waiting:.3f} x with waiting"
-        )
-
-    def _over_mean(self, cost: float) -> float:
         total = sum(map(sum, self.cost))
-        return cost * len(self.cost) / total if total else 1.0
+        return sum(map(max, zip(*self.cost, strict=True))) * len(self.cost) / total if total else 1.0
 
 
 def plan_step(
@@ -101,7 +80,7 @@ def plan_step(
     num_ranks: int,
     max_tokens: int,
 ) -> StepPlan:
-    """Put the groups of a step into micro-batches and hand these to ranks.
+    """Put the groups of a step into micro-batches and assign these to ranks.
 
     Args:
         prompt_len: tokens of each group's prompt, G of them over all ranks.
@@ -112,8 +91,8 @@ def plan_step(
         max_tokens: the most tokens a micro-batch may hold.
 
     Returns:
-        The plan; the same arguments always give the same one. On one rank its batches are those of
-        `plan_batches`, in descending order of cost.
+        The same plan for the same arguments. On one rank its batches are those of `plan_batches`, in
+        descending order of cost.
 
     Raises:
         ValueError: as `plan_batches`, naming the group by its number here; or a home is not a rank.
@@ -144,7 +123,7 @@ def plan_step(
 
 @dataclass(frozen=True)
 class _Work:
-    """All pieces of a step; the lists are by piece, and batches here are lists of their indices."""
+    """All pieces of a step. The lists are by piece; batches are lists of pieces' indices."""
 
     prompt_len: list[int]
     completion_len: list[list[int]]
@@ -155,7 +134,7 @@ class _Work:
     max_tokens: int
 
     def best(self) -> list[list[list[int]]]:
-        """[rank][micro-batch] of the fewest rows; of these nearly the shortest; of these the most at home."""
+        """[rank][micro-batch]: the fewest rows, then about the shortest, then the fewest tokens moved."""
         found = [(len(rows), self.time(rows), rows) for rows in self.plans()]
         fewest, shortest, _ = min(found)
         _, _, rows = min(
@@ -180,11 +159,11 @@ class _Work:
         return [self.deal(self.even_out(fitted))]
 
     def spread_over(self, num_rows: int, limit: float) -> list[list[int]] | None:
-        """All pieces in `num_rows` batches a rank, alike in cost; None where one finds no place.
+        """All pieces in `num_rows` batches a rank, about equal in cost; None if one finds no place.
 
         The most costly piece comes first. It goes to the lightest of its home's own batches with room, if
         that stays below `limit` times the mean batch; else to the lightest of all. Two pieces of one group
-        never meet, since both are over the budget.
+        never share a batch: together they are over the budget.
         """
         num_batches = num_rows * self.num_ranks
         most = limit * sum(self.cost) / max(num_batches, 1)
@@ -207,7 +186,7 @@ class _Work:
         return [sorted(batch) for batch in batches]
 
     def even_out(self, batches: list[list[int]]) -> list[list[int]]:
-        """Batches that only just fitted: from the most costly on, swap a piece with a lighter batch."""
+        """Tight batches made more equal: from the most costly on, swap a piece with a lighter batch."""
         batches = [list(batch) for batch in batches]
         load = [self.cost_of(batch) for batch in batches]
         free = [self.max_tokens - sum(self.size[i] for i in batch) for batch in batches]
@@ -231,13 +210,13 @@ class _Work:
         return [sorted(batch) for batch in batches]
 
     def keep(self, batches: list[list[int]]) -> list[list[list[int]]]:
-        """[row][rank] batches of `spread_over`, each with the rank whose own it is."""
+        """[row][rank] batches of `spread_over`, each on its own rank."""
         own = (batches[rank :: self.num_ranks] for rank in range(self.num_ranks))
         ordered = [sorted(mine, key=lambda batch: (-self.cost_of(batch), batch)) for mine in own]
         return [list(row) for row in zip(*ordered, strict=True)]
 
     def deal(self, batches: list[list[int]]) -> list[list[list[int]]]:
-        """[row][rank] batches: the most costly in the first row, one a rank."""
+        """[row][rank] batches: the most costly in the first row, one for each rank."""
         ordered = sorted(filter(None, batches), key=lambda batch: (-self.cost_of(batch), batch))
         load = [0.0] * self.num_ranks
         rows = []
@@ -264,7 +243,7 @@ class _Work:
                     for b in tuple(at_home[a]):
                         here = at_home[a][a] + at_home[b][b]
                         there = at_home[a][b] + at_home[b][a]
-                        more = cost[a] - cost[b]  # that b would have
+                        more = cost[a] - cost[b]  # added to b by the swap
                         if there <= here or max(load[b] + more, load[a] - more) > most:
                             continue
                         row[a], row[b] = row[b], row[a]

@@ -1,14 +1,14 @@
-"""The policy on this rank: a model spread over the ranks by an engine, used the same way whichever it is.
+"""The policy on this rank: a model spread over the ranks by a strategy, used the same way with each.
 
-    strategy    on each rank                                            engine
+    strategy    on each rank                                            by
     ddp         everything                                              DistributedDataParallel
     fsdp2       shards of weights, gradients and optimiser              fully_shard, a layer at a time
     deepspeed   shards of gradients and optimiser, and of weights (3)   ZeRO
 
-The engines act where a module's forward begins and ends. A fused loss reads the language head's weight
-outside of any layer, so the whole of a micro-batch, loss included, runs as the forward of one module around
-the model. All engines average gradients over the ranks; losses are multiplied by their number, so gradients
-are sums.
+Each strategy acts where a module's forward begins and ends. A fused loss reads the language head's weight
+outside of any layer, so a whole micro-batch, loss included, runs as the forward of one module around the
+model. All strategies average gradients over the ranks; losses are multiplied by the number of ranks, so
+gradients are sums.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from transformers import PreTrainedModel
 from geo_r1.models import PackedVLM
 from geo_r1.models.lora import merged_state
 from geo_r1.train.parallel.optim import load_optimizer_state, optimizer_state
-from geo_r1.train.parallel.place import hand_out, replace_all
 from geo_r1.train.parallel.ranks import Ranks
 
-# What runs inside the root's forward: the model and further arguments to tensors, the loss first.
+# Runs inside the root's forward: takes the model and further arguments, returns tensors, the loss first.
 Function = Callable[..., Any]
 
 
 class Runner(nn.Module):
-    """Runs functions of a model as its own forward: an engine around it sees every use of a weight."""
+    """Runs functions of a model as its own forward, so a wrapper sees every use of a weight."""
 
     def __init__(self, vlm: PackedVLM) -> None:
         super().__init__()
@@ -48,13 +47,18 @@ class Runner(nn.Module):
 
 
 class Policy:
-    """A whole model on every rank: one rank, or `ddp`. The other strategies change what differs.
+    """A whole model on every rank: one rank, or `ddp`. The other strategies override the differences.
 
     Attributes:
         vlm: the model; its weights may be used within `run` and `learn` only.
         alpha: of its adapters (see `geo_r1.models.lora`); None where it has none.
-        everyone: whether all ranks must take part in every micro-batch, with every trained weight.
+        everyone: True if all ranks must take part in every micro-batch, with every trained weight.
+        sharded: True if no rank holds all the weights.
+        export_dtype: of an exported copy; None where the model itself can be exported.
     """
+
+    sharded = False
+    export_dtype: torch.dtype | None = None
 
     def __init__(self, vlm: PackedVLM, ranks: Ranks, trained: bool, alpha: float | None) -> None:
         self.vlm, self.ranks, self.alpha = vlm, ranks, alpha
@@ -66,7 +70,7 @@ class Policy:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, as this rank holds it."""
+        """The trained weights, as this rank holds them."""
         return [p for p in self.vlm.model.parameters() if p.requires_grad]
 
     @torch.no_grad()
@@ -79,10 +83,10 @@ class Policy:
 
         Args:
             function: returns a tuple of tensors, the loss first.
-            last: whether this is the step's last micro-batch.
+            last: True for the step's last micro-batch.
 
         Returns:
-            What the function returned, without gradient.
+            The function's tensors, without gradient.
         """
         waits = isinstance(self.root, DistributedDataParallel) and not last
         with self.root.no_sync() if waits else nullcontext():  # type: ignore[operator, union-attr]
@@ -91,22 +95,22 @@ class Policy:
         return loss.detach(), *(x.detach() for x in rest)
 
     def attach(self, optimizer: Optimizer, max_grad_norm: float) -> Optimizer:
-        """Take charge of an optimiser over `parameters`; returns the one whose rates are to be set."""
+        """Take charge of an optimiser over `parameters`; returns the one whose rates the caller sets."""
         return optimizer
 
     def close(self) -> None:
-        """Let go of what an engine keeps hold of; the policy is of no use any more."""
+        """Release what the strategy holds; the policy cannot be used any more."""
 
     def update(self, optimizer: Optimizer, max_grad_norm: float, wanted: bool) -> float:
         """Clip the gradient and take an optimiser's step; clears the gradient.
 
         Args:
-            wanted: False only clears. Nor is there a step where the gradient is not finite.
+            wanted: False only clears, and so does a gradient that is not finite.
 
         Returns:
             The norm of the whole gradient before clipping.
         """
-        for parameter in self.parameters:  # unused by all: zero, so that Adam's averages decay all the same
+        for parameter in self.parameters:  # unused: zero, so that Adam's averages decay all the same
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -119,23 +123,23 @@ class Policy:
 
     @contextmanager
     def whole(self) -> Iterator[PackedVLM]:
-        """The model with whole weights on this rank's device; those of shards in `compute_dtype`."""
-        yield self.vlm
+        """The model with whole weights on this rank's device, gathered in `compute_dtype` if in shards."""
+        replica = self.replica(self.vlm.compute_dtype, self.ranks.device) if self.sharded else self.vlm
+        assert replica is not None
+        yield replica
 
     @contextmanager
     def exported(self) -> Iterator[PreTrainedModel | None]:
         """On rank 0 a plain transformers model with these weights, adapters merged; None on the others."""
-        if self.alpha is None:
+        dtype = self.vlm.model.dtype if self.alpha is not None else None
+        if (dtype := self.export_dtype or dtype) is None:
             yield self.vlm.model if self.ranks.is_main else None
         else:
-            yield self._plain_copy(self.vlm.model.dtype)
-
-    def _plain_copy(self, dtype: torch.dtype) -> PreTrainedModel | None:
-        replica = self.replica(dtype, "cpu", self.ranks.is_main)
-        return replica.model if replica is not None else None
+            replica = self.replica(dtype, "cpu", self.ranks.is_main)
+            yield replica.model if replica is not None else None
 
     def state(self, optimizer: Optimizer | None) -> dict[str, dict[str, Any]]:
-        """What a checkpoint holds, by name: weights (with adapters, these alone), the optimiser's state."""
+        """Tensors of a checkpoint by name: weights (of LoRA the adapters alone), the optimiser's state."""
         adapters_only = self.alpha is not None and optimizer is not None
         model = {
             name: parameter.detach()
@@ -145,7 +149,10 @@ class Policy:
         return {"model": model, "optim": optimizer_state(self.vlm.model, optimizer) if optimizer else {}}
 
     def load_state(self, optimizer: Optimizer | None, state: dict[str, dict[str, Any]]) -> None:
-        """Go on from what `state` returned, filled in place; its weights are the model's own tensors."""
+        """Take over a state that `state` returned and a checkpoint has filled in place.
+
+        Its weights are the model's own tensors.
+        """
         if optimizer is not None:
             load_optimizer_state(self.vlm.model, optimizer, state["optim"])
 
@@ -155,12 +162,17 @@ class Policy:
         """Name and whole tensor of every weight, one after another, on every rank; a tied one once.
 
         Args:
-            dtype: of the tensors; None: as they are.
-            ends: only of weights whose names end so; the others are not gathered.
+            dtype: of the tensors; None keeps the weights' own.
+            ends: gather only weights whose names end with one of these.
         """
         for name, parameter in self.vlm.model.named_parameters():
             if name.endswith(ends):
-                yield name, _full(parameter.detach().to(self.ranks.device), dtype)
+                yield name, self.full(parameter, dtype)
+
+    def full(self, parameter: nn.Parameter, dtype: torch.dtype | None) -> Tensor:
+        """A whole weight on this rank's device, gathered by all ranks together."""
+        tensor = parameter.detach().to(self.ranks.device, dtype)  # narrower before it travels
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @torch.no_grad()
     def move_towards(self, other: Policy, share: float) -> None:
@@ -177,7 +189,7 @@ class Policy:
         """A plain model with these weights, whole, adapters merged; not trained.
 
         Args:
-            fill: whether this rank wants it; it takes part in gathering all the same, and gets None.
+            fill: False on a rank that only takes part in gathering, and gets None.
         """
         copy = self.blank(dtype, device) if fill else self.vlm.skeleton(dtype=dtype, device=device)
         slots = dict(copy.model.named_parameters())
@@ -191,7 +203,7 @@ class Policy:
         return copy if fill else None
 
     def blank(self, dtype: torch.dtype, device: torch.device | str) -> PackedVLM:
-        """A plain model of this one's shape on this rank, not trained, whose weights are still to come."""
+        """A plain model of this one's shape on this rank, not trained, with its weights uninitialised."""
         copy = self.vlm.skeleton(dtype=dtype, device=device)
         replace_all(copy.model, lambda tensor: torch.empty_like(tensor, device=device))
         own = dict(self.vlm.model.named_buffers())
@@ -201,6 +213,35 @@ class Policy:
         return copy
 
 
-def _full(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = tensor if dtype is None else tensor.to(dtype)  # narrower before it travels
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def hand_out(module: nn.Module, ranks: Ranks) -> None:
+    """Bring a module to every rank's device with rank 0's values; tensors in shards already stay as they are.
+
+    The other ranks may have it on the meta device.
+    """
+
+    def place(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):
+            return tensor
+        tensor = torch.empty_like(tensor, device=ranks.device) if tensor.is_meta else tensor.to(ranks.device)
+        ranks.broadcast(tensor)
+        return tensor
+
+    replace_all(module, place)
+
+
+def replace_all(module: nn.Module, place: Callable[[Tensor], Tensor]) -> None:
+    """Replace all weights and buffers by `place` of them; tied ones stay tied."""
+    placed: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the old one, kept so that the id stays its own
+    for part in module.modules():
+        for slots in (part._parameters, part._buffers):
+            for name, old in list(slots.items()):
+                if old is None:
+                    continue
+                if id(old) not in placed:
+                    new = place(old.detach())
+                    if isinstance(new, DTensor):
+                        new = old
+                    elif isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, old.requires_grad)
+                    placed[id(old)] = old, new
+                slots[name] = placed[id(old)][1]  # type: ignore[assignment]

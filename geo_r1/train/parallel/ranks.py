@@ -13,14 +13,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from geo_r1.train.parallel.lifeline import Lifeline
+from geo_r1.errors import OutageError, UserError
+from geo_r1.train.parallel.heartbeat import Heartbeat
 
 # One rank may write a large checkpoint, or sample longer than the others, while they wait.
 PATIENCE = timedelta(hours=2)
 
 
-class PeerLost(Exception):  # noqa: N818  # the error is the other rank's
-    """Another rank has ended in the middle of the run."""
+class RankLost(OutageError):  # noqa: N818  # the error is the other rank's
+    """Another rank has ended in the middle of the run, or could not be reached."""
+
+
+@contextmanager
+def rank_losses() -> Iterator[None]:
+    """Turn the errors that collectives raise when a connection closes into RankLost."""
+    try:
+        yield
+    except OutageError:
+        raise
+    except RuntimeError as error:
+        gloo = "gloo/transport" in str(error) and "enforce fail" not in str(error)  # of a misuse of gloo
+        if not (gloo or isinstance(error, dist.DistError)):
+            raise
+        raise RankLost(f"another rank has ended ({str(error).splitlines()[0]})") from error
 
 
 @dataclass(frozen=True)
@@ -30,53 +45,56 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-    lifeline: Lifeline
+    heartbeat: Heartbeat | None = None
 
     @classmethod
-    def start(cls, threads: int = 0) -> Ranks:
+    def start(cls, threads: int = 0, hang_timeout: float = 600.0) -> Ranks:
         """Join the process group (NCCL on GPUs, gloo on CPUs) and share the machine's cores.
 
         Args:
             threads: CPU threads of this rank; 0 divides the cores among the ranks of this machine.
+            hang_timeout: seconds without a sign of life from another rank after which the job ends.
+
+        Raises:
+            UserError: this machine has fewer GPUs than ranks.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(threads or max(1, cores // local_size))
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             if local >= torch.cuda.device_count():
-                raise ValueError(
+                raise UserError(
                     f"LOCAL_RANK is {local}, but this process sees {torch.cuda.device_count()} GPUs: start "
-                    "at most so many ranks a machine, and let each of them see all"
+                    "no more ranks than GPUs on a machine, and let each of them see all"
                 )
             torch.cuda.set_device(device)
-        else:  # DeepSpeed, which transformers imports where it is installed, would warn that it had to look
+        else:  # else DeepSpeed warns that it had to look, and transformers imports it if it is there
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if size == 1:
-            return cls(0, 1, device, Lifeline(0, {}))
+            return cls(0, 1, device)
         store, rank, _ = next(dist.rendezvous("env://"))
-        # what is on the host travels from there, without waiting for the device
+        heartbeat = Heartbeat(rank, size, store, hang_timeout)
+        # tensors on the host are sent from there, without waiting for the device
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        ties = dist.PrefixStore("lifeline", store)
-        return cls(rank, size, device, Lifeline.start(rank, size, ties, os.environ["MASTER_ADDR"]))
+        return cls(rank, size, device, heartbeat)
 
     def join(self) -> None:
-        """See that there is a process group, which sharding needs even where there is one rank."""
+        """Make a process group of one rank, if there is none: sharding needs one."""
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
-    def stop(self) -> None:
-        """Leave the others, who are about to do the same."""
-        if dist.is_initialized():  # of one rank, too, where it was sharded
+    def stop(self, well: bool = True) -> None:
+        """Leave the process group; after an error only a group of one rank, as others may wait elsewhere."""
+        if self.size > 1 and not well:
+            return
+        if dist.is_initialized():
             dist.destroy_process_group()
-        self.lifeline.close()
-
-    def leave(self) -> None:
-        """Leave because something went wrong: others may wait elsewhere, and would not hear a goodbye."""
-        if self.size == 1:
-            self.stop()
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
 
     @property
     def is_main(self) -> bool:
@@ -91,8 +109,7 @@ class Ranks:
         if self.size == 1:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)
-        with self._together():
-            dist.all_reduce(total)
+        dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -100,25 +117,22 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._together():
-            dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank."""
+        """True if the flag is set on some rank."""
         return self.sum([float(flag)])[0] > 0
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            with self._together():
-                dist.barrier()
+            dist.barrier()
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Overwrite a tensor, on whatever device, with rank 0's."""
+        """Overwrite a tensor, on any device, with rank 0's."""
         if self.size > 1:
-            with self._together():
-                dist.broadcast(tensor, 0)
+            dist.broadcast(tensor, 0)
 
     def exchange(self, moves: Sequence[tuple[int, int]], outgoing: Mapping[int, Any]) -> dict[int, Any]:
         """Send objects from rank to rank.
@@ -132,19 +146,10 @@ class Ranks:
         """
         incoming = {}
         for index, (source, target) in enumerate(moves):  # in one order, so nobody waits in a circle
-            with self._together():
-                if source == self.rank:
-                    dist.send_object_list([outgoing[index]], target, device=torch.device("cpu"))
-                elif target == self.rank:
-                    box: list[Any] = [None]
-                    dist.recv_object_list(box, source, device=torch.device("cpu"))
-                    incoming[index] = box[0]
+            if source == self.rank:
+                dist.send_object_list([outgoing[index]], target, device=torch.device("cpu"))
+            elif target == self.rank:
+                box: list[Any] = [None]
+                dist.recv_object_list(box, source, device=torch.device("cpu"))
+                incoming[index] = box[0]
         return incoming
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # gloo and NCCL both raise it when a connection closes
-            reason = str(error).splitlines()[0]
-            raise PeerLost(f"another rank has ended ({reason})") from error

@@ -21,7 +21,7 @@ def shard_model(
 
     Args:
         vlm: whole on rank 0; on the others on the meta device.
-        trained: False for a model that only computes; DeepSpeed has nothing to do for it, fsdp2 shards it.
+        trained: False for a model that only computes; fsdp2 shards it, DeepSpeed is not needed.
         alpha: of the model's adapters; None where it has none.
     """
     strategy = strategy_of(config, ranks)
@@ -35,7 +35,7 @@ def shard_model(
 
 
 def strategy_of(config: ParallelConfig, ranks: Ranks) -> str:
-    """The strategy that is asked for, or the one that fits the number of ranks."""
+    """The strategy of the recipe; `auto` depends on the number of ranks."""
     if config.strategy == "auto":
         return "fsdp2" if ranks.size > 1 else "ddp"
     return config.strategy

@@ -6,6 +6,7 @@ Imports no torch, so that a typing mistake is reported at once.
 from __future__ import annotations
 
 import difflib
+import importlib.resources
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ USAGE = f"""{PROGRAM} [RECIPE.toml] [{DRY_RUN}[=RANKS]] [{SERVE}[=[HOST:]PORT]]
 
 
 def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
-    """Read `[recipe.toml] [--section.key value ...]`; `--help` among them prints help and exits.
+    """Read `[recipe] [--section.key value ...]`; `--help` among them prints help and exits.
 
     Args:
         description: text that help prints before the keys.
@@ -41,7 +42,8 @@ def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
     if {"-h", "--help"} & {*arguments}:  # also where there is no recipe to read
         source.root_parser.print_help()
         raise SystemExit(0)
-    path = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else _default_recipe()
+    named = arguments and not arguments[0].startswith("-")
+    path = find_recipe(arguments.pop(0) if named else "world")
     values = read_toml(path, "recipe ")
     known = _keys(Recipe)
     for option in arguments:
@@ -69,6 +71,23 @@ def read_toml(path: Path, kind: str = "") -> dict[str, Any]:
         raise UserError(f"{kind}{path} is not valid TOML: {error}") from error
 
 
+def find_recipe(name: str) -> Path:
+    """The path of a recipe: a bare name such as `world` is one of the package's, anything else is a path.
+
+    Raises:
+        UserError: the package has no recipe of this name, and neither has the folder.
+    """
+    path = Path(name)
+    if path.name != name or path.suffix or path.exists():
+        return path
+    recipes = Path(str(importlib.resources.files("geo_r1"))) / "recipes"
+    inside = recipes / f"{name}.toml"
+    if not inside.exists():
+        known = ", ".join(sorted(file.stem for file in recipes.glob("*.toml")))
+        raise UserError(f"no recipe {name}: geo_r1 has {known}; a file's name ends in .toml")
+    return inside
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe with all its defaults, as TOML that `load_recipe` reads back to an equal recipe."""
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
@@ -94,12 +113,6 @@ def first_difference(before: Any, now: Any, key: str) -> str | None:
                 return found
         return None
     return None if before == now else f"{key} = {before}, now {now}"
-
-
-def _default_recipe() -> Path:
-    here = Path("recipes/world.toml")
-    beside = Path(__file__).parents[3] / here
-    return here if here.exists() or not beside.exists() else beside
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

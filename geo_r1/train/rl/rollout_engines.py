@@ -1,9 +1,10 @@
-"""What samples a GRPO stage's completions, as the recipe's section `rollout` asks for it."""
+"""Open the rollout engine that the recipe's section `rollout` names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from uuid import uuid4
@@ -12,32 +13,34 @@ import torch
 from torch import Tensor
 
 from geo_r1.data.loader import PromptLoader
+from geo_r1.errors import UserError
 from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.models.cost import cached_bytes
 from geo_r1.models.lora import merged_state
 from geo_r1.rollout import Completion, SamplingConfig, generate
-from geo_r1.rollout.engine import RolloutEngine
-from geo_r1.rollout.http_client import HttpClient, Unavailable
-from geo_r1.rollout.vllm_input import sampling_params, write_engine_folder
+from geo_r1.rollout.engine import Copies, RolloutEngine
+from geo_r1.rollout.vllm.http_client import HttpClient, Unavailable
+from geo_r1.rollout.vllm.requests import sampling_params, write_engine_folder
 from geo_r1.train.context import RunContext
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe, RolloutConfig
-from geo_r1.train.rl.rollout_queue import RolloutQueue
+from geo_r1.train.rl.rollout_queue import RolloutQueue, sampling_of
 
 SECONDS_TO_LOOK = 5.0
-MOST_AT_A_TIME = 256  # completions that vLLM says at once; its own default
+MOST_AT_A_TIME = 256  # completions that vLLM samples at once; its own default
 
 
-class OwnWeights:
-    """The native sampler on the policy's own weights, between two updates."""
+class PolicySampler:
+    """Samples natively with the policy's own weights, between two updates."""
 
+    copies: Copies = "none"
     holds_base = False
 
     def __init__(self, policy: Policy, ends: set[int], recipe: RolloutConfig) -> None:
         self.policy, self.ends, self.recipe = policy, ends, recipe
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
-        raise AssertionError("its weights are the policy's")
+        """Nothing to do: its weights are the policy's."""
 
     def sample(
         self,
@@ -68,8 +71,10 @@ class OwnWeights:
         return self.policy.whole()
 
 
-class Copy(OwnWeights):
-    """The native sampler on a copy of the policy, which an update does not disturb."""
+class CopySampler(PolicySampler):
+    """Samples natively with a copy of the policy, which updates leave alone."""
+
+    copies: Copies = "per rank"
 
     def __init__(self, policy: Policy, ends: set[int], recipe: RolloutConfig) -> None:
         super().__init__(policy, ends, recipe)
@@ -86,76 +91,64 @@ class Copy(OwnWeights):
 
 
 def check_rollout_engine(recipe: Recipe, num_ranks: int) -> None:
-    """Raise ValueError if what is to sample cannot, before the stages in front of it have run."""
+    """Raise UserError if the engine cannot work, before earlier stages have spent hours."""
     rollout = recipe.rollout
     if rollout.engine == "native":
         if rollout.cuda_graphs and not torch.cuda.is_available():
-            raise ValueError("rollout.cuda_graphs needs a GPU, and there is none")
+            raise UserError("rollout.cuda_graphs needs a GPU, and there is none")
         return
     if recipe.model.dtype == "float64":
-        raise ValueError("vLLM computes in float32 or bfloat16, not in model.dtype = float64")
-    sampling_params(sampling_of(rollout), 1, 0, (), ())  # refuses what vLLM would
+        raise UserError("vLLM computes in float32 or bfloat16, not in model.dtype = float64")
+    sampling_params(sampling_of(rollout), 1, "", (), ())  # raises for what vLLM would refuse
     if rollout.server_url is not None:
         return
     if find_spec("vllm") is None:
-        raise ValueError("rollout.engine = vllm needs vLLM: pip install '.[vllm]'")
+        raise UserError("rollout.engine = vllm needs vLLM: pip install '.[vllm]'")
     if num_ranks % rollout.tensor_parallel_size:
         size = rollout.tensor_parallel_size
-        raise ValueError(
+        raise UserError(
             f"rollout.tensor_parallel_size = {size} needs a multiple of {size} ranks, there are {num_ranks}: "
             f"torchrun --nproc-per-node {size}"
         )
 
 
 def look_for_server(rollout: RolloutConfig, say: Callable[[str], object]) -> None:
-    """Say it at the start of a run, not hours later, where the server does not answer yet."""
+    """Warn at the start of a run, not hours later, if the server does not answer yet."""
     if rollout.server_url is None:
         return
+    http = HttpClient(rollout.server_url, SECONDS_TO_LOOK)
     try:
-        HttpClient(rollout.server_url, SECONDS_TO_LOOK).probe("/health")
+        http.run(partial(http.status, "/health"))
     except Unavailable as error:
         seconds = f"{rollout.patience:.0f} s"
         say(f"{rollout.server_url} does not answer yet ({error}); GRPO will wait {seconds} for it")
 
 
-def sampling_of(rollout: RolloutConfig) -> SamplingConfig:
-    return SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
-
-
 def open_rollout_queue(
     context: RunContext, policy: Policy, config: GRPOConfig, loader: PromptLoader, num_steps: int
 ) -> RolloutQueue:
-    """The draws of a stage, to be closed at its end.
+    """The queue of a stage's rollouts, which the caller closes.
 
     Raises:
-        ValueError: vLLM is not installed, cannot run the model, or its server does not answer.
+        UserError: vLLM is not installed, or cannot run the model.
+        EngineLost: its server does not answer.
     """
-    recipe = context.recipe.rollout
+    engine = _open_engine(context, policy, config)
+    seed = context.recipe.run.seed
     return RolloutQueue(
-        policy,
-        _open_sampler(context, policy, config),
-        loader,
-        sampling_of(recipe),
-        loads=recipe.engine != "native" or recipe.max_staleness > 0,
-        shared=recipe.server_url is not None,
-        seed=context.recipe.run.seed,
-        num_steps=num_steps,
-        num_prompts=config.prompts_per_step,
-        num_completions=config.num_completions,
-        max_staleness=recipe.max_staleness,
-        budgets={"rollout.max_tokens": recipe.max_tokens, "grpo.optim.max_tokens": config.optim.max_tokens},
+        policy, engine, loader, context.recipe.rollout, config, seed=seed, num_steps=num_steps
     )
 
 
-def _open_sampler(context: RunContext, policy: Policy, config: GRPOConfig) -> RolloutEngine:
+def _open_engine(context: RunContext, policy: Policy, config: GRPOConfig) -> RolloutEngine:
     recipe, vlm, ranks = context.recipe.rollout, policy.vlm, policy.ranks
     ends = {context.tokenizer.eos_token_id, *vlm.end_token_ids}
     if recipe.engine == "native":
-        kind = Copy if recipe.max_staleness else OwnWeights
+        kind = CopySampler if recipe.max_staleness else PolicySampler
         return kind(policy, ends, recipe)
     tokens: dict[str, Any] = {"end_token_ids": ends, "vision_token_ids": vlm.vision_token_ids}
     if recipe.server_url is not None:
-        from geo_r1.rollout.server import ServerEngine
+        from geo_r1.rollout.vllm.server import ServerEngine
 
         name = ranks.gather(uuid4().hex)[0]
         return ServerEngine(
@@ -166,7 +159,7 @@ def _open_sampler(context: RunContext, policy: Policy, config: GRPOConfig) -> Ro
             say=context.log.say,
             **tokens,
         )
-    from geo_r1.rollout.vllm import VLLMEngine
+    from geo_r1.rollout.vllm.in_process import VLLMEngine
 
     folder = context.run_dir / "rollout-model"
     if ranks.is_main:
@@ -187,7 +180,7 @@ def _open_sampler(context: RunContext, policy: Policy, config: GRPOConfig) -> Ro
 
 
 def max_model_len(recipe: Recipe, config: Any) -> int:
-    """The most tokens of a prompt and a completion that vLLM has to be ready for."""
+    """The most tokens of a prompt with its completion that vLLM must expect."""
     if recipe.rollout.max_model_len is not None:
         return recipe.rollout.max_model_len
     most = config.get_text_config().max_position_embeddings
@@ -196,5 +189,5 @@ def max_model_len(recipe: Recipe, config: Any) -> int:
 
 
 def kv_cache_bytes(recipe: Recipe, config: Any) -> int:
-    """What keys and values of `rollout.max_tokens` tokens take."""
+    """Bytes of the keys and values of `rollout.max_tokens` tokens."""
     return recipe.rollout.max_tokens * cached_bytes(config, getattr(torch, recipe.model.dtype).itemsize)

@@ -1,96 +1,97 @@
-"""Completions for GRPO's steps, sampled when a step needs them or while the steps before it train.
+"""Rollouts of GRPO's steps, sampled when a step needs them or while earlier steps train.
 
-A step's draw is its prompts, the weights that they are answered with, and the answers. With `max_staleness` 0
-a step's draw is made when the step begins. Otherwise the draws of the next steps are made on a thread beside
-the update, with the newest weights that the sampler had when they began. Weights are only replaced while
-nothing is being sampled, so every completion comes from one policy. With 1, a draw is always one update old,
-and a run has the same figures however long sampling takes; with more, what is how old depends on time.
+A draw is the prompts of a step, the version of the weights that sample for them, and the completions. With
+`max_staleness` 0 a step's draw begins with the step. Otherwise a thread samples the next steps' draws beside
+the update, with the newest weights that the engine has. Weights change only while nothing is being sampled,
+so every completion comes from one policy. With `max_staleness` 1, a draw is always one update old, and a run
+has the same metrics however long sampling takes; with more, the age of a draw depends on timing.
 
-What was drawn and is not used yet belongs to a checkpoint: `RolloutQueue.state`.
+Draws that no step has used yet belong in a checkpoint: `RolloutQueue.state`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
-from geo_r1.data.loader import Encoded, PromptLoader
+from geo_r1.data.loader import PromptLoader
 from geo_r1.models.lora import DOWN, UP
 from geo_r1.rollout import Completion, SamplingConfig
 from geo_r1.rollout.engine import EngineLost, RolloutEngine, WeightsLost
+from geo_r1.train.group import Group
 from geo_r1.train.parallel.policy import Policy
+from geo_r1.train.recipe.sections import GRPOConfig, RolloutConfig
 from geo_r1.train.report.log import Phases
 from geo_r1.train.updater import Progress
 
-RELOADS = 5  # in a row, of a server that loses its weights again and again
+RELOADS = 5  # in a row, for a server that keeps losing its weights
 
 
 @dataclass
-class Draw:
-    """Prompts that are answered together.
+class _Draw:
+    """Prompts that are sampled for together.
 
     Attributes:
-        step: whose they are.
-        version: updates behind the weights that answer them.
+        step: the step that they are for.
+        version: number of updates behind the weights that sample.
         positions: in the training order, of all ranks.
-        drawn: this rank's, those that are too long left out.
-        num_skipped: of this rank's, how many those were.
-        answers: the completions of each of `drawn`.
+        groups: this rank's, without completions; prompts that are too long are left out.
+        answers: the completions of each group.
     """
 
     step: int
     version: int
     positions: list[int]
-    drawn: list[Encoded] = field(default_factory=list)
-    num_skipped: int = 0
+    groups: list[Group] = field(default_factory=list)
     answers: Future[list[list[Completion]]] = field(default_factory=Future)
 
 
 class RolloutQueue:
-    """The draws of a stage's steps. All ranks call the same methods in the same order.
+    """Samples the groups of a stage's steps. All ranks call the same methods in the same order.
 
     Args:
-        sampler: what answers; it is given weights only where it `loads`.
-        loads: False where the sampler is the policy itself.
-        shared: one sampler for all ranks, which rank 0 gives its weights.
-        seed: of the random streams, with a prompt's position.
-        num_steps, num_prompts, num_completions: of the stage, of a step over all ranks, of a prompt.
-        max_staleness: the most updates that may lie between the weights of a draw and those of its step.
-        budgets: options of the recipe that bound the tokens of a prompt with one completion.
+        engine: samples completions; it gets weights unless it samples with the policy itself.
+        rollout, grpo: sections of the recipe.
+        seed: of the random streams, together with a prompt's position.
+        num_steps: of the stage.
+
+    Attributes:
+        num_skipped: prompts of this rank that the last `take` or `more` left out because they were too long.
     """
 
     def __init__(
         self,
         policy: Policy,
-        sampler: RolloutEngine,
+        engine: RolloutEngine,
         loader: PromptLoader,
-        sampling: SamplingConfig,
+        rollout: RolloutConfig,
+        grpo: GRPOConfig,
         *,
-        loads: bool,
-        shared: bool,
         seed: int,
         num_steps: int,
-        num_prompts: int,
-        num_completions: int,
-        max_staleness: int,
-        budgets: Mapping[str, int],
     ) -> None:
-        assert loads or not max_staleness, "an update would change the weights that sample"
-        self.policy, self.sampler, self.loader, self.sampling = policy, sampler, loader, sampling
-        self.loads, self.shared, self.seed = loads, shared, seed
-        self.num_steps, self.num_prompts, self.num_completions = num_steps, num_prompts, num_completions
-        self.max_staleness, self.budgets = max_staleness, budgets
-        self.version = -1  # of the sampler's weights
-        self._queue: deque[Draw] = deque()  # this step's first
-        self._thread = ThreadPoolExecutor(1, "rollouts", self._on_device) if max_staleness else None
+        self.policy, self.engine, self.loader = policy, engine, loader
+        self.sampling = sampling_of(rollout)
+        self.num_prompts, self.num_completions = grpo.prompts_per_step, grpo.num_completions
+        self.max_staleness = rollout.max_staleness
+        self.budgets = {
+            "rollout.max_tokens": rollout.max_tokens,
+            "grpo.optim.max_tokens": grpo.optim.max_tokens,
+        }
+        self.seed, self.num_steps = seed, num_steps
+        assert engine.copies != "none" or not self.max_staleness, "updates would change sampling weights"
+        self.version = -1  # of the engine's weights
+        self.num_skipped = 0
+        self._queue: deque[_Draw] = deque()  # this step's first
+        self._thread = ThreadPoolExecutor(1, "rollouts", self._on_device) if self.max_staleness else None
 
-    def take(self, progress: Progress, phases: Phases) -> tuple[Draw, list[list[Completion]]]:
-        """The draw of the step that begins, with this rank's answers."""
+    def take(self, progress: Progress, phases: Phases) -> list[Group]:
+        """This rank's sampled groups of the step that begins."""
         if not self._queue:
             for kept in progress.pending:
                 self._queue.append(self._restored(kept, progress.step, phases))
@@ -100,19 +101,18 @@ class RolloutQueue:
             self._queue.append(self._drawn(progress.step, progress, self.num_prompts, phases))
         draw = self._queue[0]
         assert draw.step == progress.step, (draw.step, progress.step)
-        return draw, self._answers(draw, phases)
+        return self._sampled(draw, phases)
 
-    def more(self, progress: Progress, count: int, phases: Phases) -> tuple[Draw, list[list[Completion]]]:
-        """A further draw of `count` prompts for the step that `take` began, answered now."""
+    def more(self, progress: Progress, count: int, phases: Phases) -> list[Group]:
+        """This rank's share of `count` more groups for the step that `take` began, sampled now."""
         self._renew(progress.step, phases)
-        draw = self._drawn(progress.step, progress, count, phases)
-        return draw, self._answers(draw, phases)
+        return self._sampled(self._drawn(progress.step, progress, count, phases), phases)
 
     def go_ahead(self, progress: Progress, phases: Phases) -> None:
-        """The step has what it needs: begin with what the next ones may have by now.
+        """Begin to sample for later steps, as far as `max_staleness` allows.
 
         Raises:
-            EngineLost: on every rank; the step's own draw is still there.
+            EngineLost: on every rank; the step's own draw stays in the queue.
         """
         begun = self._queue[-1].step
         if self.max_staleness and begun + 1 < self.num_steps:
@@ -121,13 +121,13 @@ class RolloutQueue:
             for step in range(begun + 1, last + 1):
                 self._queue.append(self._drawn(step, progress, self.num_prompts, phases))
         elif not self.max_staleness:
-            self.sampler.sleep()
+            self.engine.sleep()
         self._queue.popleft()
 
     def state(self) -> list[dict[str, Any]]:
-        """The draws that wait for their steps, answered, for `Progress.pending`; of all ranks, on each.
+        """The queued draws of all ranks with their completions, for `Progress.pending`.
 
-        Where the sampler has gone, those that it did not answer are to be answered later.
+        If the engine has gone, draws without completions are sampled again after a resume.
         """
         states = []
         for draw in self._queue:
@@ -136,8 +136,8 @@ class RolloutQueue:
                 completions = draw.answers.result()
             except EngineLost:
                 completions = []
-            for item, group in zip(draw.drawn, completions, strict=False):
-                answers[item.position] = [asdict(completion) for completion in group]
+            for group, answer in zip(draw.groups, completions, strict=False):
+                answers[group.position] = [asdict(completion) for completion in answer]
             everyone = {
                 str(p): group for part in self.policy.ranks.gather(answers) for p, group in part.items()
             }
@@ -152,58 +152,72 @@ class RolloutQueue:
         return states
 
     def close(self) -> None:
-        """Let the sampler go; a server is not waited for, another sampler until it has said what it says."""
-        if self.shared:
-            self.sampler.close()
+        """Close the engine: a server at once, an engine in this process after it has finished sampling."""
+        if self.engine.copies == "one":
+            self.engine.close()
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-        if not self.shared:
-            self.sampler.close()
+        if self.engine.copies != "one":
+            self.engine.close()
 
     def _on_device(self) -> None:
-        """A thread has a current GPU of its own, and shares the default stream unless it takes another."""
+        """Give the thread this rank's GPU and a stream of its own."""
         device = self.policy.ranks.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))
 
-    def _drawn(self, step: int, progress: Progress, count: int, phases: Phases) -> Draw:
-        """Draw the next `count` prompts, and begin to answer this rank's."""
+    def _drawn(self, step: int, progress: Progress, count: int, phases: Phases) -> _Draw:
+        """Draw the next `count` prompts, and begin to sample for this rank's share."""
         positions = [progress.drawn + i for i in range(count)]
         progress.drawn += count
-        draw = Draw(step, self.version if self.loads else step, positions)
+        draw = _Draw(step, step if self.engine.copies == "none" else self.version, positions)
         self._encode(draw, progress.drawn, phases)
         draw.answers = self._begin(draw, phases)
         return draw
 
-    def _encode(self, draw: Draw, following: int, phases: Phases) -> None:
+    def _encode(self, draw: _Draw, following: int, phases: Phases) -> None:
         ranks = self.policy.ranks
         mine = [draw.positions[i] for i in ranks.share(len(draw.positions))]
         upcoming = [following + i for i in ranks.share(self.num_prompts)]
         with phases("data"):
-            draw.drawn = [item for item in self.loader.load(mine, [upcoming]) if item is not None]
-            for item in draw.drawn:
+            for item in self.loader.load(mine, [upcoming]):
+                if item is None:
+                    continue
                 for option, most in self.budgets.items():
                     item.prompt.check_budget(self.sampling.max_new_tokens, most, option)
-        draw.num_skipped = len(mine) - len(draw.drawn)
+                draw.groups.append(Group(item.sample, item.prompt, position=item.position))
 
-    def _begin(self, draw: Draw, phases: Phases) -> Future[list[list[Completion]]]:
+    def _begin(self, draw: _Draw, phases: Phases) -> Future[list[list[Completion]]]:
         def answer() -> list[list[Completion]]:
-            prompts = [item.prompt for item in draw.drawn]
-            streams = [f"{self.seed}/{item.position}" for item in draw.drawn]
-            return self.sampler.sample(prompts, self.num_completions, self.sampling, streams)
+            prompts = [group.prompt for group in draw.groups]
+            streams = [f"{self.seed}/{group.position}" for group in draw.groups]
+            return self.engine.sample(prompts, self.num_completions, self.sampling, streams)
 
         if self._thread is not None:
             return self._thread.submit(answer)
         with phases("rollout"):
             return _done(answer)
 
-    def _answers(self, draw: Draw, phases: Phases) -> list[list[Completion]]:
-        """Wait for a draw's answers; a sampler that lost its weights gets the policy's, and is asked again.
+    def _sampled(self, draw: _Draw, phases: Phases) -> list[Group]:
+        answers = self._answers(draw, phases)
+        self.num_skipped = len(self.policy.ranks.share(len(draw.positions))) - len(draw.groups)
+        return [
+            replace(
+                group,
+                prompt=replace(group.prompt, pictures=()),  # only the engine needed them
+                completions=completions,
+                version=draw.version,
+            )
+            for group, completions in zip(draw.groups, answers, strict=True)
+        ]
+
+    def _answers(self, draw: _Draw, phases: Phases) -> list[list[Completion]]:
+        """Wait for a draw's completions; an engine that lost its weights gets the policy's and samples again.
 
         Raises:
             EngineLost: on every rank, if on any.
-            ValueError: a prompt cannot be answered.
+            UserError: a prompt cannot be sampled for.
         """
         for _ in range(RELOADS):
             answers: list[list[Completion]] = []
@@ -218,7 +232,7 @@ class RolloutQueue:
                 return answers
             if any(not isinstance(error, WeightsLost) for error in failures):
                 break
-            wait([other.answers for other in self._queue])  # weights change while nothing is sampled
+            wait([other.answers for other in self._queue])  # weights change only while nothing is sampled
             self._load(draw.step, phases, again=True)
             if failure is not None:
                 draw.version = draw.step
@@ -226,13 +240,13 @@ class RolloutQueue:
         raise EngineLost(_reason(failures))
 
     def _renew(self, version: int, phases: Phases) -> None:
-        """Give the sampler the policy's weights of now, unless it is busy on some rank."""
+        """Give the engine the policy's current weights, unless it is sampling on some rank."""
         if not self.policy.ranks.any(any(not draw.answers.done() for draw in self._queue)):
             self._load(version, phases)
 
     def _load(self, version: int, phases: Phases, *, again: bool = False) -> None:
-        """Give the sampler the policy's weights of now, which have so many updates behind them."""
-        if not self.loads or (self.version == version and not again):
+        """Give the engine the policy's current weights, which have `version` updates behind them."""
+        if self.engine.copies == "none" or (self.version == version and not again):
             return
         with phases("sync"):
             for _ in range(RELOADS):
@@ -245,29 +259,29 @@ class RolloutQueue:
         raise EngineLost(_reason(failures))
 
     def _load_once(self) -> list[EngineLost]:
-        """What went wrong with it, on any rank."""
-        ranks = self.policy.ranks
-        holds_base = ranks.gather(self.sampler.holds_base)
-        adapters_alone = holds_base[0] if self.shared else all(holds_base)
+        """Load once; returns the failures of all ranks."""
+        ranks, shared = self.policy.ranks, self.engine.copies == "one"
+        holds_base = ranks.gather(self.engine.holds_base)
+        adapters_alone = holds_base[0] if shared else all(holds_base)
         ends = (DOWN, UP) if adapters_alone else ("",)
         tensors = self.policy.full_tensors(self.policy.vlm.compute_dtype, ends)
         failure: EngineLost | None = None
-        if not self.shared or ranks.is_main:
+        if not shared or ranks.is_main:
             try:
-                self.sampler.load(tensors, alpha=self.policy.alpha)
+                self.engine.load(tensors, alpha=self.policy.alpha)
             except EngineLost as error:
                 failure = error
-        for _ in tensors:  # the ranks gather them together, whoever wants them
+        for _ in tensors:  # gathering is collective, also on ranks that need nothing
             pass
         return [error for error in ranks.gather(failure) if error is not None]
 
-    def _restored(self, kept: dict[str, Any], version: int, phases: Phases) -> Draw:
-        """A draw from a checkpoint of a policy of this version, dealt to the ranks that there are now."""
-        draw = Draw(kept["step"], kept["version"], kept["positions"])
+    def _restored(self, kept: dict[str, Any], version: int, phases: Phases) -> _Draw:
+        """A draw from a checkpoint, dealt to the ranks of this run; `version` is the policy's."""
+        draw = _Draw(kept["step"], kept["version"], kept["positions"])
         self._encode(draw, draw.positions[-1] + 1, phases)
         answers = kept["answers"]
-        found = [answers.get(str(item.position)) for item in draw.drawn]
-        if self.policy.ranks.any(None in found):  # the sampler had gone before it answered them
+        found = [answers.get(str(group.position)) for group in draw.groups]
+        if self.policy.ranks.any(None in found):  # the engine was lost before it sampled them
             self._load(version, phases)
             draw.version = version
             draw.answers = self._begin(draw, phases)
@@ -276,13 +290,18 @@ class RolloutQueue:
         return draw
 
 
+def sampling_of(rollout: RolloutConfig) -> SamplingConfig:
+    """How the recipe wants tokens drawn."""
+    return SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+
+
 def _reason(failures: Sequence[EngineLost]) -> str:
-    """Of all ranks', the one that says most."""
+    """The most informative of all ranks' failures."""
     return str(next((error for error in failures if not isinstance(error, WeightsLost)), failures[0]))
 
 
 def _done(function: Callable[[], Any]) -> Future[Any]:
-    """What a function returned or raised, as if a thread had run it."""
+    """A finished future with what the function returned or raised."""
     future: Future[Any] = Future()
     try:
         future.set_result(function())

@@ -11,7 +11,7 @@ def load_rewards(config: RewardConfig) -> dict[str, RewardFunction]:
     """The recipe's reward functions by name.
 
     Raises:
-        ValueError: a function or an option is unknown, or options and weights name a function not in use.
+        UserError: a function or an option is unknown, or options and weights name a function not in use.
     """
     for table, names in (("options", config.options), ("weights", config.weights)):
         for name in names:

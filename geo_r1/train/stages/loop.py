@@ -1,4 +1,4 @@
-"""What every stage shares: the engine it runs on, the optimiser's step, the loop that can stop and go on."""
+"""The loop that every stage runs in: steps, checkpoints, validation, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from geo_r1.errors import UserError
 from geo_r1.models import PackedVLM
 from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.context import RunContext
@@ -30,9 +31,9 @@ class Stopped(Exception):  # noqa: N818  # nothing went wrong
     """The run was asked to stop, and has written a checkpoint to go on from."""
 
 
-# One step of a stage: updates the policy, returns the step's figures and the tokens it computed on this rank.
+# One step of a stage: updates the policy; returns the step's metrics and the tokens this rank computed.
 Step = Callable[[Updater, Phases], tuple[dict[str, float], int]]
-# Figures of a whole model on held-out samples, and the one of them by which a model is better.
+# Evaluates a whole model on held-out samples; returns its metrics and its accuracy.
 Validate = Callable[[PackedVLM], tuple[dict[str, float], float]]
 
 
@@ -54,15 +55,15 @@ def run_stage(
 
     Args:
         step_fn: one step.
-        headline: the figure that the progress line shows.
-        validate: run every `eval.every` steps.
-        reference: a second model that moves, and so belongs to the checkpoint.
-        pending: what `Progress.pending` is to hold now, on all ranks together.
+        headline: name of the metric that the progress line shows.
+        validate: called every `eval.every` steps.
+        reference: a second model whose weights move, so checkpoints hold it too.
+        pending: returns the current value of `Progress.pending`; all ranks call it together.
 
     Raises:
-        Stopped: SIGTERM, SIGINT or SIGUSR1 came; the state is in a checkpoint.
-        EngineLost: what samples has gone; the state of the last whole step is in a checkpoint.
-        ValueError: a checkpoint cannot be read or written, or too many steps went wrong.
+        Stopped: a stop signal arrived; the state is in a checkpoint.
+        EngineLost: the rollout engine has gone; the state of the last whole step is in a checkpoint.
+        UserError: a checkpoint cannot be read or written, or too many steps went wrong.
     """
     ranks, recipe = context.ranks, context.recipe
     updater = Updater(context, stage, policy, optim, num_steps)
@@ -122,14 +123,14 @@ def run_stage(
 
 
 def _validated(policy: Policy, validate: Validate) -> tuple[dict[str, float], float]:
-    with policy.whole() as vlm:  # a copy that must not outlive this function
+    with policy.whole() as vlm:  # a copy, freed when this function returns
         return validate(vlm)
 
 
 def _timed_step(context: RunContext, updater: Updater, step_fn: Step) -> tuple[dict[str, float], float]:
-    """Run a step; its figures with times and memory, and its seconds."""
+    """Run a step; returns its metrics, with times and memory, and its seconds."""
     ranks, progress = context.ranks, updater.progress
-    # dropout draws from it, and what it draws is to be the same when a run goes on
+    # dropout draws from this generator, and a resumed run must draw the same
     torch.manual_seed(hash((context.recipe.run.seed, progress.step, ranks.rank)))
     phases = Phases(ranks.device)
     start = time.perf_counter()
@@ -157,7 +158,7 @@ def _state(updater: Updater, reference: Policy | None) -> dict[str, dict[str, An
 def _load(checkpoints: Checkpoints, folder: Path, updater: Updater, reference: Policy | None) -> None:
     state = checkpoints.load(folder, _state(updater, reference))
     if state["trainer"].keys() != asdict(updater.progress).keys():
-        raise ValueError(f"checkpoint {folder} cannot be read: trainer.json holds no trainer's state")
+        raise UserError(f"checkpoint {folder} cannot be read: trainer.json holds no trainer's state")
     weights = {name: tensor for name, tensor in state["model"].items() if not name.startswith("reference.")}
     updater.policy.load_state(updater.optimizer, {"model": weights, "optim": state["optim"]})
     if reference is not None:
@@ -171,7 +172,7 @@ def _load(checkpoints: Checkpoints, folder: Path, updater: Updater, reference: P
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within, a request to stop only sets a flag; the step in progress ends whole."""
+    """Turn stop signals into a flag, so that the step in progress ends whole."""
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in before:

@@ -10,8 +10,10 @@ from geo_r1.data.loader import PromptLoader
 from geo_r1.data.source import Source
 from geo_r1.kernels import linear_cross_entropy
 from geo_r1.models import PackedBatch, PackedVLM
+from geo_r1.rollout import Completion
 from geo_r1.train.context import RunContext
-from geo_r1.train.parallel.micro_batches import Work, share_out
+from geo_r1.train.group import Group
+from geo_r1.train.parallel.micro_batches import share_out
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import SFTConfig
 from geo_r1.train.report.log import Phases
@@ -25,10 +27,14 @@ def run_sft(
     """Run a supervised stage to its end.
 
     Raises:
-        ValueError: a sample does not fit the token budget; names it.
+        UserError: a sample does not fit the token budget.
     """
     ranks = context.ranks
     num_steps = source.num_steps(config.steps, config.epochs, config.batch_size)
+
+    def response_of(sample: Sample) -> Completion:
+        assert sample.response is not None, sample.id  # checked where the data was opened
+        return Completion(context.encoder.encode_response(sample.response), [], True)
 
     def positions(first: int) -> list[int]:
         return [first + i for i in ranks.share(config.batch_size)]
@@ -38,25 +44,27 @@ def run_sft(
         with phases("data"):
             drawn = loader.load(positions(progress.drawn), [positions(progress.drawn + config.batch_size)])
             progress.drawn += config.batch_size
-            work = []
-            for item in drawn:
-                if item is not None:
-                    response = context.encoder.encode_response(_response(item.sample))
-                    item.prompt.check_budget(
-                        len(response), config.optim.max_tokens, f"{stage}.optim.max_tokens"
-                    )
-                    work.append(Work(item.prompt, [response]))
-            num_targets, num_samples = ranks.sum([sum(len(w.completions[0]) for w in work), len(work)])
+            groups = [
+                Group(item.sample, item.prompt, [response_of(item.sample)], item.position)
+                for item in drawn
+                if item is not None
+            ]
+            option = f"{stage}.optim.max_tokens"
+            for group in groups:
+                group.prompt.check_budget(group.completion_len[0], config.optim.max_tokens, option)
+            num_targets, num_samples = ranks.sum(
+                [sum(group.completion_len[0] for group in groups), len(groups)]
+            )
         with phases("plan"):
             weight = 1 / max(num_targets, 1)
             batches = share_out(
-                policy, work, config.optim.max_tokens, lambda lengths: torch.full((sum(lengths),), weight)
+                policy, groups, config.optim.max_tokens, lambda lengths: torch.full((sum(lengths),), weight)
             )
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)  # read once, at the end
         with phases("update"):
-            for index, micro in enumerate(batches.micro_batches):
+            for index, batch in enumerate(batches.micro_batches):
                 last = index + 1 == len(batches.micro_batches)
-                [loss] = policy.learn(_loss, micro.batch, micro.weight, last=last)
+                [loss] = policy.learn(_loss, batch, last=last)
                 loss_sum += loss
             [total] = ranks.sum([loss_sum.item()])
             metrics = {"loss": total, **updater.apply(total, batches.micro_batches)}
@@ -69,10 +77,7 @@ def run_sft(
         run_stage(context, stage, policy, config, config.optim, num_steps, step, "loss", validate=validate)
 
 
-def _loss(vlm: PackedVLM, batch: PackedBatch, weight: Tensor) -> tuple[Tensor]:
-    return (linear_cross_entropy(vlm.loss_rows(batch), vlm.lm_head, batch.target, weight),)
-
-
-def _response(sample: Sample) -> str:
-    assert sample.response is not None, sample.id  # checked where the data was opened
-    return sample.response
+def _loss(vlm: PackedVLM, batch: PackedBatch) -> tuple[Tensor]:
+    assert batch.token_weight_R is not None
+    rows_RC = vlm.loss_rows(batch)
+    return (linear_cross_entropy(rows_RC, vlm.lm_head, batch.target_R, batch.token_weight_R),)

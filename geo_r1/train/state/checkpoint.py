@@ -1,11 +1,11 @@
 """Checkpoints and exported models: written beside, then renamed, so what exists is whole.
 
-checkpoints/<stage>-000100/    a stage's state: its tensors by torch.distributed.checkpoint, and trainer.json,
-                               all that is no tensor. Ranks of any number and any strategy can read it
-checkpoints/<stage>-best.json  the steps that evaluations found best, the last one best of all
-models/<stage>/                a transformers folder: what a finished stage leaves
+checkpoints/<stage>-000100/    a stage's state: its tensors by torch.distributed.checkpoint, the rest in
+                               trainer.json; any number of ranks and any strategy can read it
+checkpoints/<stage>-best.json  [step, value] of each evaluation that was better than all before it
+models/<stage>/                a transformers folder: the result of a finished stage
 
-Every rank writes the shards that it holds: ranks on several machines need a file system that they share.
+Every rank writes the shards that it holds, so ranks on several machines need a shared file system.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 from transformers import PreTrainedModel
 
+from geo_r1.errors import UserError
 from geo_r1.files import beside, publish, sync
-from geo_r1.train.parallel.ranks import PATIENCE, PeerLost, Ranks
+from geo_r1.train.parallel.ranks import PATIENCE, Ranks, rank_losses
 from geo_r1.train.state.shards import State, Writer, check, plain_of, reason_of, tensors_of
 
 
@@ -37,7 +39,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, stage: str, ranks: Ranks, keep: int) -> None:
         self.run_dir, self.stage, self.ranks, self.keep = run_dir, stage, ranks, keep
-        # Of its own: what a save says in the background must not mix with what the trainer's ranks say.
+        # The background save needs a group of its own: its messages must not mix with the trainer's.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.size > 1 else None
         marks = ranks.gather(_marks(run_dir, stage))[0]
         self._best: tuple[int, float] | None = marks[-1] if marks else None
@@ -49,33 +51,26 @@ class Checkpoints:
         return checkpoint_folder(self.run_dir, self.stage, step)
 
     def newest(self) -> Path | None:
-        """The whole checkpoint with the most steps, if there is one, as rank 0 sees it."""
+        """The newest whole checkpoint, if there is one, as rank 0 sees it."""
         return self.ranks.gather(newest_checkpoint(self.run_dir, self.stage))[0]
 
     def save(self, step: int, state: State, *, wait: bool = False) -> None:
-        """Copy the state to host memory and write it in the background; it may change at once.
+        """Copy the state to host memory and write it in the background; the state may change at once.
 
-        A save that is still under way is waited for first. Old checkpoints go when this one is there.
+        Waits for the previous save first. Deletes old checkpoints once this one is complete.
 
         Args:
-            state: the same names on every rank. A tensor that is no DTensor has the same value on every rank;
-                all that is no tensor is written by rank 0.
-            wait: return when the checkpoint is there.
+            state: the same names on every rank. A tensor that is no DTensor has the same value on every rank.
+            wait: return only when the checkpoint is complete.
 
         Raises:
-            ValueError: the save before, or with `wait` this one, failed.
-            PeerLost: another rank has ended.
+            UserError, RankLost: as `wait`, about the previous save or, with `wait`, this one.
         """
         self.wait()
         folder = self.folder(step)
         assert not folder.exists(), f"{folder} is there already"
-        writer = Writer(
-            folder,
-            plain_of(state),
-            lambda: prune(self.run_dir, self.stage, self.keep),
-            self.ranks.rank,
-            self.ranks.size,
-        )
+        clean = partial(prune, self.run_dir, self.stage, self.keep)
+        writer = Writer(folder, plain_of(state), clean, self.ranks.rank, self.ranks.size)
         pending = dcp.async_save(tensors_of(state), storage_writer=writer, **self._peers())
         assert isinstance(pending, Future)
         self._pending = folder, pending
@@ -86,8 +81,8 @@ class Checkpoints:
         """Wait until the save under way, if any, is on disk under its name.
 
         Raises:
-            ValueError: it failed; names the checkpoint and the reason.
-            PeerLost: another rank has ended.
+            UserError: it failed; names the checkpoint and the reason.
+            RankLost: another rank has ended.
         """
         if self._pending is not None:
             (folder, pending), self._pending = self._pending, None
@@ -104,28 +99,25 @@ class Checkpoints:
             The state itself.
 
         Raises:
-            ValueError: the checkpoint is of another model, or a file of it is missing or broken; names it.
-            PeerLost: another rank has ended.
+            UserError: the checkpoint is of another model, or a file of it is missing or broken; names it.
+            RankLost: another rank has ended.
         """
         plain, complaint = {}, None
         try:
             plain = check(folder, state)
-        except ValueError as error:
+        except UserError as error:
             complaint = str(error)
-        for told in self.ranks.gather(complaint):  # no rank goes on alone
-            if told is not None:
-                raise ValueError(told)
-        reader, peers = dcp.FileSystemReader(folder), self._peers()
-        self._explain(
-            lambda: dcp.load(tensors_of(state), storage_reader=reader, **peers),
-            f"checkpoint {folder} cannot be read",
-        )
+        for told in filter(None, self.ranks.gather(complaint)):  # no rank goes on alone
+            raise UserError(told)
+        reader = dcp.FileSystemReader(folder)
+        load = partial(dcp.load, tensors_of(state), storage_reader=reader, **self._peers())
+        self._explain(load, f"checkpoint {folder} cannot be read")
         for section in plain.keys() & state.keys():
             state[section].update(plain[section])
         return state
 
     def mark_best(self, step: int, value: float) -> None:
-        """Remember that the checkpoint of a step, there or under way, is better than all before it."""
+        """Remember that the checkpoint of a step, complete or under way, is better than all before it."""
         self._best = step, value
         if self.ranks.is_main:
             _mark(self.run_dir, self.stage, [*_marks(self.run_dir, self.stage), self._best])
@@ -143,7 +135,7 @@ class Checkpoints:
         self.ranks.barrier()
 
     def close(self) -> None:
-        """Let a save under way come to its end, well or not: before the process group goes, if it must."""
+        """Let a save under way end, well or not, before the process group goes."""
         if self._pending is not None:
             self._pending[1].exception()
             self._pending = None
@@ -153,20 +145,19 @@ class Checkpoints:
 
     def _peers(self) -> dict[str, Any]:
         alone = self.ranks.size == 1
-        if alone:  # from now on: the thread that writes warns whenever it comes to that
+        if alone:  # for good: the writing thread warns later
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         return {"process_group": self._group, "no_dist": alone}
 
     def _explain(self, function: Callable[[], Any], failure: str) -> None:
         """Call a function of torch's, whose exceptions hold the tracebacks of all ranks."""
         try:
-            function()
+            with rank_losses():
+                function()
         except dcp.CheckpointException as error:
             rank, (cause, _) = min(error.failures.items())
             where = f"rank {rank}: " if self.ranks.size > 1 else ""
-            raise ValueError(f"{failure}: {where}{reason_of(cause)}") from error
-        except RuntimeError as error:  # gloo's, when a connection closes
-            raise PeerLost(f"another rank has ended ({reason_of(error)})") from error
+            raise UserError(f"{failure}: {where}{reason_of(cause)}") from error
 
 
 def save_folder(folder: Path, model: PreTrainedModel, companions: list[Any]) -> None:
@@ -175,15 +166,15 @@ def save_folder(folder: Path, model: PreTrainedModel, companions: list[Any]) -> 
     Args:
         companions: tokenizer and image processor, saved beside the weights.
     """
-    partial = beside(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = beside(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     for piece in (model, *companions):
-        piece.save_pretrained(partial)
-    for file in partial.iterdir():
+        piece.save_pretrained(unfinished)
+    for file in unfinished.iterdir():
         sync(file)
     assert not folder.exists(), f"{folder} is there already"
-    publish(partial, folder)
+    publish(unfinished, folder)
 
 
 def checkpoint_folder(run_dir: Path, stage: str, step: int) -> Path:
@@ -192,12 +183,11 @@ def checkpoint_folder(run_dir: Path, stage: str, step: int) -> Path:
 
 def newest_checkpoint(run_dir: Path, stage: str) -> Path | None:
     """The whole checkpoint of a stage with the most steps, if there is one."""
-    found = _whole(run_dir, stage)
-    return found[-1] if found else None
+    return next(reversed(_whole(run_dir, stage)), None)
 
 
 def prune(run_dir: Path, stage: str, keep: int) -> None:
-    """Delete all but the best and the newest `keep` checkpoints of a stage, and what is half-written.
+    """Delete all but the best and the newest `keep` checkpoints of a stage, and half-written ones.
 
     Args:
         keep: 0 deletes the best one, too.
@@ -207,8 +197,8 @@ def prune(run_dir: Path, stage: str, keep: int) -> None:
     for old in found[: max(0, len(found) - keep)]:
         if old != spared:
             old.rename(beside(old))
-    for partial in (run_dir / "checkpoints").glob(f".{stage}-[0-9]*.partial"):
-        shutil.rmtree(partial)
+    for unfinished in (run_dir / "checkpoints").glob(f".{stage}-[0-9]*.partial"):
+        shutil.rmtree(unfinished)
     if not keep:
         _mark(run_dir, stage, [])
 
@@ -228,9 +218,8 @@ def _marks(run_dir: Path, stage: str) -> list[tuple[int, float]]:
     try:
         marks = json.loads(file.read_text()) if file.exists() else []
     except ValueError as error:
-        raise ValueError(
-            f"{file} cannot be read: {reason_of(error)}; without it, no step is the best"
-        ) from error
+        reason = f"{file} cannot be read: {reason_of(error)}; without it, no step is the best"
+        raise UserError(reason) from error
     return [(step, value) for step, value in marks if checkpoint_folder(run_dir, stage, step).exists()]
 
 

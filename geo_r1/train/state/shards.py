@@ -1,4 +1,4 @@
-"""A state on disk: tensors in shards, by torch.distributed.checkpoint, and trainer.json, what is no tensor.
+"""A state on disk: tensors in shards, by torch.distributed.checkpoint, and everything else in trainer.json.
 
 A state is {section: {name: tensor, DTensor or number}}. Its section "trainer" is anything that JSON can hold.
 """
@@ -6,6 +6,7 @@ A state is {section: {name: tensor, DTensor or number}}. Its section "trainer" i
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,23 +17,26 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from geo_r1.errors import UserError
 from geo_r1.files import beside, publish, sync
 
 TRAINER, PLAIN = "trainer", "trainer.json"
 State = dict[str, dict[str, Any]]
+# Raised while unpickling, depending on the bytes of a broken file.
+MALFORMED = (AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError)
 
 
 class Writer(dcp.FileSystemWriter):
     """Writes a checkpoint beside; rank 0 gives it its name when every rank has written its part."""
 
     def __init__(self, folder: Path, plain: State, then: Callable[[], None], rank: int, size: int) -> None:
-        # Nothing is copied ahead: all is on the host, and the thread would open a context on GPU 0.
+        # Tensors are on the host already, and the copying thread would open a context on GPU 0.
         super().__init__(beside(folder), per_thread_copy_ahead=0)
         self.folder, self.then, self.rank, self.size = folder, then, rank, size
         self.plain = json.dumps(plain)  # now: the trainer goes on
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        # What every rank holds whole is written, and so copied, by one of them.
+        # Tensors that every rank holds whole are copied and written by one rank each.
         return {
             name: tensor.to("cpu", copy=True)
             for index, (name, tensor) in enumerate(state_dict.items())
@@ -40,28 +44,28 @@ class Writer(dcp.FileSystemWriter):
         }
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
-        return plan  # the folder is made below, by rank 0 before any rank writes
+        return plan  # rank 0 makes the folder, in prepare_global_plan
 
     def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
-        partial = beside(self.folder)
-        if partial.exists():  # of a run that was killed
-            shutil.rmtree(partial)
-        partial.parent.mkdir(exist_ok=True)
-        partial.mkdir()
+        unfinished = beside(self.folder)
+        if unfinished.exists():  # of a run that was killed
+            shutil.rmtree(unfinished)
+        unfinished.parent.mkdir(exist_ok=True)
+        unfinished.mkdir()
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as error:  # of a disk that is full, torch's serializer says "unexpected pos"
+        except RuntimeError as error:  # torch's serializer hides a full disk behind "unexpected pos"
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
-        partial = beside(self.folder)
-        (partial / PLAIN).write_text(self.plain)
-        sync(partial / PLAIN)  # torch has synced what it wrote
-        publish(partial, self.folder)
+        unfinished = beside(self.folder)
+        (unfinished / PLAIN).write_text(self.plain)
+        sync(unfinished / PLAIN)  # torch has synced the shards
+        publish(unfinished, self.folder)
         self.then()
 
 
@@ -78,7 +82,7 @@ def tensors_of(state: State) -> dict[str, Tensor]:
 
 
 def plain_of(state: State) -> State:
-    """What of a state is no tensor."""
+    """The part of a state that is no tensor."""
     plain: State = {TRAINER: state[TRAINER]}
     for section, name, value in values_of(state):
         if not isinstance(value, Tensor):
@@ -87,18 +91,18 @@ def plain_of(state: State) -> State:
 
 
 def check(folder: Path, state: State) -> State:
-    """Compare a checkpoint with the state that it is to fill; returns what it holds besides tensors.
+    """Compare a checkpoint with the state that it will fill; returns its part that is no tensor.
 
     Raises:
-        ValueError: they differ, or the checkpoint cannot be read.
+        UserError: they differ, or the checkpoint cannot be read.
     """
     try:
         tensors = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         plain = json.loads((folder / PLAIN).read_text())
         if not isinstance(plain, dict) or not isinstance(plain.get(TRAINER), dict):
             raise ValueError(f"{PLAIN} holds no trainer's state")
-    except Exception as error:  # a broken pickle raises whatever its bytes happen to ask for
-        raise ValueError(f"checkpoint {folder} cannot be read: {reason_of(error)}") from error
+    except (OSError, pickle.UnpicklingError, *MALFORMED) as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {reason_of(error)}") from error
     own = {f"{section}.{name}": _kind(value) for section, name, value in values_of(state)}
     saved = {name: _kind(value) for name, value in tensors.items()}
     saved |= {f"{section}.{name}": _kind(value) for section, name, value in values_of(plain)}
@@ -106,14 +110,14 @@ def check(folder: Path, state: State) -> State:
     for name in sorted(own.keys() | {name for name in saved if name.startswith(asked)}):
         there, here = saved.get(name), own.get(name, "absent")
         if there is None:
-            raise ValueError(f"checkpoint {folder} is of another model: it has no {name}")
+            raise UserError(f"checkpoint {folder} is of another model: it has no {name}")
         if there != here:
-            raise ValueError(f"checkpoint {folder} is of another model: {name} is {there} there, {here} here")
+            raise UserError(f"checkpoint {folder} is of another model: {name} is {there} there, {here} here")
     return plain
 
 
 def _kind(value: Any) -> str:
-    """What must be equal of a value in a checkpoint and the one that is to take it."""
+    """Equal for a value in a checkpoint and the one that takes it."""
     if isinstance(value, TensorStorageMetadata):
         return f"{list(value.size)} {value.properties.dtype}".replace("torch.", "")
     if isinstance(value, Tensor):
