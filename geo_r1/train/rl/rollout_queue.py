@@ -26,7 +26,7 @@ from geo_r1.rollout.engine import EngineLost, RolloutEngine, WeightsLost
 from geo_r1.train.group import Group
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import GRPOConfig, RolloutConfig
-from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.log import Phases
 from geo_r1.train.updater import Progress
 
 RELOADS = 5  # in a row, for a server that keeps losing its weights

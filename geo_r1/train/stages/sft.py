@@ -16,7 +16,7 @@ from geo_r1.train.group import Group
 from geo_r1.train.parallel.micro_batches import share_out
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import SFTConfig
-from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.log import Phases
 from geo_r1.train.stages.loop import Validate, run_stage
 from geo_r1.train.updater import Updater
 
