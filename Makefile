@@ -7,23 +7,23 @@ VLLM        ?= .venv-vllm
 VLLM_READY   = $(VLLM)/.ready
 VLLM_SOURCES = $(addprefix tests/vllm/,requirements.py torchvision_operators.py torchvision_operators.pth)
 
-.PHONY: demo zero ablations test test-vllm check aot extension format bench gpu results docs clean
+.PHONY: demo zero ablations test test-vllm check aot extension format bench gpu results docs examples dist clean
 
 $(READY): pyproject.toml constraints.txt setup.py
 	@echo "Making $(VENV) and installing; about a minute on a fast connection."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "geo_r1 needs Python 3.11 or later; try: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(RUN)pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
 	@touch $@
 
 demo: $(READY)  ## the whole recipe on the procedural world, CPU only, about nine minutes
-	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train recipes/world.toml
+	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train world
 
 zero: $(READY)  ## GRPO straight from the base model, same world
-	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train recipes/world_zero.toml
+	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train world_zero
 
 ablations: $(READY)  ## recipes that differ in one thing, on the same world; about two hours of one core
-	$(RUN)python -m geo_r1.train.ablate recipes/ablations_world.toml
+	$(RUN)python -m geo_r1.train.ablate ablations_world
 
 extension: $(READY)  ## geo_r1._C brought up to date with csrc/, where nvcc is; it knows better than dates what changed
 	@$(RUN)python -m csrc.nvcc
@@ -67,11 +67,19 @@ bench: extension  ## every op and the training step against their peers, on this
 gpu:  ## on a machine with a GPU: kernels built for it, tests, benchmarks, a run; one record, ten minutes, nothing installed
 	$(PYTHON) -m benchmarks.gpu
 
-results: $(READY)  ## the README's tables and plots from the records
+results: $(READY)  ## the tables and plots of docs/results.md from the records
 	$(RUN)python -m benchmarks.results
 
-docs: $(READY)  ## docs/training.md from the recipe's classes and the calculation of memory
+docs: $(READY)  ## docs/training.md from the recipe's classes, then the site in build/docs; a warning is an error
 	$(RUN)python -m geo_r1.train.estimate.page
+	$(RUN)sphinx-build --fail-on-warning --keep-going --quiet --builder html docs build/docs
+
+examples: $(READY)  ## every script of examples/, with its outcome
+	OMP_NUM_THREADS=1 $(RUN)pytest tests/test_examples.py
+
+dist: $(READY)  ## sdist and wheel, into dist/
+	$(RUN)pip install --quiet 'build>=1.3'
+	$(RUN)python -m build
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

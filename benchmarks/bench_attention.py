@@ -10,8 +10,11 @@ out, which would be compiled for a second time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -19,27 +22,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import Case, Provider
-from benchmarks.meters import Tensors
-from benchmarks.peers import our_names, ours, why_missing, why_not_compiled
+from benchmarks.measure import (
+    DTYPE,
+    ON_GPU,
+    Case,
+    Provider,
+    Tensors,
+    our_names,
+    ours,
+    why_missing,
+    why_not_compiled,
+)
 from geo_r1.kernels import PackedLayout, packed_attention
 
-ON_GPU = torch.cuda.is_available()
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
-PEERS = (
-    "torch flash varlen",
-    "torch SDPA",
-    "torch SDPA, cuDNN",
-    "flex_attention, compiled",
-    "flash-attn 2",
-    "flash-attn 3",
-)
-FORWARD_PEERS = tuple(name for name in PEERS if not name.startswith("flex"))
+FORWARD_PEERS = ["torch flash varlen", "torch SDPA", "torch SDPA, cuDNN", "flash-attn 2", "flash-attn 3"]
+PEERS = [*FORWARD_PEERS, "flex_attention, compiled"]
 
 # Makes the output.
 Attend = Callable[[], Tensor]
-# Makes what is timed of it, given the inputs that gradients are of.
+# Makes the function that is timed, given the inputs that gradients are of.
 Timed = Callable[[Attend, Tensors], Callable[[], Tensors]]
 
 
@@ -58,7 +60,7 @@ class AttentionSize:
 
     @cached_property
     def sequences(self) -> list[tuple[range, range]]:
-        """(prompt rows, own rows) of each sequence that a kernel without shared prompts has to be given."""
+        """(prompt rows, own rows) of each sequence that a kernel without shared prompts needs."""
         found, start = [], 0
         for prompt, lengths in zip(self.prompts, self.completions or [()] * len(self.prompts), strict=True):
             rows = range(start, start + prompt)
@@ -80,7 +82,7 @@ class AttentionSize:
 
     @property
     def pairs(self) -> int:
-        """Visible (query, key) pairs, a shared prompt's once."""
+        """Visible (query, key) pairs; those of a shared prompt count once."""
         total = sum(map(self._within, self.prompts))
         for prompt, lengths in zip(self.prompts, self.completions or (), strict=False):
             total += sum(prompt * length + self._within(length) for length in lengths)
@@ -122,7 +124,7 @@ else:
         AttentionSize("shared prompt 256 + 8 x 24", (256,), ((24,) * 8,), **small),
         AttentionSize("vision windows", windows([(6, 9)]), **VISION),
     ]
-FORWARD_SIZES = [size for size in SIZES if size.causal]  # text, whose prompts are scored with no gradient
+FORWARD_SIZES = [size for size in SIZES if size.causal]  # text: prompts are scored without gradients
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,9 @@ class Inputs:
     @cached_property
     def packed(self) -> Tensors:
         g = torch.Generator(self.device).manual_seed(0)
-        size, T = self.size, self.size.num_tokens
-        shapes = [
-            (T, heads, size.head_size) for heads in (size.heads, size.kv_heads, size.kv_heads, size.heads)
-        ]
+        size = self.size
+        heads = (size.heads, size.kv_heads, size.kv_heads, size.heads)
+        shapes = [(size.num_tokens, n, size.head_size) for n in heads]
         q, k, v, d_out = (torch.randn(*shape, generator=g, device=self.device).to(DTYPE) for shape in shapes)
         return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), d_out
 
@@ -151,10 +152,9 @@ class Inputs:
     @cached_property
     def first(self) -> Tensor:
         """For each packed row, the first of its copies."""
-        first: dict[int, int] = {}
-        for copy, row in enumerate(self.source.tolist()):
-            first.setdefault(row, copy)
-        return torch.tensor([first[row] for row in range(len(first))], device=self.device)
+        copies = torch.arange(len(self.source), device=self.device)
+        first = torch.full((self.size.num_tokens,), len(copies), device=self.device)
+        return first.scatter_reduce_(0, self.source, copies, "amin")
 
     @cached_property
     def repeated(self) -> Tensors:
@@ -169,16 +169,10 @@ class Inputs:
         out, *grads = results
         merged = [out.index_select(0, self.first)]
         for grad in grads:
-            total = torch.zeros(
-                self.size.num_tokens, *grad.shape[1:], dtype=torch.float64, device=self.device
-            )
+            shape = (self.size.num_tokens, *grad.shape[1:])
+            total = torch.zeros(shape, dtype=torch.float64, device=self.device)
             merged.append(total.index_add_(0, self.source, grad.double()))
         return merged
-
-    @cached_property
-    def cu_seqlens(self) -> Tensor:
-        lengths = torch.tensor([0, *self.size.lengths], device=self.device)
-        return lengths.cumsum(0, dtype=torch.int32)
 
 
 def with_gradients(attend: Attend, inputs: Tensors) -> Callable[[], Tensors]:
@@ -215,35 +209,25 @@ def truth(inputs: Inputs, layout: PackedLayout) -> list[Tensor]:
     return [out, dq, dk, dv]
 
 
-def flash_varlen(inputs: Inputs) -> Attend:
-    """The flash kernels inside torch, as `torch.nn.attention.varlen` calls them."""
+def flash(inputs: Inputs, module: str | None = None) -> Attend:
+    """The flash kernels inside torch, or those of a package: flash-attn 2, or the module of version 3."""
     q, k, v, _ = inputs.repeated
-    longest = max(inputs.size.lengths)
-    cu = inputs.cu_seqlens
+    cu = torch.tensor([0, *inputs.size.lengths], device=inputs.device).cumsum(0, dtype=torch.int32)
+    longest, causal = max(inputs.size.lengths), inputs.size.causal
+    if module is None:
+        function = partial(torch.ops.aten._flash_attention_forward, dropout_p=0.0, return_debug_mask=False)
+        options = {"is_causal": causal}
+    else:
+        function, options = import_module(module).flash_attn_varlen_func, {"causal": causal}
 
     def attend() -> Tensor:
-        return torch.ops.aten._flash_attention_forward(
-            q, k, v, cu, cu, longest, longest, 0.0, inputs.size.causal, False
-        )[0]
-
-    return attend
-
-
-def flash_attn(inputs: Inputs, module: str) -> Attend:
-    """The flash-attn package: version 2, or the module that version 3 installs."""
-    q, k, v, _ = inputs.repeated
-    function = __import__(module, fromlist=["flash_attn_varlen_func"]).flash_attn_varlen_func
-    longest = max(inputs.size.lengths)
-    cu = inputs.cu_seqlens
-
-    def attend() -> Tensor:
-        out = function(q, k, v, cu, cu, longest, longest, causal=inputs.size.causal)
+        out = function(q, k, v, cu, cu, longest, longest, **options)
         return out[0] if isinstance(out, tuple) else out
 
     return attend
 
 
-def sdpa(inputs: Inputs, backend: SDPBackend | None) -> Attend:
+def sdpa(inputs: Inputs, *backends: SDPBackend) -> Attend:
     """Sequences of one length as a dense batch."""
     q, k, v, _ = inputs.repeated
     length = inputs.size.lengths[0]
@@ -251,14 +235,11 @@ def sdpa(inputs: Inputs, backend: SDPBackend | None) -> Attend:
     def attend() -> Tensor:
         dense = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
         grouped = inputs.size.heads != inputs.size.kv_heads
-        out = F.scaled_dot_product_attention(*dense, is_causal=inputs.size.causal, enable_gqa=grouped)
+        with sdpa_kernel(list(backends)) if backends else nullcontext():
+            out = F.scaled_dot_product_attention(*dense, is_causal=inputs.size.causal, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
 
-    def attend_by_backend() -> Tensor:
-        with sdpa_kernel(backend):
-            return attend()
-
-    return attend if backend is None else attend_by_backend
+    return attend
 
 
 def flex(inputs: Inputs) -> Attend:
@@ -267,7 +248,7 @@ def flex(inputs: Inputs) -> Attend:
 
     size, T = inputs.size, inputs.size.num_tokens
     q, k, v, _ = inputs.packed
-    group, own = [], []  # of each row: its group, and its segment (-1 for a prompt)
+    group, own = [], []  # for each row: its group, and its segment (-1 for a prompt)
     completions = size.completions or [()] * len(size.prompts)
     for index, (prompt, lengths) in enumerate(zip(size.prompts, completions, strict=True)):
         group += [index] * (prompt + sum(lengths))
@@ -289,57 +270,57 @@ def flex(inputs: Inputs) -> Attend:
     return attend
 
 
-def peers(inputs: Inputs, timed: Timed) -> list[Provider]:
-    """All that there are; the tests' parameters say which are measured."""
+def peers(inputs: Inputs, timed: Timed) -> dict[str, Provider]:
+    """All peers; the tests' parameters choose among them."""
     unequal = None if len(set(inputs.size.lengths)) == 1 else "sequences differ in length"
     no_gpu = None if ON_GPU else "torch's flash and cuDNN kernels need a GPU"
-    makers = (
-        (lambda: flash_varlen(inputs), no_gpu),
-        (lambda: sdpa(inputs, None), unequal),
-        (lambda: sdpa(inputs, SDPBackend.CUDNN_ATTENTION), unequal or no_gpu),
-        (lambda: flex(inputs), why_not_compiled()),
-        (lambda: flash_attn(inputs, "flash_attn"), why_missing("flash_attn")),
-        (lambda: flash_attn(inputs, "flash_attn_interface"), why_missing("flash_attn_interface")),
-    )
-    found = []
-    for name, (make, missing) in zip(PEERS, makers, strict=True):
-        packed = name.startswith("flex")
+    cudnn = SDPBackend.CUDNN_ATTENTION
 
-        def build(make=make, packed=packed):
-            return timed(make(), inputs.packed if packed else inputs.repeated)
+    def repeated(missing: str | None, make: Callable[..., Attend], *args: Any) -> Provider:
+        return Provider(
+            lambda: timed(make(inputs, *args), inputs.repeated), missing=missing, unpack=inputs.merge
+        )
 
-        found.append(Provider(name, build, missing=missing, unpack=list if packed else inputs.merge))
-    return found
+    return {
+        "torch flash varlen": repeated(no_gpu, flash),
+        "torch SDPA": repeated(unequal, sdpa),
+        "torch SDPA, cuDNN": repeated(unequal or no_gpu, sdpa, cudnn),
+        "flex_attention, compiled": Provider(
+            lambda: timed(flex(inputs), inputs.packed), missing=why_not_compiled(), unpack=list
+        ),
+        "flash-attn 2": repeated(why_missing("flash_attn"), flash, "flash_attn"),
+        "flash-attn 3": repeated(why_missing("flash_attn_interface"), flash, "flash_attn_interface"),
+    }
 
 
-def comparison(op: str, size: AttentionSize, device: torch.device, timed: Timed, forwards: float):
-    """Case, providers and truth; operations are those of that many forward passes."""
+def attention_case(op: str, size: AttentionSize, timed: Timed, forwards: float, device: torch.device) -> Case:
+    """A case whose operations are those of `forwards` forward passes."""
     inputs = Inputs(size, device)
     layout = PackedLayout.from_lengths(size.prompts, size.completions, device)
+    q, k, v, _ = inputs.packed
 
     def build(impl: str) -> Callable[[], Tensors]:
-        q, k, v, _ = inputs.packed
         return timed(lambda: packed_attention(q, k, v, layout, causal=size.causal, impl=impl), inputs.packed)
 
-    case = Case(
+    return Case(
         op,
-        str(size),
+        size.name,
         DTYPE,
         TOLERANCE[DTYPE],
+        {**ours("packed_attention", build), **peers(inputs, timed)},
+        truth=lambda: truth(inputs, layout),
         flops=forwards * 4.0 * size.heads * size.head_size * size.pairs,
         facts={"operations_saved": size.repeated_pairs / size.pairs},
     )
-    providers = [*ours("packed_attention", build), *peers(inputs, timed)]
-    return case, providers, lambda: truth(inputs, layout)
 
 
 @pytest.mark.parametrize("provider", [*our_names("packed_attention"), *PEERS])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_packed_attention(report, device, size, provider):
-    report(lambda: comparison("packed_attention", size, device, with_gradients, 3.5))
+def test_packed_attention(measure, size, provider):
+    measure(attention_case, "packed_attention", size, with_gradients, 3.5)
 
 
 @pytest.mark.parametrize("provider", [*our_names("packed_attention"), *FORWARD_PEERS])
 @pytest.mark.parametrize("size", FORWARD_SIZES, ids=str)
-def test_packed_attention_forward(report, device, size, provider):
-    report(lambda: comparison("packed_attention forward", size, device, forward_alone, 1.0))
+def test_packed_attention_forward(measure, size, provider):
+    measure(attention_case, "packed_attention forward", size, forward_alone, 1.0)

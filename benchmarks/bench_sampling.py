@@ -3,13 +3,13 @@
 Same model, same prompts of six images, 8 completions each of the same greatest length, temperature 1, in one
 process. transformers gets one batch of all prompts, padded on the left, with `num_return_sequences=8`, its
 default cache and attention ("sdpa"): it repeats each prompt and its images for every completion, and goes on
-until the last one has ended. Ours computes prompts once, and runs what is still being said.
+until the last one has ended. Ours computes prompts once, and runs only the completions that have not ended.
 
     completions/s = completions / seconds;   tokens/s = tokens of completions, padding not / seconds
 
-Where completions end is drawn: one token in forty ends them, or none, which leaves everything at full length.
-The two draw different random numbers, so nothing is compared but time; `tests/rollout` holds both to the same
-tokens where the most likely one is taken.
+Completions end at random: one token in forty ends them, or none, which leaves all at full length. The two
+draw different random numbers, so only their times are compared; `tests/rollout` holds both to the same tokens
+when sampling is greedy.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_attention import IMAGES
-from benchmarks.measure import Case, Provider
-from benchmarks.peers import why_missing
+from benchmarks.measure import DTYPE, ON_GPU, Case, Provider, Tensors, synchronize
 from benchmarks.shapes import MID, QWEN_7B, SMALL, TINY, ModelShape
-from benchmarks.steps import Step, StepSize
+from benchmarks.steps import Step, StepSize, attend_by
 
-ON_GPU = torch.cuda.is_available()
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+for package in ("transformers", "tokenizers", "PIL"):
+    pytest.importorskip(package)
+
 NUM_COMPLETIONS = 8
 ENDS_ONE_IN = 40  # tokens of the vocabulary
 OURS, GRAPHS, THEIRS = "geo_r1", "geo_r1, CUDA graphs", "transformers"
@@ -38,11 +38,11 @@ OURS, GRAPHS, THEIRS = "geo_r1", "geo_r1, CUDA graphs", "transformers"
 
 @dataclass(frozen=True)
 class SamplingSize:
-    """Prompts and how much is said to them.
+    """Prompts and their completions.
 
     Attributes:
         name: in tables.
-        model: whose shape the model has.
+        model: shape of the model.
         images: height and width of each of a prompt's, in merged patches.
         prompts: how many; the text of each is a token longer than that of the one before.
         length: tokens of a completion at most.
@@ -75,7 +75,7 @@ else:
 
 
 class Samplers:
-    """A model, its prompts, and the ways to sample; each notes what it said and how long that took."""
+    """A model, its prompts, and the ways to sample."""
 
     def __init__(self, size: SamplingSize, device: torch.device) -> None:
         self.size = size
@@ -83,30 +83,31 @@ class Samplers:
         steps = [Step(replace(step_size, text=6 + i), device, DTYPE) for i in range(size.prompts)]
         self.vlm, self.prompts = steps[0].vlm, [step.prompt for step in steps]
         self.model = self.vlm.model
-        self.pad = size.model.vocab - 5  # no text, no image
-        self.ends = list(range(0, size.model.vocab - 5, ENDS_ONE_IN)) if size.ends else []
-        self.said: dict[str, tuple[float, int]] = {}  # seconds and tokens of each one's last run
+        self.pad = size.model.text.vocab - 5  # no text, no image
+        self.ends = list(range(0, size.model.text.vocab - 5, ENDS_ONE_IN)) if size.ends else []
 
-    def run(self, name: str, sample: Callable[[], Tensor]) -> tuple[Tensor]:
-        """Tokens of each completion, [prompts * completions]."""
-        self.model.eval()
-        begin = time.perf_counter()
-        tokens = sample()
-        if tokens.is_cuda:
-            torch.cuda.synchronize()
-        self.said[name] = time.perf_counter() - begin, int(tokens.sum())
-        return (tokens,)
+    def provider(self, name: str, sample: Callable[[], Tensor]) -> Provider:
+        """A way to sample, whose rates are those of its last run."""
+        facts: dict[str, float] = {}
 
-    def facts(self, name: str) -> dict[str, float]:
-        seconds, tokens = self.said[name]
-        num_completions = self.size.prompts * NUM_COMPLETIONS
-        return {"completions/s": num_completions / seconds, "tokens/s": tokens / seconds}
+        def run() -> Tensors:
+            self.model.eval()
+            begin = time.perf_counter()
+            tokens_N = sample()
+            synchronize(self.vlm.device)
+            seconds = time.perf_counter() - begin
+            facts["completions/s"] = len(tokens_N) / seconds
+            facts["tokens/s"] = int(tokens_N.sum()) / seconds
+            return (tokens_N,)
+
+        return Provider(lambda: run, "peer" if name == THEIRS else "ours", facts=lambda: facts)
 
     def ours(self, cuda_graphs: bool) -> Tensor:
+        """Tokens of each completion, [prompts * completions]."""
         from geo_r1.models.attention import TEXT_ATTENTION, VISION_ATTENTION
         from geo_r1.rollout import SamplingConfig, generate
 
-        self._attend_by(TEXT_ATTENTION, VISION_ATTENTION)
+        attend_by(self.model, TEXT_ATTENTION, VISION_ATTENTION)
         groups = generate(
             self.vlm,
             self.prompts,
@@ -120,13 +121,14 @@ class Samplers:
         return torch.tensor([len(c.token_ids) for group in groups for c in group])
 
     def theirs(self) -> Tensor:
-        self._attend_by("sdpa", "sdpa")
+        """Tokens of each completion, by transformers."""
+        attend_by(self.model, "sdpa", "sdpa")
         device, longest = self.vlm.device, max(len(p.token_ids) for p in self.prompts)
         rows = [[self.pad] * (longest - len(p.token_ids)) + p.token_ids for p in self.prompts]
         input_ids = torch.tensor(rows, device=device)
         image_id = self.model.config.image_token_id
         with torch.no_grad():
-            said = self.model.generate(
+            completions = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=(input_ids != self.pad).long(),
                 mm_token_type_ids=(input_ids == image_id).int(),
@@ -142,48 +144,28 @@ class Samplers:
                 pad_token_id=self.pad,
                 suppress_tokens=[*self.vlm.vision_token_ids, self.pad],
             )[:, longest:]
-        return (said != self.pad).sum(1)
-
-    def _attend_by(self, text: str, vision: str) -> None:
-        self.model.model.language_model.config._attn_implementation = text
-        self.model.model.visual.config._attn_implementation = vision
+        return (completions != self.pad).sum(1)
 
 
-def comparison(size: SamplingSize, device: torch.device):
-    """A case, its providers in the order of their names, and no truth."""
+def sampling_case(size: SamplingSize, device: torch.device) -> Case:
     samplers = Samplers(size, device)
     facts = {
         "completions": float(size.prompts * NUM_COMPLETIONS),
         "prompt": float(len(samplers.prompts[0].token_ids)),
         "length": float(size.length),
-        "layers": float(size.model.layers),
+        "layers": float(size.model.text.layers),
     }
-    case = Case("sampling", size.name, DTYPE, 0.0, hold=False, rounds=1 if ON_GPU else 2, facts=facts)
-    ways: dict[str, Callable[[], Tensor]] = {
+    ways = {
         OURS: partial(samplers.ours, False),
         GRAPHS: partial(samplers.ours, True),
         THEIRS: samplers.theirs,
     }
-    providers = []
-    for name in PROVIDERS:
-        run = partial(samplers.run, name, ways[name])
-        kind = "peer" if name == THEIRS else "ours"
-        providers.append(
-            Provider(name, lambda run=run: run, kind=kind, facts=partial(samplers.facts, name))  # type: ignore[misc]
-        )
-    return case, providers, None
+    providers = {name: samplers.provider(name, sample) for name, sample in ways.items()}
+    rounds = 1 if ON_GPU else 2
+    return Case("sampling", size.name, DTYPE, 0.0, providers, None, hold=False, rounds=rounds, facts=facts)
 
 
-@pytest.fixture(autouse=True)
-def packages():
-    for package in ("transformers", "tokenizers", "PIL"):
-        if (missing := why_missing(package, needs_gpu=False)) is not None:
-            pytest.skip(missing)
-
-
-CASES = [(size, name) for size in SIZES for name in PROVIDERS]
-
-
-@pytest.mark.parametrize(("size", "provider"), CASES, ids=[f"{size}-{name}" for size, name in CASES])
-def test_sampling(report, device, size, provider):
-    report(lambda: comparison(size, device))
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sampling(measure, size, provider):
+    measure(sampling_case, size)

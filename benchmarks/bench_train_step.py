@@ -1,12 +1,12 @@
 """A GRPO training step, forward and backward: packed with a shared prompt, against padded with repeated ones.
 
-`steps.py` says what the two are. One group: a prompt with six images and completions of different lengths.
+`steps.py` describes the two. One group: a prompt with six images and completions of different lengths.
 
     tokens/s      = tokens of prompts and completions, repeated prompts included, padding not / seconds
     completions/s = completions / seconds
     MFU           = operations / seconds / the matrix products' ceiling of this run
 
-Operations are those of the packed step, for both: what is repeated or recomputed does not count as work.
+Operations are those of the packed step, for both: repeated and recomputed ones do not count as work.
 Errors are of the loss and three gradients against the padded step in the same dtype: a float64 copy of 7B
 would not fit.
 
@@ -16,56 +16,51 @@ model of 100 million parameters and one of 11; then, for the small one, with pro
 long as a completion and as long as one, where sharing saves less. There neither side checkpoints, which is
 faster for both.
 
-`test_scaling` goes along the number of completions, the number of images, and the length of a completion.
+`test_scaling` varies the number of completions, the number of images, and the length of a completion.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.bench_attention import IMAGES
-from benchmarks.measure import Case, Provider
-from benchmarks.peers import why_missing
-from benchmarks.phases import PhaseClock
-from benchmarks.rates import SCALING, STEP
+from benchmarks.measure import DTYPE, ON_GPU, SCALING, STEP, Case, Provider
 from benchmarks.shapes import MID, QWEN_7B, SMALL, TINY
-from benchmarks.steps import Step, StepSize
+from benchmarks.steps import PhaseClock, Step, StepSize
 
-ON_GPU = torch.cuda.is_available()
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+for package in ("transformers", "tokenizers", "PIL"):
+    pytest.importorskip(package)
+
 TOLERANCE = {torch.bfloat16: 1e-1, torch.float32: 1e-3}
 # Gigabytes in bfloat16, weights with gradients: a text layer, and what does not depend on their number. The
 # padded step holds about 37 more, and 0.27 a layer; without checkpoints the packed one holds about 77.
 LAYER_GB, REST_GB, PADDED_GB, UNCHECKPOINTED_GB = 0.93 + 0.27, 7.0, 37.0, 77.0
 TORCH_FLASH = "benchmark_torch_flash"
-# Of the mean length of a group's completions.
+# Lengths of a group's completions over their mean.
 SPREAD = (0.625, 0.75, 0.875, 1.0, 1.0, 1.125, 1.25, 1.375)
 
 
 def lengths(mean: int, count: int = 8) -> tuple[int, ...]:
-    """Completions of that mean length, for one or an even number of them."""
+    """Lengths of `count` completions, one or an even number, with that mean."""
     ends = [length for pair in zip(SPREAD, reversed(SPREAD), strict=True) for length in pair]
     return (mean,) if count == 1 else tuple(sorted(round(mean * ends[i % 16]) for i in range(count)))
 
 
 def text_layers() -> int:
-    """Of the 7B model, all or as many as the padded step leaves room for."""
+    """Text layers of the 7B model: all, or as many as fit beside the padded step."""
     room = 0.92 * torch.cuda.get_device_properties(0).total_memory / 1e9 - REST_GB - PADDED_GB
-    return max(1, min(QWEN_7B.layers, int(room / LAYER_GB)))
+    return max(1, min(QWEN_7B.text.layers, int(room / LAYER_GB)))
 
 
 PACKED, PADDED, NO_CHECKPOINTS = "geo_r1 packed", "transformers, padded", ", no checkpoints"
 if ON_GPU:
     FLASH, LOOPED = f"{PADDED}, vision through torch's flash", f"{PADDED}, vision windows looped"
     BOTH = (PACKED, FLASH)
-    whole = replace(QWEN_7B, layers=text_layers())
-    STEPS = [
-        StepSize("Qwen2.5-VL-7B, 6 images, 8 completions", whole, tuple(IMAGES), 64, lengths(400)),
-    ]
+    whole = QWEN_7B.cut(text_layers())
+    STEPS = [StepSize("Qwen2.5-VL-7B, 6 images, 8 completions", whole, tuple(IMAGES), 64, lengths(400))]
     PROVIDERS = {STEPS[0]: (PACKED, PACKED + NO_CHECKPOINTS, FLASH, LOOPED)}
     # A seventh of its text layers, a quarter of its vision tower, a group at a quarter of its lengths.
     BASE = StepSize("", QWEN_7B.cut(4, 8), ((9, 18), *[(13, 14)] * 5), 16, lengths(100))
@@ -86,7 +81,7 @@ else:
 
 
 def scaling_sizes() -> list[StepSize]:
-    """One group, and what it becomes where one of its three numbers changes."""
+    """One group, and variants in which one of its three numbers differs."""
     base_len = round(sum(BASE.completions) / len(BASE.completions))
     points = [
         *((count, len(BASE.images), base_len) for count in (1, 2, 4, 8, 16)),
@@ -119,15 +114,14 @@ def register_torch_flash() -> None:
     AttentionInterface.register(TORCH_FLASH, attention)
 
 
-def comparison(
+def step_case(
     op: str,
     size: StepSize,
     names: tuple[str, ...],
     rounds: int,
     device: torch.device,
     dtype: torch.dtype = DTYPE,
-):
-    """A case, its providers in the order of their names, and the truth."""
+) -> Case:
     register_torch_flash()
     step = Step(size, device, dtype)
     facts = {
@@ -136,43 +130,51 @@ def comparison(
         "images": len(size.images),
         "length": sum(size.completions) / len(size.completions),
         "prompt": size.prompt_len,
-        "layers": size.model.layers,
+        "layers": size.model.text.layers,
         "parameters": step.cost.num_parameters,
         "teraflop": step.flops() / 1e12,
     }
-    case = Case(
-        op, size.name, dtype, TOLERANCE[dtype], flops=step.flops(), hold=False, rounds=rounds, facts=facts
-    )
     on_gpu = device.type == "cuda"
 
     def truth():
         vision = TORCH_FLASH if on_gpu else "sdpa"
         return [x.double() for x in step.padded_step(PhaseClock(device), on_gpu, vision)]
 
-    return case, [provider(step, name, rounds) for name in names], truth
+    return Case(
+        op,
+        size.name,
+        dtype,
+        TOLERANCE[dtype],
+        {name: provider(step, name, rounds) for name in names},
+        truth,
+        flops=step.flops(),
+        hold=False,
+        rounds=rounds,
+        facts=facts,
+    )
 
 
 def provider(step: Step, name: str, rounds: int) -> Provider:
-    """What a provider's name says it does."""
+    """The provider that a name describes."""
     clock, checkpointed = PhaseClock(step.device), not name.endswith(NO_CHECKPOINTS)
-
-    def facts() -> dict[str, float]:
-        return clock.shares(rounds)
-
-    if name.startswith(PACKED):
-        missing = None if checkpointed else no_room(step)
-        run = partial(step.packed_step, clock, checkpointed)
-        return Provider(name, lambda: run, kind="ours", missing=missing, facts=facts)
     vision = TORCH_FLASH if "torch's flash" in name else "sdpa"
-    run = partial(step.padded_step, clock, checkpointed, vision)
-    return Provider(name, lambda: run, facts=facts)
+    packed = name.startswith(PACKED)
+
+    def run():
+        return (
+            step.packed_step(clock, checkpointed) if packed else step.padded_step(clock, checkpointed, vision)
+        )
+
+    missing = no_room(step) if packed and not checkpointed else None
+    kind = "ours" if packed else "peer"
+    return Provider(lambda: run, kind, missing, facts=lambda: clock.shares(rounds))
 
 
 def no_room(step: Step) -> str | None:
-    """Why the packed step of a 7B cannot do without checkpoints; None where it can."""
+    """Why the packed step of a 7B does not fit without checkpoints; None if it does."""
     if step.device.type != "cuda":
         return None
-    needed_gb = REST_GB + UNCHECKPOINTED_GB + step.size.model.layers * LAYER_GB
+    needed_gb = REST_GB + UNCHECKPOINTED_GB + step.size.model.text.layers * LAYER_GB
     total_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
     return None if needed_gb < 0.95 * total_gb else f"needs about {needed_gb:.0f} GB"
 
@@ -182,18 +184,11 @@ def of_sizes(providers: dict[StepSize, tuple[str, ...]]) -> pytest.MarkDecorator
     return pytest.mark.parametrize(("size", "provider"), pairs, ids=[f"{s}-{name}" for s, name in pairs])
 
 
-@pytest.fixture(autouse=True)
-def packages():
-    for package in ("transformers", "tokenizers", "PIL"):
-        if (missing := why_missing(package, needs_gpu=False)) is not None:
-            pytest.skip(missing)
-
-
 @of_sizes(PROVIDERS)
-def test_step(report, device, size, provider):
-    report(lambda: comparison(STEP, size, PROVIDERS[size], 2, device))
+def test_step(measure, size, provider):
+    measure(step_case, STEP, size, PROVIDERS[size], 2)
 
 
 @of_sizes(dict.fromkeys(scaling_sizes(), BOTH))
-def test_scaling(report, device, size, provider):
-    report(lambda: comparison(SCALING, size, BOTH, ROUNDS, device))
+def test_scaling(measure, size, provider):
+    measure(step_case, SCALING, size, BOTH, ROUNDS)

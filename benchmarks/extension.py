@@ -1,28 +1,23 @@
 """Builds the CUDA kernels of csrc/ for the GPU at hand, in place: `python3 -m benchmarks.extension RECORD`.
 
-A record speaks of its commit: what an earlier build left is brought up to date, or gone if that fails.
+A record is about its commit: an earlier build is brought up to date, or removed if that fails.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from benchmarks.lines import write_line
+from benchmarks.lines import stage_options, write_line
 from csrc import nvcc
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("record", type=Path)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options = parser.parse_args(argv)
+    options = stage_options(__doc__, argv)
     if options.device == "cpu":
         write_line(options.record, skipped="no GPU to build for")
         return 0
@@ -30,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
     try:
         toolchain = nvcc.find_toolchain({"GEO_R1_CUDA_ARCHS": arch, **os.environ})
-        release = ".".join(map(str, toolchain.release))
+        versions = {"nvcc": ".".join(map(str, toolchain.release))}
         target = nvcc.ROOT / "geo_r1" / nvcc.EXTENSION
         target.unlink(missing_ok=True)
-        write_line(options.record, extension="", nvcc=release)
+        write_line(options.record, device={"extension": "", "versions": versions})
         nvcc.install(nvcc.build(toolchain), target)
     except nvcc.UnavailableError as reason:
         write_line(options.record, skipped=str(reason))
@@ -44,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from geo_r1.kernels import extension  # not before it is there
 
     archs, _ = extension.built()
-    write_line(options.record, extension=archs, nvcc=release)
+    write_line(options.record, device={"extension": archs, "versions": versions})
     if (problem := extension.why_not(torch.device("cuda"))) is not None:
         print(problem, file=sys.stderr)
     return int(problem is not None)

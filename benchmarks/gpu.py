@@ -1,16 +1,17 @@
-"""Everything a machine with a GPU can tell, in ten minutes: `make gpu`, or `python3 -m benchmarks.gpu`.
+"""Measures everything on a machine with a GPU, in ten minutes: `make gpu`, or `python3 -m benchmarks.gpu`.
 
 Tests of the kernels, every benchmark, compute-sanitizer and a run of the trainer, each in processes of its
 own, write one record `benchmarks/results/<device>-<commit>.json`, or into the folder that `--out` names. It
-runs from the checkout, with nothing installed but torch, triton, pytest and pytest-benchmark; what needs more
-is skipped by name. Where nvcc and pybind11 are, the CUDA kernels are first built into the checkout, for the
-GPU at hand.
+runs from the checkout, with nothing installed but torch, triton, pytest and pytest-benchmark; a stage that
+needs more is skipped, and the record names what it lacks. With nvcc and pybind11, the CUDA kernels are first
+built into the checkout, for the GPU at hand.
 
-What the targets need comes first; peers that take long to get going come last, with the time that is left.
-The record is written anew after each part, so it is there whatever happens to the next. A part that fails or
-outlasts its time is recorded with the reason, and the exit code is then 1. A test that kills its process or
-leaves the GPU unusable is recorded as failed, and another process goes on behind it. Without a GPU the exit
-code is 2.
+The targets' stages come first; peers that take long to start come last, with the time that is left. The
+record is written anew after each stage, so nothing is lost if a later one fails or is killed. `--stages` runs
+some stages alone, within `--limit` seconds, and adds to the record of this commit if there is one. A stage
+that fails or outlasts its time is recorded with the reason, and the exit code is then 1. A test that kills
+its process or leaves the GPU unusable is recorded as failed, and another process goes on behind it. Without a
+GPU the exit code is 2.
 """
 
 from __future__ import annotations
@@ -27,81 +28,108 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from benchmarks.lines import LOST, begun, read_lines
-from benchmarks.parts import PARTS, Part
+from benchmarks.stages import STAGES, Stage
+from geo_r1.errors import MISTAKE, UserError, say
+from geo_r1.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-GRACE_SECONDS = 8.0  # between asking a part to stop and killing it; within its time
-TAIL_LINES = 20  # of a failed part's output, kept in the record
+GRACE_SECONDS = 8.0  # between asking a stage to stop and killing it; within its time
+TAIL_LINES = 20  # of a failed stage's output, kept in the record
 CPU_PATIENCE = 4.0  # a rehearsal on a CPU, in Triton's interpreter, has that many times the time
-NO_TESTS = 5  # pytest's exit code, also where those before it ran them all
+NO_TESTS = 5  # pytest's exit code, also if those before it ran them all
+Record = dict[str, Any]
 
 
-def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
-    """Run the parts and write the record; returns the exit code."""
+def main(argv: Sequence[str] | None = None, stages: Mapping[str, Stage] = STAGES) -> int:
+    """Run the stages and write the record; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of the record (%(default)s); made if not there"
     )
-    parser.add_argument("--commit", help="name of the commit, where the checkout has no .git")
+    parser.add_argument("--commit", help="name of the commit, for a checkout without .git")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny sizes"
     )
+    parser.add_argument("--stages", help=f"run only these, of {','.join(stages)}; default: all")
+    parser.add_argument("--limit", type=float, help="seconds for all stages that are run, shared out")
     options = parser.parse_args(argv)
-    if (problem := why_not_writable(options.out)) is not None:
-        print(f"make gpu cannot write its record: {problem}; --out names another folder", file=sys.stderr)
-        return 2
-    patience = CPU_PATIENCE if options.device == "cpu" else 1.0
+    try:
+        return run_stages(options, stages)
+    except UserError as error:
+        say(error)
+        return MISTAKE
+
+
+def run_stages(options: argparse.Namespace, stages: Mapping[str, Stage]) -> int:
+    check_writable(options.out)
+    names = list(stages) if options.stages is None else options.stages.split(",")
+    if unknown := [name for name in names if name not in stages]:
+        raise UserError(f"--stages: there is no {unknown[0]}; the stages are {', '.join(stages)}")
     commit, dirty = (options.commit, None) if options.commit else git_state()
     if commit == "unknown":
         print("no git here: the record's commit is unknown; --commit names it", flush=True)
-    record: dict[str, Any] = {
+    record: Record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": dirty,
         "device": {},
         "ceilings": {},
-        "parts": {part.name: {"status": "not run"} for part in parts},
+        "parts": {stage.name: {"status": "not run"} for stage in stages.values()},
         "measurements": [],
     }
+    names = list(dict.fromkeys(["device", *names]))  # it names the record
+    chosen = [stages[name] for name in names]
+    patience = CPU_PATIENCE if options.device == "cpu" else 1.0
+    if options.limit:
+        patience = options.limit / sum(stage.seconds for stage in chosen)
     spare = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for index, part in enumerate(parts):
-            begin, granted = time.monotonic(), patience * part.seconds
-            result = run_part(part, options.device, Path(folder) / str(index), granted + spare, record)
+        for name, stage in zip(names, chosen, strict=True):
+            begin, granted = time.monotonic(), patience * stage.seconds
+            result = run_stage(stage, options.device, Path(folder) / name, granted + spare, record)
             seconds = time.monotonic() - begin
             spare += granted - seconds
-            if part.reads == "facts" and (result.get("exit_code") == 2 or result["status"] == "skipped"):
-                reason = result.get("reason") if result["status"] == "skipped" else "torch sees none here"
-                print(f"make gpu needs a GPU, torch and triton: {reason}", file=sys.stderr)
-                return 2
-            record["parts"][part.name] = {**result, "seconds": round(seconds, 1)}
+            if name == "device" and (result.get("exit_code") == 2 or result["status"] == "skipped"):
+                reason = result["reason"] if result["status"] == "skipped" else "torch sees none here"
+                raise UserError(f"make gpu needs a GPU, torch and triton: {reason}")
             path = options.out / record_name(record)
-            write_whole(path, json.dumps(record, indent=1) + "\n")
-            print(f"{part.name}: {summary(result)}, {seconds:.0f} s", flush=True)
+            if name == "device" and options.stages and path.exists():
+                record = go_on(json.loads(path.read_text(encoding="utf-8")), record)
+            record["parts"][stage.name] = {**result, "seconds": round(seconds, 1)}
+            write_text(path, json.dumps(record, indent=1) + "\n")
+            print(f"{name}: {summary(result)}, {seconds:.0f} s", flush=True)
     print(
         *(f"{name}: {summary(part)}" for name, part in record["parts"].items()), f"record: {path}", sep="\n"
     )
-    return int(any(part["status"] in ("failed", "out of time") for part in record["parts"].values()))
+    return int(any(record["parts"][stage.name]["status"] in ("failed", "out of time") for stage in chosen))
 
 
-def run_part(part: Part, device: str, stem: Path, seconds: float, record: dict[str, Any]) -> dict[str, Any]:
-    """Run one part and put what it found into the record; returns what the record says of the part itself."""
-    missing = [package for package in part.needs if importlib.util.find_spec(package) is None]
+def go_on(earlier: Record, record: Record) -> Record:
+    """The record that earlier stages left, with the device and the ceilings of this run."""
+    versions = earlier["device"].get("versions", {}) | record["device"].get("versions", {})
+    device = record["device"] | {"versions": versions}
+    return {**earlier, "device": device, "ceilings": record["ceilings"]}
+
+
+def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Record) -> dict[str, Any]:
+    """Run one stage and put its results into the record; returns the stage's own entry in the record."""
+    missing = [package for package in stage.needs if importlib.util.find_spec(package) is None]
     if missing:
         return {"status": "skipped", "reason": f"not installed: {', '.join(missing)}"}
-    count = min(part.processes, os.cpu_count() or 1)
+    count = min(stage.processes, os.cpu_count() or 1)
     files = [stem.with_suffix(f".{share}.jsonl") for share in range(count)]
     commands = []
     for share, file in enumerate(files):
-        fields = {"{record}": str(file), "{device}": device, "{share}": f"{share}/{count}"}
-        commands.append([sys.executable, *(fill(text, fields) for text in part.arguments)])
+        fields = {"record": file, "device": device, "share": f"{share}/{count}"}
+        commands.append([sys.executable, *(Template(x).safe_substitute(fields) for x in stage.arguments)])
     deadline = time.monotonic() + seconds
     codes: list[int | None] = [None] * count
     logs = [file.with_suffix(".log") for file in files]
@@ -112,20 +140,23 @@ def run_part(part: Part, device: str, stem: Path, seconds: float, record: dict[s
         )
         for i, code in zip(left, ended, strict=True):
             codes[i] = 0 if code == NO_TESTS and done_before >= 0 else code
-        # A test that its process died of is in the record as begun: another goes on behind it.
-        died = [i for i in left if (code := codes[i]) is not None and (code < 0 or code == LOST)]
-        left, done_before = died if part.reads == "tests" else [], done
+        # A test that killed its process is in the lines as begun: another process goes on after it.
+        left = [i for i in left if (code := codes[i]) is not None and (code < 0 or code == LOST)]
+        done_before = done
     result: dict[str, Any] = {"status": "ok"}
+    lines = [line for file in files for line in read_lines(file)]
     bad = [code for code in codes if code not in (0, None)]
-    skipped = [line["skipped"] for file in files for line in read_lines(file) if "skipped" in line]
+    skipped = [line["skipped"] for line in lines if "skipped" in line]
     if skipped and not bad:
         result = {"status": "skipped", "reason": skipped[0]}
     elif None in codes:
         result = {"status": "out of time", "reason": f"stopped after {seconds:.0f} s"}
     elif bad:
         result = {"status": "failed", "reason": f"exit code {bad[0]}", "exit_code": bad[0]}
-    result |= READERS[part.reads](files, record)
-    if result["status"] == "ok" and "failures" in result:  # of a process that died, another having ended well
+    result |= read_results(lines, record)
+    if metrics := read_lines(Path(f"{files[0]}.run") / "metrics.jsonl"):  # of a run of the trainer
+        result["metrics"] = {line["stage"]: line for line in metrics if "stage" in line}
+    if result["status"] == "ok" and "failures" in result:  # one process died, and another went on
         result |= {"status": "failed", "reason": "a process died"}
     outputs = [log.read_text(encoding="utf-8", errors="replace").splitlines() for log in logs]
     if result["status"] in ("failed", "out of time"):
@@ -133,12 +164,6 @@ def run_part(part: Part, device: str, stem: Path, seconds: float, record: dict[s
         result["output"] = outputs[worst][-TAIL_LINES:]
     print(*(line for output in outputs for line in output), sep="\n", flush=True)
     return result
-
-
-def fill(text: str, fields: dict[str, str]) -> str:
-    for name, value in fields.items():
-        text = text.replace(name, value)
-    return text
 
 
 def environment(device: str, processes: int) -> dict[str, str]:
@@ -154,24 +179,19 @@ def environment(device: str, processes: int) -> dict[str, str]:
 def run_until(
     commands: Sequence[list[str]], logs: Sequence[Path], deadline: float, environment: dict[str, str]
 ) -> list[int | None]:
-    """Exit codes of commands side by side that have to end by then, with all they started; None if not."""
-    running = []
+    """Exit codes of commands that run side by side; None if one had to be stopped at the deadline."""
+    running, begin = [], time.monotonic()
     for command, log in zip(commands, logs, strict=True):
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        with log.open("ab") as out:
+            streams: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": out,
+                "stderr": subprocess.STDOUT,
+            }
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
         running.append(process)
-    begin = time.monotonic()
     try:
-        wait_for(running, max(deadline - GRACE_SECONDS, begin + 1.0))
-        codes = [process.poll() for process in running]
+        codes = wait_for(running, max(deadline - GRACE_SECONDS, begin + 1.0))
         for process in running:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)  # pytest then still writes what it has
@@ -184,35 +204,26 @@ def run_until(
                 process.wait()
 
 
-def wait_for(running: Sequence[subprocess.Popen], deadline: float) -> None:
+def wait_for(running: Sequence[subprocess.Popen], deadline: float) -> list[int | None]:
     for process in running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
+    return [process.poll() for process in running]
 
 
-def read_facts(files: Sequence[Path], record: dict[str, Any]) -> dict[str, Any]:
-    for line in read_lines(files[0]):
-        record["ceilings"] = line.pop("ceilings")
-        record["device"] = {name: value for name, value in line.items() if name != "seconds"}
-    return {}
-
-
-def read_extension(files: Sequence[Path], record: dict[str, Any]) -> dict[str, Any]:
-    """What the CUDA kernels are built for, and by which nvcc."""
-    for line in read_lines(files[0]):
-        if "extension" in line:
-            record["device"]["extension"] = line["extension"]
-            record["device"].setdefault("versions", {})["nvcc"] = line["nvcc"]
-    return {}
-
-
-def read_tests(files: Sequence[Path], record: dict[str, Any]) -> dict[str, Any]:
-    """Counts, what failed, and why what was skipped was; measurements go to the record's own list."""
-    lines = [line for file in files for line in read_lines(file)]
+def read_results(lines: Sequence[dict[str, Any]], record: Record) -> dict[str, Any]:
+    """Counts of tests, failures, reasons for skips; device, ceilings and measurements go to the record."""
+    for line in lines:
+        if "device" in line:
+            versions = record["device"].get("versions", {}) | line["device"]["versions"]
+            record["device"] |= line["device"] | {"versions": versions}
+            record["ceilings"] |= line.get("ceilings", {})
     ended = [line for line in lines if "test" in line]
     for test in sorted(begun(lines) - {line["test"] for line in ended}):
         ended.append({"test": test, "outcome": "failed", "reason": "did not end"})
-    record["measurements"] += [line["measurement"] for line in ended if "measurement" in line]
+    rows = [line["measurement"] for line in ended if "measurement" in line]
+    again = [case_of(row) for row in rows]
+    record["measurements"] = [row for row in record["measurements"] if case_of(row) not in again] + rows
     counts = Counter(line["outcome"] for line in ended)
     skipped = Counter(line.get("reason", "") for line in ended if line["outcome"] == "skipped")
     failed = {line["test"]: line["reason"] for line in ended if line["outcome"] == "failed"}
@@ -220,13 +231,8 @@ def read_tests(files: Sequence[Path], record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if value}
 
 
-def read_run(files: Sequence[Path], record: dict[str, Any]) -> dict[str, Any]:
-    """The last metrics of each stage of a run of the trainer."""
-    lines = read_lines(Path(f"{files[0]}.run") / "metrics.jsonl")
-    return {"metrics": {line["stage"]: line for line in lines if "stage" in line}}
-
-
-READERS = {"facts": read_facts, "extension": read_extension, "tests": read_tests, "run": read_run}
+def case_of(row: dict[str, Any]) -> tuple[str | None, ...]:
+    return tuple(row.get(name) for name in ("op", "size", "provider"))
 
 
 def git_state() -> tuple[str, bool | None]:
@@ -245,27 +251,28 @@ def git_state() -> tuple[str, bool | None]:
         return "unknown", None
 
 
-def record_name(record: dict[str, Any]) -> str:
-    device = re.sub(r"[^a-z0-9]+", "-", record["device"].get("name", "unknown").lower()).strip("-")
-    return f"{device}-{record['commit']}{'-dirty' if record['dirty'] else ''}.json"
+def device_slug(record: Record) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", record["device"].get("name", "unknown").lower()).strip("-")
 
 
-def why_not_writable(folder: Path) -> str | None:
-    """None where files can be written into a folder, which is made if it is not there."""
+def record_name(record: Record) -> str:
+    return f"{device_slug(record)}-{record['commit']}{'-dirty' if record['dirty'] else ''}.json"
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder if it is not there.
+
+    Raises:
+        UserError: no file can be written into it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return None
+            pass
     except OSError as error:
-        return f"{folder}: {error.strerror}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside, then rename: what exists is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+        raise UserError(
+            f"make gpu cannot write its record: {folder}: {error.strerror}; --out names another folder"
+        ) from error
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -1,20 +1,18 @@
-"""The lines that a part writes and `gpu.py` reads; imports nothing that has to be installed."""
+"""The lines that a stage writes and `gpu.py` reads; imports nothing that has to be installed."""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-LOST = 70  # exit code of a run whose GPU does nothing more; pytest's own end at 5
+LOST = 70  # exit code of a run whose GPU has become unusable; pytest's own end at 5
 
 
 def begun(lines: list[dict]) -> set[str]:
-    """Tests that a run has begun, without those that it had to leave for another."""
-    found: set[str] = set()
-    for line in lines:
-        found |= {line["begun"]} if "begun" in line else set()
-        found -= {line["again"]} if "again" in line else set()
-    return found
+    """Tests that a run has begun."""
+    return {line["begun"] for line in lines if "begun" in line}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -33,3 +31,11 @@ def read_lines(path: Path) -> list[dict]:
 def write_line(path: Path, **line: object) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def stage_options(doc: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of a stage that is a module: `record` and `device`."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("record", type=Path, help="append JSON lines to this file")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    return parser.parse_args(argv)

@@ -1,28 +1,28 @@
-"""Inputs of the loss benchmarks, the loss as TRL writes it, and its float64 truth.
+"""Inputs of the loss benchmarks, the loss as TRL writes it, its float64 truth, and the cases made of them.
 
 Logits have a standard deviation of 3 and targets are drawn from them, so that distributions are as peaked as
-a language model's. Old log-probabilities keep every ratio clear of the clip bounds: a rounding error then
-cannot move a row across one, which would say nothing about an implementation.
+a language model's. Old log-probabilities keep every ratio clear of the clip bounds, so that a rounding error
+cannot move a row across one: that would be an error of the inputs, not of an implementation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.meters import Tensors
+from benchmarks.measure import DTYPE, Case, Provider, Tensors, ours, torch_ways
 from geo_r1.kernels import GRPOLossConfig
 
 CONFIG = GRPOLossConfig(epsilon=0.2, beta=0.04)
 LOGIT_STD = 3.0
-TRUTH_BYTES = 2**30  # of one float64 chunk of logits; a few of them live at once
+TRUTH_BYTES = 2**30  # a float64 chunk of logits; a few of them live at once
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # logits near 10 round by 0.03 in bfloat16
 
-# per-token loss of some rows from their log-probabilities
+# Per-token loss of some rows from their log-probabilities.
 TokenLoss = Callable[[Tensor, slice], Tensor]
 
 
@@ -38,10 +38,14 @@ class LossSize:
     def __str__(self) -> str:
         return f"R={self.rows} C={self.hidden} V={self.vocab}"
 
+    @property
+    def of_logits(self) -> str:
+        return f"R={self.rows} V={self.vocab}"
+
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What every provider gets; hidden states and head are leaves."""
+    """Inputs of every provider; hidden states and head are leaves."""
 
     hidden_RC: Tensor
     head_VC: Tensor
@@ -64,6 +68,12 @@ class LossInputs:
 
     def cross_entropy(self, logp_R: Tensor, rows: slice = slice(None)) -> Tensor:
         return -logp_R * self.weight_R[rows]
+
+    def per_sequence(self, size: LossSize) -> Tensors:
+        """Liger's arguments: targets, old and reference log-probabilities, mask [N, L]; advantages [N]."""
+        shape = (size.sequences, -1)
+        target, old, ref = (x.view(shape) for x in (self.target_R, self.old_logp_R, self.ref_logp_R))
+        return target, old, ref, torch.ones_like(target), self.advantage_R.view(shape)[:, 0].contiguous()
 
     def rows(self) -> dict[str, Tensor]:
         """Arguments of our GRPO losses after hidden states and head, or logits."""
@@ -93,7 +103,7 @@ def loss_inputs(size: LossSize, dtype: torch.dtype, device: torch.device) -> Los
     logp_R = torch.cat(logps).squeeze(1)
     shifts = torch.tensor([-0.5, -0.05, 0.05, 0.4], device=device)
     draw_R = torch.randint(0, 4, (size.rows,), generator=g, device=device)
-    # One advantage a completion, on average above 0: a loss near 0 would have no relative error to speak of.
+    # One advantage a completion, on average above 0: a loss near 0 would have a meaningless relative error.
     advantage_R = (normal(size.sequences) + 0.5).repeat_interleave(size.rows // size.sequences)
     return LossInputs(
         hidden_RC.requires_grad_(),
@@ -114,34 +124,67 @@ def chunks(num_rows: int, vocab: int) -> list[slice]:
 def logp_of(logits_RV: Tensor, target_R: Tensor) -> Tensor:
     """Per-token log-probabilities from full logits, statistics in at least float32.
 
-    As cross-entropy: the fastest way that torch has (0.7 of the time of gather minus logsumexp on a CPU).
+    Cross-entropy is torch's fastest way (0.7 of the time of gather minus logsumexp on a CPU).
     """
     wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     return -F.cross_entropy(wide_RV, target_R, reduction="none")
 
 
-def linear_truth(inputs: LossInputs, token_loss: TokenLoss) -> Sequence[Tensor]:
-    """Loss and gradients of hidden states and head, of all rows, in float64, a chunk of rows at a time."""
-    hidden_RC = inputs.hidden_RC.detach().double().requires_grad_()
-    head_VC = inputs.head_VC.detach().double().requires_grad_()
-    loss = torch.zeros((), dtype=torch.float64, device=hidden_RC.device)
-    for rows in chunks(len(hidden_RC), len(head_VC)):
-        logp_r = logp_of(hidden_RC[rows] @ head_VC.T, inputs.target_R[rows])
+def gradients(*leaves: Tensor) -> Callable[[Tensor], Tensors]:
+    """Turns a loss into results: the loss and its gradients."""
+    return lambda loss: (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+def logits_of(*leaves: Tensor) -> Tensor:
+    """Logits themselves, or of hidden states and head."""
+    return leaves[0] if len(leaves) == 1 else leaves[0] @ leaves[1].T
+
+
+def truth(inputs: LossInputs, token_loss: TokenLoss, leaves: Tensors) -> Tensors:
+    """Loss and gradients of the leaves, of all rows, in float64, a chunk of rows at a time."""
+    first, *head = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    loss = torch.zeros((), dtype=torch.float64, device=first.device)
+    for rows in chunks(len(first), len(inputs.head_VC)):
+        logp_r = logp_of(logits_of(first[rows], *head), inputs.target_R[rows])
         part = token_loss(logp_r, rows).sum()
         part.backward()
         loss += part.detach()
-    assert hidden_RC.grad is not None and head_VC.grad is not None
-    return loss, hidden_RC.grad, head_VC.grad
+    return (loss, *(leaf.grad for leaf in (first, *head)))
 
 
-def linear_products(inputs: LossInputs, count: int) -> Callable[[], Tensors]:
-    """The matrix products alone: logits, and for three of them both gradients; no provider can do less."""
-    hidden_RC, head_VC = inputs.hidden_RC.detach(), inputs.head_VC.detach()
+def loss_case(
+    op: str,
+    size: LossSize,
+    inputs: LossInputs,
+    token_loss: TokenLoss,
+    leaves: Tensors,
+    call: Callable[[str], Tensor],
+    peers: Mapping[str, Provider],
+    **work: float,
+) -> Case:
+    """A loss and its gradients, by our implementations, plain torch with all logits at once, and peers.
 
-    def products() -> Tensors:
-        logits_RV = hidden_RC @ head_VC.T
-        if count == 1:
-            return (logits_RV,)
-        return logits_RV, logits_RV @ head_VC, logits_RV.T @ hidden_RC
+    Args:
+        leaves: hidden states and head, or logits.
+        call: our op's loss, given an implementation's name.
+        work: `flops` and `bytes`.
+    """
+    finish = gradients(*leaves)
 
-    return products
+    def plain(*leaves: Tensor) -> Tensor:
+        return token_loss(logp_of(logits_of(*leaves), inputs.target_R), slice(None)).sum()
+
+    providers = {
+        **ours(op, lambda impl: lambda: finish(call(impl))),
+        **torch_ways(plain, leaves, finish),
+        **peers,
+    }
+    return Case(
+        op,
+        str(size) if len(leaves) == 2 else size.of_logits,
+        DTYPE,
+        TOLERANCE[DTYPE],
+        providers,
+        lambda: truth(inputs, token_loss, leaves),
+        **work,
+    )

@@ -1,76 +1,48 @@
-"""Measure several ways to compute the same thing, side by side.
+"""Check and time one provider of a case; a provider is one way to do a piece of work.
 
     TFLOP/s = operations / seconds / 1e12;  GB/s = bytes / seconds / 1e9;  share = rate / ceiling of this run
 
 Operations and bytes are those that the work needs (each input read once), the same for every provider, so a
-provider that recomputes is slower, not busier. Each provider is first run once and compared with a float64
-truth: one that is wrong is not timed. The rest take turns, one repetition each a round, so that clocks and
-heat are shared; the median counts. On a GPU, events time the stream alone: before each repetition the L2
-cache is overwritten and the stream is held back for as long as the host needs to enqueue the work. A provider
-that fails, of memory or otherwise, is reported with the reason and the rest go on; one that leaves the GPU
-unusable ends the process, and `gpu.py` starts another without it.
+provider that recomputes is slower, not busier. A provider is first run once and compared with a float64
+truth: a wrong one is not timed. pytest-benchmark then repeats it, and the median counts. On a GPU its timer
+is a pair of CUDA events: before each repetition the L2 cache is overwritten, and the stream is held back for
+as long as the host needs to enqueue the work.
 """
 
 from __future__ import annotations
 
-import gc
+import importlib.util
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.meters import CpuMeter, CudaMeter, Prepare, Tensors, device_lost, nothing
+from geo_r1.kernels import available_impls
 
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # of most cases
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
-ROUNDS_SECONDS = {"cuda": 2.0, "cpu": 1.0}  # of rounds for all providers of a case together
+ROUNDS_SECONDS = {"cuda": 0.5, "cpu": 0.25}  # for all rounds of a provider
+MAX_HOLD_MS = 20.0  # a step that enqueues for a second hides nothing
+CYCLES_PER_MS = 2_000_000  # of a GPU at 2 GHz; a slower one holds the stream back for longer
 MIB = 2**20
+PHASES = ("vision", "text", "loss", "backward")  # of a training step; see `steps.PhaseClock`
+STEP, SCALING = "training step", "training step, scaling"  # the ops that `results.py` treats on their own
+
+Tensors = tuple[Tensor, ...]
+Row = dict[str, Any]  # a measurement, as a record holds it
+Repeat = Callable[..., list[float]]  # repeat(function, setup, rounds): seconds of each round
 
 
-class DeviceLostError(Exception):
-    """After an error of a provider's, an illegal address say, the GPU does nothing more for this process."""
-
-    def __init__(self, measurement: Measurement) -> None:
-        super().__init__(f"{measurement.provider} left the GPU unusable: {measurement.reason}")
-        self.measurement = measurement
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this device reached in this run, on random data."""
-
-    matmul_tflops: float
-    copy_gbps: float  # read + write
-
-
-@dataclass(frozen=True)
-class Case:
-    """One piece of work.
-
-    Attributes:
-        op: name of the op.
-        size: says the sizes; a case's name within its op.
-        dtype: of the inputs.
-        tolerance: the largest relative error, by norm, of any result.
-        flops: operations the work needs, 0 where bytes are what counts.
-        bytes: each input and result counted once.
-        hold: hold the stream back while the host enqueues; False for a step, whose host time counts.
-        rounds: repetitions of each provider; None for as many as fit ROUNDS_SECONDS.
-        facts: further figures of the work, carried into every measurement.
-    """
-
-    op: str
-    size: str
-    dtype: torch.dtype
-    tolerance: float
-    flops: float = 0.0
-    bytes: float = 0.0
-    hold: bool = True
-    rounds: int | None = None
-    facts: Mapping[str, float] = field(default_factory=dict)
+def nothing() -> None:
+    """For a function that finds its inputs as it left them."""
 
 
 @dataclass(frozen=True)
@@ -78,189 +50,177 @@ class Provider:
     """One way to do a case's work.
 
     Attributes:
-        name: in tables.
         build: makes the function that is measured; imports what it needs. The function returns its results.
-        kind: "ours", "peer", or "floor": a part of the work that nothing can go below, whose results are
-            not compared.
+        kind: "ours", "peer", or "floor": a part of the work that no provider can do without, whose results
+            are not compared.
         missing: why it cannot run here, None if it can.
         unpack: turns results into what the truth holds; not timed. They may be fewer than the truth's.
         prepare: called before each repetition, not timed: puts back inputs that are written over.
-        facts: further figures of this way, asked for once it was timed.
+        facts: further figures, asked for once the provider was timed.
     """
 
-    name: str
     build: Callable[[], Callable[[], Tensors]]
     kind: str = "peer"
     missing: str | None = None
     unpack: Callable[[Tensors], Sequence[Tensor]] = tuple
-    prepare: Prepare = nothing
+    prepare: Callable[[], object] = nothing
     facts: Callable[[], Mapping[str, float]] = dict
 
 
 @dataclass
-class Measurement:
-    """What was found out about one provider in one case. Fields that do not apply are None.
+class Case:
+    """One piece of work.
 
-    `status` is "measured", "missing", "wrong" or "failed", the last three with a `reason`.
+    Attributes:
+        op: name of the op.
+        size: the sizes in words; a case's name within its op.
+        dtype: of the inputs.
+        tolerance: the largest relative error, by norm, of any result.
+        providers: by name.
+        truth: makes the float64 results, from inputs of the same values; None compares nothing.
+        flops: operations the work needs, 0 if it is bound by bytes.
+        bytes: each input and result counted once.
+        hold: hold the stream back while the host enqueues; False for a step, whose host time counts.
+        rounds: repetitions of each provider; None for as many as fit ROUNDS_SECONDS.
+        facts: further figures of the work, carried into every row.
     """
 
     op: str
     size: str
-    dtype: str
-    provider: str
-    kind: str
-    status: str = "measured"
-    reason: str | None = None
-    error: float | None = None  # largest relative error of `errors`
-    errors: list[float] = field(default_factory=list)  # by norm, of each result, against float64
-    ms: float | None = None  # median
-    ms_of_rounds: list[float] = field(default_factory=list, repr=False)
-    host_ms: float | None = None  # until the call returned, without waiting for the device
-    tflops: float | None = None
-    gbps: float | None = None
-    share: float | None = None  # of the ceiling that bounds the work
-    peak_mib: float | None = None  # above inputs and results
-    facts: dict[str, float] = field(default_factory=dict)
+    dtype: torch.dtype
+    tolerance: float
+    providers: Mapping[str, Provider]
+    truth: Callable[[], Sequence[Tensor]] | None
+    flops: float = 0.0
+    bytes: float = 0.0
+    hold: bool = True
+    rounds: int | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: six digits, what does not apply left out, and of the rounds their number and range."""
-        fields = asdict(self) | {"rounds": len(self.ms_of_rounds) or None}
-        if times := fields.pop("ms_of_rounds"):
-            fields["ms_range"] = [min(times), max(times)]
-        return {name: _short(value) for name, value in fields.items() if value not in (None, [], {})}
+    @cached_property
+    def expected(self) -> Sequence[Tensor] | None:
+        return None if self.truth is None else self.truth()
+
+    def row(self, name: str) -> Row:
+        """A provider's row before anything is known of it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        row = {"op": self.op, "size": self.size, "dtype": dtype, "provider": name}
+        return {**row, "kind": self.providers[name].kind, "facts": dict(self.facts)}
 
 
-def _short(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else str(value)  # JSON has no NaN
-    if isinstance(value, list):
-        return [_short(entry) for entry in value]
-    if isinstance(value, dict):
-        return {name: _short(entry) for name, entry in value.items()}
-    return value
+class Moment:
+    """A GPU's timer for pytest-benchmark: `end - start` waits for both and is the seconds between them."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, start: Moment) -> float:
+        self.event.synchronize()
+        return start.event.elapsed_time(self.event) / 1e3
 
 
-def compare(
-    case: Case,
-    providers: Sequence[Provider],
-    truth: Callable[[], Sequence[Tensor]] | None,
-    device: torch.device,
-    ceilings: Ceilings,
-) -> dict[str, Measurement]:
-    """Check every provider against the truth, then time those that are right in turns.
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_lost() -> bool:
+    """Whether an error, an illegal address say, has left the GPU unusable for this process."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def measure_provider(
+    case: Case, name: str, row: Row, repeat: Repeat, device: torch.device, ceilings: Mapping[str, float]
+) -> None:
+    """Check a provider, time it unless it is wrong, and put its figures into its row.
 
     Args:
-        truth: makes the float64 results, with inputs of the same values; None compares nothing.
+        ceilings: `matmul_tflops` and `copy_gbps` of this run.
+    """
+    function = check(case, name, row, device)
+    if function is None:
+        return
+    times = [1e3 * seconds for seconds in time_provider(case, name, row, function, repeat, device)]
+    row["facts"] |= case.providers[name].facts()
+    if not times:  # pytest-benchmark was told not to measure
+        return
+    row |= {"ms": statistics.median(times), "rounds": len(times), "ms_range": [min(times), max(times)]}
+    seconds = row["ms"] / 1e3
+    if case.bytes:
+        row["gbps"] = case.bytes / seconds / 1e9
+        row["share"] = row["gbps"] / ceilings["copy_gbps"]
+    if case.flops:
+        row["tflops"] = case.flops / seconds / 1e12
+        row["share"] = row["tflops"] / ceilings["matmul_tflops"]
+
+
+def check(case: Case, name: str, row: Row, device: torch.device) -> Callable[[], Tensors] | None:
+    """Run a provider for its errors and its peak of memory, above inputs and results.
 
     Returns:
-        One measurement a provider, by name.
-
-    Raises:
-        DeviceLostError: a provider left the GPU unusable.
+        The function to be timed; None if its results are wrong.
     """
-    meter: CudaMeter | CpuMeter = CudaMeter(device, case.hold) if device.type == "cuda" else CpuMeter()
-    found = {
-        p.name: Measurement(
-            case.op, case.size, str(case.dtype).removeprefix("torch."), p.name, p.kind, facts=dict(case.facts)
-        )
-        for p in providers
-    }
-    expected: Sequence[Tensor] | None = None
-    running: dict[str, Callable[[], Tensors]] = {}
-    for provider in providers:
-        measurement = found[provider.name]
-        if provider.missing is not None:
-            measurement.status, measurement.reason = "missing", provider.missing
-            continue
-        if truth is not None and provider.kind != "floor" and expected is None:
-            expected = truth()
-        try:
-            running[provider.name] = _try(provider, measurement, expected, case, meter)
-        except Exception as error:  # code of others may raise anything; it is reported, and the rest go on
-            _fail(measurement, error)
-        if measurement.status != "measured":
-            running.pop(provider.name, None)
-            _recover()
-    del expected
-    by_name = {p.name: p for p in providers}
-    prepare = {name: p.prepare for name, p in by_name.items()}
-    for name, times in _in_turns(running, prepare, meter, found, case.rounds).items():
-        _fill(found[name], times, case, ceilings)
-        found[name].facts |= by_name[name].facts()
-    if device.type == "cuda":
-        running.clear()
-        torch.cuda.empty_cache()  # the next case starts from an unbroken memory
-    return found
-
-
-def _try(
-    provider: Provider,
-    measurement: Measurement,
-    expected: Sequence[Tensor] | None,
-    case: Case,
-    meter: CudaMeter | CpuMeter,
-) -> Callable[[], Tensors]:
-    """The function to be timed, after its results were compared and its memory was measured."""
+    provider = case.providers[name]
+    expected = None if provider.kind == "floor" else case.expected
     function = provider.build()
     if case.rounds is None:  # the first run compiles, and asks for memory that later ones do not
         provider.prepare()
         function()
     provider.prepare()
-    results, peak_bytes = meter.run_for_peak(function)
-    measurement.peak_mib = peak_bytes / MIB
-    if expected is not None and provider.kind != "floor":
-        measurement.errors = relative_errors(provider.unpack(results), expected)
-        measurement.error = max(measurement.errors, key=lambda e: math.inf if math.isnan(e) else e)
-        if not measurement.error <= case.tolerance:
-            measurement.status = "wrong"
-            measurement.reason = f"error {measurement.error:.1e} is over {case.tolerance:.0e}"
-    return function
+    results, peak_bytes = run_for_peak(function, device)
+    row |= {"status": "measured", "peak_mib": peak_bytes / MIB}
+    if expected is None:
+        return function
+    row["errors"] = errors = relative_errors(provider.unpack(results), expected)
+    row["error"] = math.nan if any(map(math.isnan, errors)) else max(errors)
+    if row["error"] <= case.tolerance:
+        return function
+    row |= {"status": "wrong", "reason": f"error {row['error']:.1e} is over {case.tolerance:.0e}"}
+    return None
 
 
-def _recover() -> None:
-    """Give back what a provider that is not timed has left in memory."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+def time_provider(
+    case: Case, name: str, row: Row, function: Callable[[], Tensors], repeat: Repeat, device: torch.device
+) -> list[float]:
+    """Seconds of each round."""
+    provider, rounds, host_ms, on_gpu = case.providers[name], case.rounds, 0.0, device.type == "cuda"
+    if rounds is None:
+        provider.prepare()
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        row["host_ms"] = host_ms = (time.perf_counter() - begin) * 1e3
+        synchronize(device)
+        rounds = rounds_for((time.perf_counter() - begin) * 1e3, ROUNDS_SECONDS[device.type])
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0
+    flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device=device)
+
+    def setup() -> None:
+        provider.prepare()
+        if on_gpu:
+            flush.zero_()
+            if case.hold:
+                torch.cuda._sleep(int(min(1.5 * host_ms, MAX_HOLD_MS) * CYCLES_PER_MS))
+
+    return repeat(function, setup, rounds)
 
 
-def _in_turns(
-    running: dict[str, Callable[[], Tensors]],
-    prepare: Mapping[str, Prepare],
-    meter: CudaMeter | CpuMeter,
-    found: dict[str, Measurement],
-    num_rounds: int | None,
-) -> dict[str, list[float]]:
-    """Milliseconds of each repetition of each provider."""
-    times: dict[str, list[float]] = {}
-    for name, function in running.items():
-        if num_rounds is not None:  # a long step: its first run, to compare and for memory, warmed it up
-            times[name] = []
-            continue
-        try:
-            found[name].host_ms, first = meter.warm_up(function, prepare[name])
-            times[name] = [first]
-        except Exception as error:  # as in `compare`
-            _fail(found[name], error)
-    if num_rounds is None:
-        num_rounds = rounds_for(sum(ms for (ms,) in times.values()), ROUNDS_SECONDS[meter.device_type])
-    times = {name: [] for name in times}
-    for _ in range(num_rounds):
-        pending = {}
-        for name in times:
-            try:
-                pending[name] = meter.repeat(running[name], found[name].host_ms or 0.0, prepare[name])
-            except Exception as error:  # likewise
-                _fail(found[name], error)
-        for name, repetition in pending.items():
-            try:
-                times[name].append(meter.read(repetition))
-            except Exception as error:  # likewise
-                _fail(found[name], error)
-        if any(found[name].status != "measured" for name in times):
-            times = {name: values for name, values in times.items() if found[name].status == "measured"}
-            _recover()
-    return times
+def for_json(value: Any) -> Any:
+    """Floats of six digits; NaN, which JSON has not, as text; no empty entries."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    if isinstance(value, list):
+        return [for_json(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: for_json(entry) for name, entry in value.items() if entry not in (None, [], {})}
+    return value
 
 
 def rounds_for(round_ms: float, seconds: float) -> int:
@@ -269,7 +229,7 @@ def rounds_for(round_ms: float, seconds: float) -> int:
 
 
 def relative_errors(results: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """Norm of the difference over norm of the truth, for each result; NaN where a result is not finite."""
+    """Norm of the difference over norm of the truth, for each result; NaN if a result is not finite."""
     errors = []
     for result, truth in zip(results, expected, strict=False):
         if result.shape != truth.shape:
@@ -279,22 +239,71 @@ def relative_errors(results: Sequence[Tensor], expected: Sequence[Tensor]) -> li
     return errors
 
 
-def _fill(measurement: Measurement, times: list[float], case: Case, ceilings: Ceilings) -> None:
-    measurement.ms_of_rounds = times
-    measurement.ms = statistics.median(times)
-    seconds = measurement.ms / 1e3
-    if case.flops:
-        measurement.tflops = case.flops / seconds / 1e12
-        measurement.share = measurement.tflops / ceilings.matmul_tflops
-    if case.bytes:
-        measurement.gbps = case.bytes / seconds / 1e9
-        if not case.flops:
-            measurement.share = measurement.gbps / ceilings.copy_gbps
+def run_for_peak(function: Callable[[], Tensors], device: torch.device) -> tuple[Tensors, int]:
+    """Results, and bytes allocated at the peak, above what was there before and what is returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        results = function()
+        torch.cuda.synchronize(device)
+        return results, torch.cuda.max_memory_allocated(device) - before - bytes_of(results)
+    # acc_events: torch 2.11 warns where it is not set
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
+        results = function()
+    live = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return results, peak - bytes_of(results)
 
 
-def _fail(measurement: Measurement, error: Exception) -> None:
-    text = str(error).strip()
-    measurement.status = "failed"
-    measurement.reason = f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"
-    if device_lost():
-        raise DeviceLostError(measurement) from error
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the storages behind some tensors, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def why_missing(package: str) -> str | None:
+    """None if a peer's package can be imported and run here, else the reason why not."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    return None if ON_GPU else f"{package} needs a GPU"
+
+
+def why_not_compiled() -> str | None:
+    """None if torch.compile is timed here: for a CPU it takes longer than the small sizes are worth."""
+    return None if ON_GPU else "torch.compile is timed on a GPU only"
+
+
+def floor(run: Callable[[], Tensors]) -> Provider:
+    return Provider(lambda: run, kind="floor")
+
+
+def torch_ways(
+    function: Callable[..., Any], args: Tensors, finish: Callable[[Any], Tensors]
+) -> dict[str, Provider]:
+    """Plain torch, as it is and compiled: `finish(function(*args))` gives the results."""
+
+    def build(function: Callable[..., Any]) -> Callable[[], Tensors]:
+        return lambda: finish(function(*args))
+
+    return {
+        "eager torch": Provider(lambda: build(function)),
+        "compiled torch": Provider(
+            lambda: build(torch.compile(function, dynamic=False)), missing=why_not_compiled()
+        ),
+    }
+
+
+def ours(op: str, build: Callable[[str], Callable[[], Tensors]], **options: Any) -> dict[str, Provider]:
+    """A provider for each implementation of an op of ours; `build` makes its function, given its name."""
+    return {
+        name: Provider(partial(build, impl), kind="ours", **options) for name, impl in our_names(op).items()
+    }
+
+
+def our_names(op: str) -> dict[str, str]:
+    """Our implementations by provider's name; on a CPU the reference alone, since the others are emulated."""
+    impls = available_impls()[op]
+    return {f"geo_r1 {i}": i for i in impls if ON_GPU or i == "reference"}

@@ -1,13 +1,12 @@
 """A pytest plugin, `-p benchmarks.recorder --record FILE`: one JSON line a test, written as soon as it ends.
 
-So what a run found out is there even if the run is killed. Given a file that has lines, a run goes on where
-the one that wrote them stopped: every test that was begun is left out. A run whose GPU no longer does
-anything ends at once, with exit code LOST. `--share 2/8` takes every eighth test, from the third on.
+So a run that is killed loses only its last test. Given a file that has lines, a run goes on after them: it
+leaves out every test that was begun. A run whose GPU has become unusable ends at once, with exit code LOST.
+`--share 2/8` takes every eighth test, from the third on.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,25 +15,14 @@ from benchmarks.lines import LOST, begun, read_lines, write_line
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", type=Path, help="append a JSON line a test to this file")
+    parser.addoption("--record", type=Path, required=True, help="append a JSON line a test to this file")
     parser.addoption(
-        "--share", default="0/1", help="i/n: of n processes that share the tests, this is number i"
+        "--share", default="0/1", help="i/n: of n processes that share the tests, this is the i-th"
     )
 
 
 def pytest_configure(config):
-    if config.getoption("record") is not None:
-        config.pluginmanager.register(Recorder(config.getoption("record")), "recorder")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
-    index, count = map(int, config.getoption("share").split("/"))
-    recorder = config.pluginmanager.get_plugin("recorder")
-    before = set() if recorder is None else recorder.before
-    chosen = [item for item in items[index::count] if item.nodeid not in before]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    config.pluginmanager.register(Recorder(config.getoption("record")), "recorder")
 
 
 class Recorder:
@@ -44,51 +32,43 @@ class Recorder:
             file.write("\n" * (path.stat().st_size > 0))  # a killed run's last line may have no end
         self.before = begun(read_lines(path))
 
-    def write(self, **line: object) -> None:
-        write_line(self.path, **line)
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        index, count = map(int, config.getoption("share").split("/"))
+        chosen = [item for item in items[index::count] if item.nodeid not in self.before]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
-    @pytest.hookimpl
     def pytest_collectreport(self, report):
         if report.failed:
-            self.write(test=report.nodeid, outcome="failed", reason=last_line(report.longreprtext))
+            reason = last_line(report.longreprtext)
+            write_line(self.path, test=report.nodeid, outcome="failed", reason=reason)
 
-    @pytest.hookimpl
     def pytest_runtest_logstart(self, nodeid):
-        self.write(begun=nodeid)
+        write_line(self.path, begun=nodeid)
 
-    @pytest.hookimpl
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.passed:
-            return  # setting up and tearing down are reported where they fail or skip
+            return  # set-up and tear-down count only if they fail or skip
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
         if report.skipped and isinstance(report.longrepr, tuple):
             line["reason"] = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
             line["reason"] = last_line(report.longreprtext)
-        properties = dict(report.user_properties)
-        if "measurement" in properties:
-            line["measurement"] = properties["measurement"]
-        if (
-            properties.get("culprit", report.nodeid) != report.nodeid
-        ):  # it is what failed: this one has a rerun
-            self.write(again=report.nodeid)
-            line["test"] = properties["culprit"]
-            self.write(begun=line["test"])
-        self.write(**line)
+        line |= {name: row for name, row in report.user_properties if name == "measurement"}
+        write_line(self.path, **line)
         if not report.passed and lost():
-            pytest.exit("the GPU does nothing more for this process", LOST)
+            pytest.exit("the GPU is unusable for this process", LOST)
 
 
 def lost() -> bool:
-    if "torch" not in sys.modules:
-        return False
-    from benchmarks.meters import device_lost
+    from benchmarks import measure  # late: it imports torch
 
-    return device_lost()
+    return measure.device_lost()
 
 
 def last_line(text: str) -> str:
-    """The line of a traceback that says what went wrong."""
+    """The line of a traceback that holds the error."""
     lines = [line.strip() for line in text.strip().splitlines()]
     raised = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
     return (raised or lines or ["no message"])[0 if raised else -1][:300]

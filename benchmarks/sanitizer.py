@@ -1,14 +1,13 @@
 """The CUDA kernels of csrc/ under NVIDIA's compute-sanitizer: `python3 -m benchmarks.sanitizer RECORD`.
 
-memcheck looks for what is read or written out of bounds, racecheck for threads that race in shared memory.
-Each watches `work`: every kernel on small inputs of sizes that hurt; whether results are right is
-for the tests to say. No kernel but ours is watched. Torch keeps no memory in stock, so that each tensor is
-memory of its own, with a margin behind it that nobody may touch.
+memcheck finds reads and writes out of bounds, racecheck threads that race in shared memory. Each watches
+`work`: every kernel on small inputs of awkward sizes. Only our kernels are watched; the tests check their
+results. Torch's memory cache is off, so that each tensor has memory of its own, with a margin behind it that
+nothing may touch.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.lines import write_line
+from benchmarks.lines import stage_options, write_line
 from geo_r1.kernels import (
     GRPOLossConfig,
     PackedLayout,
@@ -35,16 +34,13 @@ HOMES = ("CUDA_HOME", "CUDA_PATH")
 TOOLS = {"memcheck": ("--padding", "256", "--report-api-errors", "no"), "racecheck": ()}
 # Kernels whose mangled name holds our namespace; one finding, since others tend to follow from it.
 OPTIONS = ("--kernel-name", "kns=geo_r1", "--print-limit", "1", "--error-exitcode", "1")
-REFUSED = "Device not supported"  # what it says where something between it and the GPU has no place for it
+REFUSED = "Device not supported"  # its message on a virtual machine, say, that keeps it from the GPU
 ALL = GRPOLossConfig(beta=0.1, entropy_coef=0.1, delta=2.0, temperature=0.9)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("record", type=Path)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options = parser.parse_args(argv)
+    options = stage_options(__doc__, argv)
     program = find_program()
     if options.device == "cpu":
         write_line(options.record, skipped="no GPU to run on")
@@ -65,7 +61,7 @@ def find_program() -> str | None:
 
 
 def watch(program: str, record: Path) -> int:
-    """Run every tool, and write a line for each as `recorder.py` does for a test; returns the exit code."""
+    """Run each tool, and write its line as `recorder.py` does for a test; returns the exit code."""
     target = (sys.executable, "-c", "from benchmarks.sanitizer import work; work('cuda')")
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     failed = False
@@ -121,17 +117,11 @@ def advantages(device: torch.device) -> None:
 
 
 def losses(device: torch.device) -> None:
-    """Rows that begin where 16 bytes do and rows that do not; over the logits, and beside them."""
+    """Rows that are aligned to 16 bytes and rows that are not; over the logits, and beside them."""
     num_rows = 5
     old, ref, advantage, weight = (torch.rand(num_rows).to(device) for _ in range(4))
-    rows = {
-        "advantage_R": advantage,
-        "token_weight_R": weight,
-        "old_logp_R": old - 8,
-        "ref_logp_R": ref - 8,
-        "config": ALL,
-        "impl": "cuda",
-    }
+    given = {"advantage_R": advantage, "token_weight_R": weight, "old_logp_R": old - 8, "ref_logp_R": ref - 8}
+    rows = {**given, "config": ALL, "impl": "cuda"}
     for vocab in (1000, 5003):
         target = torch.randint(0, vocab, (num_rows,)).to(device)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -1,24 +1,32 @@
 """A model and one group of work for it, trained packed with a shared prompt, or padded with repeated ones.
 
-The padded step is what trainers do on transformers today: a row a completion, padded to the longest, every
-row with its own copy of the prompt and of its images, transformers' own attention, full logits of the
-completion rows. Both have the same weights and train the vision tower.
+The padded step is that of trainers on transformers today: one row per completion, padded to the longest, each
+with its own copy of the prompt and its images; transformers' own attention; full logits of the completion
+rows. Both have the same weights and train the vision tower.
+
+The phases of a step follow one another and leave nothing out:
+
+    vision     packing, token embeddings and the vision tower, forward
+    text       the text layers, forward
+    loss       language head and loss, forward; our fused loss computes their gradients here, too
+    backward   all other gradients
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.losses import logp_of
-from benchmarks.meters import Tensors
-from benchmarks.phases import PhaseClock
+from benchmarks.measure import PHASES, Moment, Tensors
 from benchmarks.shapes import ModelShape
 from geo_r1.kernels import GRPOLossConfig, linear_grpo_loss, token_weights
 
@@ -30,13 +38,39 @@ CONFIG = GRPOLossConfig()
 PATCH_SIZE = 3 * 2 * 14 * 14  # values of a patch: colours, two frames, 14 x 14 pixels
 
 
+class PhaseClock:
+    """Notes when each phase of each step ends: on a GPU events in its stream, without waiting for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.now: type[Moment] | Callable[[], float] = Moment if device.type == "cuda" else time.perf_counter
+        self.steps: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        self.steps.append({"start": self.now()})
+
+    def end(self, phase: str) -> None:
+        self.steps[-1][phase] = self.now()
+
+    def shares(self, num_steps: int) -> dict[str, float]:
+        """Each phase's share of the time of the last steps; 0 for one that they did not have."""
+        spent = dict.fromkeys(PHASES, 0.0)
+        for step in self.steps[-num_steps:]:
+            begin = step["start"]
+            for phase in PHASES:
+                if phase in step:
+                    spent[phase] += step[phase] - begin
+                    begin = step[phase]
+        total = sum(spent.values())
+        return {phase: seconds / total for phase, seconds in spent.items()}
+
+
 @dataclass(frozen=True)
 class StepSize:
     """One group.
 
     Attributes:
         name: in tables.
-        model: whose shape the model has.
+        model: shape of the model.
         images: height and width of each, in merged patches: the image tokens.
         text: tokens of the prompt's text.
         completions: tokens of each.
@@ -53,12 +87,12 @@ class StepSize:
 
     @property
     def prompt_len(self) -> int:
-        """Image tokens, the two that stand around each image, and text."""
+        """Image tokens, the two around each image, and text."""
         return sum(height * width + 2 for height, width in self.images) + self.text
 
     @property
     def num_tokens(self) -> int:
-        """Of prompts and completions, the prompt once a completion, padding not counted."""
+        """Tokens of prompts and completions; the prompt counts once a completion, padding does not."""
         return len(self.completions) * self.prompt_len + sum(self.completions)
 
     @property
@@ -82,6 +116,12 @@ def build_vlm(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Pa
             return PackedVLM(Qwen2_5_VLForConditionalGeneration(config).train())
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def attend_by(model: Any, text: str, vision: str) -> None:
+    """Choose the attention of a Qwen-VL's two parts, by transformers' names."""
+    model.model.language_model.config._attn_implementation = text
+    model.model.visual.config._attn_implementation = vision
 
 
 class Step:
@@ -121,10 +161,8 @@ class Step:
         self.completions = [text(length) for length in size.completions]
         self.advantage_N = (torch.randn(len(self.completions), generator=g) + 0.5).to(device)
         self.weight_R = token_weights(size.completions, "bnpo").to(device)
-        lengths = torch.tensor(size.completions)
-        self.advantage_R = self.advantage_N.repeat_interleave(
-            lengths.to(device), output_size=int(lengths.sum())
-        )
+        lengths = torch.tensor(size.completions, device=device)
+        self.advantage_R = self.advantage_N.repeat_interleave(lengths, output_size=sum(size.completions))
 
     @cached_property
     def padded(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -133,12 +171,9 @@ class Step:
         Returns:
             What the model is called with, the completions' tokens and their mask, [N, longest] both.
         """
-        longest, count = max(self.size.completions), len(self.completions)
-        completion_NL = torch.zeros(count, longest, dtype=torch.int64)
-        mask_NL = torch.zeros(count, longest, dtype=torch.int64)
-        for row, completion in enumerate(self.completions):
-            completion_NL[row, : len(completion)] = torch.tensor(completion)
-            mask_NL[row, : len(completion)] = 1
+        count, rows = len(self.completions), [torch.tensor(tokens) for tokens in self.completions]
+        completion_NL = pad_sequence(rows, batch_first=True)
+        mask_NL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         prompt_NP = self.prompt_ids.expand(count, -1)
         type_NP = self.is_image.int().expand(count, -1)
         arguments = {
@@ -177,11 +212,10 @@ class Step:
 
     @contextmanager
     def _set(self, text: str, vision: str, checkpointed: bool, clock: PhaseClock) -> Iterator[None]:
-        """The model with these attentions, and a clock that is told when its two parts are done."""
+        """The model with these attentions; its two parts tell the clock when they are done."""
         model = self.model.model
         self.model.zero_grad(set_to_none=True)  # of a step that ran out of memory half way
-        model.language_model.config._attn_implementation = text
-        model.visual.config._attn_implementation = vision
+        attend_by(self.model, text, vision)
         if checkpointed:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
@@ -217,6 +251,6 @@ class Step:
         return ModelCost.of(self.model.config)
 
     def flops(self) -> float:
-        """Of the packed step, forward and backward; nothing recomputed counts."""
+        """Operations of the packed step, forward and backward; nothing recomputed counts."""
         size = self.size
         return self.cost.flops(size.prompt_len, size.completions, size.grids, backward=True)

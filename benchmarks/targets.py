@@ -1,6 +1,6 @@
 """The numbers to reach, and whether a record reaches them. All are ratios within one run.
 
-What is judged is the fastest implementation of ours, and its name stands before the figures: what `impl=None`
+The fastest implementation of ours is judged, and its name stands before the figures: it is what `impl=None`
 takes on that device once the table of `geo_r1/kernels/impls.py` names the record.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
 
-Row = dict[str, Any]  # a measurement, as a record holds it
+from benchmarks.measure import Row
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,44 @@ class Finding:
     met: bool | None
 
 
+# Findings about a case, given the fastest of ours and all rows of the case.
+Judge = Callable[[Row, Sequence[Row]], list[Finding]]
+
+
 @dataclass(frozen=True)
 class Target:
+    """What to reach in one or more cases of an op.
+
+    Attributes:
+        work, reach: in words.
+        device: "cuda" or "cpu".
+        ways: ends of our providers' names; those of each are judged on their own.
+    """
+
     work: str
     reach: str
-    device: str  # "cuda" or "cpu"
-    judge: Callable[[Sequence[Row]], list[Finding]]
+    device: str
+    op: str
+    sizes: tuple[str, ...]
+    judge: Judge
+    ways: tuple[str, ...] = ("",)
+
+    def findings(self, rows: Sequence[Row]) -> list[Finding]:
+        """Of each case and way, about the fastest of ours, which the first finding names."""
+        found = []
+        for size, way in product(self.sizes, self.ways):
+            case = [row for row in rows if (row["op"], row["size"]) == (self.op, size)]
+            case = [row for row in case if row["kind"] != "ours" or row["provider"].endswith(way)]
+            if (ours := best(case)) is None:
+                continue
+            if "ms" in ours:
+                first, *others = self.judge(ours, case)
+            else:
+                met = None if ours["status"] == "missing" else False
+                first, others = Finding(f"{ours['status']} ({ours['reason']})", met), []
+            where = f"{size}, " if len(self.sizes) > 1 else ""
+            found += [Finding(f"{where}{short(ours)}: {first.text}", first.met), *others]
+        return found
 
 
 def verdict(findings: Sequence[Finding]) -> str:
@@ -38,224 +70,163 @@ def verdict(findings: Sequence[Finding]) -> str:
     return "not fully measured" if any(finding.met for finding in findings) else "not measured"
 
 
-def of_case(rows: Sequence[Row], op: str, size: str) -> list[Row]:
-    return [row for row in rows if row["op"] == op and row["size"] == size]
-
-
-def best(rows: Sequence[Row]) -> Row | None:
-    """The fastest implementation of ours; where none has a time, the one that users get by default."""
-    ours = next((row for row in rows if row["kind"] == "ours"), None)  # measured in the order of preference
-    return fastest(rows, "ours") or ours
-
-
-def short(ours: Row) -> str:
-    return ours["provider"].removeprefix("geo_r1 ")
-
-
-def by(ours: Row, *findings: Finding) -> list[Finding]:
-    """Findings about one of ours, which the first of them names."""
-    first, *others = findings
-    return [Finding(f"{short(ours)}: {first.text}", first.met), *others]
-
-
-def untimed(ours: Row | None) -> list[Finding]:
-    """What there is to say where ours has no time."""
-    if ours is None:
-        return []
-    met = None if ours["status"] == "missing" else False
-    return by(ours, Finding(f"{ours['status']} ({ours['reason']})", met))
-
-
 def fastest(rows: Sequence[Row], *kinds: str) -> Row | None:
     timed = [row for row in rows if row["kind"] in kinds and "ms" in row]
     return min(timed, key=lambda row: row["ms"], default=None)
+
+
+def best(rows: Sequence[Row]) -> Row | None:
+    """The fastest implementation of ours; if none has a time, the one that users get by default."""
+    ours = next((row for row in rows if row["kind"] == "ours"), None)  # measured in the order of preference
+    return fastest(rows, "ours") or ours
 
 
 def named(rows: Sequence[Row], provider: str) -> Row | None:
     return next((row for row in rows if row["provider"] == provider), None)
 
 
-def times_as_long(ours: Row, other: Row | None, most: float, what: str) -> Finding:
-    """Ours may take at most `most` times as long as another."""
+def short(ours: Row) -> str:
+    return ours["provider"].removeprefix("geo_r1 ")
+
+
+def compare(ours: Row, other: Row | None, what: str, judge: Callable[[float, float], Finding]) -> Finding:
+    """The finding about two times, ours and another's; if the other has none, the reason."""
     if other is None or "ms" not in other:
-        return Finding(f"{what}: {_why(other)}", None)
-    ratio = ours["ms"] / other["ms"]
-    return Finding(f"{ratio:.2f} × {what}", ratio <= most)
+        return Finding(f"{what}: {(other or {}).get('reason', 'not measured')}", None)
+    return judge(ours["ms"], other["ms"])
 
 
-def times_as_fast(ours: Row, other: Row | None, least: float, what: str = "") -> Finding:
+def times_as_long(most: float, provider: str, what: str) -> Judge:
+    """Ours may take at most `most` times as long as another provider."""
+
+    def finding(ms: float, other_ms: float) -> Finding:
+        return Finding(f"{ms / other_ms:.2f} × {what}", ms / other_ms <= most)
+
+    return lambda ours, rows: [compare(ours, named(rows, provider), what, finding)]
+
+
+def times_as_fast(ours: Row, other: Row | None, least: float, what: str = "library kernels") -> Finding:
     """Ours has to be at least `least` times as fast as another."""
-    if other is None or "ms" not in other:
-        return Finding(f"{what or 'library kernels'}: {_why(other)}", None)
-    ratio = other["ms"] / ours["ms"]
-    return Finding(f"{ratio:.2f} × as fast as {other['provider']}", ratio >= least)
+    name = "" if other is None else other["provider"]
+
+    def finding(ms: float, other_ms: float) -> Finding:
+        return Finding(f"{other_ms / ms:.2f} × as fast as {name}", other_ms / ms >= least)
+
+    return compare(ours, other, what, finding)
 
 
-def _why(row: Row | None) -> str:
-    return "not measured" if row is None else row.get("reason", "not measured")
-
-
-def linear_grpo(rows: Sequence[Row]) -> list[Finding]:
-    rows = of_case(rows, "linear_grpo_loss", "R=8192 C=3584 V=152064")
-    if (ours := best(rows)) is None or "ms" not in ours:
-        return untimed(ours)
+def linear_grpo(ours: Row, rows: Sequence[Row]) -> list[Finding]:
     gib = ours["peak_mib"] / 1024
-    return by(
-        ours,
-        times_as_long(ours, named(rows, "bare products"), 1.10, "the bare products"),
+    return [
+        *times_as_long(1.10, "bare products", "the bare products")(ours, rows),
         Finding(f"{gib:.2f} GiB", gib <= 1.25),
         times_as_fast(ours, named(rows, "Liger fused-linear GRPO"), 3.0, "Liger"),
-    )
+    ]
 
 
-def linear_logprob(rows: Sequence[Row]) -> list[Finding]:
-    rows = of_case(rows, "linear_logprob", "R=8192 C=3584 V=152064")
-    if (ours := best(rows)) is None or "ms" not in ours:
-        return untimed(ours)
-    return by(ours, times_as_long(ours, named(rows, "bare products"), 1.05, "the bare product"))
+def library(least: float) -> Judge:
+    """Ours against the fastest library kernel."""
+    return lambda ours, rows: [times_as_fast(ours, fastest(rows, "peer"), least)]
 
 
-def against_library(op: str, *sizes: str, least: float) -> Callable[[Sequence[Row]], list[Finding]]:
-    """Ours against the fastest library kernel of each size."""
+def shared_prompt(ours: Row, rows: Sequence[Row]) -> list[Finding]:
+    """flex_attention is left out: its mask knows the shared prompt, so it repeats nothing."""
+    repeating = fastest([row for row in rows if not row["provider"].startswith("flex")], "peer")
+    if repeating is None:
+        return [Finding("library kernels: not measured", None)]
+    saved = ours["facts"]["operations_saved"]
+    speed = repeating["ms"] / ours["ms"]
+    text = f"{speed:.2f} × as fast as {repeating['provider']}: {speed / saved:.2f} of the {saved:.2f} × saved"
+    return [Finding(text, speed / saved >= 0.85)]
 
-    def judge(rows: Sequence[Row]) -> list[Finding]:
-        findings = []
-        for size in sizes:
-            case = of_case(rows, op, size)
-            if (ours := best(case)) is None or "ms" not in ours:
-                found = untimed(ours)
-            else:
-                found = by(ours, times_as_fast(ours, fastest(case, "peer"), least))
-            findings += [Finding(f"{size}, {finding.text}", finding.met) for finding in found]
+
+def bandwidth(ours: Row, rows: Sequence[Row]) -> list[Finding]:
+    """A share is of the copy's bandwidth, which the process that timed the rows measured itself."""
+    return [Finding(f"{ours['share']:.1%}", ours["share"] >= 0.85)]
+
+
+def training_step(least: float, least_mfu: float = 0.0, layers: int | None = None) -> Judge:
+    """Speed against the fastest peer, MFU, and a peak of memory below the peer's.
+
+    Args:
+        layers: text layers of the whole model; a step with fewer, for lack of memory, is not the target's.
+    """
+
+    def judge(ours: Row, rows: Sequence[Row]) -> list[Finding]:
+        facts, padded = ours["facts"], fastest(rows, "peer")
+        tokens_per_second = facts["tokens"] / ours["ms"] * 1e3
+        speed = times_as_fast(ours, padded, least, "the padded step")
+        mfu = f"MFU {ours['share']:.0%} ({facts['teraflop']:.3g} TFLOP)"
+        findings = [
+            Finding(f"{tokens_per_second:,.0f} tokens/s, {speed.text}", speed.met),
+            Finding(mfu, ours["share"] >= least_mfu),
+        ]
+        if padded is not None:
+            mine, theirs = (row["peak_mib"] / 1024 for row in (ours, padded))
+            findings.append(Finding(f"{mine:.1f} GiB against {theirs:.1f} above the weights", mine < theirs))
+        if layers is not None and facts["layers"] != layers:
+            findings.append(Finding(f"with {facts['layers']:.0f} of {layers} text layers", None))
         return findings
 
     return judge
 
 
-def shared_prompt(rows: Sequence[Row]) -> list[Finding]:
-    """flex_attention is left out: its mask knows the shared prompt, so it repeats nothing."""
-    rows = of_case(rows, "packed_attention", "shared prompt 4300 + 8 x 400")
-    ours = best(rows)
-    repeating = fastest([row for row in rows if not row["provider"].startswith("flex")], "peer")
-    if ours is None or "ms" not in ours:
-        return untimed(ours)
-    if repeating is None:
-        return by(ours, Finding("library kernels: not measured", None))
-    saved = ours["facts"]["operations_saved"]
-    speed = repeating["ms"] / ours["ms"]
-    text = f"{speed:.2f} × as fast as {repeating['provider']}: {speed / saved:.2f} of the {saved:.2f} × saved"
-    return by(ours, Finding(text, speed / saved >= 0.85))
-
-
-def loss_rows(rows: Sequence[Row]) -> list[Finding]:
-    """A share is of the copy's bandwidth, which the process that timed the rows measured itself."""
-    case = of_case(rows, "grpo_loss rows", "R=4096 V=152064")
-    findings = []
-    for place in ("in place", "out of place"):
-        ours = best([row for row in case if row["provider"].endswith(f", {place}")])
-        if ours is None or "ms" not in ours:
-            findings += untimed(ours)
-        else:
-            findings += by(ours, Finding(f"{ours['share']:.1%}", ours["share"] >= 0.85))
-    return findings
-
-
-def training_step(rows: Sequence[Row]) -> list[Finding]:
-    rows = of_case(rows, "training step", "Qwen2.5-VL-7B, 6 images, 8 completions")
-    findings = step_findings(rows, least=4.0, least_mfu=0.45)
-    ours = fastest(rows, "ours")
-    if ours is not None and (layers := int(ours["facts"]["layers"])) != 28:
-        findings.append(Finding(f"with {layers} of 28 text layers", None))
-    return findings
-
-
-def cpu_training_step(rows: Sequence[Row]) -> list[Finding]:
-    rows = of_case(rows, "training step", "100M, prompt 438, 8 completions of 40")
-    return step_findings(rows, least=2.5, least_mfu=None)
-
-
-def step_findings(rows: Sequence[Row], least: float, least_mfu: float | None) -> list[Finding]:
-    """Speed against the fastest peer, MFU, and a peak of memory below the peer's."""
-    ours, padded = fastest(rows, "ours"), fastest(rows, "peer")
-    if ours is None:
-        return untimed(best(rows))
-    facts = ours["facts"]
-    tokens_per_second = facts["tokens"] / ours["ms"] * 1e3
-    speed = times_as_fast(ours, padded, least, "the padded step")
-    mfu = f"MFU {ours['share']:.0%} ({facts['teraflop']:.3g} TFLOP)"
-    findings = [
-        Finding(f"{tokens_per_second:,.0f} tokens/s, {speed.text}", speed.met),
-        Finding(mfu, least_mfu is None or ours["share"] >= least_mfu),
-    ]
-    if padded is not None:
-        text = f"{ours['peak_mib'] / 1024:.1f} GiB against {padded['peak_mib'] / 1024:.1f} above the weights"
-        findings.append(Finding(text, ours["peak_mib"] < padded["peak_mib"]))
-    return by(ours, *findings)
-
-
-def cpu_loss(rows: Sequence[Row]) -> list[Finding]:
-    rows = of_case(rows, "linear_grpo_loss", "R=384 C=128 V=50021")
-    if (ours := best(rows)) is None or "ms" not in ours:
-        return untimed(ours)
-    return by(ours, times_as_long(ours, named(rows, "eager torch"), 1.3, "plain torch with full logits"))
-
-
+QWEN_7B_HEAD = ("R=8192 C=3584 V=152064",)
+TEXT = ("causal 4 x 4096", "causal 16K ragged")
+LIBRARY = "≥ 0.95 × the best library kernel present"
 TARGETS = (
     Target(
         "`linear_grpo_loss` forward + backward, R = 8192, C = 3584, V = 152064",
         "≤ 1.10 × the three bare products; ≤ 1.25 GiB above inputs and gradients; "
         "≥ 3 × Liger's fused-linear GRPO",
-        "cuda",
-        linear_grpo,
+        *("cuda", "linear_grpo_loss", QWEN_7B_HEAD, linear_grpo),
     ),
-    Target("`linear_logprob`, no gradient", "≤ 1.05 × one bare product", "cuda", linear_logprob),
+    Target(
+        "`linear_logprob`, no gradient",
+        "≤ 1.05 × one bare product",
+        *("cuda", "linear_logprob", QWEN_7B_HEAD),
+        times_as_long(1.05, "bare products", "the bare product"),
+    ),
     Target(
         "`grpo_loss` rows, loss and gradient, V = 152064, bfloat16",
         "≥ 85 % of the copy bandwidth of the same run",
-        "cuda",
-        loss_rows,
+        *("cuda", "grpo_loss rows", ("R=4096 V=152064",), bandwidth),
+        ways=(", in place", ", out of place"),
     ),
     Target(
         "`packed_attention`, plain varlen causal, D = 128, 28/4 heads, 16 K tokens",
-        "≥ 0.95 × the best library kernel present",
-        "cuda",
-        against_library("packed_attention", "causal 4 x 4096", "causal 16K ragged", least=0.95),
+        *(LIBRARY, "cuda", "packed_attention", TEXT, library(0.95)),
     ),
     Target(
         "`packed_attention` forward, D = 128, 28/4 heads, 16 K tokens",
-        "≥ 0.95 × the best library kernel present",
-        "cuda",
-        against_library("packed_attention forward", "causal 4 x 4096", "causal 16K ragged", least=0.95),
+        *(LIBRARY, "cuda", "packed_attention forward", TEXT, library(0.95)),
     ),
     Target(
         "`packed_attention`, prompt 4.3 K, 8 completions of 400",
         "≥ 0.85 × (operations saved) faster than the best library kernel on repeated prompts",
-        "cuda",
-        shared_prompt,
+        *("cuda", "packed_attention", ("shared prompt 4300 + 8 x 400",), shared_prompt),
     ),
     Target(
         "vision windows (64 tokens, D = 80), full images",
         "≥ 1.3 × the best library kernel present",
-        "cuda",
-        against_library("packed_attention", "vision windows", "vision whole images", least=1.3),
+        *("cuda", "packed_attention", ("vision windows", "vision whole images"), library(1.3)),
     ),
     Target(
         "training step, Qwen2.5-VL-7B (random weights), 6 images, M = 8",
         "≥ 4 × tokens/s of the padded, repeated-prompt step; MFU ≥ 45 %; peak memory below it",
-        "cuda",
-        training_step,
+        *("cuda", "training step", ("Qwen2.5-VL-7B, 6 images, 8 completions",)),
+        training_step(4.0, 0.45, 28),
     ),
     Target(
         "`linear_grpo_loss` on a CPU, R = 384, C = 128, V = 50021, float32",
         "≤ 1.3 × plain torch with full logits",
-        "cpu",
-        cpu_loss,
+        *("cpu", "linear_grpo_loss", ("R=384 C=128 V=50021",)),
+        times_as_long(1.3, "eager torch", "plain torch with full logits"),
     ),
     Target(
         "training step on a CPU, Qwen2.5-VL of 100 M parameters (random weights), 6 images, M = 8, "
         "prompt 438, completions of 40",
         "≥ 2.5 × tokens/s of the padded, repeated-prompt step; peak memory below it",
-        "cpu",
-        cpu_training_step,
+        *("cpu", "training step", ("100M, prompt 438, 8 completions of 40",), training_step(2.5)),
     ),
 )

@@ -1,5 +1,5 @@
-// The Python module geo_r1._C: the launchers of ops.h, called by keyword. An address is an int or None, a dtype
-// its name in torch.
+// The Python module geo_r1._C: the launchers of ops.h, called with keyword arguments. Addresses are ints or None,
+// dtypes their names in torch.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace geo_r1 {
 namespace {
 
-// Reads an op's fields from keyword arguments; every one must be given and be of its field's kind.
+// Reads an op's fields from keyword arguments; each must be given and have its field's type.
 class Fields {
  public:
   explicit Fields(const py::kwargs& given) : given_(given) {}
@@ -44,7 +44,7 @@ class Fields {
     }
   }
 
-  // A name that no field took is a caller's mistake.
+  // An argument that no field took is the caller's mistake.
   void finish() const {
     for (const auto& [name, value] : given_) {
       const std::string given = name.cast<std::string>();
@@ -124,7 +124,7 @@ void define(py::module_& module, const char* name, void (*launch)(Queue, const O
 PYBIND11_MODULE(_C, module) {
   using namespace geo_r1;
   module.doc() = "CUDA kernels of csrc/; see csrc/ops.h.";
-  module.attr("archs") = GEO_R1_CUDA_ARCHS;  // as nvcc was told: "80;90a;100"
+  module.attr("archs") = GEO_R1_CUDA_ARCHS;  // as passed to nvcc: "80;90a;100"
   module.def("device_count", &device_count);
   define(module, "group_advantage", &group_advantage);
   define(module, "row_statistics", &row_statistics);

@@ -1,4 +1,4 @@
-// What every kernel here needs: checked launches, a device guard, numbers of any dtype, sums over warps.
+// Shared by all kernels: checked launches, a device guard, numbers of any dtype, sums over warps.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,13 +17,13 @@ namespace geo_r1 {
 
 inline void check(cudaError_t error, const char* launcher) {
   if (error == cudaSuccess) return;
-  // A driver that is missing or too old is an error of its own.
+  // A missing driver and one that is too old have error codes of their own.
   const bool none = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
   throw std::runtime_error(std::string(launcher) + (none ? ": no CUDA device: " : ": ") + cudaGetErrorString(error));
 }
 
-// Makes a device the current one until the end of the scope. It is set even where it is current: setting it gives
-// the thread its context, which a thread of autograd may not have and which the driver's own functions need.
+// Makes a device the current one until the end of the scope. It is set even if it is current already: this gives
+// the thread a context, which a thread of autograd may lack and which the driver's own functions need.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* launcher) {
@@ -48,14 +48,14 @@ inline int device_attribute(cudaDeviceAttr attribute, int device, const char* la
   return value;
 }
 
-// Starts a kernel on the queue, whose device must be the current one.
+// Starts a kernel on the queue; its device must be the current one.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* launcher, Queue queue, void (*kernel)(Parameters...), std::int64_t blocks, int threads,
             std::size_t shared_bytes, Arguments&&... arguments) {
   if (blocks < 1 || blocks > 0x7fffffff) {
     throw std::runtime_error(std::string(launcher) + ": a grid of " + std::to_string(blocks) + " blocks");
   }
-  if (shared_bytes > 48 * 1024) {  // beyond this a kernel must be told
+  if (shared_bytes > 48 * 1024) {  // more than this needs the kernel's consent
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           launcher);
   }
@@ -67,7 +67,7 @@ void launch(const char* launcher, Queue queue, void (*kernel)(Parameters...), st
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), launcher);
 }
 
-// Calls function(T{}) with the type of a dtype, of those listed.
+// Calls function(T{}) with the type of a dtype, one of those listed.
 template <typename... Ts, typename Function>
 void with_dtype(DType dtype, const char* launcher, Function&& function) {
   const auto is = [dtype](auto t) {
@@ -102,8 +102,8 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { re
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Combines a value of every lane, the same on all of them, by a function of two values: in pairs at a distance of
-// 1, 2, 4, ... up to half of `width` lanes.
+// Combines the values of `width` lanes by a function of two values, in pairs at a distance of width / 2, ..., 2, 1.
+// Every lane gets the same result.
 template <int width = kWarp, typename T, typename Function>
 __device__ __forceinline__ T warp_reduce(T value, Function&& combine) {
 #pragma unroll

@@ -6,7 +6,7 @@ int device_count() {
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess && count == 0) error = cudaErrorNoDevice;
-  check(error, "no CUDA device");  // a driver that is missing or too old is an error of its own
+  check(error, "no CUDA device");  // also if the driver is missing or too old
   return count;
 }
 

@@ -2,15 +2,14 @@
 
     python -m csrc.gate [--json PATH]
 
-The extension is brought up to date first, by nvcc.py. Two things of every kernel are then read: what ptxas
-reported when it was compiled (`-Xptxas -v`), and its machine code. See `judge` and `judge_source` for what
-must hold; any fault is exit code 1. Where nothing can be built, one line says so, and nothing is judged.
+nvcc.py first brings the extension up to date. The gate then reads two things of every kernel: what ptxas
+reported when it compiled the kernel (`-Xptxas -v`), and the machine code. `judge` and `judge_source` say what
+must hold; any fault is exit code 1. Where nothing can be built, the gate says so in one line and judges
+nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import sys
@@ -19,18 +18,17 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 
 from csrc import nvcc
-from geo_r1.kernels.aot import align_columns, write_text
+from geo_r1.kernels import aot
 
-# Products of a warpgroup, bulk copies of tensors, and a warpgroup's change of its share of registers.
+# Instructions: a warpgroup's products, bulk copies of tensors, changes of a warpgroup's share of registers.
 _HOPPER = ("HGMMA", "UTMALDG", "USETMAXREG")
 _MATRIX = ("HMMA", "IMMA", "DMMA")
 _LOCAL = ("STL", "LDL")
-# An exponential after a wait that leaves products under way, before the next: it runs beside them.
+# An exponential between a wait that leaves products under way and the next wait: it runs beside them.
 _BESIDE = "MUFU.EX2 beside HGMMA"
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
@@ -45,7 +43,7 @@ _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ +)?([A-Z]\w*)")
 
 @dataclass(frozen=True)
 class Report:
-    """What ptxas says of a kernel. Sizes are bytes of a thread; `shared` is of a block, and static only."""
+    """What ptxas reports of a kernel: bytes per thread; `shared` is bytes per block, static only."""
 
     registers: int
     stack: int
@@ -57,15 +55,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel became, for one chip.
+    """One kernel, built for one chip.
 
     Attributes:
         source: the file's name.
-        name: as C++ writes it, without namespaces and parameters.
+        name: as in C++, without namespaces and parameters.
         arch: compute capability as nvcc writes it, "90a".
-        report: None where ptxas reported nothing.
-        instructions: how many there are of those that `judge` or the table names; None where the object does
-            not hold the kernel.
+        report: None if ptxas reported nothing.
+        instructions: counts of those that `judge` or the table names; None if the object lacks the kernel.
     """
 
     source: str
@@ -76,18 +73,18 @@ class Kernel:
 
 
 def read_report(text: str) -> tuple[dict[tuple[str, str], Report], list[str]]:
-    """From what `nvcc -Xptxas -v` printed: kernels by (symbol, arch), and each warning of slow code once."""
+    """Read the output of `nvcc -Xptxas -v`: kernels by (symbol, arch), and each warning of slow code once."""
     kernels = {}
     for entry, after in zip(_ENTRY.finditer(text), _ENTRY.split(text)[3::3], strict=True):
         properties, used = _PROPERTIES.search(after), _USED.search(after)
         if not (properties and used):
-            continue  # judged as a kernel without a report
+            continue  # `judge` names a kernel without a report
         used_line = after[used.start() :].partition("\n")[0]
         sizes = {what: int(size) for size, what in _SIZES.findall(used_line)}
         stack, stores, loads = map(int, properties.groups())
         kernels[entry[1], entry[2]] = Report(
             registers=int(used[1]),
-            stack=max(stack, sizes.get("cumulative stack size", 0)),  # with that of functions it calls
+            stack=max(stack, sizes.get("cumulative stack size", 0)),  # functions that it calls included
             spill_stores=stores,
             spill_loads=loads,
             shared=sizes.get("smem", 0),
@@ -98,7 +95,7 @@ def read_report(text: str) -> tuple[dict[tuple[str, str], Report], list[str]]:
 
 
 def read_code(lines: Iterable[str]) -> dict[tuple[str, str], dict[str, int]]:
-    """How many of the instructions named above each (symbol, arch) has, from `cuobjdump -sass`."""
+    """Count the instructions named above in each (symbol, arch), from the output of `cuobjdump -sass`."""
     kernels: dict[tuple[str, str], Counter[str]] = {}
     arch, counts, products_left = "", Counter[str](), 0
     for line in lines:
@@ -118,14 +115,11 @@ def read_code(lines: Iterable[str]) -> dict[tuple[str, str], dict[str, int]]:
 
 
 def judge(kernel: Kernel) -> list[str]:
-    """Say what is wrong with a kernel.
+    """List the faults of a kernel, one line each with its file, name and chip.
 
     It must be in ptxas's report and in the object, and use no local memory: no stack, no spill, no
-    instruction for it. A kernel of a file for sm_90 must multiply by warpgroups (HGMMA), copy tensors in bulk
-    (UTMALDG), and have exponentials beside its products: ptxas may move them behind the wait for all.
-
-    Returns:
-        One line for each fault, that names the file, kernel and chip.
+    instruction for it. A kernel of a file for sm_90 must multiply by warpgroups (HGMMA), copy tensors in
+    bulk (UTMALDG), and have exponentials beside its products, which ptxas may move behind all of them.
     """
     faults = []
     if kernel.report is None:
@@ -146,19 +140,19 @@ def judge(kernel: Kernel) -> list[str]:
 
 
 def judge_source(source: str, text: str, archs: tuple[str, ...], kernels: list[Kernel]) -> list[str]:
-    """Say what is wrong with a file: its text, and its kernels taken together."""
+    """List the faults of a file: of its text, and of its kernels together."""
     faults = []
     for arch in archs:
         if kernels and arch not in {kernel.arch for kernel in kernels}:
             faults.append(f"no kernel for sm_{arch}")
     if "_sm90" in source and not kernels:
         faults.append("no kernel")
-    # Its size is the launcher's choice, which no report shows. The compiler holds a constant one against the
-    # limit; one that depends on the inputs must be held against the device's answer.
+    # The launcher chooses the size of extern shared memory, and no report shows it. A static_assert checks a
+    # constant size; a size that depends on the inputs must be compared with the device's own limit.
     bounded = re.search(r"static_assert\([^;]*\bkSharedLimit\b", text)
     if "extern __shared__" in text and not bounded and "cudaDevAttrMaxSharedMemoryPerBlockOptin" not in text:
         faults.append(
-            "extern __shared__, and its size is held against no limit: neither by a static_assert on "
+            "extern __shared__, and its size is checked against no limit: neither by a static_assert on "
             "kSharedLimit nor by cudaDevAttrMaxSharedMemoryPerBlockOptin"
         )
     shares = {what: int(count) for what, count in _REGISTERS.findall(text)}
@@ -166,18 +160,18 @@ def judge_source(source: str, text: str, archs: tuple[str, ...], kernels: list[K
     if shares and not changing:
         faults.append("registers_raise is called, and no kernel has USETMAXREG")
     for kernel in changing:
-        # One warpgroup lowers its share and two raise theirs, within what the three start with.
+        # One warpgroup lowers its share and two raise theirs, within the registers that the three start with.
         needed = -(-(shares.get("lower", 0) + 2 * shares.get("raise", 0)) // 3)
         if kernel.report and kernel.report.registers < needed:
             faults.append(
                 f"{kernel.name} starts with {kernel.report.registers} registers: with fewer than {needed} "
-                "its warpgroups wait for each other's without end"
+                "its warpgroups wait for each other's for ever"
             )
     return [f"{source}: {fault}" for fault in faults]
 
 
 def inspect(unit: nvcc.Unit, root: Path) -> tuple[list[Kernel], list[str]]:
-    """The kernels of one source, and what is wrong with them and it."""
+    """The kernels of one source, and the faults of the kernels and of the source."""
     reports, advice = read_report(unit.output(root, ".log").read_text(encoding="utf-8"))
     code = read_code(_disassemble(unit.output(root, ".o")))
     keys = sorted(reports.keys() | code.keys())
@@ -191,7 +185,7 @@ def inspect(unit: nvcc.Unit, root: Path) -> tuple[list[Kernel], list[str]]:
 
 
 def demangle(texts: list[str]) -> list[str]:
-    """Symbols, or lines that hold some, as C++ writes them without namespaces and parameters."""
+    """Replace mangled symbols in lines by their C++ names, without namespaces and parameters."""
     done = subprocess.run(
         ["c++filt", "--no-params"], input="\n".join(texts), capture_output=True, text=True, check=True
     )
@@ -199,13 +193,13 @@ def demangle(texts: list[str]) -> list[str]:
 
 
 def _disassemble(path: Path) -> list[str]:
-    """Machine code for every chip, by the tool that comes with Triton."""
+    """Machine code for every chip, from Triton's cuobjdump."""
     command = [triton.knobs.nvidia.cuobjdump.path, "-sass", path]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def table(kernels: Iterable[Kernel]) -> str:
-    """The kernels as aligned text, one a line; those without a report are among the faults."""
+    """The kernels as aligned text, one per line; those without a report are among the faults."""
     lines: list[tuple[str, ...]] = [
         ("file", "kernel", "arch", "registers", "shared B", "barriers", "matrix, copies, registers")
     ]
@@ -214,17 +208,11 @@ def table(kernels: Iterable[Kernel]) -> str:
             numbers = (kernel.report.registers, kernel.report.shared, kernel.report.barriers)
             has = "+".join(name for name in (*_HOPPER, *_MATRIX) if name in kernel.instructions) or "-"
             lines.append((kernel.source, kernel.name, f"sm_{kernel.arch}", *map(str, numbers), has))
-    return align_columns(lines, "<<>>>><")
+    return aot.align_columns(lines, "<<>>>><")
 
 
 def main(arguments: list[str] | None = None, root: Path = nvcc.ROOT) -> int:
-    parser = argparse.ArgumentParser(prog="python -m csrc.gate", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the kernels and the faults here too")
-    options = parser.parse_args(arguments)
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json: no folder {options.json.parent}")
-
+    options = aot.parse(aot.make_parser("python -m csrc.gate", __doc__), arguments)
     try:
         toolchain = nvcc.find_toolchain()
         nvcc.install(nvcc.build(toolchain, root), root / "geo_r1" / nvcc.EXTENSION)
@@ -238,16 +226,13 @@ def main(arguments: list[str] | None = None, root: Path = nvcc.ROOT) -> int:
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda unit: inspect(unit, root), [unit for unit in units if unit.archs]))
     kernels = [kernel for some, _ in found for kernel in some]
-    faults = [fault for _, some in found for fault in some]
-    print(table(kernels))
-    if options.json:
-        record: dict[str, Any] = {"nvcc": ".".join(map(str, toolchain.release)), "archs": toolchain.archs}
-        record |= {"kernels": [asdict(kernel) for kernel in kernels], "faults": faults}
-        write_text(options.json, json.dumps(record, indent=1) + "\n")
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    print(f"{len(kernels)} kernels of csrc, {len(faults)} faults")
-    return 1 if faults else 0
+    record = {
+        "nvcc": ".".join(map(str, toolchain.release)),
+        "archs": toolchain.archs,
+        "kernels": [asdict(kernel) for kernel in kernels],
+        "faults": [fault for _, some in found for fault in some],
+    }
+    return aot.conclude(table(kernels), f"{len(kernels)} kernels of csrc", record, options.json)
 
 
 if __name__ == "__main__":

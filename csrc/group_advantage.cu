@@ -2,21 +2,21 @@
 //
 //     advantage[i] = (reward[i] - baseline_i) / scale_i
 //
-// Source: GRPO, arXiv:2402.03300, as geo_r1/kernels/advantage.py states it. A warp reads its group's rewards four
-// times (smallest and largest, mean, squares, result), the last three from cache, and writes a value a member or
-// a token. With scale "batch" every block first reads all N rewards, three times; blocks are then no more than
-// SMs, each with many groups, so that the reads are bounded by SMs * N and not by G * N.
+// Source: GRPO, arXiv:2402.03300, as kernels/advantage/public.py states it. A warp reads its group's rewards four
+// times (smallest and largest, mean, squares, result), the last three times from cache, and writes one value per
+// member or token. With scale "batch" every block first reads all N rewards three times. There are then no more
+// blocks than SMs, each with many groups, so the reads are bounded by SMs * N, not by G * N.
 //
-// Everything is computed in float64: rewards are few, so digits are free, and no option needs its own rounding.
-// Boundaries were not read by the host: wrong ones give wrong numbers, and never reach outside of the tensors.
+// Everything is computed in float64: there are few rewards, so it costs nothing, and no option needs its own
+// rounding. The host has not read the boundaries: wrong ones give wrong numbers, but no access outside the tensors.
 #include "common.cuh"
 
 namespace geo_r1 {
 namespace {
 
-constexpr int kWarps = 8;  // groups that a block works on at a time; not measured
+constexpr int kWarps = 8;  // groups that a block works on at once; not measured
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kBlocks = 2;  // an SM at least; told nothing, ptxas takes 48 registers on sm_90a and spills
+constexpr int kBlocks = 2;  // at least, per SM; without this, ptxas takes 48 registers on sm_90a and spills
 
 enum class Scale { group, batch, none };
 
@@ -24,7 +24,7 @@ struct Boundaries {
   const void* address;
   bool wide;
 
-  // An entry, made to lie in [0, most].
+  // An entry, clamped to [0, most].
   __device__ __forceinline__ std::int64_t at(std::int64_t i, std::int64_t most) const {
     const std::int64_t x = wide ? static_cast<const std::int64_t*>(address)[i]
                                 : static_cast<const std::int32_t*>(address)[i];
@@ -51,7 +51,7 @@ struct Members {
   }
 };
 
-// What one launch is given.
+// The arguments of one launch.
 template <typename T>
 struct Task {
   std::conditional_t<std::is_same_v<T, double>, double, float>* out;
@@ -94,8 +94,8 @@ struct BlockTeam {
   }
 };
 
-// Of valid members: their number, the smallest and largest reward, the mean above the smallest, the sum of
-// squares about it.
+// Of the valid members: their number, the smallest and largest reward, the mean above the smallest, and the sum of
+// squares about the mean.
 struct Statistics {
   double count, low, high, mean, squares;
 };
@@ -117,7 +117,7 @@ __device__ Statistics statistics(const Members<T>& members, std::int64_t start, 
   s.high = Team::reduce(s.high, [](double a, double b) { return fmax(a, b); });
   s.low = Team::reduce(s.low, [](double a, double b) { return fmin(a, b); });
   if (s.count == 0) s.low = 0;
-  s.low += Team::reduce(spoilt, add);  // a NaN spoils all that follows, and is not equal to the largest reward
+  s.low += Team::reduce(spoilt, add);  // NaN spoils all further results, and never equals the largest reward
 
   // Measured from the smallest reward, so that a common offset costs no digits.
   for (std::int64_t i = start + Team::rank(); i < stop; i += Team::size) {
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) group_advantage_kernel(cons
     if (task.scale == Scale::group) divisor = deviation(task, s);
     // r_i - (n mean - r_i) / (n - 1) = (r_i - mean) n / (n - 1)
     const double factor = task.leave_one_out ? s.count / fmax(s.count - 1, 1.0) : 1.0;
-    // Members that are all equal are exactly zero, also where the divisor is 0 or NaN.
+    // If all rewards are equal, results are exactly zero, even if the divisor is 0 or NaN.
     const double gain = s.low == s.high ? factor : factor / divisor;
     const auto advantage = [&](std::int64_t i) {
       return task.members.is_valid(i) ? (task.members[i] - s.low - s.mean) * gain : 0.0;

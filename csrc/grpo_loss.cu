@@ -4,16 +4,16 @@
 //     dlogits = (dlogp (onehot - p) - dH p (log p + H)) / temperature
 //
 // Bytes moved for R rows of V logits of b bytes: statistics R V b; the gradient alone 2 R V b; loss and
-// gradient 2 R V b where a row fits on a multiprocessor; what does not fit is read twice. All arithmetic is
-// in float32, and exponents are in base 2.
+// gradient 2 R V b if a row fits on a multiprocessor, else the rest of it is read twice. All arithmetic is in
+// float32, and exponents are in base 2.
 //
 // For the loss a block works on one row at a time and keeps it, see rows.cuh: with 8 vectors in registers and
 // 18 slots, 768 threads keep 312 KiB on an H200 (252 KiB on an A100), and 152064 logits in bfloat16 are 297
-// KiB. A place whose vector was used for the last time is filled from the next row at once, and that row is
-// summed as it arrives: reads, writes and the arithmetic of two rows go on together. A row has one barrier. No
-// speed was measured.
+// KiB. After the last use of a vector, the next row's vector replaces it at once, and the next row is summed as
+// it arrives. So reads, writes and the arithmetic of two rows overlap. A row has one barrier. No speed was
+// measured.
 //
-// Source: online softmax, arXiv:1805.02867; the loss, arXiv:2402.03300, see reference.py.
+// Source: online softmax, arXiv:1805.02867; the loss, arXiv:2402.03300, see kernels/loss/reference.py.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -25,14 +25,14 @@
 namespace geo_r1 {
 namespace {
 
-// The largest block takes a multiprocessor for itself. 1024 threads have 64 registers, with which ptxas
-// spilled on sm_80 and sm_100; 512 would hide less of the time of exponentials and shared memory. Speed not
+// The largest block occupies a multiprocessor alone. With 1024 threads there are 64 registers, and ptxas
+// spilled on sm_80 and sm_100; 512 would hide less of the latency of exponentials and shared memory. Speed not
 // measured.
 constexpr int kMostThreads = 768;
-// Blocks get smaller, and a multiprocessor works on more rows at once, where threads would otherwise have
-// at most this many vectors. Not measured.
+// If threads would have at most this many vectors, blocks get smaller and a multiprocessor works on more rows
+// at once. Not measured.
 constexpr int kVectorsPerThread = 2 * kHeld;
-// The gradient alone streams: nothing is kept, a thread has this many vectors in flight. Not measured.
+// The gradient alone keeps nothing; a thread has this many vectors in flight. Not measured.
 constexpr int kStreamThreads = 256;
 constexpr int kStreamLoads = 4;
 
@@ -40,18 +40,18 @@ constexpr int kStreamLoads = 4;
 
 alignas(16) extern __shared__ unsigned char shared_memory[];
 
-// Statistics of rows, and, where `has_loss`, their loss, and with `has_gradient` that of the logits.
+// Statistics of rows; with `has_loss` also their loss, with `has_gradient` also the gradient of the logits.
 template <typename T, bool has_loss, bool has_gradient>
 __global__ void __launch_bounds__(kMostThreads, 1)
     rows_kernel(const Matrix<T> in, const Output<T> out, const Reports rows, const Options options,
                 int num_slots) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const std::int64_t vectors_end = static_cast<std::int64_t>(in.num_vectors) * kWidth<T>;
-  // A row's sums, of each warp: two rows take turns, so that one barrier a row is enough.
+  // Each warp's sums of a row. Two rows take turns, so one barrier per row is enough.
   Sums(*const sums_of)[kWarp] = reinterpret_cast<Sums(*)[kWarp]>(shared_memory);
   Vectors<T> vectors(reinterpret_cast<uint4*>(sums_of + 2), num_slots, in.num_vectors);
 
-  // The first row from one on that weighs something; those before it are done with.
+  // The first row at or after i_r with a weight; reports the rows before it.
   const auto next_row = [&](std::int64_t i_r) {
     if constexpr (has_loss) {
       for (; i_r < in.num_rows && rows.token_weight[i_r] == 0; i_r += gridDim.x) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
   std::int64_t i_r = next_row(blockIdx.x);
   if (i_r < in.num_rows) vectors.fill(in.row(i_r));
-  Sums sums;  // of the row whose turn it is; `summed`: its vectors are in it
+  Sums sums;  // of the current row; `summed`: they include its vectors
   bool summed = false;
   const auto add = [&](const uint4& bits) {
     float x[kWidth<T>];
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
     each_column(p_row, in.stride_v, vectors_end, in.num_cols,
                 [&](const float (&x)[4], std::int64_t) { sums.add(x, in.scale); });
-    // Numbers of the row, on their way while sums are merged. A target out of range gives NaN, not a read
-    // outside of the row; the barrier keeps this read ahead of a gradient that is written over the logits.
+    // The row's inputs, loaded while sums are merged. A target out of range gives NaN, not a read outside the
+    // row; the barrier keeps this read ahead of a gradient that overwrites the logits.
     [[maybe_unused]] Given given;
     if constexpr (has_loss) given = given_of(rows, i_r);
     const float drawn = in.has(target) ? to_float(p_row[target * in.stride_v]) : NAN;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         T* const p_out = out.row(i_r);
         const Slope slope(in.scale, sums.top, sums.total, mean, d.logp,
                           options.entropy_coef != 0 ? d.entropy : 0.0f, in.inv_temperature);
-        // Whoever writes the target's column writes it a second time: its sum with onehot is rounded once.
+        // The thread that writes the target's column writes it again, so its sum with onehot is rounded once.
         const bool writes_target = in.has(target) && writes<T>(target, 0, vectors_end);
         const T at_target = from_float<T>(slope(drawn) + d.logp * in.inv_temperature);
         const auto write = [&](const uint4& bits, int number) {
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
 }
 
-// The rows that `logit_gradient` takes; see LogitGradient.
+// The rows of `logit_gradient`; see LogitGradient.
 struct GradientRows {
   const Lse* lse;
   const float *entropy, *d_logp, *d_entropy, *d_loss;
@@ -148,13 +148,13 @@ __global__ void __launch_bounds__(kStreamThreads)
   const T* const p_row = in.row(i_r);
   T* const p_out = out.row(i_r);
 
-  // All of the row's numbers at once: one latency, not four.
+  // All inputs of the row at once: one latency, not four.
   float d_logp = rows.d_logp[i_r], d_entropy = rows.d_entropy != nullptr ? rows.d_entropy[i_r] : 0.0f;
   const Lse lse = rows.lse[i_r];
   const float entropy = rows.entropy[i_r];
   const float d_loss = rows.d_loss != nullptr ? *rows.d_loss : 1.0f;
   const std::int64_t target = in.target[i_r];
-  if (d_logp == 0 && d_entropy == 0) {  // an idle row is not read: it may hold anything
+  if (d_logp == 0 && d_entropy == 0) {  // an idle row is not read, as it may hold anything
     write_zeros(p_out, begin, vectors_end, end);
     return;
   }
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kStreamThreads)
   d_entropy *= d_loss;
   const Slope slope(in.scale, lse.top, expf(lse.log_total), (lse.log_total - entropy) * (1 / kLn2), d_logp, d_entropy,
                     in.inv_temperature);
-  // Read before the logits may be overwritten, by the thread that does it.
+  // Read before the logits may be overwritten, by the thread that overwrites this one.
   const bool has_target = target >= begin && target < end && writes<T>(target, begin, vectors_end);
   const float drawn = has_target ? to_float(p_row[target * in.stride_v]) : 0.0f;
 
@@ -189,7 +189,7 @@ bool is_aligned(Pointer pointer, std::int64_t row_bytes) {
   return (address | static_cast<std::uintptr_t>(row_bytes)) % 16 == 0;
 }
 
-// The logits as kernels see them; with dlogits of that row stride, where there are any.
+// The logits as kernels see them; dlogits, if given, have the row stride d_stride_r.
 template <typename T>
 Matrix<T> matrix(const Logits& in, Pointer d_logits, std::int64_t d_stride_r) {
   constexpr std::int64_t kSize = sizeof(T);
@@ -227,7 +227,7 @@ void launch_rows(const char* launcher, Queue queue, const Logits& in, Pointer d_
   with_dtype<__half, __nv_bfloat16, float>(in.dtype, launcher, [&](auto t) {
     using T = decltype(t);
     const Matrix<T> logits = matrix<T>(in, d_logits, d_stride_r);
-    // Several rows a multiprocessor where each has room for itself and there are rows enough.
+    // Several rows per multiprocessor if all fit and there are enough rows.
     const std::int64_t most_vectors = (in.num_cols + kWidth<T> - 1) / kWidth<T>;
     int threads = 3 * kWarp;
     while (threads < kMostThreads && (threads * kVectorsPerThread < most_vectors ||

@@ -1,21 +1,21 @@
 """Builds geo_r1._C, the extension of csrc/, wherever nvcc is found: without a GPU, without torch.
 
-    python -m csrc.nvcc      # in a checkout: what has changed, into geo_r1/
+    python -m csrc.nvcc      # in a checkout: compiles what has changed and installs it into geo_r1/
 
-setup.py builds by the same functions. Variables that are read:
+setup.py builds by the same functions. They read these environment variables:
 
-    GEO_R1_BUILD_CUDA    0: do not build (what is there stays); 1: no nvcc is an error; not set: where it is.
-    GEO_R1_CUDA_ARCHS    compute capabilities as nvcc writes them, "80;90a"; not set: 80, 90a and 100.
-    CUDA_HOME, CUDA_PATH the toolkit; neither set: nvcc on PATH, else in /usr/local/cuda.
+    GEO_R1_BUILD_CUDA    0: build nothing and keep any earlier build; 1: fail without nvcc; unset: build if
+                         nvcc is found.
+    GEO_R1_CUDA_ARCHS    compute capabilities as nvcc writes them, "80;90a"; unset: 80, 90a and 100.
+    CUDA_HOME, CUDA_PATH the toolkit; if neither is set: nvcc on PATH, else in /usr/local/cuda.
 
-Objects, and for each the words of ptxas that gate.py judges, are kept in build/csrc/. One is made again when
-the content of its source or of a header changed, or the command, or nvcc.
+build/csrc/ keeps the objects, and beside each what ptxas printed, which gate.py judges. A source is compiled
+again when its content, that of a header it includes, the command or nvcc has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +24,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,22 +34,24 @@ EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 _DEFAULT_HOME = Path("/usr/local/cuda")
 _DEFAULT_ARCHS = ("80", "90a", "100")
-_OLDEST = (12, 8)  # the first that knows 100; earlier ones were not tried
+_OLDEST = (12, 8)  # the first release that knows 100
 _LEAST_ARCH = 80  # the first with bfloat16 and asynchronous copies
+_FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "--Werror", "all-warnings", "-I", "csrc")
+_FLAGS += ("-Xcompiler", "-Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden")
 _ALTERS_COMMANDS = ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 
 class UnavailableError(Exception):
-    """Nothing is built here, and why."""
+    """The reason why nothing is built here."""
 
 
 class BuildError(Exception):
-    """What was asked for cannot be built."""
+    """The reason why a build that was asked for fails."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """An nvcc, its release (13, 0), all that it says of its version, and what to build for."""
+    """An nvcc, its release (13, 0), the output of `nvcc --version`, and the architectures to build for."""
 
     nvcc: Path
     release: tuple[int, int]
@@ -58,11 +60,11 @@ class Toolchain:
 
 
 def find_toolchain(environ: Mapping[str, str] = os.environ) -> Toolchain:
-    """Find what to build with.
+    """Find an nvcc and read the variables.
 
     Raises:
-        UnavailableError: nothing is to be built, or no nvcc is found, or a too old one, and none is demanded.
-        BuildError: a variable holds what it cannot, or demands an nvcc that is not there.
+        UnavailableError: GEO_R1_BUILD_CUDA is 0, or it is unset and nvcc is missing or too old.
+        BuildError: a variable has a wrong value, or GEO_R1_BUILD_CUDA is 1 and nvcc is missing or too old.
     """
     wish = environ.get("GEO_R1_BUILD_CUDA", "")
     if wish not in ("", "0", "1"):
@@ -85,7 +87,7 @@ def find_toolchain(environ: Mapping[str, str] = os.environ) -> Toolchain:
 
 
 def find_nvcc(environ: Mapping[str, str]) -> Path:
-    """The nvcc of the toolkit that the environment names, else of PATH, else of the usual place."""
+    """The nvcc of the toolkit named in the environment, else on PATH, else in the default folder."""
     if sys.platform != "linux":
         raise UnavailableError(f"CUDA kernels are built on Linux only, this is {sys.platform}")
     for name in ("CUDA_HOME", "CUDA_PATH"):
@@ -111,11 +113,11 @@ def read_release(version: str) -> tuple[int, int]:
 
 
 def parse_archs(text: str, known: list[str]) -> tuple[str, ...]:
-    """The compute capabilities asked for, each once; if none are, those of the default that nvcc knows.
+    """The compute capabilities asked for, each once; by default those of 80, 90a and 100 that nvcc knows.
 
     Args:
         text: "80;90a", separated by semicolons or commas.
-        known: numbers that this nvcc lists; from 90 on each has an "a" too, which nvcc does not list.
+        known: numbers that this nvcc lists. From 90 on each has a variant "a", which nvcc does not list.
     """
     names = {name for number in known for name in (number, f"{number}a") if int(number) >= _LEAST_ARCH}
     names -= {name for name in names if name.endswith("a") and int(name[:-1]) < 90}
@@ -138,13 +140,13 @@ def _ask(nvcc: Path, option: str) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """A source and what becomes of it.
+    """A source file and how to compile it.
 
     Attributes:
         source: relative to the project.
-        archs: what its kernels are built for.
-        command: makes the object; its outputs are added to it.
-        key: what the result depends on apart from the content of files.
+        archs: the architectures of its kernels.
+        command: compiles the source; the path of the object follows.
+        key: a digest of everything that the object depends on.
     """
 
     source: Path
@@ -153,101 +155,89 @@ class Unit:
     key: str
 
     def output(self, root: Path, suffix: str) -> Path:
-        """.o the object, .log what ptxas said, .stamp what both were made from."""
+        """.o the object, .log the output of ptxas, .stamp the key of both."""
         return root / "build" / "csrc" / f"{self.source.stem}{suffix}"
 
 
-def list_units(root: Path, toolchain: Toolchain) -> list[Unit]:
-    """Every source of csrc/, the largest first: it takes longest.
+def digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
-    Names that hold "_sm90" are built for 90a alone, whatever else is asked for: their kernels are made of
-    instructions that no other chip has, and their launchers must be there in any case.
+
+def with_headers(source: Path, include_dirs: Sequence[Path]) -> list[Path]:
+    """A source and every header in its own or the given folders that it includes, sorted."""
+    seen: set[Path] = set()
+    todo = [source.resolve()]
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        for name in re.findall(r'^#include ["<]([^">]+)', path.read_text(encoding="utf-8"), re.MULTILINE):
+            candidates = (folder / name for folder in (path.parent, *include_dirs))
+            found = next((file.resolve() for file in candidates if file.is_file()), None)
+            if found is not None and found not in seen:
+                todo.append(found)
+    return sorted(seen)
+
+
+def list_units(root: Path, toolchain: Toolchain) -> list[Unit]:
+    """Every source of csrc/. The largest comes first, since it compiles longest.
+
+    A file with "_sm90" in its name is built for 90a alone, whatever GEO_R1_CUDA_ARCHS says: only that chip
+    has its instructions, and the extension needs its launchers in any case.
     """
     sources = [*root.glob("csrc/*.cu"), root / "csrc" / "bindings.cpp"]
-    return [
-        _unit(source.relative_to(root), toolchain)
-        for source in sorted(sources, key=lambda source: (-source.stat().st_size, source.name))
-    ]
+    sources.sort(key=lambda source: (-source.stat().st_size, source.name))
+    return [_unit(source.relative_to(root), root, toolchain) for source in sources]
 
 
-def _unit(source: Path, toolchain: Toolchain) -> Unit:
-    common: tuple[str, ...] = (
-        str(toolchain.nvcc),
-        "-std=c++17",
-        "-O3",
-        "--Werror",
-        "all-warnings",
-        "-I",
-        "csrc",
-    )
-    common += ("-Xcompiler", "-Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden")
-    told = "\n".join([toolchain.version, *(f"{name}={os.environ.get(name)}" for name in _ALTERS_COMMANDS)])
+def _unit(source: Path, root: Path, toolchain: Toolchain) -> Unit:
+    archs: tuple[str, ...] = ()
+    command: tuple[str, ...] = (str(toolchain.nvcc), *_FLAGS)
+    place: tuple[str, ...] = ()  # not part of the key
+    told = [toolchain.version, *(f"{name}={os.environ.get(name)}" for name in _ALTERS_COMMANDS)]
     if source.suffix == ".cpp":
         try:
             import pybind11
         except ImportError:
             raise BuildError("building csrc/ needs pybind11; try: pip install pybind11") from None
-        common += (f'-DGEO_R1_CUDA_ARCHS="{";".join(toolchain.archs)}"',)
-        common += ("-isystem", sysconfig.get_path("include"))
-        # pip keeps pybind11 in a new folder for each build, so its version stands for where it is.
-        key = [*common, f"pybind11 {pybind11.__version__}", told]
-        return Unit(source, (), (*common, "-isystem", pybind11.get_include()), "\n".join(key))
-    archs = ("90a",) if "_sm90" in source.name else toolchain.archs
-    # One chip after another, not --threads: then ptxas says of one kernel after another what it took.
-    command = (*common, "-lineinfo", "-Xptxas", "-v")
-    command += tuple(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
-    return Unit(source, archs, command, "\n".join([*command, told]))
+        command += (f'-DGEO_R1_CUDA_ARCHS="{";".join(toolchain.archs)}"',)
+        command += ("-isystem", sysconfig.get_path("include"))
+        # pip installs pybind11 into a new folder for each build, so its version stands for its path.
+        place = ("-isystem", pybind11.get_include())
+        told.append(f"pybind11 {pybind11.__version__}")
+    else:
+        archs = ("90a",) if "_sm90" in source.name else toolchain.archs
+        # Without --threads nvcc compiles one chip after another, and ptxas reports one kernel after another.
+        command += ("-lineinfo", "-Xptxas", "-v")
+        command += tuple(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    contents = (path.read_text(encoding="utf-8") for path in with_headers(root / source, [root / "csrc"]))
+    return Unit(source, archs, (*command, *place), digest([*command, *told, *contents]))
 
 
-class _Contents:
-    """What is in files, as a run of the build first saw it: an edit while a compiler runs is not lost."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._digests: dict[str, str] = {}
-        for path in root.glob("csrc/*"):
-            if path.is_file():
-                self.digest(str(path.relative_to(root)))
-
-    def digest(self, path: str) -> str:
-        if path not in self._digests:
-            try:
-                self._digests[path] = hashlib.sha256((self._root / path).read_bytes()).hexdigest()
-            except FileNotFoundError:
-                self._digests[path] = "missing"
-        return self._digests[path]
-
-    def fingerprint(self, key: str, dependencies: list[str]) -> str:
-        parts = [key, *(f"{path} {self.digest(path)}" for path in dependencies)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def is_stale(unit: Unit, root: Path, contents: _Contents | None = None) -> bool:
+def is_stale(unit: Unit, root: Path) -> bool:
     """Whether a source must be compiled."""
     if not all(unit.output(root, suffix).exists() for suffix in (".o", ".log", ".stamp")):
         return True
-    stamp = json.loads(unit.output(root, ".stamp").read_text(encoding="utf-8"))
-    return stamp["made_from"] != (contents or _Contents(root)).fingerprint(unit.key, stamp["dependencies"])
+    return unit.output(root, ".stamp").read_text(encoding="utf-8") != unit.key
 
 
 def build(toolchain: Toolchain, root: Path = ROOT) -> Path:
-    """Compile what is stale, as many at a time as there are cores, and link.
+    """Compile stale sources, as many at a time as there are cores, and link.
 
     Returns:
         The extension, in build/csrc/.
 
     Raises:
-        BuildError: with nvcc's own words.
+        BuildError: nvcc failed; the message is its output.
     """
-    units, contents = list_units(root, toolchain), _Contents(root)
+    units = list_units(root, toolchain)
     built = root / "build" / "csrc" / EXTENSION
     built.parent.mkdir(parents=True, exist_ok=True)
-    stale = [unit for unit in units if is_stale(unit, root, contents)]
+    stale = [unit for unit in units if is_stale(unit, root)]
     if stale:
         release, archs = ".".join(map(str, toolchain.release)), ";".join(toolchain.archs)
         _say(f"geo_r1._C by {toolchain.nvcc} {release}, for {archs}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {pool.submit(_compile, unit, root, contents): unit for unit in stale}
+        jobs = {pool.submit(_compile, unit, root): unit for unit in stale}
         try:
             for number, job in enumerate(as_completed(jobs), 1):
                 _say(f"[{number}/{len(stale)}] {jobs[job].source.name} ({job.result():.0f} s)")
@@ -258,51 +248,49 @@ def build(toolchain: Toolchain, root: Path = ROOT) -> Path:
     return built
 
 
-def _compile(unit: Unit, root: Path, contents: _Contents) -> float:
+def _compile(unit: Unit, root: Path) -> float:
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=root / "build" / "csrc", prefix=f".{unit.source.stem}.") as folder:
-        made, depends = Path(folder, "made.o"), Path(folder, "depends")
-        said = _run([*unit.command, "-MMD", "-MF", depends, "-o", made, "-c", unit.source], root)
-        listed = depends.read_text(encoding="utf-8").partition(" : ")[2].replace("\\\n", " ")
-        dependencies = [path.replace("\\ ", " ") for path in re.split(r"(?<!\\)\s+", listed) if path]
-        stamp = {"made_from": contents.fingerprint(unit.key, dependencies), "dependencies": dependencies}
-        unit.output(root, ".stamp").unlink(missing_ok=True)  # until both others are there
-        made.replace(unit.output(root, ".o"))
-        _write(unit.output(root, ".log"), said)
-        _write(unit.output(root, ".stamp"), json.dumps(stamp, indent=1))
+    log = _make(unit.output(root, ".o"), (*unit.command, "-c", str(unit.source)), root)
+    _write(unit.output(root, ".log"), log)
+    # The key is older than the compiler's run: after an edit meanwhile, the source is still stale.
+    _write(unit.output(root, ".stamp"), unit.key)
     return time.monotonic() - start
 
 
 def _link(toolchain: Toolchain, units: list[Unit], root: Path, built: Path) -> None:
-    objects = [
-        str(unit.output(root, ".o").relative_to(root)) for unit in sorted(units, key=lambda unit: unit.source)
-    ]
+    units = sorted(units, key=lambda unit: unit.source)
+    objects = [str(unit.output(root, ".o").relative_to(root)) for unit in units]
     # torch shows its own CUDA runtime to every library, and the one linked in here must not be taken for it:
-    # its symbols are hidden. -s: no table of the others either.
-    command = [str(toolchain.nvcc), "-shared", "-cudart", "static", "-nodlink"]
-    command += ["-Xlinker", "--exclude-libs=ALL,-s", *objects]
-    made_from = _Contents(root).fingerprint("\n".join([toolchain.version, *command]), objects)
+    # so its symbols are hidden. -s drops the table of the others.
+    command: tuple[str, ...] = (str(toolchain.nvcc), "-shared", "-cudart", "static", "-nodlink")
+    command += ("-Xlinker", "--exclude-libs=ALL,-s", *objects)
+    key = digest([toolchain.version, *command, *(unit.key for unit in units)])
     stamp = built.with_suffix(".stamp")
-    if built.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == made_from:
-        return
-    with tempfile.TemporaryDirectory(dir=built.parent, prefix=".link.") as folder:
-        made = Path(folder, "made.so")
-        _run([*command, "-o", made], root)
-        stamp.unlink(missing_ok=True)
-        made.replace(built)
-        _write(stamp, made_from)
+    if not (built.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == key):
+        _make(built, command, root)
+        _write(stamp, key)
 
 
-def _run(command: list[str | Path], root: Path) -> str:
-    done = subprocess.run(
-        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode:
-        # Without what ptxas says of kernels that came out well.
-        report = re.compile(r"ptxas info\s*:(?! \()|\s+\d+ bytes stack frame")
-        words = [line for line in done.stdout.splitlines() if not report.match(line)]
-        after = "nvcc fails; GEO_R1_BUILD_CUDA=0 installs without CUDA kernels"
-        raise BuildError("\n".join([" ".join(map(str, command)), *words, after]))
+def _make(out: Path, command: tuple[str, ...], root: Path) -> str:
+    """Run a command that makes one file, whole or not at all; returns what the command printed."""
+    out.with_suffix(".stamp").unlink(missing_ok=True)  # until everything is there
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
+        made = Path(folder, out.name)
+        done = subprocess.run(
+            [command[0], "-o", made, *command[1:]],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            # Without the reports of ptxas on kernels that compiled.
+            report = re.compile(r"ptxas info\s*:(?! \()|\s+\d+ bytes stack frame")
+            words = [line for line in done.stdout.splitlines() if not report.match(line)]
+            after = "nvcc fails; GEO_R1_BUILD_CUDA=0 installs without CUDA kernels"
+            raise BuildError("\n".join([" ".join(command), *words, after]))
+        made.replace(out)
     return done.stdout
 
 
@@ -317,7 +305,7 @@ def _say(line: str) -> None:
 
 
 def install(built: Path, target: Path) -> None:
-    """Put the extension in its place, by renaming: a process that has the one before keeps it whole."""
+    """Put the extension in its place by renaming, so a process that uses the old file keeps it."""
     if target.exists() and target.read_bytes() == built.read_bytes():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

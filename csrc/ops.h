@@ -1,6 +1,6 @@
-// The launchers, one for each kernel that Python starts. They know no torch: pointers, sizes, strides in
-// elements, a device and a stream come in, and a std::runtime_error that names the launcher comes out where CUDA
-// says no. Nothing is allocated and nothing waits.
+// The launchers, one for each kernel that Python starts. They do not use torch: they take pointers, sizes, strides in
+// elements, a device and a stream, and throw a std::runtime_error that names the launcher if CUDA reports an error.
+// They allocate nothing and wait for nothing.
 //
 // Shape letters as in Python: T packed tokens, R loss rows, N completions, G groups, H query heads, K key heads,
 // D head size, V vocabulary.
@@ -13,7 +13,7 @@ namespace geo_r1 {
 
 enum class DType { float16, bfloat16, float32, float64 };
 
-// An address on the device; null stands for "not given".
+// An address on the device; null means "not given".
 struct Pointer {
   void* address = nullptr;
 
@@ -23,22 +23,22 @@ struct Pointer {
   }
 };
 
-// Where a launcher runs: a device's index and one of its streams.
+// A device's index and one of its streams, on which a launcher runs.
 struct Queue {
   int device;
   void* stream;
 };
 
-// How many CUDA devices there are; throws with CUDA's reason where it finds none.
+// The number of CUDA devices; throws with CUDA's reason if there is none.
 int device_count();
 
-// advantage.py's formula. out [num_rows] is float64 for float64 rewards, else float32.
+// The formula of advantage/public.py. out [num_rows] is float64 for float64 rewards, else float32.
 struct GroupAdvantage {
   DType dtype;            // of the rewards
   Pointer out, reward;    // reward [N]
   Pointer valid;          // [N] bool, or null
   Pointer cu_group;       // [G + 1]
-  Pointer cu_completion;  // [N + 1], or null: out is a value a member
+  Pointer cu_completion;  // [N + 1], or null: out has one value per member
   bool wide_group, wide_completion;  // boundaries are int64, else int32
   std::int64_t num_groups, num_members, num_rows, stride_reward, stride_valid;
   bool leave_one_out;
@@ -63,8 +63,8 @@ struct RowStatistics {
 };
 void row_statistics(Queue, const Logits&, const RowStatistics&);
 
-// The GRPO loss of each row, with ratios per token, and the gradient of the logits. All rows are [R] float32, but
-// for lse, as in RowStatistics.
+// The GRPO loss of each row, with ratios per token, and the gradient of the logits. All rows are [R] float32, except
+// for lse, see RowStatistics.
 struct RowLoss {
   Pointer advantage, token_weight;
   Pointer old_logp, ref_logp, importance_weight;  // or null
@@ -98,10 +98,10 @@ struct Attention {
   bool causal;
 };
 
-// out [T, H, D] contiguous, lse [H, T] float32 in base 2; tiles [num_tiles, 5] int32, see schedule.py.
+// out [T, H, D] contiguous, lse [H, T] float32 in base 2; tiles [num_tiles, 5] int32, see layout/tiles.py.
 struct AttentionForward {
   Pointer out, lse, tiles;
-  std::int64_t num_tiles, tile_rows;  // tile_rows: the most queries of a tile, 64 or 128
+  std::int64_t num_tiles, tile_rows;  // tile_rows: 64 or 128, the largest number of queries in a tile
 };
 void packed_attention_forward(Queue, const Attention&, const AttentionForward&);
 

@@ -3,16 +3,17 @@
 //     p_ij = 2^(s_ij log2 e - lse_i),   delta_i = dout_i . out_i,   ds_ij = p_ij (dout_i . v_j - delta_i)
 //     dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i p_ij dout_i
 //
-// Two kernels of one shape: a block holds a tile in shared memory, one warp brings the other side's tokens, a block at
-// a time, by bulk copies, and warpgroups of 64 rows each consume them. Keys see one range of queries, so a prompt's
-// gradients are summed over its completions in registers, in a fixed order, without atomics. Where several query
-// heads share a key head each leaves its own dk and dv, which the caller sums. dq comes first and leaves delta.
+// Both kernels have one structure: a block holds a tile in shared memory, one warp fetches the other side's tokens by
+// bulk copies, a block at a time, and warpgroups of 64 rows each consume them. One range of queries sees a tile of
+// keys, so a prompt's gradients are summed over its completions in registers, in a fixed order, without atomics. If
+// several query heads share a key head, each writes its own dk and dv, which the caller sums. The kernel of dq runs
+// first and stores delta.
 //
-// Scores are made transposed for dk and dv, so that probabilities and their derivatives are left operands straight
-// from the registers in which they were computed, in both kernels.
+// For dk and dv scores are computed transposed. So in both kernels probabilities and their derivatives are left
+// operands directly from the registers in which they were computed.
 //
-// Operations: 14 D a visible pair and head, scores and dout . v twice. Bytes: as attention_triton_backward.py. No
-// figure of it was measured.
+// Operations: 14 D per visible pair and head; scores and dout . v are computed twice. Bytes: as in
+// attention/triton_backward.py. Nothing was measured.
 //
 // Source: FlashAttention-2, arXiv:2307.08691, and -3, arXiv:2407.08608.
 
@@ -28,7 +29,7 @@ namespace {
 
 constexpr const char* kName = "packed_attention_backward";
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kZeroing = 1;  // the meeting after rows were zeroed
+constexpr int kZeroing = 1;  // number of the meeting after rows were zeroed
 
 struct Parameters {
   HeadMaps tile_a, tile_b, block_a, block_b;  // dq: q, dout and k, v; dk and dv: k, v and q, dout
@@ -43,12 +44,12 @@ struct Parameters {
   bool causal;
 };
 
-// With two warpgroups of consumers, tiles of 128, one block an SM: 129 KiB at D = 128. With one, tiles of 64 for
-// segments that short, windows of a vision tower: one to three blocks an SM.
+// Two warpgroups of consumers: tiles of 128, one block per SM, 129 KiB at D = 128. One warpgroup: tiles of 64 for
+// segments of at most 64 tokens, such as windows of a vision tower; one to three blocks per SM.
 template <int D, int num_consumers>
 struct Shape {
   static constexpr int tile = kProductRows * num_consumers;
-  static constexpr int block = 32 * num_consumers;  // tokens that come at a time
+  static constexpr int block = 32 * num_consumers;  // tokens fetched at a time
   static constexpr int stages = 2;
   static constexpr int producers = num_consumers == 1 ? kWarp : kWarpgroup;  // only a warpgroup can give registers
   static constexpr int threads = kWarpgroup * num_consumers + producers;
@@ -62,7 +63,7 @@ struct Shape {
   static_assert(blocks_sm * (bytes + 1024) <= kSharedLimit + 1024, "the device reserves 1 KiB a block");
 };
 
-// What lies in a block's shared memory.
+// The layout of a block's shared memory.
 template <int D, int num_consumers>
 struct Memory {
   using S = Shape<D, num_consumers>;
@@ -108,7 +109,7 @@ struct Memory {
     copy_tile<D, S::block>(block_b + stage * S::block_size, p.block_b, full + stage, head, token);
   }
 
-  // Consumers wait for block i, of which the first `valid` tokens are the sequence's.
+  // Consumers wait for block i, whose first `valid` tokens belong to the sequence.
   __device__ __forceinline__ void wait_full(int i, int valid, int num_active) {
     const int stage = i % S::stages;
     barrier_wait(full + stage, i / S::stages % 2);
@@ -125,7 +126,7 @@ struct Memory {
   }
 };
 
-// The scores of tile a and the products of tile b with a block, each a group of its own.
+// Starts the products of tile a (scores) and of tile b with a block, each in a group of its own.
 template <typename T, int D, int num_consumers>
 __device__ __forceinline__ void start_products(const Memory<D, num_consumers>& memory, int i, int group_row,
                                                float (&s)[Shape<D, num_consumers>::block / 2],
@@ -140,7 +141,7 @@ __device__ __forceinline__ void start_products(const Memory<D, num_consumers>& m
   product_commit();
 }
 
-// sum += left x, for block x; a group of its own.
+// Starts sum += left x, for block x, in a group of its own.
 template <typename T, int D, int steps>
 __device__ __forceinline__ void start_sum(Sums<D>& sum, std::uint32_t (&left)[steps][4], const unsigned char* x) {
   sum.pin_all(), pin_all(left);
@@ -154,7 +155,7 @@ __device__ __forceinline__ void set_zero(Sums<D>& sum) {
   sum.for_each([](float& x, int) { x = 0; });
 }
 
-// dout . out of a token, the same on the four lanes that hold its row.
+// dout . out of a token, the same on all four lanes that hold its row.
 template <typename T, int D>
 __device__ __forceinline__ float token_delta(const Parameters& p, int head, int token, bool valid) {
   float sum = 0;
@@ -200,14 +201,14 @@ __device__ void consume_keys(const Parameters& p, const KeyBlocks<Shape<D, num_c
     const int key = blocks.block_start(i), end = masked ? blocks.block_end(i) : key + S::block;
     memory.wait_full(i, end - key, num_active);
     start_products<T>(memory, i, group_row, s, dp);
-    product_wait<2>();  // the sum of the block before
+    product_wait<2>();  // the sum of the previous block
     dq.pin_all(), pin_all(ds);
     if (i > 0) memory.release(i - 1);
     product_wait<1>();
     pin(s);
 #pragma unroll
     for (int j = 0; j < S::block / 2; ++j) s[j] = exp2_fast(fmaf(s[j], p.scale_log2, -lse[j % 4 / 2]));
-    if (masked) {  // a branch, so that ptxas does not move the exponentials behind the wait
+    if (masked) {  // this branch keeps ptxas from moving the exponentials behind the wait
       const int column = key + place.column;
 #pragma unroll
       for (int j = 0; j < S::block / 2; ++j) {
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
   Memory<D, num_consumers> memory(shared_memory);
   const int i_tile = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
   const KeyBlocks<S::tile, S::block> blocks(p.tiles + 5 * static_cast<std::int64_t>(i_tile), p.causal);
-  // Warpgroups whose rows all stand behind the segment's end have nothing to do.
+  // Warpgroups whose rows are all behind the segment's end have nothing to do.
   const int num_active = min(num_consumers, (blocks.end - blocks.first + kProductRows - 1) / kProductRows);
   memory.init_barriers(1, num_active);
 
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
 // The queries that see a tile of keys.
 template <int block>
 struct Queries {
-  int first, end, start, stop, count;  // first key, end of its segment; the queries
+  int first, end, start, stop, count;  // first key, end of its segment; range of queries
 
   __device__ __forceinline__ Queries(const int* tile, bool causal)
       : first(tile[0]), end(tile[1]), start(causal ? tile[0] : tile[2]), stop(tile[3]) {
@@ -283,10 +284,10 @@ __device__ void consume_queries(const Parameters& p, const Queries<Shape<D, num_
   for (int i = 0; i < queries.count; ++i) {
     const int query = queries.start + i * S::block, stage = i % S::stages;
     memory.wait_full(i, queries.stop - query, num_active);
-    product_wait<1>();  // dv of the block before; with its operand kept, registers would not suffice
+    product_wait<1>();  // dv of the previous block: registers do not suffice to keep its operand
     dv.pin_all(), pin_all(probability);
     start_products<T>(memory, i, group_row, s, dp);
-    product_wait<2>();  // dk of the block before
+    product_wait<2>();  // dk of the previous block
     dk.pin_all(), pin_all(ds);
     if (i > 0) memory.release(i - 1);
     product_wait<1>();
@@ -343,7 +344,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
     for (int i = 0; i < queries.count; ++i) {
       const int stage = i % S::stages, query = queries.start + i * S::block;
       memory.wait_empty(i);
-      for (int j = lane; j < S::block; j += kWarp) {  // behind the last query, a probability of 2^-inf
+      for (int j = lane; j < S::block; j += kWarp) {  // infinity behind the last query: a probability of 2^-inf
         const bool valid = query + j < queries.stop;
         const std::int64_t at = head * p.num_tokens + query + j;
         memory.lse[stage * S::block + j] = valid ? p.lse[at] : INFINITY;

@@ -2,16 +2,16 @@
 //
 //     s_ij = scale q_i . k_j,   lse_i = log2 sum_j 2^(s_ij log2 e),   out_i = sum_j 2^(s_ij log2 e - lse_i) v_j
 //
-// A block has one tile of queries and one head and walks the same blocks of keys as the Triton kernel: those of the
-// prefix and of its own segment that need no mask first, see `KeyBlocks`. One warp brings keys and values by bulk
-// copies, some blocks ahead; warpgroups of 64 queries each consume them. A warpgroup has the product of the block
-// before with its values under way while it computes the probabilities of this one, and where there are two they take
-// turns, so that the tensor cores work for one while the other is at its exponentials.
+// A block has one tile of queries and one head, and walks the same blocks of keys as the Triton kernel: first those of
+// the prefix and of its own segment that need no mask, see `KeyBlocks`. One warp fetches keys and values by bulk
+// copies, some blocks ahead; warpgroups of 64 queries each consume them. While a warpgroup computes the probabilities
+// of a block, its product of the previous block with the values is under way. Two warpgroups take turns, so that the
+// tensor cores work for one while the other computes exponentials.
 //
-// Operations: 4 D a visible pair and head. Bytes: q and out once, k and v once a tile of queries, from L2 where
-// neighbouring blocks (heads that share keys) have read them. No figure of it was measured.
+// Operations: 4 D per visible pair and head. Bytes: q and out once, k and v once per tile of queries, from L2 if
+// neighbouring blocks (heads that share keys) have read them. Nothing was measured.
 //
-// Source: FlashAttention-3, arXiv:2407.08608; the walk, geo_r1/kernels/schedule.py.
+// Source: FlashAttention-3, arXiv:2407.08608; the walk, geo_r1/kernels/layout/tiles.py.
 
 #include <ptx.cuh>
 
@@ -23,8 +23,8 @@ namespace {
 
 constexpr const char* kName = "packed_attention_forward";
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kZeroing = 1;  // the meeting after rows were zeroed
-constexpr int kTurn = 2;     // and the next: the warpgroups' turns
+constexpr int kZeroing = 1;  // number of the meeting after rows were zeroed
+constexpr int kTurn = 2;     // this one and the next: the warpgroups' turns
 
 struct Parameters {
   HeadMaps q, k, v;
@@ -37,9 +37,9 @@ struct Parameters {
   bool causal;
 };
 
-// Sizes of one configuration. With two warpgroups of consumers, tiles of 128 queries and 128 keys, one block an SM:
-// 160 KiB at D = 128. With one, tiles of 64 for segments that short, windows of a vision tower: two or three blocks
-// an SM, whose copies overlap where a tile has only one block of keys.
+// Sizes of one configuration. Two warpgroups of consumers: tiles of 128 queries and 128 keys, one block per SM, 160 KiB
+// at D = 128. One warpgroup: tiles of 64 for segments of at most 64 tokens, such as windows of a vision tower; two or
+// three blocks per SM, whose copies overlap if a tile has only one block of keys.
 template <int D, int num_consumers>
 struct Shape {
   static constexpr int tile = kProductRows * num_consumers;
@@ -61,7 +61,7 @@ struct Barriers {
   Barrier k_full[stages], v_full[stages], k_empty[stages], v_empty[stages];
 };
 
-// Brings q, then k and v block by block into whichever stage is free.
+// Fetches q, then k and v block by block, each into a free stage.
 template <int D, int num_consumers>
 __device__ void produce(const Parameters& p, const KeyBlocks<Shape<D, num_consumers>::tile,
                         Shape<D, num_consumers>::block>& blocks, int head, unsigned char* q,
@@ -86,7 +86,7 @@ struct Softmax {
   float top[2] = {-INFINITY, -INFINITY};
   float total[2] = {0, 0};
 
-  // Turns scores into probabilities against the new maximum; returns what earlier ones must be multiplied by.
+  // Turns scores into probabilities relative to the new maximum; returns the factors for earlier ones.
   template <int count>
   __device__ __forceinline__ float2 step(float (&s)[count], float scale_log2) {
     float keep[2];
@@ -178,9 +178,9 @@ __device__ void consume(const Parameters& p, const KeyBlocks<Shape<D, num_consum
   mask(0);
   float2 keep = softmax.step(s, p.scale_log2);
 
-  // Waits for the values of block i, of which there are none before block 0, and makes the probabilities ready
-  // that await them. It stands a turn of the loop behind the exponentials: behind a wait that shares a basic block
-  // with them ptxas moves them, and nothing is left to run beside the products.
+  // Waits for the product with the values of block i, if i is not negative, then rescales the sum and rounds the new
+  // probabilities. It is called one turn of the loop after the exponentials: ptxas moves exponentials behind a wait in
+  // the same basic block, and then nothing would run beside the products.
   const auto finish_values = [&](int i) {
     product_wait<0>();
     sum.pin_all(), pin_all(probability);
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
 
   const int i_tile = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
   const KeyBlocks<S::tile, S::block> blocks(p.tiles + 5 * static_cast<std::int64_t>(i_tile), p.causal);
-  // Warpgroups whose rows all stand behind the segment's end have nothing to do.
+  // Warpgroups whose rows are all behind the segment's end have nothing to do.
   const int num_active = min(num_consumers, (blocks.end - blocks.first + kProductRows - 1) / kProductRows);
 
   if (threadIdx.x == 0) {

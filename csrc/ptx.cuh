@@ -1,5 +1,5 @@
-// Instructions that C++ has no word for, one function each. Everything else in csrc/ is plain CUDA C++, so this
-// file and the runtime's headers are all that a machine without a GPU has to stand in for.
+// Instructions that C++ cannot express, one function each. Everything else in csrc/ is plain CUDA C++, so a machine
+// without a GPU needs substitutes for this file and the runtime's headers only.
 //
 // Shared memory is addressed by pointers here and by 32-bit offsets in the instructions. Functions from `Barrier`
 // on need compute capability 9.0, the products (wgmma) and register counts exactly 9.0 ("sm_90a").
@@ -25,14 +25,14 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// The larger, NaN if either is; fmaxf drops a NaN. max
+// The larger number, or NaN if either is NaN; fmaxf drops a NaN. max
 __device__ __forceinline__ float max_nan(float a, float b) {
   float c;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }
 
-// Two numbers rounded to T side by side, the first in the lower half. cvt
+// Two numbers rounded to T in one word, the first in the lower half. cvt
 template <typename T>
 __device__ __forceinline__ std::uint32_t pack(float low, float high);
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ std::uint32_t pack<__half>(float low, float high) {
 
 // ---- copies by every thread for itself, from compute capability 8.0
 
-// 16 bytes to shared memory, of which the first `bytes` are read and the others become zeros. cp.async
+// Copies 16 bytes to shared memory; the first `bytes` are read, the others become zeros. cp.async
 __device__ __forceinline__ void copy_16(void* shared, const void* global, int bytes) {
   const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
@@ -61,13 +61,13 @@ __device__ __forceinline__ void copy_16(void* shared, const void* global, int by
 // This thread's copies since the last call form a group. cp.async.commit_group
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the latest `pending` of this thread's groups are under way. cp.async.wait_group
+// Waits until at most the latest `pending` groups of this thread are under way. cp.async.wait_group
 template <int pending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// ---- barriers in shared memory: a phase ends when all arrivals and all promised bytes are there
+// ---- barriers in shared memory: a phase ends once all threads and all promised bytes have arrived
 
 struct alignas(8) Barrier {
   std::uint64_t state;
@@ -77,7 +77,7 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// One thread; the others may use it after fence_barrier_init and __syncthreads. mbarrier.init
+// Called by one thread; others may use the barrier after fence_barrier_init and __syncthreads. mbarrier.init
 __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -96,8 +96,8 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, int byte
                : "memory");
 }
 
-// Waits for the end of the phase of that parity: the first has parity 0. On a fresh barrier the phase before the
-// first, parity 1, has ended. mbarrier.try_wait
+// Waits for the end of the phase of a parity; the first phase has parity 0. On a fresh barrier the phase before the
+// first, of parity 1, has ended. mbarrier.try_wait
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
   asm volatile(
       "{\n"
@@ -112,17 +112,17 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
       : "memory");
 }
 
-// A meeting of `threads` threads, a multiple of 32, with a number from 1 to 15: 0 is __syncthreads. bar.sync
+// A meeting of `threads` threads, a multiple of 32, numbered 1 to 15; 0 is __syncthreads. bar.sync
 __device__ __forceinline__ void meeting_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// Counts for a meeting without waiting for it. bar.arrive
+// Arrives at a meeting without waiting for it. bar.arrive
 __device__ __forceinline__ void meeting_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// What this thread wrote to shared memory is seen by products and bulk copies that follow a barrier.
+// Makes this thread's writes to shared memory visible to products and bulk copies that follow a barrier.
 // fence.proxy.async
 __device__ __forceinline__ void fence_shared_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -134,8 +134,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// One thread: a box of the map at (x, y, z), the innermost first, to shared memory; its bytes, also those of
-// elements outside of the tensor, which become zeros, count for the barrier. cp.async.bulk.tensor
+// Called by one thread: copies a box of the map at (x, y, z), the innermost first, to shared memory. Elements outside
+// the tensor become zeros; the barrier counts their bytes too. cp.async.bulk.tensor
 __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap* map, Barrier* barrier, int x, int y,
                                          int z) {
   asm volatile(
@@ -160,12 +160,12 @@ __device__ __forceinline__ void registers_lower() {
 // ---- products by a warpgroup (wgmma): 128 threads together
 //
 // d [64, N] float32: thread t = 32 w + l of the warpgroup holds, for each 8 columns j, four numbers d[4 j ..]:
-// rows 16 w + l / 4 and that + 8, columns 8 j + 2 (l % 4) and that + 1, the second row's after the first's.
-// a [64, 16] in registers: four pairs of T; rows and columns as those of 16 columns of d, in the order row 1 of
-// the first 8, row 2, then both of the last 8.
-// Operands in shared memory are named by a 64-bit descriptor, see `Operand` in sm90.cuh.
+// rows r = 16 w + l / 4 and r + 8, columns c = 8 j + 2 (l % 4) and c + 1, row r first.
+// a [64, 16] in registers: four pairs of T, with rows and columns as in 16 columns of d, in the order row 1 of the
+// first 8, row 2, then both rows of the last 8.
+// Operands in shared memory are named by a 64-bit descriptor, see `operand` in sm90.cuh.
 
-// Before the first product, and before one whose registers were written otherwise since the last. wgmma.fence
+// Needed before the first product, and before a product whose registers have been written since. wgmma.fence
 __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -176,7 +176,7 @@ __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Keeps the compiler from moving uses of registers across: stands before products start and after they end.
+// Keeps the compiler from moving uses of registers across; placed before products start and after they end.
 template <int count>
 __device__ __forceinline__ void pin(float (&x)[count]) {
 #pragma unroll
@@ -209,8 +209,8 @@ __device__ __forceinline__ void pin(std::uint32_t (&x)[count]) {
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// `shared`: d [64, N] = a [64, 16] b [N, 16] transposed, both in shared memory, or d += that where `add`.
-// `registers`: d [64, N] += a [64, 16] b [16, N], a in registers. wgmma.mma_async
+// `shared`: d [64, N] = a [64, 16] b [N, 16] transposed, both in shared memory; with `add`, d += that product.
+// `registers`: d [64, N] += a [64, 16] b [16, N], with a in registers. wgmma.mma_async
 template <typename T, int N>
 struct Product;
 

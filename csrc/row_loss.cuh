@@ -1,4 +1,4 @@
-// The loss of one row: reference.grpo_row_loss in device code, and what it is told and reports.
+// The loss of one row: reference.grpo_row_loss in device code, with its inputs and outputs.
 #pragma once
 
 #include <cmath>
@@ -8,18 +8,18 @@
 
 namespace geo_r1 {
 
-// ---- what kernels are told
+// ---- inputs and outputs
 
 enum class Policy { clip, cispo, sapo };
 enum class Kl { k1, k2, k3 };
 
-// The log-sum-exp of a row: its largest logit, and the log of the sum of exp((logit - top) / temperature). As one
-// number it would be rounded by as much as it is large, and so would every probability.
+// The log-sum-exp of a row: its largest logit, and the log of the sum of exp((logit - top) / temperature). A large
+// sum in one number would have a large rounding error, and so would every probability.
 struct alignas(8) Lse {
   float top, log_total;
 };
 
-// The rows of RowLoss, [R] each; statistics have the last three alone.
+// The rows of RowLoss, [R] each; row_statistics sets the last three only.
 struct Reports {
   const float *advantage, *token_weight, *old_logp, *ref_logp, *importance_weight;
   float *loss, *d_logp, *d_entropy, *kl, *ratio;
@@ -37,7 +37,7 @@ struct Options {
 
 // ---- the loss of one row
 
-// exp(d) - 1 - d without cancelling: a series where |d| < 1/4, right to 1e-8 of its value.
+// exp(d) - 1 - d without cancelling: for |d| < 1/4 a series with a relative error of 1e-8.
 __device__ inline float expm1_less(float d) {
   if (fabsf(d) >= 0.25f || isnan(d)) return expf(d) - 1 - d;
   constexpr float a = 1.0f / 2, b = 1.0f / 6, c = 1.0f / 24, e = 1.0f / 120, f = 1.0f / 720, g = 1.0f / 5040;
@@ -46,7 +46,7 @@ __device__ inline float expm1_less(float d) {
 
 struct Term {
   float value, d_logp;
-  bool clipped;  // whether a bound took the gradient
+  bool clipped;  // whether a bound removed the gradient
 };
 
 // reference._policy_term. Bounds are written so that a NaN ratio stays NaN.
@@ -75,7 +75,7 @@ __device__ inline Term policy_term(const Options& options, float logp, float rat
   }
 }
 
-// What the loss takes of a row besides its logits.
+// The loss's inputs for a row, besides its logits.
 struct Given {
   float advantage, weight, old_logp, ref_logp, importance;
 };
@@ -90,7 +90,7 @@ struct Derivatives {
   float logp, entropy;
 };
 
-// reference.grpo_row_loss for one row. Every thread computes it, the first writes it.
+// reference.grpo_row_loss for one row. Every thread computes the result, the first one writes it.
 __device__ inline Derivatives row_loss(const Reports& rows, const Options& options, std::int64_t i_r,
                                 const Given& given, float logp, float entropy) {
   const float ratio = rows.old_logp != nullptr ? expf(logp - given.old_logp) : 1.0f;
@@ -130,7 +130,7 @@ __device__ inline Derivatives row_loss(const Reports& rows, const Options& optio
   return d;
 }
 
-// The report of a row of weight zero, of which nothing is read.
+// The report of a row of weight zero, which is not read.
 __device__ inline void report_idle(const Reports& rows, std::int64_t i_r) {
   if (threadIdx.x != 0) return;
   rows.loss[i_r] = rows.d_logp[i_r] = rows.d_entropy[i_r] = rows.kl[i_r] = 0;

@@ -1,8 +1,8 @@
-// Rows of logits, as the kernels of grpo_loss.cu read, sum and write them.
+// How the kernels of grpo_loss.cu read, sum and write rows of logits.
 //
-// A row is cut into vectors of 16 bytes. A block that must see it twice keeps it: each thread its own
-// vectors, some in registers, the others in shared memory, in slots that no other thread touches, so that no
-// barrier guards them.
+// A row is cut into vectors of 16 bytes. A block that needs a row twice keeps it: each thread keeps its own
+// vectors, some in registers, the others in shared memory, in slots that no other thread touches, so they need no
+// barrier.
 #pragma once
 
 #include <cfloat>
@@ -16,34 +16,34 @@ namespace geo_r1 {
 
 // Vectors that a thread keeps in registers: 32 of the 80 that 768 threads can have.
 constexpr int kHeld = 8;
-// Copies of a thread that a wait for its oldest leaves under way, where there are more slots than this: 96 KiB of
-// a block. Waiting for the very oldest of 18 would be exact and take a branch for each count. Not measured.
+// With more slots than this, a wait for a thread's oldest copy leaves this many under way: 96 KiB of a block. An
+// exact wait for the oldest of 18 would take a branch for each count. Not measured.
 constexpr int kPending = 8;
-// Vectors of the next row that are under way while this row's are written, see `exchange`. Not measured.
+// Vectors of the next row in flight while this row's are written, see `exchange`. Not measured.
 constexpr int kLag = 6;
 
 constexpr float kLn2 = 0.6931471805599453f;
-// 2^this is 0, and its product with this is too: a stand-in for -inf, whose product with 0 is NaN.
+// Replaces -inf, whose product with 0 is NaN: 2^kFar is 0, and so is its product with kFar.
 constexpr float kFar = -1000.0f;
 
 template <typename T>
 constexpr int kWidth = 16 / static_cast<int>(sizeof(T));  // numbers in a vector
 
-// Logits [R, V]. The first `num_vectors` vectors of a row are 16-byte aligned; columns behind them, all of
-// them where rows are strided or not aligned, are read one by one.
+// Logits [R, V]. The first `num_vectors` vectors of a row are 16-byte aligned. Columns behind them are read one by
+// one; if rows are strided or not aligned, these are all columns.
 template <typename T>
 struct Matrix {
   const T* logits;
   const std::int64_t* target;
   std::int64_t num_rows, stride_r, stride_v;
   int num_cols, num_vectors;
-  float inv_temperature, scale;  // scale: makes a logit an exponent of 2
+  float inv_temperature, scale;  // logit * scale is an exponent of 2
 
   __device__ const T* row(std::int64_t i_r) const { return logits + i_r * stride_r; }
   __device__ bool has(std::int64_t column) const { return column >= 0 && column < num_cols; }
 };
 
-// dlogits [R, V], its vectors as the logits'.
+// dlogits [R, V], with the same vectors as the logits.
 template <typename T>
 struct Output {
   T* d_logits;
@@ -110,14 +110,14 @@ __device__ __forceinline__ void each_column(const T* row, std::int64_t stride_v,
   }
 }
 
-// Whether this thread is the one that writes a column of a row whose vectors begin at column `begin`.
+// Whether this thread writes a column of a row whose vectors begin at column `begin`.
 template <typename T>
 __device__ __forceinline__ bool writes(std::int64_t column, std::int64_t begin, std::int64_t vectors_end) {
   const std::int64_t place = column < vectors_end ? (column - begin) / kWidth<T> : column - vectors_end;
   return static_cast<unsigned>(place) % blockDim.x == threadIdx.x;
 }
 
-// copy_wait for a count known at run time; `most` is the largest that is waited for exactly.
+// copy_wait with a count known at run time; counts above `most` wait as `most`.
 template <int most, int least = 0>
 __device__ __forceinline__ void copy_wait_upto(int pending) {
   if constexpr (most == least) {
@@ -133,8 +133,8 @@ __device__ __forceinline__ void copy_wait_upto(int pending) {
 }
 
 // This thread's vectors of a row, those with number threadIdx.x + k * blockDim.x. The first kHeld live in
-// registers, the others pass through a ring of slots: each visit to one is a position, and what a position
-// uses is copied at the visit `depth` positions before, one group of copies a visit, be it empty.
+// registers, the others pass through a ring of slots. The copy for a visit starts `depth` visits before it, and
+// every visit commits one group of copies, possibly empty.
 template <typename T>
 class Vectors {
  public:
@@ -146,10 +146,10 @@ class Vectors {
     depth_ = num_slots < in_ring_ ? num_slots : in_ring_;
   }
 
-  // Whether all of a row is kept.
+  // Whether a whole row is kept.
   __device__ bool fits() const { return depth_ == in_ring_; }
 
-  // The last vectors of the ring: after a walk that begins at 0 and has no next row they are in its slots.
+  // The first of the vectors that are in the slots after a walk that begins at 0 and has no next row.
   __device__ int last() const { return in_ring_ - depth_; }
 
   // The first row's copies.
@@ -162,14 +162,14 @@ class Vectors {
     load(row);
   }
 
-  // Calls visit(bits, number) for each vector of the row, those of the ring in turn from `first` on. The ring
-  // holds the next ones at the start, and at the end the first ones of the next row, or, where `next` is
-  // null, the last of this.
+  // Calls visit(bits, number) for each vector of the row, those of the ring in turn from `first` on. At the start
+  // the ring holds the next vectors, at the end the first ones of the next row or, if `next` is null, the last
+  // ones of this row.
   template <typename Visit>
   __device__ __forceinline__ void walk(const T* row, int first, const T* next, Visit&& visit) {
     fits() ? turn<true>(row, first, next, visit) : turn<false>(row, first, next, visit);
-    // All loads behind all visits: hardware counts them together, so that a visit would wait for loads that
-    // were just issued. They have the time of the next row's ring to arrive.
+    // All loads follow all visits: hardware counts loads together, so a visit would wait for loads that were just
+    // issued. They arrive during the walk of the next row's ring.
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (k < count_) visit(held_[k], number(k));
@@ -177,9 +177,9 @@ class Vectors {
     if (next != nullptr) load(next);
   }
 
-  // Where a row fits: write(bits, number) for each of its vectors, whose place is then filled from the next
-  // row, and add(bits) for each vector of that one once it has arrived: its reads, this row's writes and the
-  // arithmetic of both go on together.
+  // For a row that fits: calls write(bits, number) for each of its vectors, then fills the vector's place from the
+  // next row, and calls add(bits) for each vector of the next row once it has arrived. So that row's reads, this
+  // row's writes and the arithmetic of both overlap.
   template <typename Write, typename Add>
   __device__ __forceinline__ void exchange(const T* next, Write&& write, Add&& add) {
 #pragma unroll
@@ -201,7 +201,7 @@ class Vectors {
         arrived += threads_;
       }
     }
-    // Those in registers before the last of the ring, which they give the time to arrive.
+    // Registers come before the last vectors of the ring, which arrive meanwhile.
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (k < count_) add(held_[k]);
@@ -220,10 +220,10 @@ class Vectors {
     }
   }
 
-  // The ring's part of a walk. Where all of a row is kept the ring turns once, and there is less to count.
+  // The ring's part of a walk. If the whole row is kept, the ring turns once, and there is less to count.
   template <bool all, typename Visit>
   __device__ __forceinline__ void turn(const T* row, int first, const T* next, Visit&& visit) {
-    // What is copied: the row's vectors behind those in the ring, then, from visit `here` on, the next row's first.
+    // Copied are the row's vectors behind those in the ring, then, from visit `here` on, the next row's first ones.
     const int here = in_ring_ - depth_, stop = next != nullptr ? in_ring_ : here;
     const uint4* from = all ? vector_at(next != nullptr ? next : row, number(kHeld))
                             : vector_at(row, number(kHeld + (first < here ? first + depth_ : first - here)));
@@ -232,7 +232,7 @@ class Vectors {
     for (int k = 0; k < in_ring_; ++k) {
       wait_for_oldest();
       visit(*slot, at);
-      // The visit has used the bits, so they have left the slot.
+      // The visit has used the bits, so the slot is free.
       if constexpr (!all) {
         if (k == here && next != nullptr) from = vector_at(next, number(kHeld));
       }
@@ -262,9 +262,9 @@ class Vectors {
 
 // ---- log-sum-exp and entropy
 
-// Of some logits x, with z = (x - top) scale: the largest x, and the sums of 2^z and 2^z z, from which the
-// entropy follows without cancelling. The difference comes first: of logits masked by -1e30 the product would
-// keep a rounding error that is an exponent by itself.
+// For some logits x and z = (x - top) scale: the largest x, and the sums of 2^z and 2^z z, from which the
+// entropy follows without cancelling. The difference is taken before the product: if logits are masked by -1e30,
+// the rounding error of a product would be a large exponent.
 struct Sums {
   float top = -FLT_MAX;
   float total = 0.0f;
@@ -304,11 +304,11 @@ struct Sums {
 
 // ---- the gradient
 
-// dlogit = -p (dlogp + dH (log p + H)) / temperature, without what a row's target gets in addition, where
-// p = 2^z / total and z = (x - base) scale.
+// dlogit = -p (dlogp + dH (log p + H)) / temperature with p = 2^z / total and z = (x - base) scale; the target's
+// additional term is not included.
 class Slope {
  public:
-  // mean: of z over the row's distribution, so that log p + H = (z - mean) ln 2.
+  // mean: expected z under the row's distribution, so that log p + H = (z - mean) ln 2.
   __device__ Slope(float scale, float base, float total, float mean, float d_logp, float d_entropy,
                    float inv_temperature)
       : scale_(scale),
@@ -346,7 +346,7 @@ __device__ __forceinline__ void write_columns(const T* row, std::int64_t stride_
   });
 }
 
-// Zeros for this thread's part of a row's columns.
+// Writes zeros to this thread's part of a row's columns.
 template <typename T>
 __device__ void write_zeros(T* row, std::int64_t begin, std::int64_t vectors_end, std::int64_t end) {
   uint4* const vectors = vector_at(row + begin, 0);

@@ -1,10 +1,10 @@
-// Tiles of [T, heads, D] tensors on compute capability 9.0: how they lie in shared memory, how bulk copies bring
-// them there, how products read them.
+// Tiles of [T, heads, D] tensors on compute capability 9.0: their layout in shared memory, the bulk copies that fill
+// them, and the products that read them.
 //
-// A tile is some tokens of one head, 16-bit numbers. Its D columns are cut into panels of 64 and one of the rest
-// (80 = 64 + 16). A panel is stored token after token, 2 bytes a number, and swizzled within each token's 128, 64
-// or 32 bytes, as both the copies and the products know it. So a tile of `rows` tokens takes 2 D rows bytes, and
-// rows that are zeroed are zeroed whatever the swizzle.
+// A tile is some tokens of one head, in 16-bit numbers. Its D columns are cut into panels of 64 and one of the rest
+// (80 = 64 + 16). A panel is stored token after token, and swizzled within each token's 128, 64 or 32 bytes, in a way
+// that both copies and products support. So a tile of `rows` tokens takes 2 D rows bytes, and zeroing whole rows works
+// with any swizzle.
 //
 // Source: PTX ISA, "Asynchronous warpgroup level matrix instructions" and "Tensor swizzling modes"; the canonical
 // layouts of operands as in CUTLASS's mma_sm90_desc.hpp.
@@ -23,11 +23,11 @@ namespace geo_r1 {
 
 constexpr int kPanel = 64;             // columns of a whole panel
 constexpr int kWarpgroup = 128;        // threads that make a product together
-constexpr int kProductRows = 64;       // and its rows
+constexpr int kProductRows = 64;       // rows of that product
 constexpr int kTileAlignment = 1024;   // bytes after which a swizzle repeats
 constexpr int kSharedLimit = 227 * 1024;
 
-// The columns of a head: whole panels, and what is left.
+// The columns of a head: whole panels and the rest.
 template <int D>
 struct Head {
   static constexpr int whole = D / kPanel * kPanel;
@@ -36,7 +36,7 @@ struct Head {
   static_assert(rest == 0 || rest == 16 || rest == 32, "a panel is 16, 32 or 64 columns wide");
 };
 
-// The warpgroup of this thread, as a number that the compiler knows to be the same for a whole warp.
+// The warpgroup of this thread, in a way that tells the compiler that it is the same for a whole warp.
 __device__ __forceinline__ int warpgroup() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
 }
@@ -50,8 +50,8 @@ __device__ __forceinline__ unsigned char* align_tile(unsigned char* shared) {
   return shared + (kTileAlignment - shared_address(shared) % kTileAlignment) % kTileAlignment;
 }
 
-// Calls function(T{}, D, num_consumers) with the dtype, and as constants the head size and the warpgroups of 64
-// rows that make up a tile: one or two.
+// Calls function(T{}, D, num_consumers) with the dtype and, as constants, the head size and the number of warpgroups
+// of 64 rows in a tile: one or two.
 template <typename Function>
 void with_configuration(const char* launcher, const Attention& x, std::int64_t tile_rows, Function&& function) {
   if (tile_rows != kProductRows && tile_rows != 2 * kProductRows) {
@@ -75,12 +75,12 @@ void with_configuration(const char* launcher, const Attention& x, std::int64_t t
 
 // ---- copies
 
-// What copies need to know of a [T, heads, D] tensor.
+// The maps for copies from a [T, heads, D] tensor.
 struct HeadMaps {
   CUtensorMap whole, rest;
 };
 
-// Describes boxes of `rows` tokens of one head and `columns` columns. Throws where the driver refuses.
+// Describes boxes of `rows` tokens of one head and `columns` columns. Throws if the driver refuses.
 inline CUtensorMap box_map(const char* launcher, DType dtype, void* address, std::int64_t num_tokens,
                            std::int64_t num_heads, std::int64_t head_size, std::int64_t stride_t,
                            std::int64_t stride_h, int columns, int rows) {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void prefetch_maps(const HeadMaps& maps) {
   if constexpr (Head<D>::rest != 0) prefetch_map(&maps.rest);
 }
 
-// One thread: tokens [token, token + rows) of a head, zeros behind the tensor's last.
+// Called by one thread: copies tokens [token, token + rows) of a head, zeros behind the tensor's last token.
 template <int D, int rows>
 __device__ __forceinline__ void copy_tile(unsigned char* tile, const HeadMaps& maps, Barrier* full, int head,
                                           int token) {
@@ -149,8 +149,8 @@ __device__ __forceinline__ void copy_tile(unsigned char* tile, const HeadMaps& m
   }
 }
 
-// `num_threads` threads together: zeros in rows [first, rows) of a tile. What stands there belongs to other
-// sequences: it is hidden by probabilities of zero, and zero times NaN is NaN.
+// Called by `num_threads` threads: writes zeros to rows [first, rows) of a tile. These rows belong to other sequences,
+// so their probabilities are zero, but zero times NaN is NaN.
 template <int D, int rows>
 __device__ __forceinline__ void zero_rows(unsigned char* tile, int first, int i_thread, int num_threads) {
   const auto zero_panel = [=](unsigned char* panel, int row_bytes) {
@@ -167,9 +167,9 @@ __device__ __forceinline__ void zero_rows(unsigned char* tile, int first, int i_
 
 // ---- products
 
-// The descriptor of an operand in a panel of `columns`. `group_bytes` lies between groups of 8 tokens;
-// `panel_bytes` between panels, where the operand reads columns side by side from more than one. The operand n
-// bytes further on is the descriptor + n / 16: made anew it would cost more than the product.
+// The descriptor of an operand in a panel of `columns`. `group_bytes` is the step between groups of 8 tokens,
+// `panel_bytes` that between panels, for operands with columns in more than one. The operand n bytes further on is
+// the descriptor + n / 16; making a new one would cost more than the product.
 template <int columns>
 __device__ __forceinline__ std::uint64_t operand(const unsigned char* start, int panel_bytes) {
   constexpr std::uint64_t swizzle = columns == 64 ? 1 : columns == 32 ? 2 : 3;  // 128, 64, 32 bytes
@@ -178,7 +178,7 @@ __device__ __forceinline__ std::uint64_t operand(const unsigned char* start, int
          (group_bytes >> 4) << 32 | swizzle << 62;
 }
 
-// d [64, N] = a b transposed, over D columns: 64 tokens of tile a from `a_row` on, N tokens of tile b.
+// d [64, N] = a b transposed, over D columns: 64 tokens of tile a, from `a_row` on, and N tokens of tile b.
 template <typename T, int D, int N, int a_rows, int b_rows>
 __device__ __forceinline__ void multiply_transposed(float (&d)[N / 2], const unsigned char* a, int a_row,
                                                     const unsigned char* b) {
@@ -210,7 +210,7 @@ struct Sums {
   float whole[Head<D>::whole == 0 ? 1 : Head<D>::whole / 2];
   float rest[Head<D>::rest == 0 ? 1 : Head<D>::rest / 2];
 
-  // function(number, its row among the thread's two, its column among the first of 8 and its pair)
+  // Calls function(number, its row among the thread's two).
   template <typename Function>
   __device__ __forceinline__ void for_each(Function&& function) {
     if constexpr (Head<D>::whole != 0) {
@@ -229,7 +229,7 @@ struct Sums {
   }
 };
 
-// sum [64, D] += p [64, N] x, for N tokens of tile x.
+// sum [64, D] += p [64, N] x, with N tokens of tile x.
 template <typename T, int D, int N, int x_rows>
 __device__ __forceinline__ void multiply_add(Sums<D>& sum, const std::uint32_t (&p)[N / 16][4],
                                              const unsigned char* x) {
@@ -253,15 +253,15 @@ __device__ __forceinline__ void pin_all(std::uint32_t (&p)[N][4]) {
   for (int i = 0; i < N; ++i) pin(p[i]);
 }
 
-// A product's result [64, N], rounded to T, as the left operand of the next.
+// Rounds a product's result [64, N] to T, as the left operand of the next product.
 template <typename T, int N>
 __device__ __forceinline__ void round_to(std::uint32_t (&p)[N / 16][4], const float (&d)[N / 2]) {
 #pragma unroll
   for (int i = 0; i < N / 4; ++i) p[i / 4][i % 4] = pack<T>(d[2 * i], d[2 * i + 1]);
 }
 
-// Where a thread's numbers of a product stand: its two rows, the second 8 below the first, and in each 8 columns
-// the first of its two.
+// The place of a thread's numbers in a product: the first of its two rows, the second being 8 below, and in each 8
+// columns the first of its two.
 struct Place {
   int row, column;
 
@@ -269,7 +269,7 @@ struct Place {
       : row(i_thread % kWarpgroup / kWarp * 16 + i_thread % kWarp / 4), column(i_thread % 4 * 2) {}
 };
 
-// Writes the rows of a sum [64, D] that stand before `end`, the first of them token `first`, times a number a row.
+// Writes the rows of a sum [64, D] before token `end`, starting at token `first`, each times its scale.
 template <typename T, int D>
 __device__ __forceinline__ void store_sum(T* x, std::int64_t stride_t, const Sums<D>& sum, Place place, int first,
                                           int end, float scale_0, float scale_1) {
@@ -291,9 +291,9 @@ __device__ __forceinline__ void store_sum(T* x, std::int64_t stride_t, const Sum
   if constexpr (Head<D>::rest != 0) store(sum.rest, Head<D>::rest, Head<D>::whole);
 }
 
-// ---- the blocks of keys that a tile of queries sees, see schedule.py and attention_triton_forward.py
+// ---- the blocks of keys that a tile of queries sees, see layout/tiles.py and attention/triton_forward.py
 
-// First the blocks that need no mask, of the prefix and then of the segment, then what is left of both.
+// First the blocks that need no mask, of the prefix and then of the segment, then the remaining ones of both.
 template <int tile_rows, int block_rows>
 struct KeyBlocks {
   int first, start, end;  // first query, its segment
@@ -319,7 +319,7 @@ struct KeyBlocks {
     return i < num_prefix_rest ? prefix + num_prefix * block_rows : rest + (i - num_prefix_rest) * block_rows;
   }
 
-  // Where a masked block's keys end.
+  // The end of a masked block's keys.
   __device__ __forceinline__ int block_end(int i) const {
     return i - num_full < num_prefix_rest ? prefix_end : key_end;
   }

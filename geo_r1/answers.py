@@ -1,4 +1,4 @@
-"""Read the answer out of a completion as a person would. Standard library only."""
+"""Read the answer in a completion as a person would. Standard library only."""
 
 import re
 
@@ -6,7 +6,7 @@ Mention = tuple[int, bool, bool]  # a choice's number from 1, asserted, rejected
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 DEFAULT_NUM_CHOICES = 5
-MOST_READ = 4096  # characters: of a longer answer its end is read, where a conclusion stands
+MOST_READ = 4096  # characters: of a longer answer only the end is read, where the conclusion is
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
@@ -38,7 +38,7 @@ _NEGATED_AFTER = re.compile(
     r"[\s)\]]*(?:cannot|(?:is|was|are|does|do|did|can|could|would|has|looks?|seems?)"
     r"(?:n't|\s+(?:not|too|wrong|incorrect|ruled|excluded|eliminated|unlikely|impossible)))\b"
 )
-# What may follow the letter A (and I) where it is a choice and not the English word.
+# The text after the letter A (and I) where it is a choice and not the English word.
 _AFTER_A = re.compile(
     r"\s*(?:$|[^\w\s]|[a-z]\b|(?:is|isn't|was|or|and|nor|but|as|does|doesn't|matches|fits|shows|rather|instead)\b)"
 )
@@ -46,7 +46,7 @@ _AFTER_I = re.compile(r"\s*(?:$|[.:;!?)\]/]|is\b)")
 
 
 def well_formed(text: str) -> bool:
-    """Say whether a text is a think block, optional white space and a non-empty answer block, and no more."""
+    """Whether a text is a think block, optional white space and a non-empty answer block, and no more."""
     if any(text.count(tag) != 1 for tag in TAGS):
         return False
     before, _, rest = text.partition("<think>")
@@ -58,15 +58,15 @@ def well_formed(text: str) -> bool:
 
 
 def extract_answer(text: str) -> str | None:
-    """Return the content of the last complete `<answer>...</answer>` block, stripped; None without one."""
+    """The content of the last complete `<answer>...</answer>` block, stripped; None without one."""
     blocks = _ANSWER.findall(text)
     return blocks[-1].strip() if blocks else None
 
 
 def said(text: str) -> str:
-    """What a completion answers: its answer block, else what follows the last thought, else all of it.
+    """The answer of a completion: its answer block, else the text after the last thought, else all of it.
 
-    Empty where a block or a thought is left open: what was cut off has not been answered.
+    Empty where a block or a thought is left open: a completion that was cut off is no answer.
     """
     if "<answer>" in text:
         return extract_answer(text) or ""
@@ -76,17 +76,17 @@ def said(text: str) -> str:
 
 
 def extract_choice(text: str, num_choices: int = DEFAULT_NUM_CHOICES) -> str | None:
-    """Return the choice letter, upper case, that a person would read from an answer; None where in doubt.
+    """The choice letter, upper case, that a person would read from an answer; None where in doubt.
 
-    Only the last answer block counts; a text with tags but no such block has no answer, one with no tags is
+    Only the last answer block counts; a text with tags but no such block has no answer, one without tags is
     read whole. Each letter, number ("image 3") or ordinal ("the third image") that can be a choice is found
     and judged by the words around it: rejected ("not D", "A is too far"), asserted (named, bracketed, or at a
     place where an answer stands), or in passing. The answer is the one asserted choice; a second choice that
-    is not rejected, in range or not, is doubt. Clauses of reason ("because A ...") are not read, nor what
-    comes before a last "answer is". "a" and "I" are choices only where they cannot be English words.
+    is not rejected, in range or not, is doubt. Clauses of reason ("because A ...") are not read, nor the text
+    before a last "answer is". "a" and "I" are choices only where they cannot be English words.
 
     Args:
-        text: a completion, or an answer alone.
+        text: a completion, or only its answer.
         num_choices: 2 to 26; choices are the first letters of the alphabet.
 
     Raises:
@@ -124,7 +124,7 @@ def _judge(text: str, num_choices: int) -> list[Mention]:
 
 
 def _is_asserted(token: re.Match[str], before: str, after: str, joined: bool) -> bool | None:
-    """Say whether a token stands where an answer does (True), in passing (False), or is no choice (None)."""
+    """Whether a token is in the place of an answer (True) or in passing (False); None if it is no choice."""
     if token["ordinal"]:
         return token["named"] is not None
     word = token["plain"]
@@ -141,7 +141,7 @@ def _is_asserted(token: re.Match[str], before: str, after: str, joined: bool) ->
 
 
 def _number(token: re.Match[str], num_choices: int) -> int:
-    """Return the number, from 1, of the choice that a token names; it may be out of range."""
+    """The number, from 1, of the choice that a token names; it may be out of range."""
     word = token["plain"] or token["ordinal"]
     if word == "last":
         return num_choices
@@ -151,7 +151,7 @@ def _number(token: re.Match[str], num_choices: int) -> int:
 
 
 def _only_choice(mentions: list[Mention], num_choices: int) -> str | None:
-    """Return the letter of the only choice left after rejections, if it is asserted and in range."""
+    """The letter of the only choice left after rejections, if it is asserted and in range."""
     left = {number for number, _, rejected in mentions if not rejected}
     rejected_numbers = {number for number, _, rejected in mentions if rejected}
     if len(left) != 1 or left & rejected_numbers:

@@ -1,4 +1,4 @@
-"""How places are written: folded names, aliases and corrections that GeoNames lacks, coordinates in prose."""
+"""How places are written: folded names, and coordinates in prose."""
 
 from __future__ import annotations
 
@@ -7,86 +7,13 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-# Names that GeoNames has otherwise, or not at all; folded.
-COUNTRY_ALIASES = """
-AT:osterreich BE:belgique/belgie BR:brasil CH:schweiz/suisse/svizzera CN:中国/中國 CZ:cesko/ceska republika
-DE:deutschland/bundesrepublik deutschland DK:danmark ES:espana FI:suomi FR:republique francaise GR:hellas
-HU:magyarorszag IT:italia JP:日本/nippon KR:대한민국/한국 NL:nederland NO:norge PL:polska RU:россия/rossiya
-SE:sverige
-AE:uae/emirates AX:aland BA:bosnia/bosnia herzegovina/bosnia hercegovina BL:saint barts BN:brunei darussalam
-BO:plurinational state of bolivia/bolivia plurinational state of BQ:bonaire/caribbean netherlands
-BY:byelorussia/belorussia CC:cocos keeling islands/keeling islands
-CD:dr congo/d r congo/drc/congo kinshasa/zaire/democratic republic of congo/congo dr
-CD:congo democratic republic of/congo democratic republic of the
-CG:congo/congo brazzaville/republic of congo CI:cote d ivoire
-CN:prc/mainland china/people s republic of china CV:cape verde CZ:czech republic
-FK:falklands/malvinas/falkland islands malvinas
-FM:federated states of micronesia/micronesia federated states of
-FO:faeroe islands/faroes GB:uk/u k/great britain/britain/england/scotland/wales/northern ireland
-GB:united kingdom of great britain and northern ireland HK:hong kong sar/hong kong china/hong kong sar china
-IE:eire/republic of ireland IR:iran islamic republic of/persia KG:kyrgyz republic/kirghizia KH:kampuchea
-KP:dprk/democratic people s republic of korea/korea north/korea democratic people s republic of
-KR:korea/republic of korea/korea south/korea republic of LA:lao/lao pdr/lao people s democratic republic
-LK:ceylon MD:moldova republic of MK:macedonia/fyrom/former yugoslav republic of macedonia MM:burma
-MO:macau/macau sar/macao sar/macao sar china NL:holland NZ:aotearoa PN:pitcairn islands
-PS:palestine/state of palestine/palestinian territories/occupied palestinian territory/west bank/gaza strip
-RU:russian federation SH:saint helena ascension and tristan da cunha SY:syrian arab republic SZ:swaziland
-TL:east timor TR:turkiye TW:republic of china/chinese taipei/taiwan province of china
-TZ:tanzania united republic of/united republic of tanzania US:usa/u s/u s a/united states of america/america
-VA:vatican city/holy see/vatican city state
-VE:bolivarian republic of venezuela/venezuela bolivarian republic of
-VG:virgin islands british VI:us virgin islands/united states virgin islands/virgin islands u s VN:viet nam
-"""
-COUNTRY_CODES = {"UK": "GB", "UAE": "AE", "DRC": "CD", "PRC": "CN"}
-FORMER = {"AN", "CS"}  # Netherlands Antilles, Serbia and Montenegro
-CORRECTED = {  # code: name, continent, capital where GeoNames has an old, unusual or no one
-    "BQ": ("Bonaire, Sint Eustatius and Saba", None, "Kralendijk"),
-    "KZ": (None, None, "Astana"),
-    "NL": ("Netherlands", None, None),
-    "PW": (None, None, "Ngerulmud"),
-    "TL": ("Timor-Leste", "Asia", None),
-}
-DRIVES_LEFT = """
-AG AI AU BB BD BM BN BS BT BW CC CK CX CY DM FJ FK GB GD GG GS GY HK ID IE IM IN JE JM JP KE KI KN KY LC LK LS
-MO MS MT MU MV MW MY MZ NA NF NP NR NU NZ PG PK PN SB SC SG SH SR SZ TC TH TK TL TO TT TV TZ UG VC VG VI WS ZA
-ZM ZW
-"""
-TERRITORIES = {  # where people also say the state: "Hong Kong, China"
-    "AU": {"CC", "CX", "NF"},
-    "CN": {"HK", "MO"},
-    "DK": {"FO", "GL"},
-    "FI": {"AX"},
-    "FR": {"BL", "GF", "GP", "MF", "MQ", "NC", "PF", "PM", "RE", "WF", "YT"},
-    "GB": {"AI", "BM", "FK", "GG", "GI", "IM", "JE", "KY", "MS", "SH", "TC", "VG"},
-    "NL": {"AW", "BQ", "CW", "SX"},
-    "NO": {"SJ"},
-    "NZ": {"CK", "NU", "TK"},
-    "US": {"AS", "GU", "MP", "PR", "VI"},
-}
-CONTINENT_ALIASES = {
-    "australasia": "Oceania",
-    "australia and oceania": "Oceania",
-    "central america": "North America",
-}
-REGIONS = """
-CA 01 AB Alberta/CA 02 BC British Columbia/CA 03 MB Manitoba/CA 04 NB New Brunswick
-CA 05 NL Newfoundland and Labrador/CA 07 NS Nova Scotia/CA 08 ON Ontario/CA 09 PE Prince Edward Island
-CA 10 QC Quebec/CA 11 SK Saskatchewan/CA 12 YT Yukon/CA 13 NT Northwest Territories/CA 14 NU Nunavut
-AU 01 ACT Australian Capital Territory/AU 02 NSW New South Wales/AU 03 NT Northern Territory
-AU 04 QLD Queensland/AU 05 SA South Australia/AU 06 TAS Tasmania/AU 07 VIC Victoria/AU 08 WA Western Australia
-"""
-NICKNAMES = {
-    "NYC": "New York City", "NY": "New York City", "LA": "Los Angeles", "SF": "San Francisco",
-    "DC": "Washington, D.C.", "KL": "Kuala Lumpur", "HK": "Hong Kong", "CDMX": "Mexico City",
-}  # fmt: skip
-
 _LETTERS = {"ø": "o", "ł": "l", "đ": "d", "ð": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th"}
 _WORDS = re.compile(r"[^ ]{1,256}")  # normal forms take quadratic time on a long run of accents
 _SAINT = re.compile(r"\bst(e?)(?![^ ])")
 
 
 class _Folded(dict[int, str]):
-    """What each character of a name becomes; found when it is first met."""
+    """The folded form of each character, computed on first use."""
 
     def __missing__(self, code: int) -> str:
         self[code] = folded = "".join(
@@ -123,7 +50,7 @@ def is_coordinate(latitude: float, longitude: float) -> bool:
 
 _LAT, _LON = "lat(?:itude)?", "(?:lon(?:g(?:itude)?)?|lng)"
 _AND = r"[\s,/&]{1,3}(?:and\s)?"
-_SKIP = r"(?:[^\w+−–-]|[-–](?=\s)){0,8}"  # what may stand between a label and its number
+_SKIP = r"(?:[^\w+−–-]|[-–](?=\s)){0,8}"  # between a label and its number
 _SMALL = r"\d{1,2}(?:\.\d{1,20})?"
 _ANGLE = re.compile(  # every repetition is bounded, so that reading is linear
     rf"""
@@ -169,7 +96,7 @@ def _angle(match: re.Match[str]) -> _Angle:
 
 
 def _pair(text: str, one: _Angle, other: _Angle) -> tuple[float, float] | None:
-    """Latitude and longitude, if two angles in a row are some."""
+    """The latitude and longitude that two consecutive angles are; None if they are no pair."""
     gap = text[one.end : other.start]
     if len(gap) > _CLOSE:
         return None
@@ -189,9 +116,9 @@ def _pair(text: str, one: _Angle, other: _Angle) -> tuple[float, float] | None:
 def parse_coordinates(text: str) -> list[tuple[float, float]]:
     """Every pair of latitude and longitude in a text, in order, in degrees.
 
-    Read are decimals ("48.8566, 2.3522": latitude first), brackets ("(48, 2)"), hemispheres ("48.85° N,
+    It reads decimals ("48.8566, 2.3522": latitude first), brackets ("(48, 2)"), hemispheres ("48.85° N,
     2.35° E", "N 48.85 E 2.35"), minutes and seconds ("48°51'24\"N 2°21'08\"E") and names in either order
-    ("longitude: 2.35, latitude: 48.85"). Two bare whole numbers are no pair, nor is what is off the globe.
+    ("longitude: 2.35, latitude: 48.85"). Two bare whole numbers are no pair, nor are numbers off the globe.
     """
     pairs = []
     waiting: _Angle | None = None

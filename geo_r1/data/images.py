@@ -1,4 +1,4 @@
-"""Pictures at the size that the model takes: which size that is, and how not to decode one twice."""
+"""Pictures at the size that the model takes, and a cache so that none is decoded twice."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from geo_r1.data.sample import ImageSource, load_image, read_image
 
 Size = tuple[int, int]  # height and width in pixels
-SHRINK_STEPS = 4096  # shares of their pixels that pictures may shrink to: less than one token apart
+SHRINK_STEPS = 4096  # steps in which pictures shrink: less than one token apart
 
 
 class PictureCache:
     """Decoded and resized pictures, found again by their content; the least recently used go first.
 
     Args:
-        max_bytes: what the pixels may take together; 0 keeps nothing.
+        max_bytes: the most bytes of pixels to keep; 0 keeps nothing.
 
     Attributes:
-        num_bytes: what they take now.
-        hits, misses: pictures that were found, and that were not.
+        num_bytes: bytes of pixels that are kept now.
+        hits, misses: how many pictures were found, and how many were not.
     """
 
     def __init__(self, max_bytes: int = 0) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = self.hits = self.misses = 0
         self._pixels: OrderedDict[tuple[bytes, Size], np.ndarray] = OrderedDict()
-        self._sizes: dict[bytes, Size] = {}  # of the whole pictures; no longer than the pixels are kept
+        self._sizes: dict[bytes, Size] = {}  # of the whole pictures, kept as long as their pixels
 
     def __len__(self) -> int:
         return len(self._pixels)
 
     def whole_size(self, digest: bytes) -> Size | None:
-        """The size of the picture itself, if something of it is kept."""
+        """The size of the picture itself, if any size of it is kept."""
         return self._sizes.get(digest)
 
     def find(self, digest: bytes, target: Size) -> np.ndarray | None:
@@ -65,7 +65,7 @@ class PictureCache:
 
 
 class Picture:
-    """One picture of a prompt; what the cache holds of it is not decoded again.
+    """One picture of a prompt; it is not decoded if the cache holds it.
 
     Args:
         source: a picture, a path, or encoded bytes.
@@ -75,7 +75,7 @@ class Picture:
         size: height and width in pixels, upright.
 
     Raises:
-        ValueError: it is missing or broken; see `load_image`.
+        UserError: it is missing or broken; see `load_image`.
     """
 
     def __init__(self, source: ImageSource, owner: str, cache: PictureCache) -> None:
@@ -120,7 +120,7 @@ def fitted(whole: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
     """The size at which a picture reaches the model: multiples of `factor`, within the limits on pixels.
 
     Raises:
-        ValueError: it is more than 200 times as long as wide.
+        UserError: it is more than 200 times as long as wide.
     """
     height, width = smart_resize(*whole, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
     return height, width
@@ -135,9 +135,9 @@ def shrunk(whole: Sequence[Size], targets: Sequence[Size], factor: int, max_toke
 
     Args:
         whole: sizes of the pictures themselves.
-        targets: the sizes that they would have otherwise; none grows beyond its own.
-        factor: sides of the results are multiples of it; one square of it is a token.
-        max_tokens: what all of them may have together.
+        targets: their sizes without a limit; no picture grows beyond its own.
+        factor: pixels on a side of one token; sides of the results are multiples of it.
+        max_tokens: the most tokens of all pictures together.
 
     Returns:
         The largest sizes that fit; None if one token each is too much.

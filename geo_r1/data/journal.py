@@ -1,4 +1,4 @@
-"""JSON lines that survive a kill: a whole record is appended at a time, and no line is endless."""
+"""JSON lines that survive a kill: records are appended whole, and the length of a line is limited."""
 
 from __future__ import annotations
 
@@ -6,47 +6,42 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-MAX_LINE = 16 * 2**20  # bytes: ten pictures fit in a record, what would fill the memory does not
+from geo_r1.data.paths import naming
+from geo_r1.errors import UserError, one_line
+
+MAX_LINE = 16 * 2**20  # bytes: room for ten pictures in a record, but not enough to fill the memory
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields each line's number, from 1, and its JSON value; blank lines are passed over.
+    """Yields each line's number, from 1, and its JSON value; blank lines are skipped.
 
     Raises:
-        ValueError: the file is missing, a line is longer than `MAX_LINE` or is not JSON; names file and line.
+        UserError: the file is missing, a line is longer than `MAX_LINE` or is not JSON; names file and line.
     """
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE + 1):
-                number += 1
-                if len(line) > MAX_LINE:
-                    most = f"{MAX_LINE >> 20} MiB"
-                    raise ValueError(
-                        f"{path}, line {number}: longer than {most}; one record a line is expected"
-                    )
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield number, _value(line, f"{path}, line {number}")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _value(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.rstrip())
-    except (ValueError, RecursionError) as error:  # the latter of brackets, nested deep
-        raise ValueError(f"{where}: broken JSON: {' '.join(str(error).split())}") from error
+    with naming(path, "read"), path.open("rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
+            where = f"{path}, line {number}"
+            if len(line) > MAX_LINE:
+                most = f"{MAX_LINE >> 20} MiB"
+                raise UserError(f"{where}: longer than {most}; one record a line is expected")
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                try:
+                    value = json.loads(line.rstrip())
+                except (ValueError, RecursionError) as error:  # the latter from deeply nested brackets
+                    raise UserError(f"{where}: broken JSON: {one_line(error)}") from error
+                yield number, value
 
 
 class Journal:
-    """Records by id, appended as they come; what a killed process had written is there at the next start.
+    """Records by id, appended as they come; a process that was killed finds its records at the next start.
 
     A last line that was cut by a kill is dropped, with a later one of the same id the first one stands. One
-    process at a time, which a lock holds; `append` may be called by any one thread.
+    process at a time may use the file (it holds a lock), and one thread at a time may call `append`.
 
     Args:
         path: JSONL; each record has a string "id".
@@ -55,14 +50,15 @@ class Journal:
         records: by id, in the order in which they came.
 
     Raises:
-        ValueError: a line other than the last is broken, or has no id; names it. Or another process has it.
+        UserError: a line other than the last is broken, or has no id; names it. Or another process has it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab+")
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab+")
         try:
             self._read()
         except BaseException:
@@ -70,40 +66,41 @@ class Journal:
             raise
 
     def _read(self) -> None:
-        path = self.path
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{path} is being written by another process") from None
+            raise UserError(f"{self.path} is being written by another process") from None
         if os.fstat(self._file.fileno()).st_size:
             self._drop_cut_line()
-            for number, record in read_lines(path):
+            for number, record in read_lines(self.path):
                 if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-                    raise ValueError(f"{path}, line {number}: expected a record with an id")
+                    raise UserError(f"{self.path}, line {number}: expected a record with an id")
                 self.records.setdefault(record["id"], record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a record; it is in the system's hands when this returns, and survives this process.
+        """Write a record; when this returns, it survives the end of this process.
 
         Raises:
             ValueError: its id has been written before.
+            UserError: it is too long for a line, or the disk is full.
         """
         key = record["id"]
         if key in self.records:
             raise ValueError(f"{self.path}: {key!r} is there already")
         line = json.dumps(record, ensure_ascii=True).encode() + b"\n"
         if len(line) > MAX_LINE:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: the record {key!r:.80} takes {len(line)} bytes, too many for a line"
             )
-        self._file.write(line)
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(line)
+            self._file.flush()
         self.records[key] = dict(record)
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self.path), self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Journal:
         return self
@@ -113,15 +110,13 @@ class Journal:
 
     def _drop_cut_line(self) -> None:
         with self.path.open("rb+") as file:
-            size = file.seek(0, os.SEEK_END)
-            end = size
+            end = size = file.seek(0, os.SEEK_END)
             while end:  # back to the last line's end, a block at a time
                 start = max(0, end - 65536)
                 file.seek(start)
                 found = file.read(end - start).rfind(b"\n")
+                end = start + found + 1
                 if found >= 0:
-                    end = start + found + 1
                     break
-                end = start
             if end < size:
                 file.truncate(end)

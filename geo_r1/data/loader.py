@@ -10,14 +10,14 @@ from typing import Protocol
 from geo_r1.data.prompt import PromptEncoder
 from geo_r1.data.sample import Sample
 from geo_r1.data.source import Source
-from geo_r1.data.workers import Parcel, Prepared, Task, Workers
+from geo_r1.data.workers import Prepared, Task, Workers
 from geo_r1.models.packed import EncodedPrompt
 
-PREFETCH = 2  # how many of the upcoming calls are prepared ahead
+PREFETCH = 2  # upcoming calls that are prepared ahead
 
 
 class LoaderOptions(Protocol):
-    """The part of a recipe that a loader is made of."""
+    """The settings of a recipe that a loader needs."""
 
     @property
     def num_workers(self) -> int: ...
@@ -41,12 +41,12 @@ class PromptLoader:
     Use it in a `with` statement, or close it.
 
     Args:
-        source: what is drawn from. A source without end is drawn from in the workers, so it must pickle; of
-            one with an end only the drawn samples go there.
-        encoder: with its rule for prompts that are too long.
+        source: of the samples. Workers draw from a source without end, so it must pickle; from a source with
+            an end, the main process draws and sends them the samples.
+        encoder: its `on_overlong` is the rule for prompts that are too long.
         seed: of the training order.
-        num_workers: processes; 0 does all work here, when it is asked for.
-        cache_bytes: for decoded pictures, all workers together.
+        num_workers: processes; with 0, `load` does the work itself.
+        cache_bytes: of decoded pictures, for all workers together.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class PromptLoader:
         encoder = encoder.with_cache(cache_bytes // max(num_workers, 1))
         self._task = Task(source, encoder, seed)
         self._workers = Workers(self._task, num_workers) if num_workers else None
-        self._futures: dict[int, Future[Parcel]] = {}
+        self._futures: dict[int, Future[Prepared]] = {}
 
     @classmethod
     def of(cls, options: LoaderOptions, source: Source, encoder: PromptEncoder, seed: int) -> PromptLoader:
-        """The loader that a recipe's section `data` asks for."""
+        """A loader with the settings of a recipe's section `data`."""
         return cls(
             source,
             encoder,
@@ -81,7 +81,7 @@ class PromptLoader:
         self.close()
 
     def close(self) -> None:
-        """End the workers, whatever they do."""
+        """End the workers, even in the middle of their work."""
         self._futures.clear()
         if self._workers is not None:
             self._workers.close()
@@ -95,28 +95,26 @@ class PromptLoader:
                 costs time.
 
         Raises:
-            ValueError: a sample or a prompt is wrong, or a worker was killed; one line that says what to do.
+            UserError: a sample or a prompt is wrong, or a worker was killed; one line that says what to do.
         """
         if self._workers is None:
-            return [self._encoded(position, self._task.prepare(position, None)) for position in positions]
-        ahead = [position for call in upcoming[:PREFETCH] for position in call]
-        wanted = dict.fromkeys((*positions, *ahead))
-        for position in self._futures.keys() - wanted.keys():
-            self._futures.pop(position).cancel()
-        for position in wanted:
-            if position not in self._futures:
-                self._futures[position] = self._submit(self._workers, position)
-        prepared = [self._futures[position].result().open() for position in positions]
-        self._futures = {position: self._futures[position] for position in ahead}
-        return [self._encoded(position, item) for position, item in zip(positions, prepared, strict=True)]
+            prepared: list[Prepared] = [self._task.prepare(position) for position in positions]
+        else:
+            ahead = [position for call in upcoming[:PREFETCH] for position in call]
+            wanted = dict.fromkeys((*positions, *ahead))
+            for position in self._futures.keys() - wanted.keys():
+                self._futures.pop(position).cancel()
+            for position in wanted:
+                if position not in self._futures:
+                    self._futures[position] = self._workers.submit(
+                        position, self._draw(position) if self._task.source.size else None
+                    )
+            prepared = [self._futures[position].result() for position in positions]
+            self._futures = {position: self._futures[position] for position in ahead}
+        return [
+            None if prompt is None else Encoded(position, sample or self._draw(position), prompt)
+            for position, (sample, prompt) in zip(positions, prepared, strict=True)
+        ]
 
-    def _submit(self, workers: Workers, position: int) -> Future[Parcel]:
-        source = self._task.source
-        here = None if source.size is None else source.draw(position, self._task.seed)
-        return workers.submit(position, here)
-
-    def _encoded(self, position: int, prepared: Prepared) -> Encoded | None:
-        if prepared.prompt is None:
-            return None
-        sample = prepared.sample or self._task.source.draw(position, self._task.seed)
-        return Encoded(position, sample, prepared.prompt)
+    def _draw(self, position: int) -> Sample:
+        return self._task.source.draw(position, self._task.seed)

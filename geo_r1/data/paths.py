@@ -1,16 +1,28 @@
-"""Paths of pictures in rows that move to another file: still right from there."""
+"""Paths of the user's files: named in errors, and still right in rows that move to another file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from geo_r1.errors import UserError
+
+
+@contextmanager
+def naming(path: Path | str, failed: str = "written") -> Iterator[None]:
+    """Turn an OSError on a user's file into a UserError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be {failed}: {error.strerror or error}") from error
+
 
 def moved_row(row: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any]:
-    """A row of our own columns with its pictures' paths as seen from a folder; see `moved`."""
+    """A row in our own columns with its pictures' paths as seen from a folder; see `moved`."""
     images = row.get("images")
     return (
         {**row, "images": [moved(i, root, folder) for i in images]} if isinstance(images, list) else {**row}
@@ -21,12 +33,12 @@ def moved(image: Any, root: Path, folder: Path) -> Any:
     """A picture's path as seen from a folder: relative where it is in it, absolute elsewhere.
 
     Args:
-        image: a path, {"path", "bytes"} or bytes; what is none of these is returned as it is.
-        root: what a relative path is relative to now.
-        folder: of the file that it moves to.
+        image: a path, {"path", "bytes"} or bytes; anything else is returned as it is.
+        root: the folder that a relative path starts from now.
+        folder: the folder of the file that the row moves to.
 
     Raises:
-        ValueError: it is an address and no path.
+        UserError: it is a web address and not a path.
     """
     if isinstance(image, bytes):
         return {"bytes": image, "path": None}
@@ -35,14 +47,14 @@ def moved(image: Any, root: Path, folder: Path) -> Any:
     if not isinstance(image, str):
         return image
     if "://" in image or image.startswith("data:"):
-        raise ValueError(f"image {image!r:.80} is no path; save it as a file")
+        raise UserError(f"image {image!r:.80} is no path; save it as a file")
     parent, name = os.path.split(image)
     return os.path.join(_seen_from(folder.absolute(), root.absolute(), parent), name)
 
 
 @lru_cache(65536)
 def _seen_from(folder: Path, root: Path, parent: str) -> str:
-    """What stands before the names of a folder's files: "" for `folder` itself."""
+    """The prefix of the names of a folder's files; "" for `folder` itself."""
     path = root / parent
     if ".." in path.parts:  # of a link, it is the parent of where that leads
         path = Path(os.path.realpath(path))

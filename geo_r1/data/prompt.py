@@ -13,27 +13,28 @@ from torch import Tensor
 
 from geo_r1.data.images import Picture, PictureCache, Size, fitted, num_tokens, shrunk
 from geo_r1.data.sample import Sample
+from geo_r1.errors import UserError
 from geo_r1.models.packed import EncodedPrompt
 
 OnOverlong = Literal["error", "skip", "resize"]
 
 
-class OverlongPrompt(ValueError):  # noqa: N818  # whether it is an error is for the caller to say
-    """A prompt has more tokens than a prompt may have."""
+class OverlongPromptError(UserError):
+    """A prompt has more tokens than allowed; `on_overlong` decides whether that ends a run."""
 
 
 class PromptEncoder:
-    """Encodes prompts for a Qwen2-VL, Qwen2.5-VL or Qwen3-VL. It pickles, for processes that do so.
+    """Encodes prompts for a Qwen2-VL, Qwen2.5-VL or Qwen3-VL. It pickles, so workers can use it.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         image_processor: a transformers `Qwen2VLImageProcessorPil`.
         image_token_id: the token that stands for one merged patch of a picture.
         max_pixels: pictures with more pixels are shrunk to it; None keeps the processor's own limit.
-        max_prompt_tokens: the most tokens of a prompt; one is never cut, since that could cut a picture.
-        on_overlong: what becomes of a longer one. "error" and "skip" both raise `OverlongPrompt`, which
+        max_prompt_tokens: the most tokens of a prompt; prompts are never cut, since that could cut a picture.
+        on_overlong: the rule for longer prompts. "error" and "skip" both raise `OverlongPromptError`, which
             `PromptLoader` passes on or takes for an answer; "resize" shrinks its pictures until it fits.
-        keep_pictures: a prompt also carries its pictures, resized, for a sampler that encodes them itself.
+        keep_pictures: a prompt also carries its resized pictures, for a rollout engine that encodes them.
 
     Attributes:
         cache: decoded pictures; see `with_cache`.
@@ -70,9 +71,9 @@ class PromptEncoder:
         """Encode a sample's prompt up to where the assistant's answer begins.
 
         Raises:
-            OverlongPrompt: the prompt is over `max_prompt_tokens`, and its pictures may not be shrunk or
+            OverlongPromptError: the prompt is over `max_prompt_tokens`, and its pictures may not be shrunk or
                 cannot be shrunk enough.
-            ValueError: a picture is missing or broken, or the text contains image tokens of its own. All
+            UserError: a picture is missing or broken, or the text contains image tokens of its own. All
                 errors name the sample.
         """
         pictures = [Picture(image, sample.id, self.cache) for image in sample.images]
@@ -108,22 +109,20 @@ class PromptEncoder:
             return [
                 fitted(size, self._factor, limits["shortest_edge"], limits["longest_edge"]) for size in sizes
             ]
-        except ValueError as error:  # such as a picture more than 200 times as wide as high
-            raise ValueError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
+        except ValueError as error:  # for example, a picture more than 200 times as wide as high
+            raise UserError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
 
     def _tokens(self, sample: Sample, num_images: int) -> list[int]:
-        """Token ids of the rendered chat, with one image token a picture."""
+        """Token ids of the rendered chat, with one image token per picture."""
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
             )
-        except TemplateError as error:  # such as a role that the template does not know
-            raise ValueError(
-                f"sample {sample.id}: the chat template refuses its messages: {error}"
-            ) from error
+        except TemplateError as error:  # for example, a role that the template does not know
+            raise UserError(f"sample {sample.id}: the chat template refuses its messages: {error}") from error
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         if token_ids.count(self.image_token_id) != num_images:
-            raise ValueError(
+            raise UserError(
                 f"sample {sample.id}: {num_images} images but {token_ids.count(self.image_token_id)} image "
                 "tokens in the rendered prompt; the text must not contain image tokens itself"
             )
@@ -132,7 +131,7 @@ class PromptEncoder:
     def _within_budget(
         self, sample: Sample, token_ids: list[int], sizes: Sequence[Size], targets: list[Size]
     ) -> list[Size]:
-        """The sizes of pictures with which the prompt fits its budget."""
+        """Sizes of the pictures with which the prompt fits its budget."""
         num_text = len(token_ids) - len(sizes)
         num_image = sum(num_tokens(target, self._factor) for target in targets)
         budget = self.max_prompt_tokens
@@ -143,13 +142,13 @@ class PromptEncoder:
             f"the budget is {budget}."
         )
         if self.on_overlong != "resize":
-            raise OverlongPrompt(
+            raise OverlongPromptError(
                 f"{found} Raise data.max_prompt_tokens, lower data.max_pixels, "
                 "or set data.on_overlong to skip or resize"
             )
         smaller = shrunk(sizes, targets, self._factor, budget - num_text)
         if smaller is None:
-            raise OverlongPrompt(
+            raise OverlongPromptError(
                 f"{found} With its {len(sizes)} images at their smallest, a token each, it has "
                 f"{num_text + len(sizes)}; raise data.max_prompt_tokens"
             )
@@ -163,7 +162,7 @@ class PromptEncoder:
 def expand_images(
     token_ids: Sequence[int], image_token_id: int, grids: Sequence[tuple[int, int, int]], merge: int
 ) -> tuple[list[int], list[int]]:
-    """Repeat each image token once a merged patch; returns the tokens and the rows of the image tokens."""
+    """Repeat each image token once per merged patch; returns the tokens and the rows of the image tokens."""
     remaining = iter(grids)
     tokens: list[int] = []
     rows: list[int] = []

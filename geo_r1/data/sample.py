@@ -1,11 +1,12 @@
-"""One sample: a prompt with its images in order, and what is known of the answer."""
+"""One sample: a prompt with its images in order and its answer; and the files that samples are read from."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from geo_r1.data.journal import read_lines
+from geo_r1.errors import UserError, one_line
 
 IMAGE_MARKER = "<image>"
 MAX_JSON = 2 * 2**30  # bytes of a .json file, which is parsed whole
@@ -29,12 +31,12 @@ class Sample:
         messages: chat messages, each {"role", "content"}; content is a list of parts, {"type": "text",
             "text"} or {"type": "image"}; the n-th image part stands for the n-th of `images`.
         images: pictures, paths, or encoded bytes, in order.
-        response: what supervised fine-tuning learns to say; None where there is none.
+        response: the text that supervised fine-tuning learns; None where there is none.
         answer: the truth that rewards compare with; None where there is none.
         metadata: further columns; they reach reward functions by name.
 
     Raises:
-        ValueError: the number of image parts is not the number of images, or there is no message.
+        UserError: the number of image parts is not the number of images, or there is no message.
     """
 
     id: str
@@ -46,10 +48,10 @@ class Sample:
 
     def __post_init__(self) -> None:
         if not self.messages:
-            raise ValueError(f"sample {self.id}: the prompt is empty")
+            raise UserError(f"sample {self.id}: the prompt is empty")
         markers = sum(part["type"] == "image" for message in self.messages for part in message["content"])
         if markers != len(self.images):
-            raise ValueError(
+            raise UserError(
                 f"sample {self.id}: the prompt marks {markers} images but the sample has {len(self.images)}"
             )
 
@@ -59,10 +61,10 @@ def load_image(source: ImageSource, owner: str, encoded: bytes | None = None) ->
 
     Args:
         owner: the sample's name, for errors.
-        encoded: what `read_image` has read of this source, if it was read before.
+        encoded: the bytes of this source, if `read_image` has read them before.
 
     Raises:
-        ValueError: the file is missing, is not a whole picture, or has more than 8 bits a channel; names
+        UserError: the file is missing, is not a whole picture, or has more than 8 bits a channel; names
             `owner` and the file.
     """
     with _naming(source, owner):
@@ -75,14 +77,14 @@ def load_image(source: ImageSource, owner: str, encoded: bytes | None = None) ->
 
 
 def read_image(source: Path | bytes, owner: str) -> bytes:
-    """The encoded bytes of a picture; raises ValueError, with `owner` and the file, if it cannot be read."""
+    """The encoded bytes of a picture; raises UserError, with `owner` and the file, if it cannot be read."""
     with _naming(source, owner):
         return source.read_bytes() if isinstance(source, Path) else source
 
 
 @contextmanager
 def _naming(source: ImageSource, owner: str) -> Iterator[None]:
-    """Turn what goes wrong with a picture into one line that says whose it is."""
+    """Turn an error of a picture into one line that names its sample."""
     if isinstance(source, Image.Image):
         name = "in memory"
     else:
@@ -90,21 +92,29 @@ def _naming(source: ImageSource, owner: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"sample {owner}: image {name} does not exist") from None
+        raise UserError(f"sample {owner}: image {name} does not exist") from None
     except UnidentifiedImageError:
-        raise ValueError(f"sample {owner}: image {name} is not a picture") from None
+        raise UserError(f"sample {owner}: image {name} is not a picture") from None
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"sample {owner}: image {name} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"sample {owner}: image {name} cannot be read: {one_line(error)}") from error
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":  # Pillow would clip these to 0..255: a 16-bit satellite tile would turn white
-        raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8")
+        raise UserError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8")
     image = ImageOps.exif_transpose(image)
     if "A" in image.getbands() or "transparency" in image.info:  # the pixels below are arbitrary
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
+    """A smaller picture of about the same shape with at most so many pixels."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    height = min(max(1, int(image.height * scale)), max_pixels)
+    width = min(max(1, int(image.width * scale)), max_pixels // height)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def read_samples(path: Path | str, image_root: Path | str | None = None) -> list[Sample]:
@@ -116,7 +126,7 @@ def read_samples(path: Path | str, image_root: Path | str | None = None) -> list
     image gets all of them before its first user text.
 
     Raises:
-        ValueError: the file is missing, empty, of another type, or a row is malformed; names file and row,
+        UserError: the file is missing, empty, of another type, or a row is malformed; names file and row,
             which in JSONL is the line.
     """
     path = Path(path)
@@ -125,47 +135,63 @@ def read_samples(path: Path | str, image_root: Path | str | None = None) -> list
     for number, row in read_rows(path):
         sample = sample_of(row, f"{path}, row {number}", root)
         if sample.id in samples:
-            raise ValueError(f"{path}: rows {samples[sample.id][0]} and {number} share the id {sample.id!r}")
+            raise UserError(f"{path}: rows {samples[sample.id][0]} and {number} share the id {sample.id!r}")
         samples[sample.id] = number, sample
     if not samples:
-        raise ValueError(f"{path} holds no samples")
+        raise UserError(f"{path} holds no samples")
     return [sample for _, sample in samples.values()]
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields the rows of a JSONL, JSON or parquet file, numbered from 1; JSONL by the line, as it is read.
 
-    Not read by `datasets`, which writes a cache and wants one type a column.
+    The `datasets` package is not used: it writes a cache and wants one type per column.
 
     Raises:
-        ValueError: the file is missing, of another type, or cannot be read; names it.
+        UserError: the file is missing, of another type, or cannot be read; names it.
     """
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
+        raise UserError(f"data file {path} does not exist")
     if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise ValueError(f"data file {path}: expected .jsonl, .json or .parquet")
+        raise UserError(f"data file {path}: expected .jsonl, .json or .parquet")
     size = path.stat().st_size
     if size == 0:
         return
     if path.suffix == ".jsonl":
         yield from read_lines(path)
-        return
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
-
-            with ParquetFile(path) as table:
-                batches = table.iter_batches(batch_size=64)  # rows may hold pictures
-                yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-            return
-        if size > MAX_JSON:
-            raise ValueError(f"it takes more than {MAX_JSON >> 30} GiB; .jsonl has no limit")
-        rows = json.loads(path.read_text("utf-8-sig"))
-        if not isinstance(rows, list):
-            raise ValueError(f"it is a {type(rows).__name__}, not a list of samples")
+    elif path.suffix == ".parquet":
+        yield from enumerate(read_parquet(path), 1)
+    else:
+        try:
+            if size > MAX_JSON:
+                raise UserError(f"it takes more than {MAX_JSON >> 30} GiB; .jsonl has no limit")
+            rows = json.loads(path.read_text("utf-8-sig"))
+            if not isinstance(rows, list):
+                raise UserError(f"it is a {type(rows).__name__}, not a list of samples")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"data file {path} cannot be read: {one_line(error)}") from error
         yield from enumerate(rows, 1)
-    except (OSError, ValueError, RecursionError) as error:  # pyarrow's are among them
-        raise ValueError(f"data file {path} cannot be read: {_one_line(error)}") from error
+
+
+def read_parquet(path: Path, columns: Callable[[list[str]], list[str]] = list) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a parquet file, a few in memory at a time, since they may hold pictures.
+
+    Args:
+        columns: chooses the columns to read from the names of all.
+
+    Raises:
+        UserError: the file cannot be read; names it.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=64, columns=columns(table.schema_arrow.names)):
+                yield from batch.to_pylist()
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's are among them
+        raise UserError(f"data file {path} cannot be read: {one_line(error)}") from error
 
 
 def sample_of(row: Any, where: str, root: Path) -> Sample:
@@ -173,19 +199,19 @@ def sample_of(row: Any, where: str, root: Path) -> Sample:
 
     Args:
         where: names the row in errors, and the sample if it has no id.
-        root: what relative paths start from.
+        root: the folder that relative paths start from.
 
     Raises:
-        ValueError: the row is malformed; begins with `where`.
+        UserError: the row is malformed; begins with `where`.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: a sample must be a mapping of columns, got {_shown(row)}")
+        raise UserError(f"{where}: a sample must be a mapping of columns, got {shown(row)}")
     columns = {key: value for key, value in row.items() if value is not None}
     if "prompt" not in columns:
-        raise ValueError(f"{where}: no column 'prompt'; it has {', '.join(sorted(columns)) or 'none'}")
+        raise UserError(f"{where}: no column 'prompt'; it has {', '.join(sorted(columns)) or 'none'}")
     images = columns.pop("images", [])
     if not isinstance(images, list):
-        raise ValueError(f"{where}: 'images' must be a list, got {_shown(images)}")
+        raise UserError(f"{where}: 'images' must be a list, got {shown(images)}")
     name = _text_of(columns, "id", where) or where
     try:
         return Sample(
@@ -198,14 +224,14 @@ def sample_of(row: Any, where: str, root: Path) -> Sample:
         )
     except ValueError as error:
         reason = str(error).removeprefix(f"sample {name}: ").removeprefix(f"{where}: ")
-        raise ValueError(f"{where}: {reason}") from error
+        raise UserError(f"{where}: {reason}") from error
 
 
 def _text_of(columns: dict[str, Any], name: str, where: str) -> str | None:
-    """Take a column of text, or of numbers that stand for their text."""
+    """Take a column of text; numbers become text."""
     value = columns.pop(name, None)
     if value is not None and not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: {name!r} must be text or a number, got {_shown(value)}")
+        raise UserError(f"{where}: {name!r} must be text or a number, got {shown(value)}")
     return None if value is None else str(value)
 
 
@@ -216,18 +242,18 @@ def _image_source(image: Any, where: str, root: Path) -> ImageSource:
         return image["bytes"]
     if isinstance(image, Mapping) and isinstance(image.get("path"), str):
         return root / image["path"]
-    raise ValueError(f"{where}: an image must be a path or {{'path', 'bytes'}}, got {_shown(image)}")
+    raise UserError(f"{where}: an image must be a path or {{'path', 'bytes'}}, got {shown(image)}")
 
 
 def _messages(prompt: Any, where: str, num_images: int) -> tuple[Mapping[str, Any], ...]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
-        raise ValueError(f"{where}: 'prompt' must be text or a list of messages, got {_shown(prompt)}")
+        raise UserError(f"{where}: 'prompt' must be text or a list of messages, got {shown(prompt)}")
     messages = []
     for message in prompt:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{where}: a message must have role and content, got {_shown(message)}")
+            raise UserError(f"{where}: a message must have role and content, got {shown(message)}")
         messages.append({"role": message["role"], "content": _parts(message.get("content"), where)})
     if num_images and messages and not any(p["type"] == "image" for m in messages for p in m["content"]):
         first = next((m for m in messages if m["role"] == "user"), messages[0])
@@ -243,7 +269,7 @@ def _parts(content: Any, where: str) -> list[dict[str, str]]:
             parts += [{"type": "text", "text": text}] if text else []
         return parts
     if not isinstance(content, list):
-        raise ValueError(f"{where}: content must be text or a list of parts, got {_shown(content)}")
+        raise UserError(f"{where}: content must be text or a list of parts, got {shown(content)}")
     for part in content:  # a part may have further keys: tables fill the ones that other parts use with null
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image":
@@ -251,13 +277,10 @@ def _parts(content: Any, where: str) -> list[dict[str, str]]:
         elif kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         else:
-            raise ValueError(f"{where}: a content part must be text or image, got {_shown(part)}")
+            raise UserError(f"{where}: a content part must be text or image, got {shown(part)}")
     return parts
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value's type and its beginning, for an error."""
     return f"{type(value).__name__} {value!r:.80}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Where samples come from, by number: a file that ends, or the world that does not."""
+"""Sources of samples, by number: a file with an end, or the world without one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from geo_r1.data.sample import Sample
+from geo_r1.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,9 +17,9 @@ class Source:
     """Samples by index.
 
     Attributes:
-        sample: index -> sample, the same at every call. Of a source without end it must pickle, as module
-            functions, their partials and `exemplars.Numbered` do.
-        size: how many there are; None for no end.
+        sample: index -> sample, the same at every call. In a source without end it must pickle, as
+            functions of modules, their partials and `exemplars.Numbered` do.
+        size: the number of samples; None if there is no end.
         difficulty: of each sample, any unit; with it the first epoch goes from easy to hard.
     """
 
@@ -28,13 +29,13 @@ class Source:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], curriculum: bool = False) -> Source:
-        """These samples.
+        """A source with these samples.
 
         Args:
             curriculum: start with the easy ones, by their column `difficulty`.
 
         Raises:
-            ValueError: a sample has no such column, or no number in it; names it.
+            UserError: a sample has no such column, or no number in it; names it.
         """
         difficulty = tuple(map(_difficulty, samples)) if curriculum else None
         return cls(samples.__getitem__, len(samples), difficulty)
@@ -54,7 +55,7 @@ class Source:
         return self.sample(_shuffled(self.size, seed, epoch)[offset])
 
     def num_steps(self, steps: int | None, epochs: float | None, per_step: int) -> int:
-        """Steps of `per_step` samples that a duration means here; at least one."""
+        """A duration in steps of `per_step` samples; at least one."""
         if steps is not None:
             return steps
         assert epochs is not None and self.size is not None
@@ -65,7 +66,7 @@ def _difficulty(sample: Sample) -> float:
     value = sample.metadata.get("difficulty")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         found = "has none" if value is None else f"has {value!r:.80}"
-        raise ValueError(
+        raise UserError(
             f"sample {sample.id}: data.curriculum needs a number in the column 'difficulty'; it {found}"
         )
     return float(value)

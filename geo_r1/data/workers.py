@@ -1,8 +1,8 @@
 """Processes that encode prompts.
 
 They come from a fork server that never saw a GPU. A worker and the main process hold the two ends of a pipe
-that nobody else has, so each notices the other's death. (The standard library's executor of processes does
-not notice a worker that dies while it sends: its pipes are shared.)
+that no other process has, so each notices the other's death. NOTES.md says what torch's DataLoader and the
+standard library's executor lack.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import atexit
 import pickle
 import signal
-import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection
@@ -21,80 +20,38 @@ from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 
 import torch
-from torch import Tensor
 from torch import multiprocessing as mp
 
-from geo_r1.data.prompt import OverlongPrompt, PromptEncoder
+from geo_r1.data.prompt import OverlongPromptError, PromptEncoder
 from geo_r1.data.sample import Sample
 from geo_r1.data.source import Source
+from geo_r1.errors import UserError
 from geo_r1.models.packed import EncodedPrompt
 
-# Sent to all processes of a job at once, and for the main one to answer: it may yet need its workers.
+# Sent to all processes of a job at once, and meant for the main one, which may yet need its workers.
 NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SHARED_BYTES = 1 << 20  # from here on pixels come through shared memory, which takes a file descriptor each
+SHARED_BYTES = 1 << 20  # larger pixels come through shared memory, which takes a file descriptor each
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prompt, None if it is too long; what the cache had of its pictures and had not.
-
-    Attributes:
-        sample: None from a worker that was given it.
-    """
-
-    sample: Sample | None
-    prompt: EncodedPrompt | None
-    hits: int
-    misses: int
+Prepared = tuple[Sample | None, EncodedPrompt | None]  # no sample where the worker was given it
 
 
 @dataclass(frozen=True)
 class Task:
-    """How to prepare any position's prompt."""
+    """How to prepare the prompt at a position of the training order."""
 
     source: Source
     encoder: PromptEncoder
     seed: int
 
-    def prepare(self, position: int, sample: Sample | None) -> Prepared:
+    def prepare(self, position: int, sample: Sample | None = None) -> tuple[Sample, EncodedPrompt | None]:
+        """The sample and its prompt; no prompt if it is too long and `on_overlong` is "skip"."""
         sample = self.source.draw(position, self.seed) if sample is None else sample
-        cache = self.encoder.cache
-        hits, misses = cache.hits, cache.misses
         try:
-            prompt = self.encoder.encode(sample)
-        except OverlongPrompt:
+            return sample, self.encoder.encode(sample)
+        except OverlongPromptError:
             if self.encoder.on_overlong != "skip":
                 raise
-            prompt = None
-        return Prepared(sample, prompt, cache.hits - hits, cache.misses - misses)
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """What a worker sends: large pixels in shared memory, all else in one string of bytes."""
-
-    content: bytes
-    pixels: Tensor | None
-
-    @classmethod
-    def pack(cls, prepared: Prepared) -> Parcel:
-        prompt = prepared.prompt
-        if prompt is None or prompt.pixel_values is None or prompt.pixel_values.nbytes < SHARED_BYTES:
-            return cls(pickle.dumps(prepared), None)
-        try:
-            pixels = prompt.pixel_values.share_memory_()
-        except RuntimeError as error:
-            raise ValueError(
-                f"sample {prompt.sample_id}: no shared memory for {prompt.pixel_values.nbytes >> 20} MiB of "
-                "pixels; give /dev/shm more room (containers: --shm-size), or set data.num_workers = 0"
-            ) from error
-        return cls(pickle.dumps(replace(prepared, prompt=replace(prompt, pixel_values=None))), pixels)
-
-    def open(self) -> Prepared:
-        prepared: Prepared = pickle.loads(self.content)
-        if self.pixels is None or prepared.prompt is None:
-            return prepared
-        return replace(prepared, prompt=replace(prepared.prompt, pixel_values=self.pixels))
+            return sample, None
 
 
 @dataclass(frozen=True)
@@ -102,20 +59,20 @@ class _Worker:
     process: BaseProcess
     connection: Connection
 
-    def ask(self, position: int, sample: Sample | None) -> Parcel:
+    def ask(self, position: int, sample: Sample | None) -> Prepared:
         try:
             self.connection.send((position, sample))
-            answer: Parcel | Exception = self.connection.recv()
+            answer: Prepared | UserError = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
-            self.process.join(5)  # what it shares through the kernel goes before it does
+            self.process.join(5)  # it ends shortly after its pipe
             code = self.process.exitcode
-            if code is None:
-                raise
-            raise ValueError(
+            if code is None or code >= 0:
+                raise RuntimeError("a process that prepares prompts failed; see its own traceback") from error
+            raise UserError(
                 f"a process that prepares prompts ended unexpectedly (exit code {code}; -9 is mostly a lack "
                 "of memory): lower data.num_workers (0 needs no such processes) or data.cache_mib"
             ) from error
-        if isinstance(answer, Exception):
+        if isinstance(answer, UserError):
             raise answer
         return answer
 
@@ -124,7 +81,7 @@ class Workers:
     """Processes, and a thread for each to wait for its answers; work goes to whichever is idle.
 
     Args:
-        task: what they do. A source without end must pickle; of one with an end, only samples are sent.
+        task: their work. A source without end must pickle; of one with an end, only samples are sent.
     """
 
     def __init__(self, task: Task, num_workers: int) -> None:
@@ -146,10 +103,10 @@ class Workers:
             self._workers.append(_Worker(process, here))
             self._idle.put(self._workers[-1])
 
-    def submit(self, position: int, sample: Sample | None) -> Future[Parcel]:
+    def submit(self, position: int, sample: Sample | None) -> Future[Prepared]:
         return self._threads.submit(self._ask, position, sample)
 
-    def _ask(self, position: int, sample: Sample | None) -> Parcel:
+    def _ask(self, position: int, sample: Sample | None) -> Prepared:
         worker = self._idle.get()
         try:
             return worker.ask(position, sample)
@@ -178,26 +135,38 @@ def _blocked_signals() -> Iterator[None]:
 
 
 def _serve(task: Task, connection: Connection) -> None:
-    """What a worker does: answer until the main process is gone."""
+    """A worker's life: it answers until the main process is gone."""
     for number in NOT_FOR_WORKERS:  # the fork server may be older than our mask
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    while True:
-        try:
-            position, sample = connection.recv()
-        except (EOFError, ConnectionError):
-            return
-        answer: Parcel | Exception
-        try:
-            prepared = task.prepare(position, sample)
-            answer = Parcel.pack(prepared if sample is None else replace(prepared, sample=None))
-        except Exception as error:  # whatever it is, it is raised where the prompt was asked for
-            error.add_note(traceback.format_exc())
-            answer = error
-        try:
-            connection.send(answer)
-        except ConnectionError:
-            return
+    with suppress(EOFError, ConnectionError):  # the main process has gone
+        while True:
+            position, given = connection.recv()
+            try:
+                sample, prompt = task.prepare(position, given)
+                send(connection, (None if given else sample, prompt))
+            except UserError as error:  # raised again where the prompt is asked for
+                connection.send(error)
+
+
+def send(connection: Connection, prepared: Prepared) -> None:
+    """Send a prompt, its pixels through shared memory if they are large.
+
+    Raises:
+        UserError: there is no room in shared memory.
+    """
+    prompt = prepared[1]
+    if prompt is None or prompt.pixel_values is None or prompt.pixel_values.nbytes < SHARED_BYTES:
+        connection.send_bytes(pickle.dumps(prepared))
+        return
+    try:
+        prompt.pixel_values.share_memory_()
+    except RuntimeError as error:
+        raise UserError(
+            f"sample {prompt.sample_id}: no shared memory for {prompt.pixel_values.nbytes >> 20} MiB of "
+            "pixels; give /dev/shm more room (containers: --shm-size), or set data.num_workers = 0"
+        ) from error
+    connection.send(prepared)
 
 
 def _not_here(index: int) -> Sample:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from geo_r1.errors import UserError
+
 SIDES = ("nw", "ne", "se", "sw")
 Covers = tuple[str, str, str, str]  # in the order of SIDES
 COVERS = ("water", "woods", "sand", "roofs", "field", "rock")
@@ -70,7 +72,7 @@ class Pairing:
 
 
 class World:
-    """Cities, split into training and held-out ones, and the questions asked of them.
+    """Cities, split into training and held-out ones, and questions about them.
 
     Args:
         seed: another seed is another world.
@@ -81,7 +83,7 @@ class World:
             rounded up or down at random so that the mean holds (within 2 %: confusers never repeat).
 
     Raises:
-        ValueError: an argument is out of range.
+        UserError: an argument is out of range.
     """
 
     def __init__(
@@ -94,18 +96,18 @@ class World:
         difficulty: float = 0.8,
     ) -> None:
         if not 3 <= num_candidates <= len(LETTERS):
-            raise ValueError(f"num_candidates must be 3 to {len(LETTERS)}, got {num_candidates}")
+            raise UserError(f"num_candidates must be 3 to {len(LETTERS)}, got {num_candidates}")
         if confusers not in ("same_city", "anywhere"):
-            raise ValueError(f"confusers must be same_city or anywhere, got {confusers!r}")
+            raise UserError(f"confusers must be same_city or anywhere, got {confusers!r}")
         if not 0 <= difficulty <= 1:
-            raise ValueError(f"difficulty must be 0 to 1, got {difficulty}")
+            raise UserError(f"difficulty must be 0 to 1, got {difficulty}")
         if min(num_train_cities, num_test_cities) < 1:
-            raise ValueError(
+            raise UserError(
                 "num_train_cities and num_test_cities must be at least 1, "
                 f"got {num_train_cities} and {num_test_cities}"
             )
         if num_train_cities + num_test_cities > len(_SYLLABLES) ** 3:
-            raise ValueError(
+            raise UserError(
                 f"num_train_cities + num_test_cities must be at most {len(_SYLLABLES) ** 3}, "
                 f"got {num_train_cities + num_test_cities}"
             )

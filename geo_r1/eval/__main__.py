@@ -1,10 +1,11 @@
-"""Benchmarks of geospatial reasoning: who answers is a model here, vLLM, an endpoint, or a file of answers.
+"""Benchmarks of geospatial reasoning: a model here, vLLM, an endpoint or a file of answers is scored.
 
 python -m geo_r1.eval cross-view --data test.jsonl --model runs/mine/models/grpo --out evals/mine
 python -m geo_r1.eval geolocation --data im2gps3k.csv --images photos --url http://localhost:8000/v1 \\
     --model NAME --out evals/endpoint
 
-Stopped or killed, the same command goes on. A mistake of the user's is one line on stderr and exit code 2.
+After a stop or a kill the same command goes on. A user's mistake is one line on stderr and exit code 2, an
+outage one line and exit code 1.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from geo_r1.errors import exit_code_of
 from geo_r1.eval import cross_view, geochain, geolocation, imageo, mcq
 from geo_r1.eval.predictors import configure
 from geo_r1.eval.run import evaluate
 
 BENCHMARKS = [module.BENCHMARK for module in (cross_view, geolocation, imageo, geochain, mcq)]
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,15 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         benchmark.configure(command)
         configure(command)
     options = parser.parse_args(argv)
-    try:
-        evaluate(options.run, options, Console(stderr=True))
-    except ValueError as error:
-        print(f"geo_r1: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("geo_r1: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return exit_code_of(
+        lambda: evaluate(options.run, options, Console(stderr=True)), "interrupted; the same command goes on"
+    )
 
 
 if __name__ == "__main__":

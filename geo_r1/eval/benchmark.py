@@ -1,4 +1,4 @@
-"""What a benchmark is: its questions, how an answer is scored, and how scores are summed up."""
+"""A benchmark: its questions, how an answer is scored, and how scores are summed up."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class Benchmark:
         name: on the command line.
         help: one line.
         configure: adds its options to a parser.
-        questions: options -> all questions. Raises ValueError with file and row where the data is malformed.
-        score: (question, text of the model, "" where there is none) -> a record of JSON values. Always has
-            "answered" (an answer could be read), and "latitude", "longitude", "predicted_latitude",
-            "predicted_longitude", "distance_km" where it has a place on the map (None where not predicted).
+        questions: options -> all questions. Raises UserError with file and row where the data is malformed.
+        score: (question, the model's text or "") -> a record of JSON values. It has "answered" (an answer
+            could be read); for a place on the map also "latitude", "longitude", "predicted_latitude",
+            "predicted_longitude" and "distance_km", the latter three None where the answer names no place.
         summarise: (records of all questions, each with "id" and "length" in tokens or None) -> figures.
             Every question is in the denominator; "answered" is the share that could be read.
         columns: of the table.
-        published: figures of others, by model, with the keys of a summary; shares from 0 to 1.
+        published: figures of other models, by name, with the keys of a summary; shares from 0 to 1.
         breakdowns: keys of a summary that hold a summary by group, shown as further tables.
-        note: what the table's reader should know of how it is measured.
+        note: how the figures are measured, for the table's reader.
     """
 
     name: str

@@ -6,21 +6,22 @@ import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_choice, well_formed
-from geo_r1.data import PromptEncoder, Sample, read_samples
+from geo_r1.data import OverlongPromptError, PromptEncoder, Sample, read_samples
+from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down, is_finite, wilson_interval
-from geo_r1.eval.native import complete
-from geo_r1.models import PackedVLM
-from geo_r1.rollout import Completion
+from geo_r1.eval.native import complete, native_sampler
+from geo_r1.eval.rows import RELATIVE, add_data, texts_of
+from geo_r1.models import EncodedPrompt, PackedVLM
+from geo_r1.rollout import Completion, SamplingConfig
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one sample.
+    """A model's answer to one sample.
 
     Attributes:
         id, city, answer, num_choices: of the sample; the answer is the true letter.
@@ -46,18 +47,17 @@ def question_of(sample: Sample) -> tuple[str, int]:
     """The true letter of a sample, and how many choices it has.
 
     Raises:
-        ValueError: they are missing, or not a letter among 2 to 26 choices; names the sample.
+        UserError: they are missing, or not a letter among 2 to 26 choices; names the sample.
     """
     num_choices = sample.metadata.get("num_choices", DEFAULT_NUM_CHOICES)
     if not isinstance(num_choices, int) or not 2 <= num_choices <= 26:
-        raise ValueError(
+        raise UserError(
             f"sample {sample.id}: num_choices must be an integer from 2 to 26, got {num_choices!r}"
         )
-    answer = (sample.answer or "").strip().upper()
-    if answer not in list(ascii_uppercase[:num_choices]):
-        raise ValueError(
-            f"sample {sample.id}: the answer must be a letter from A to {ascii_uppercase[num_choices - 1]}, "
-            f"got {sample.answer!r}"
+    answer, letters = (sample.answer or "").strip().upper(), ascii_uppercase[:num_choices]
+    if answer not in list(letters):
+        raise UserError(
+            f"sample {sample.id}: the answer must be a letter from A to {letters[-1]}, got {sample.answer!r}"
         )
     return answer, num_choices
 
@@ -82,49 +82,46 @@ def predict(
         progress: called with the number of samples answered so far.
 
     Raises:
-        ValueError: a sample has no answer to compare with, or cannot be encoded; names it.
+        UserError: a sample has no answer to compare with, or cannot be encoded; names it.
     """
+
+    def encoded(sample: Sample) -> EncodedPrompt | None:
+        try:
+            return encoder.encode(sample)
+        except OverlongPromptError:
+            if encoder.on_overlong != "skip":
+                raise
+            return None
+
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+    sampler = native_sampler(vlm, tokenizer, sampling, max_tokens, "eval.max_tokens")
     predictions: list[Prediction] = []
-    completions = complete(
-        vlm, tokenizer, encoder, samples, max_new_tokens=max_new_tokens, max_tokens=max_tokens
-    )
-    for turn in completions:
+    for turn in complete(sampler, tokenizer, map(encoded, samples)):
         for sample, (completion, text) in zip(samples[len(predictions) :], turn, strict=False):
             record = score(Question(sample, truth_of(sample)), text)
-            predictions.append(
-                Prediction(
-                    sample.id,
-                    record["city"],
-                    record["answer"],
-                    record["num_choices"],
-                    completion,
-                    text,
-                    record["prediction"],
-                    record["well_formed"],
-                )
+            prediction = Prediction(
+                id=sample.id,
+                completion=completion,
+                text=text,
+                choice=record["prediction"],
+                **{name: record[name] for name in ("city", "answer", "num_choices", "well_formed")},
             )
+            predictions.append(prediction)
         progress(len(predictions))
     return predictions
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Accuracy, its 95 % interval and chance level; mean completion length in tokens; share well formed."""
-    return figures(
-        [
-            {
-                "correct": p.correct,
-                "answered": p.choice is not None,
-                "well_formed": p.well_formed,
-                "length": len(p.completion.token_ids),
-                "num_choices": p.num_choices,
-            }
-            for p in predictions
-        ]
-    )
+    records = []
+    for p in predictions:
+        read = {"correct": p.correct, "answered": p.choice is not None, "length": len(p.completion.token_ids)}
+        records.append(vars(p) | read)
+    return figures(records)
 
 
 def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The same of records of `score`; every one of them counts, lengths where they are known."""
+    """As `summarise`, from records of `score`. All records count, but only known lengths."""
     count, correct = len(records), sum(r["correct"] for r in records)
     lengths = [r["length"] for r in records if r["length"] is not None]
     return {
@@ -139,15 +136,11 @@ def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def truth_of(sample: Sample) -> dict[str, Any]:
-    """What an answer is compared with, and what accuracy is broken down by.
-
-    Raises:
-        ValueError: the sample is no question; see `question_of`.
-    """
+    """The answer, and the facts by which accuracy is broken down; raises as `question_of` does."""
     answer, num_choices = question_of(sample)
     known = {key: sample.metadata.get(key) for key in ("confusers", "difficulty", "latitude", "longitude")}
-    city = sample.metadata.get("city")
-    return {"answer": answer, "num_choices": num_choices, "city": "" if city is None else str(city), **known}
+    city = texts_of(sample.metadata, ["city"])["city"] or ""
+    return {"answer": answer, "num_choices": num_choices, "city": city, **known}
 
 
 def score(question: Question, text: str) -> dict[str, Any]:
@@ -167,7 +160,7 @@ def by_group(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`figures` of all, and by number of choices, kind of confuser, their difficulty, and city."""
     groups: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "by_k": lambda r: r["num_choices"],
-        "by_confusers": lambda r: None if r["confusers"] is None else str(r["confusers"]),
+        "by_confusers": lambda r: texts_of(r, ["confusers"])["confusers"],
         "by_difficulty": _third_of(records),
         "by_city": lambda r: r["city"] or None,
     }
@@ -190,10 +183,7 @@ def _third_of(records: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, An
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, help="JSONL or parquet, as `pairs` writes it")
-    parser.add_argument(
-        "--images", type=Path, help="image paths are relative to this folder, not to the file"
-    )
+    add_data(parser, "JSONL or parquet, as `pairs` writes it", RELATIVE)
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:

@@ -1,6 +1,6 @@
-"""GeoChain: 21 questions on a street photo, from what is seen in it to where on earth it is.
+"""GeoChain: 21 questions on a street photo, from the objects in it to its place on earth.
 
-The paper reports 13 of the 21 tasks; which ones is not known. `--tasks 13` takes those of yes or no.
+The paper reports 13 of the 21 tasks, but does not name them. `--tasks 13` takes those of yes or no.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from geo_r1.data import Sample
+from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
 from geo_r1.eval.geochain_answers import judge, read_coordinates
 from geo_r1.eval.geochain_truths import (
     ALL_RANKS,
     BINARY_RANKS,
     CITY,
+    CITY_FACTS,
     COORDINATES,
     COUNTRY,
     LANGUAGES,
+    QUESTIONS,
     STATE,
     YES_NO,
     Task,
@@ -34,9 +37,9 @@ from geo_r1.eval.geochain_truths import (
     read_tasks,
     truths,
 )
-from geo_r1.eval.geolocation import distances
-from geo_r1.eval.rows import coordinates_of, first_of, read_table
-from geo_r1.places import distance_km, open_gazetteer
+from geo_r1.eval.geolocation import distances, placed
+from geo_r1.eval.rows import add_data, coordinates_of, first_of, read_table
+from geo_r1.places import open_gazetteer
 
 RIGHT_KM = 25  # coordinates in the same city are right: the public code states no threshold
 SMALLEST_CITY = 1000  # inhabitants, for where a photo is: as in the public generator's reverse geocoder
@@ -51,51 +54,51 @@ ASKED_FOR = {
 }
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def _configure(parser: argparse.ArgumentParser) -> None:
+    folder = "folder of <city>/<sub_folder>/images/<key>.jpg"
+    add_data(parser, "test_samples.csv of GeoChain", folder, required=True)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="test_samples.csv of GeoChain")
-    add("--images", type=Path, required=True, help="folder of <city>/<sub_folder>/images/<key>.jpg")
-    add("--questions", type=Path, help="a questions.csv; default: the 21 of GeoChain")
-    add("--per-city", type=Path, help="a per_city_answers.csv; default: GeoChain's")
+    add("--questions", type=Path, default=QUESTIONS, help="a questions.csv; default: the 21 of GeoChain")
+    add("--per-city", type=Path, default=CITY_FACTS, help="a per_city_answers.csv; default: GeoChain's")
     add("--tasks", default="all", help="all; 13, those of yes or no; or ranks: 8,10,21 (13,: the 13th)")
     add("--photos", type=int, help="only the first photos")
 
 
-def questions(options: argparse.Namespace) -> list[Question]:
+def _questions(options: argparse.Namespace) -> list[Question]:
     """A question for each photo and task that has a truth.
 
-    A photo without coordinates is asked what can be seen. How many questions were left out for want of a
-    truth is in each sample's metadata, and in the summary.
+    A photo without coordinates is only asked about what can be seen. The number of questions that were left
+    out for want of a truth is in each sample's metadata, and in the summary.
 
     Raises:
-        ValueError: a file or an option is malformed, a photo is there twice or outside of the folder of
+        UserError: a file or an option is malformed, a photo is there twice or outside of the folder of
             images; names file and row.
     """
     tasks, city_facts = read_tasks(options.questions), read_city_facts(options.per_city)
     ranks, gazetteer = _ranks(options.tasks, tasks), open_gazetteer(SMALLEST_CITY)
     if options.photos is not None and options.photos < 1:
-        raise ValueError(f"--photos must be at least 1, got {options.photos}")
+        raise UserError(f"--photos must be at least 1, got {options.photos}")
     asked: list[tuple[dict[str, Any], Path, Task, Truth]] = []
     seen: dict[str, str] = {}
     for where, row in itertools.islice(read_table(options.data), options.photos):
         key = first_of(row, ("key",), where)
         if key in seen:
-            raise ValueError(f"{where}: the key {key!r:.60} is that of {seen[key]} too")
+            raise UserError(f"{where}: the key {key!r:.60} is that of {seen[key]} too")
         seen[key] = where
         for column in ("lat", "lon", "class_mapping"):
             if column not in row:
-                raise ValueError(f"{where}: no column {column}; its columns are {', '.join(row)[:200]}")
+                raise UserError(f"{where}: no column {column}; its columns are {', '.join(row)[:200]}")
         image = _image_path(options.images, row, where, options.predictions is None)
         metadata: dict[str, Any] = {"image": key, "city": str(row["city"])}
-        point = None if _is_missing(row) else coordinates_of(row, where)
+        missing = any(str(row[column]).lower() in ("none", "nan") for column in ("lat", "lon"))
+        point = None if missing else coordinates_of(row, where)
         if point:
-            metadata |= {"latitude": point[0], "longitude": point[1]}
+            metadata |= dict(zip(("latitude", "longitude"), point, strict=True))
         found = truths(_classes(row["class_mapping"]), point, gazetteer, city_facts)
         asked += [(metadata, image, tasks[rank], found[rank]) for rank in ranks if rank in found]
     if not asked:
-        raise ValueError(
-            f"{options.data} holds no photo" + (" that these tasks can be asked of" if seen else "s")
-        )
+        nothing = "no photo that these tasks can be asked of" if seen else "no photos"
+        raise UserError(f"{options.data} holds {nothing}")
     left_out = len(seen) * len(ranks) - len(asked)
     return [_question(row | {"left_out": left_out}, image, task, truth) for row, image, task, truth in asked]
 
@@ -107,13 +110,13 @@ def _ranks(option: str, tasks: Mapping[int, Task]) -> list[int]:
         wanted = list(BINARY_RANKS)
     else:
         parts = [part.strip() for part in option.strip(" ,").split(",")]
-        if any(part not in map(str, ALL_RANKS) for part in parts):
-            raise ValueError(
+        if not set(parts) <= set(map(str, ALL_RANKS)):
+            raise UserError(
                 f"--tasks must be all, 13, or ranks from 1 to 21 with commas, got {option[:60]!r}"
             )
         wanted = sorted({int(part) for part in parts})
     if missing := [rank for rank in wanted if rank not in tasks]:
-        raise ValueError(f"--tasks: the file of questions has no rank {missing[0]}")
+        raise UserError(f"--tasks: the file of questions has no rank {missing[0]}")
     return wanted
 
 
@@ -121,23 +124,19 @@ def _image_path(root: Path, row: Mapping[str, Any], where: str, wanted: bool) ->
     city, folder, key = (first_of(row, (column,), where) for column in ("city", "sub_folder", "key"))
     for name in (city, folder, key):
         if name in (".", "..") or re.search(r"[/\\\0]", name):
-            raise ValueError(
+            raise UserError(
                 f"{where}: city, sub_folder and key must be names without slashes, got {name!r:.60}"
             )
     path = root / city / folder / "images" / f"{key}.jpg"
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):  # a circle of links is let be
-        raise ValueError(f"{where}: image {path} leads out of {root}")
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):  # also for a circle of links
+        raise UserError(f"{where}: image {path} leads out of {root}")
     if wanted and not path.is_file():
-        raise ValueError(f"{where}: there is no image {path}")
+        raise UserError(f"{where}: there is no image {path}")
     return path
 
 
-def _is_missing(row: Mapping[str, Any]) -> bool:
-    return any(str(row.get(column)).lower() in ("none", "nan") for column in ("lat", "lon"))
-
-
 def _classes(mapping: Any) -> set[str]:
-    """Names of the classes; none where the mapping cannot be read, as the public generator has it."""
+    """Names of the classes; none where the mapping cannot be read, as in the public generator."""
     try:
         value = json.loads(mapping)
     except (TypeError, ValueError, RecursionError):
@@ -162,7 +161,7 @@ def _question(metadata: dict[str, Any], image: Path, task: Task, truth: Truth) -
 def score(question: Question, text: str) -> dict[str, Any]:
     """Read an answer, and compare it with the truth; see `judge` and `Benchmark.score`.
 
-    Country, state and city are right by any of their names, also with what they lie in: "Ottawa, Ontario".
+    Country, state and city are right by any of their names, also with the region: "Ottawa, Ontario".
     Languages are right if one of the true ones is named. Coordinates are right within 25 km; only their
     records have a place on the map.
     """
@@ -175,16 +174,11 @@ def score(question: Question, text: str) -> dict[str, Any]:
         read, right = judge(text, truth, point, open_gazetteer())
         return record | {"answered": read is not None, "right": right, "read": read}
     found = read_coordinates(text)
-    distance = None if found is None else float(distance_km(*point, *found))
+    record |= {"latitude": point[0], "longitude": point[1], **placed(metadata, found)}
     return record | {
         "answered": found is not None,
-        "right": distance is not None and distance <= RIGHT_KM,
+        "right": found is not None and record["distance_km"] <= RIGHT_KM,
         "read": None if found is None else f"{found[0]}, {found[1]}",
-        "latitude": point[0],
-        "longitude": point[1],
-        "predicted_latitude": found and found[0],
-        "predicted_longitude": found and found[1],
-        "distance_km": distance,
     }
 
 
@@ -216,8 +210,8 @@ def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 BENCHMARK = Benchmark(
     name="geochain",
     help="GeoChain: 21 questions on a street photo, from what is seen to coordinates; accuracy by question",
-    configure=configure,
-    questions=questions,
+    configure=_configure,
+    questions=_questions,
     score=score,
     summarise=summarise,
     columns=(

@@ -1,4 +1,4 @@
-"""How answers to GeoChain are read, as a person would, and judged; the public code has no scorer.
+"""Read answers to GeoChain as a person would, and judge them; the public code has no scorer.
 
 An answer is the answer block, or in a text with no tags the last line. Two different answers are none.
 """
@@ -11,23 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from geo_r1.answers import TAGS, extract_answer
-from geo_r1.eval.geochain_truths import (
-    CITIES_OF,
-    CITY,
-    CITY_OF,
-    COUNTRY,
-    LANGUAGES,
-    OPTIONS,
-    STATE,
-    STATES,
-    YES_NO,
-)
+from geo_r1.eval.geochain_truths import CITIES_OF, CITY, CITY_OF, COUNTRY, LANGUAGES, STATE, STATES, YES_NO
 from geo_r1.places import Country, Gazetteer, distance_km, fold, parse_coordinates
 
 ELSEWHERE_KM = 100  # from the photo: a city that lies further, named before the true one, is the answer
-MOST_READ = 2000  # characters: what is longer is no answer, and looking up its words would be slow
-MOST_PARTS = 6  # of a name with what it lies in, or of languages: more are a list of guesses
-MOST_WORDS = 5  # of a name that nothing is known of
+MOST_READ = 2000  # characters: a longer text is no answer, and looking up its words would be slow
+MOST_PARTS = 6  # of a name with its regions, or of languages: more are a list of guesses
+MOST_WORDS = 5  # of an unknown name
 
 OTHER_WORDS = {"arid": "Dry", "australia": "Oceania"}
 OTHER_LANGUAGES = {
@@ -35,7 +25,8 @@ OTHER_LANGUAGES = {
     "Norwegian": ("bokmal", "nynorsk", "norsk"),
     "Swahili": ("kiswahili",),
 }
-STATE_NAMES = {  # folded name -> country, first name; abbreviations are words in other languages
+# Folded name to country and first name; abbreviations are words in other languages.
+STATE_NAMES = {
     fold(name): (country, names[0])
     for (country, _), names in STATES.items()
     for name in names
@@ -53,24 +44,23 @@ def judge(text: str, truth: Mapping[str, Any], point: tuple[Any, Any], gazetteer
     """Read an answer of any kind but coordinates, and compare it with the truth.
 
     Args:
-        text: a completion, or an answer alone.
-        point: latitude and longitude of the photo, in degrees; only cities want them.
+        text: a completion, or only its answer.
+        point: latitude and longitude of the photo, in degrees; only cities need them.
     """
     said = re.sub(r'\\(?:boxed|text)\b|[*_`"“”$\\{}]', " ", answer_part(text)).replace("’", "'")
     said = re.sub(r"(?<=\b[A-Za-z])\.", "", said).strip()  # U.S.
-    kind = truth["kind"]
-    if kind == YES_NO:
-        return _compare(_yes_no(said), truth)
-    if kind == OPTIONS:
-        return _compare(_option(said, truth["options"]), truth)
-    if kind == COUNTRY:
-        return _compare(_country(said, gazetteer), truth)
+    kind, answer = truth["kind"], truth["answer"]
     if kind == LANGUAGES:
-        return _languages(said, truth["answer"])
+        return _languages(said, answer)
     if kind == STATE:
-        return _state(said, truth["answer"])
-    assert kind == CITY
-    return _city(said, truth, point, gazetteer)
+        read, answer = _state(said, answer), answer[0]
+    elif kind == CITY:
+        read = _city(said, truth, point, gazetteer)
+    elif kind == COUNTRY:
+        read = _country(said, gazetteer)
+    else:
+        read = _yes_no(said) if kind == YES_NO else _option(said, truth["options"])
+    return read, read == answer
 
 
 def read_coordinates(text: str) -> tuple[float, float] | None:
@@ -92,16 +82,12 @@ def answer_part(text: str, lines: int = 1) -> str:
     return "" if len(said) > MOST_READ else re.sub(r"<[^<>]{0,200}>", " ", html.unescape(said)).strip()
 
 
-def _compare(said: str | None, truth: Mapping[str, Any]) -> Read:
-    return said, said == truth["answer"]
-
-
 def _only(names: set[str]) -> str | None:
     return next(iter(names)) if len(names) == 1 else None
 
 
 def _named(text: str, lookup: Lookup, most: int = 4) -> set[str]:
-    """What a text names: the longest runs of words, up to `most`, that a lookup knows; "" names nothing."""
+    """The names in a text: the longest runs of words, up to `most`, that a lookup knows, without ""."""
     words, found, start = re.findall(r"\w+", text), set(), 0
     while start < len(words):
         for end in range(min(start + most, len(words)), start, -1):
@@ -150,7 +136,7 @@ def _country_of(phrase: str, gazetteer: Gazetteer) -> Country | None:
 
 
 def _languages(text: str, truth: list[str]) -> Read:
-    """Right where one of the true languages is named; who names many has not answered."""
+    """Right where one of the true languages is named; a long list of languages is no answer."""
     names = {other: name for name in truth for other in (fold(name), *OTHER_LANGUAGES.get(name, ()))}
     found = sorted(_named(text, lambda phrase: names.get(fold(phrase))))
     if len(re.split(r"[,;/\n]|\band\b", text)) > MOST_PARTS:
@@ -159,7 +145,7 @@ def _languages(text: str, truth: list[str]) -> Read:
 
 
 def _unknown_name(text: str) -> str | None:
-    """What may be a name, though not one that is looked for."""
+    """A part of a text that may be a name, though not one that a lookup knows."""
     parts = _parts(text)
     if not parts or _REFUSAL.search(text.lower()) or len(parts[0].split()) > MOST_WORDS:
         return None
@@ -178,15 +164,17 @@ def _place(text: str, lookup: Lookup) -> str | None:
     return _only(names) if all(found) else None
 
 
-def _state(text: str, names: list[str]) -> Read:
+def _state(text: str, names: list[str]) -> str | None:
     def lookup(phrase: str) -> str | None:
         return names[0] if phrase in names else STATE_NAMES.get(fold(phrase), (None, None))[1]
 
-    said = _place(text, lookup)
-    return said, said == names[0]
+    return _place(text, lookup)
 
 
-def _city(text: str, truth: Mapping[str, Any], point: tuple[float, float], gazetteer: Gazetteer) -> Read:
+def _city(
+    text: str, truth: Mapping[str, Any], point: tuple[float, float], gazetteer: Gazetteer
+) -> str | None:
+    """The city that is named; the part of the answer that places it elsewhere, if one does."""
     answer, country = truth["answer"], truth["code"]
 
     def lookup(phrase: str) -> str | None:
@@ -202,11 +190,11 @@ def _city(text: str, truth: Mapping[str, Any], point: tuple[float, float], gazet
             in_code = in_country.code if in_country else STATE_NAMES.get(fold(part), (None, None))[0]
             named = _named(part, lookup)
             if in_code not in (None, country) and not named:
-                return part, False
+                return part
             before = before and not named
             if before and in_code is None and _is_elsewhere(part, point, gazetteer):
-                return part, False
-    return said, said == answer
+                return part
+    return said
 
 
 def _is_elsewhere(name: str, point: tuple[float, float], gazetteer: Gazetteer) -> bool:

@@ -1,9 +1,9 @@
-"""Geolocation of single photographs: how far is the answer from where the picture was taken?
+"""Geolocation of single photographs: the distance of the answer from the place where the picture was taken.
 
 Reads MP16-Reason, IM2GPS3k, YFCC4k and OSV-5M, which differ only in the names of their columns. An answer
 in coordinates is taken as it is; one in words is looked up in the gazetteer: the city, else the country's
-capital. Distances are great circles on a sphere of 6371 km, as ISNs and OSV-5M have it; GeoCLIP's geodesic on
-the ellipsoid differs by at most 0.6 %. An answer that gives no place is a miss at every distance.
+capital. Distances are great circles on a sphere of 6371 km, as in ISNs and OSV-5M; GeoCLIP's geodesic on the
+ellipsoid differs by at most 0.6 %. An answer without a place is a miss at every distance.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import argparse
 import html
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from geo_r1.answers import MOST_READ, said
+from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
-from geo_r1.eval.rows import Pictures, coordinates_of, first_of, name_of, photo_sample, read_table
+from geo_r1.eval.rows import SEARCHED, Pictures, add_data, first_of, name_of, place_of, read_table
 from geo_r1.places import Gazetteer, distance_km, open_gazetteer, parse_coordinates
 
 THRESHOLDS_KM = (1, 25, 200, 750, 2500)  # street, city, region, country, continent
@@ -43,10 +43,10 @@ _OR = re.compile(r"\s*/\s*|\s+or\s+", re.IGNORECASE)
 
 
 def answered_place(text: str, gazetteer: Gazetteer) -> dict[str, Any]:
-    """What an answer says of a place: country, city, and coordinates, each None where it does not.
+    """Country, city and coordinates of an answer, each None where they are missing.
 
-    Coordinates in the answer count before names; two different pairs are none. "located_by" tells which it
-    was: coordinates, the city, or of an unknown city its country's capital.
+    Coordinates in the answer count before names; two different pairs count as none. "located_by" is
+    "coordinates", "city", or for an unknown city its country's "capital".
     """
     block = html.unescape(_TAG.sub(" ", said(text)[-MOST_READ:])).replace("\r", "\n")
     country, city, whole = _named(block, gazetteer)
@@ -64,7 +64,7 @@ def answered_place(text: str, gazetteer: Gazetteer) -> dict[str, Any]:
 
 
 def _named(block: str, gazetteer: Gazetteer) -> tuple[str | None, str | None, str | None]:
-    """Country and city of an answer, and "Birmingham, AL" where the city stands with what it lies in."""
+    """Country and city of an answer, and "Birmingham, AL" where the city comes with its state."""
     labels = list(_LABEL.finditer(block))
     if labels:
         values: dict[str, str | None] = {}
@@ -87,7 +87,7 @@ def _named(block: str, gazetteer: Gazetteer) -> tuple[str | None, str | None, st
 
 
 def _one(city: str | None) -> str | None:
-    """A city without what leads up to it; None for a choice between two."""
+    """A city without words such as "near"; None for a choice between two."""
     if city is None or len(_OR.split(city)) > 1:
         return None
     return name_of(_NEAR.sub("", city))
@@ -97,17 +97,24 @@ def score(question: Question, text: str) -> dict[str, Any]:
     """Distance in km, and whether city and country are named rightly; see `Benchmark.score`."""
     gazetteer, truth = open_gazetteer(SMALLEST_CITY), question.truth
     place = answered_place(text, gazetteer)
-    record: dict[str, Any] = {**truth, "predicted_city": place["city"], "predicted_country": place["country"]}
-    latitude, longitude = place["coordinates"] or (None, None)
-    distance = None
-    if place["coordinates"] is not None:
-        distance = float(distance_km(truth["latitude"], truth["longitude"], latitude, longitude))
-    record |= {"predicted_latitude": latitude, "predicted_longitude": longitude, "distance_km": distance}
-    record |= {"answered": distance is not None, "located_by": place["located_by"]}
+    record = {**truth, "predicted_city": place["city"], "predicted_country": place["country"]}
+    record |= placed(truth, place["coordinates"])
+    record |= {"answered": place["coordinates"] is not None, "located_by": place["located_by"]}
     for level, same in (("city", gazetteer.same_city), ("country", gazetteer.same_country)):
-        true, said = truth[level], place[level]
-        record[f"{level}_correct"] = None if true is None else said is not None and same(said, true)
+        record[f"{level}_correct"] = agrees(place[level], truth[level], same)
     return record
+
+
+def placed(truth: Mapping[str, Any], point: tuple[float, float] | None) -> dict[str, Any]:
+    """The predicted place of a record and its distance from the true one, in km; Nones without a point."""
+    latitude, longitude = point or (None, None)
+    distance = distance_km(truth["latitude"], truth["longitude"], *point) if point else None
+    return {"predicted_latitude": latitude, "predicted_longitude": longitude, "distance_km": distance}
+
+
+def agrees(said: str | None, true: str | None, same: Callable[[str, str], bool]) -> bool | None:
+    """Whether an answer is the same as the truth; None where the truth is unknown."""
+    return None if true is None else said is not None and same(said, true)
 
 
 def distances(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -141,19 +148,13 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="CSV or parquet: IMG_ID or id, LAT and LON, perhaps city, country",
-    )
-    parser.add_argument("--images", type=Path, help="folder of the pictures; subfolders are searched")
+    add_data(parser, "CSV or parquet: IMG_ID or id, LAT and LON, perhaps city, country", SEARCHED)
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
-    rows, pictures = list(read_table(options.data)), Pictures.of(options)
+    rows, pictures = list(read_table(options.data)), Pictures(options)
     if rows and _swapped([row for _, row in rows]):
-        raise ValueError(
+        raise UserError(
             f"{options.data}: LAT has values beyond 90 and LON has none: their names are swapped, as in the "
             "first edition of im2gps3k_places365.csv; exchange the two names in its first line"
         )
@@ -162,10 +163,8 @@ def _questions(options: argparse.Namespace) -> list[Question]:
 
 def _question(row: Mapping[str, Any], where: str, pictures: Pictures) -> Question:
     name = first_of(row, ID_COLUMNS, where)
-    latitude, longitude = coordinates_of(row, where)
-    sample = photo_sample(name, QUESTION, pictures.find(name, where))
-    place = {level: None if row.get(level) is None else str(row[level]) for level in ("city", "country")}
-    return Question(sample, {"latitude": latitude, "longitude": longitude, **place})
+    place = place_of(row, ("city", "country"), where)
+    return Question(pictures.sample(name, QUESTION, name, where), place)
 
 
 def _swapped(rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 
 from geo_r1.answers import said
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down, is_finite
-from geo_r1.eval.geolocation import distances, share
-from geo_r1.eval.rows import Pictures, coordinates_of, first_of, literal, name_of, photo_sample, read_table
-from geo_r1.places import Gazetteer, distance_km, is_coordinate, open_gazetteer, same_state
+from geo_r1.eval.geolocation import agrees, distances, placed, share
+from geo_r1.eval.rows import SEARCHED, Pictures, add_data, first_of, literal, name_of, place_of, read_table
+from geo_r1.places import is_coordinate, open_gazetteer
 
 LEVELS = ("city", "state", "country")
 MOST_READ = 65536  # characters of an answer
@@ -37,7 +37,7 @@ QUESTION = (
 def parse_answer(text: str) -> dict[str, Any]:
     """The object `reverse_geocoding` of the last JSON object in an answer that has one; empty without.
 
-    Where there is no JSON, what stands between the outermost braces may be a Python literal.
+    Without JSON, the text between the outermost braces may be a Python literal.
     """
     text, decoder = said(text)[-MOST_READ:], json.JSONDecoder()
     found: dict[str, Any] = {}
@@ -64,45 +64,34 @@ def score(question: Question, text: str) -> dict[str, Any]:
     gazetteer, truth = open_gazetteer(), question.truth
     answer = parse_answer(text)
     address = answer.get("address")
-    address = address if isinstance(address, dict) else {}
-    names = {level: name_of(address.get(level)) for level in LEVELS}
-    latitude, longitude = _coordinates(answer.get("coordinates"))
-    record: dict[str, Any] = {**truth, **{f"predicted_{level}": names[level] for level in LEVELS}}
-    record |= {"predicted_latitude": latitude, "predicted_longitude": longitude, "distance_km": None}
-    if latitude is not None:
-        distance = distance_km(truth["latitude"], truth["longitude"], latitude, longitude)
-        record["distance_km"] = float(distance)
-    record["answered"] = latitude is not None or any(names.values())
-    for level in LEVELS:
-        true, name = truth[level], names[level]
-        record[f"{level}_correct"] = (
-            None if true is None else name is not None and _same(gazetteer, level, name, true)
-        )
-        exact = name is not None and true is not None and name.lower() == true.lower()
-        record[f"{level}_exact"] = None if true is None else exact
+    names = {level: name_of(address.get(level) if isinstance(address, dict) else None) for level in LEVELS}
+    point = _coordinates(answer.get("coordinates"))
+    record: dict[str, Any] = {**truth, **{f"predicted_{level}": name for level, name in names.items()}}
+    record |= placed(truth, point)
+    record["answered"] = point is not None or any(names.values())
+    same = {"city": gazetteer.same_city, "state": gazetteer.same_state, "country": gazetteer.same_country}
+    for level, name in names.items():
+        record[f"{level}_correct"] = agrees(name, truth[level], same[level])
+        record[f"{level}_exact"] = agrees(name, truth[level], lambda x, y: x.lower() == y.lower())
     return record
 
 
-def _same(gazetteer: Gazetteer, level: str, one: str, other: str) -> bool:
-    if level == "state":
-        return same_state(one, other)
-    return (gazetteer.same_city if level == "city" else gazetteer.same_country)(one, other)
-
-
-def _coordinates(value: Any) -> tuple[float | None, float | None]:
+def _coordinates(value: Any) -> tuple[float, float] | None:
     pair = [value.get("latitude"), value.get("longitude")] if isinstance(value, dict) else []
     numbers: list[Any] = [x for x in pair if isinstance(x, str) or is_finite(x)]
     try:
-        latitude, longitude = (float(number) for number in numbers)
+        latitude, longitude = map(float, numbers)
     except ValueError:  # no numbers, or other than two
-        return None, None
-    return (latitude, longitude) if is_coordinate(latitude, longitude) else (None, None)
+        return None
+    return (latitude, longitude) if is_coordinate(latitude, longitude) else None
 
 
 def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    accuracies = {f"{level}_accuracy": share(records, f"{level}_correct") for level in LEVELS}
-    exact = {f"{level}_exact": share(records, f"{level}_exact") for level in LEVELS}
-    return distances(records) | accuracies | exact
+    figures = distances(records)
+    for level in LEVELS:
+        figures[f"{level}_accuracy"] = share(records, f"{level}_correct")
+        figures[f"{level}_exact"] = share(records, f"{level}_exact")
+    return figures
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -111,28 +100,18 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", type=Path, required=True, help="dataset1_info.csv (GSS) or dataset2_info.csv (UPC)"
-    )
-    parser.add_argument("--images", type=Path, help="folder of the pictures; subfolders are searched")
+    add_data(parser, "dataset1_info.csv (GSS) or dataset2_info.csv (UPC)", SEARCHED)
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
-    pictures, questions = Pictures.of(options), []
+    pictures, questions = Pictures(options), []
     for where, row in read_table(options.data):
         name = first_of(row, ("image_id",), where)
-        latitude, longitude = coordinates_of(row, where)
-        sample = photo_sample(name, QUESTION, pictures.find(_file_of(row, name), where))
-        truth = {
-            level: None if row.get(level) is None else str(row[level]) for level in (*LEVELS, "continent")
-        }
-        questions.append(Question(sample, {"latitude": latitude, "longitude": longitude, **truth}))
+        place = place_of(row, (*LEVELS, "continent"), where)
+        # GSS has a path on the machine that downloaded the picture
+        file_name = Path(str(row.get("img_path") or name)).name
+        questions.append(Question(pictures.sample(name, QUESTION, file_name, where), place))
     return questions
-
-
-def _file_of(row: Mapping[str, Any], name: str) -> str:
-    """A picture's name: GSS has a path of the place it was downloaded to, which need not be ours."""
-    return Path(str(row.get("img_path") or name)).name
 
 
 BENCHMARK = Benchmark(
@@ -156,18 +135,11 @@ BENCHMARK = Benchmark(
     ),
     # Source: Geo-R1, arXiv:2510.00072, IMAGEO-GSS.
     published={
-        "Geo-R1 (GSS)": {
-            "city_exact": 0.3272,
-            "country_exact": 0.8146,
-            "mean_km": 568.32,
-            "median_km": 69.40,
-        },
-        "GeoCLIP (GSS)": {
-            "city_exact": 0.1086,
-            "country_exact": 0.6361,
-            "mean_km": 943.48,
-            "median_km": 266.90,
-        },
+        name: dict(zip(("city_exact", "country_exact", "mean_km", "median_km"), figures, strict=True))
+        for name, figures in (
+            ("Geo-R1 (GSS)", (0.3272, 0.8146, 568.32, 69.40)),
+            ("GeoCLIP (GSS)", (0.1086, 0.6361, 943.48, 266.90)),
+        )
     },
     breakdowns=("by_continent",),
     note="Published rows leave out samples without an answer. Distances are of those with coordinates.",

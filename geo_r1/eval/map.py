@@ -1,4 +1,4 @@
-"""Where a model errs: a map of true places and predicted ones, on the dots of the gazetteer's cities."""
+"""A map of true places and predicted ones, on the dots of the gazetteer's cities."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NEAREST, FARTHEST = 1.0, 20000.0  # km: the ends of the colours
 
 
 def draw_map(records: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """The records that have a place; None where none has.
+    """Draw the records that have a place; None if there are none.
 
-    Where there are distances, each place is coloured by its error and joined to what was predicted; else it
-    is green where the answer is right and red where it is wrong.
+    With distances, each place is coloured by its error and joined to the predicted place; else it is green
+    where the answer is right and red where it is wrong.
     """
     placed = [r for r in records if is_finite(r.get("latitude")) and is_finite(r.get("longitude"))]
     located = [r for r in placed if is_finite(r.get("distance_km"))]
@@ -67,11 +67,10 @@ def _errors(figure: Figure, axes: Any, records: Sequence[Mapping[str, Any]]) -> 
     for record, distance in list(zip(records, km, strict=True))[:LINES]:
         x, y = record["longitude"], record["latitude"]
         to_x, to_y = record["predicted_longitude"], record["predicted_latitude"]
-        if abs(to_x - x) > 180:  # the short way crosses the date line: two halves, drawn past the map's edges
-            turn = 360 if to_x < x else -360
-            pieces = [((x, y), (to_x + turn, to_y)), ((x - turn, y), (to_x, to_y))]
-        else:
-            pieces = [((x, y), (to_x, to_y))]
+        turn = 360 * round((x - to_x) / 360)
+        pieces = [((x, y), (to_x + turn, to_y))]
+        if turn:  # the short way crosses the date line: two halves, drawn past the map's edges
+            pieces.append(((x - turn, y), (to_x, to_y)))
         segments += pieces
         of_segment += [distance] * len(pieces)
     lines = LineCollection(segments, cmap="viridis_r", norm=norm, linewidths=0.5, alpha=0.45)

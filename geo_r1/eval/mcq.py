@@ -1,6 +1,6 @@
-"""Any multiple-choice set: does general skill survive the training?
+"""Any multiple-choice set, to see whether general skills survive the training.
 
-Reads our own rows (`prompt`, `images`, `answer`, `num_choices`), and rows in the manner of MMMU and
+Reads our own rows (`prompt`, `images`, `answer`, `num_choices`), and rows like those of MMMU and
 GEOBench-VLM: `question`, `options` (a list, or its text), `answer`, and pictures as `image`, `images` or
 `image_1`, `image_2`, …; in the text `<image>` or `<image 1>` marks their place.
 """
@@ -11,14 +11,15 @@ import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from geo_r1.data.sample import Sample, read_rows, sample_of
+from geo_r1.errors import UserError
+from geo_r1.eval import cross_view
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
 from geo_r1.eval.cross_view import figures, question_of, score
-from geo_r1.eval.rows import literal
+from geo_r1.eval.rows import RELATIVE, add_data, literal, texts_of
 
 SUFFIX = "Think in <think> </think>, then answer with the letter of the right choice in <answer> </answer>."
 LONGEST_OPTIONS = 65536  # characters of options that come as text
@@ -26,8 +27,7 @@ _NUMBERED = re.compile(r"<image ?(\d{1,2})>")
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, help="JSONL, JSON or parquet")
-    parser.add_argument("--images", type=Path, help="image paths are relative to it, not to the file")
+    add_data(parser, "JSONL, JSON or parquet", RELATIVE)
     parser.add_argument(
         "--by", action="append", default=[], metavar="COLUMN", help="a table by it; may be repeated"
     )
@@ -44,17 +44,12 @@ def _questions(options: argparse.Namespace) -> list[Question]:
         own = isinstance(row, Mapping) and "options" in row
         sample = sample_of(_own_columns(row, where) if own else row, where, root)
         answer, num_choices = question_of(sample)
-        by = {column: _group(sample.metadata, column) for column in options.by}
+        by = texts_of(sample.metadata, options.by)
         kept.append((sample, {"answer": answer, "num_choices": num_choices, "city": "", "by": by}))
     for column in options.by:
         if kept and not any(truth["by"][column] for _, truth in kept):
-            raise ValueError(f"{options.data}: --by {column}: no row has a value in that column")
+            raise UserError(f"{options.data}: --by {column}: no row has a value in that column")
     return [Question(sample, truth | {"left_out": open_ended}) for sample, truth in kept]
-
-
-def _group(metadata: Mapping[str, Any], column: str) -> str | None:
-    value = metadata.get(column)
-    return None if value is None else str(value)
 
 
 def _own_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -63,31 +58,23 @@ def _own_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     text, options = str(columns.pop("question", "")), _options(columns.pop("options"), where)
     images = [columns.pop(name) for name in _image_columns(columns)]
     images = [image for entry in images for image in (entry if isinstance(entry, list) else [entry])]
-    lettered = "\n".join(
-        f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)
-    )
-    prompt = f"{text}\n{lettered}\n{SUFFIX}"
+    lettered = (f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
+    prompt = "\n".join([text, *lettered, SUFFIX])
     order = [int(number) for number in _NUMBERED.findall(prompt)]
     if order:  # numbered marks may repeat, and come in any order
         if max(order) > len(images) or min(order) < 1:
-            raise ValueError(f"{where}: the text marks image {max(order)}, the row has {len(images)}")
+            raise UserError(f"{where}: the text marks image {max(order)}, the row has {len(images)}")
         images = [images[number - 1] for number in order]
         prompt = _NUMBERED.sub("<image>", prompt)
-    answer = columns.pop("answer", None)
-    return {
-        **columns,
-        "prompt": prompt,
-        "images": images,
-        "answer": _letter(answer, options, where),
-        "num_choices": len(options),
-    }
+    answer = _letter(columns.pop("answer", None), options, where)
+    return columns | {"prompt": prompt, "images": images, "answer": answer, "num_choices": len(options)}
 
 
 def _letter(answer: Any, options: list[str], where: str) -> Any:
     """The letter of an answer that is a letter, a number from 0, or an option's own text."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         if str(answer) in options and options.index(str(answer)) != answer:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the answer {answer} is a number from 0, or an option: write its letter"
             )
         return ascii_uppercase[answer]
@@ -101,7 +88,7 @@ def _options(options: Any, where: str) -> list[str]:
     if isinstance(options, str) and len(options) <= LONGEST_OPTIONS:
         options = literal(options) or options  # MMMU writes the list as Python does
     if not isinstance(options, list) or not 2 <= len(options) <= len(ascii_uppercase):
-        raise ValueError(f"{where}: options must be a list of 2 to 26, got {options!r:.80}")
+        raise UserError(f"{where}: options must be a list of 2 to 26, got {options!r:.80}")
     return [str(option) for option in options]
 
 
@@ -116,12 +103,12 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     groups = {
         f"{column}: {group}": row
         for column in records[0]["by"]
-        for group, row in broken_down(records, partial(_value, column), figures).items()
+        for group, row in broken_down(records, partial(_group, column), figures).items()
     }
     return figures(records) | {"left_out": records[0]["left_out"], "by": groups}
 
 
-def _value(column: str, record: Mapping[str, Any]) -> str | None:
+def _group(column: str, record: Mapping[str, Any]) -> str | None:
     return record["by"][column]
 
 
@@ -133,12 +120,7 @@ BENCHMARK = Benchmark(
     score=score,
     summarise=summarise,
     columns=(
-        Column("accuracy", "accuracy", "share"),
-        Column("95 % interval", "accuracy_interval", "interval"),
-        Column("guessing", "chance", "share"),
-        Column("mean length", "completion_length", "number"),
-        Column("answered", "answered", "share"),
-        Column("samples", "num_samples", "count"),
+        *(column for column in cross_view.BENCHMARK.columns if column.key != "well_formed"),
         Column("without options", "left_out", "count"),
     ),
     breakdowns=("by",),

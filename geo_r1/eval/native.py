@@ -1,66 +1,47 @@
-"""Answers by the native sampler: one completion a sample, greedily decoded unless told otherwise."""
+"""One completion for each prompt, a turn of prompts at a time, by the native sampler or another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-from geo_r1.data import OverlongPrompt, PromptEncoder, Sample
 from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.rollout import Completion, SamplingConfig, generate
 
 PROMPTS_A_TURN = 64  # between two moves of the progress line
 UNANSWERED = Completion([], [], False)
 
+Sampler = Callable[[list[EncodedPrompt]], list[list[Completion]]]
 
-def complete(
-    vlm: PackedVLM,
-    tokenizer: Any,
-    encoder: PromptEncoder,
-    samples: Sequence[Sample],
-    *,
-    max_new_tokens: int,
-    max_tokens: int,
-    temperature: float = 0.0,
-    budget: str = "eval.max_tokens",
-) -> Iterator[list[tuple[Completion, str]]]:
-    """Yields the completions of some samples at a time, in order, with their texts.
 
-    A prompt that is too long and may be skipped has an empty one.
+def native_sampler(
+    vlm: PackedVLM, tokenizer: Any, sampling: SamplingConfig, max_tokens: int, option: str
+) -> Sampler:
+    """The native sampler with at most `max_tokens` cached tokens; errors name this limit by its `option`."""
 
-    Args:
-        max_new_tokens: longer completions are cut off, which usually leaves no answer.
-        max_tokens: cached tokens at a time.
-        budget: what errors call `max_tokens`.
-
-    Raises:
-        ValueError: a sample cannot be encoded; names it.
-    """
-    sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens)
-    for start in range(0, len(samples), PROMPTS_A_TURN):
-        turn = samples[start : start + PROMPTS_A_TURN]
-        prompts = {i: prompt for i, s in enumerate(turn) if (prompt := encode(encoder, s)) is not None}
-        for prompt in prompts.values():
-            prompt.check_budget(max_new_tokens, max_tokens, budget)
-        groups = generate(
+    def sample(prompts: list[EncodedPrompt]) -> list[list[Completion]]:
+        for prompt in prompts:
+            prompt.check_budget(sampling.max_new_tokens, max_tokens, option)
+        return generate(
             vlm,
-            [*prompts.values()],
+            prompts,
             1,
             sampling=sampling,
             eos_token_id={tokenizer.eos_token_id, *vlm.end_token_ids},
-            streams=[turn[i].id for i in prompts],
+            streams=[prompt.sample_id for prompt in prompts],
             max_tokens=max_tokens,
         )
-        completions = dict(zip(prompts, (completion for [completion] in groups), strict=True))
-        said = [completions.get(i, UNANSWERED) for i in range(len(turn))]
+
+    return sample
+
+
+def complete(
+    sampler: Sampler, tokenizer: Any, prompts: Iterable[EncodedPrompt | None]
+) -> Iterator[list[tuple[Completion, str]]]:
+    """Yields completions with their texts, a turn of prompts at a time; an empty one for None."""
+    left = iter(prompts)
+    while turn := list(islice(left, PROMPTS_A_TURN)):
+        groups = iter(sampler([prompt for prompt in turn if prompt is not None]))
+        said = [UNANSWERED if prompt is None else next(groups)[0] for prompt in turn]
         yield [(c, tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in said]
-
-
-def encode(encoder: PromptEncoder, sample: Sample) -> EncodedPrompt | None:
-    """A sample's prompt; None where it is too long and may be skipped."""
-    try:
-        return encoder.encode(sample)
-    except OverlongPrompt:
-        if encoder.on_overlong != "skip":
-            raise
-        return None

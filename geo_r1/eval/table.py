@@ -1,6 +1,6 @@
 """A summary as a table, ours beside the published rows: on the terminal, and as Markdown.
 
-Names come from models and data files that nobody vetted: they are escaped, for Markdown and the terminal.
+Names come from models and data files, which may be hostile: they are escaped for Markdown and the terminal.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from geo_r1.errors import one_line
 from geo_r1.eval.benchmark import Benchmark, Column
 
 WIDE = 200  # characters of a line in a file
@@ -56,7 +57,7 @@ def markdown(benchmark: Benchmark, name: str, summary: Mapping[str, Any]) -> str
 
 
 def show(benchmark: Benchmark, name: str, summary: Mapping[str, Any]) -> None:
-    """Print the main table; as wide as it is where there is no terminal to fit."""
+    """Print the main table; at full width where there is no terminal to fit."""
     table = Table(title=benchmark.name, caption=benchmark.note or None)
     table.add_column("model", overflow="fold")
     for column in benchmark.columns:
@@ -79,5 +80,5 @@ def _escaped(name: str) -> str:
 
 
 def _short(name: str) -> str:
-    name = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    name = one_line(name)
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"

@@ -1,4 +1,4 @@
-"""Prints which kernels are built here, and what runs by default on each device and why.
+"""Prints which kernels are built here, which run by default on each device, and why.
 
 python -m geo_r1.kernels
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from geo_r1.kernels import available_impls, extension, impls
-from geo_r1.kernels.attention_flash import PackageKernels, flash_kernels
+from geo_r1.kernels.attention.flash import PackageKernels, flash_kernels
 
 HEADINGS = ("op", "default", "because", "by name", "cannot run")
 
@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def built() -> list[tuple[str, str]]:
-    """What implementations need, and which of it is here."""
+    """What the implementations need, and whether it is installed."""
     archs, place = extension.built()
     packaged = isinstance(flash_kernels(), PackageKernels)
     return [
@@ -49,7 +49,7 @@ def title(device: torch.device) -> str:
 
 
 def report(device: torch.device) -> list[str]:
-    """A table of the ops, and why some implementations cannot run."""
+    """A table of the ops, and the reasons why some implementations cannot run."""
     rows: list[Sequence[str]] = [HEADINGS]
     reasons: dict[str, None] = {}  # each once, in order
     for op in available_impls():
@@ -61,7 +61,7 @@ def report(device: torch.device) -> list[str]:
 
 
 def because(op: str, device: torch.device, default: str) -> str:
-    """Why it is the default."""
+    """Why an implementation is the default."""
     name, record = impls.fastest_on(op, device) or ("", "")
     if name == default:
         return f"fastest in benchmarks/results/{record}"
@@ -73,7 +73,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns."""
+    """Cells as aligned lines."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -1,11 +1,11 @@
 """Builds every Triton kernel ahead of time, for each chip, on a machine that need not have a GPU.
 
-    python -m geo_r1.kernels.aot [module ...] [--arch 80 --arch 90] [--jobs N] [--json PATH]
+    python -m geo_r1.kernels.aot [family ...] [--arch 80 --arch 90] [--jobs N] [--json PATH]
 
-Every module `*_triton.py` beside this file lists its launch table, `LAUNCHES`, and yields from `aot_cases()`
-labelled calls of its real launchers on small CPU tensors that together choose every row. Here Triton's driver
-is replaced by one that only names the chip, and a launch compiles and does not run: so what is built is what
-the same call builds on that chip. Each cubin is then read and judged, see `judge`; any fault is exit code 1.
+The module `triton` of every family lists its launch tables in `LAUNCHES`. Its `aot_cases()` yields labelled
+calls of the real launchers on small CPU tensors, which together choose every row. Here a stand-in for
+Triton's driver only names the chip, and a launch compiles without running. So the result is what the same
+call builds on that chip. `judge` then reads each cubin; any fault is exit code 1.
 
 Limits and granules: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
@@ -17,14 +17,13 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -34,8 +33,6 @@ from typing import Any
 from unittest import mock
 
 import triton
-from rich.console import Console
-from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
@@ -46,9 +43,9 @@ from geo_r1.kernels.launch import Launch
 # Compute capability -> shared memory in bytes: the most that a program may ask for, and what an SM holds.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 _SHARED_SM = {80: 164 * 1024, 90: 228 * 1024}
-_SHARED_RESERVED = 1024  # bytes an SM keeps of it for each program
+_SHARED_RESERVED = 1024  # bytes that an SM keeps for itself, for each program
 
-# A product in Triton's IR: precision of float32 (nothing: exact), type of the operands, rows.
+# A product in Triton's IR: precision of float32 (none: exact), type of the operands, rows.
 _DOT = re.compile(
     r"tt\.dot .*?(?:inputPrecision = (\w+).*?)?: tensor<[\dx]+x(\w+)> \* .* -> tensor<(?:\d+x)?(\d+)x\d+x"
 )
@@ -57,22 +54,22 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 @dataclass(frozen=True)
 class Built:
-    """What one kernel became, for one chip.
+    """One kernel, built for one chip.
 
     Attributes:
-        module: the module's last name, "attention_triton".
+        family: of ops, "attention".
         case: label of the first case that launched it.
         arch: compute capability, 90 for an H200.
-        registers: a thread's.
-        stack: bytes of a thread's stack and local memory.
+        registers: per thread.
+        stack: bytes of stack and local memory per thread.
         spills: instructions that load from or store to local memory.
-        shared: bytes of shared memory a program asks for at launch; Triton has no other.
+        shared: bytes of shared memory per program; Triton asks for all of it at launch.
         dots: (operand type, rows) of each `tl.dot`; no entry for exact float32, which has no matrix
             instruction.
         matrix: matrix instructions found, "HGMMA", "HMMA", both or none.
     """
 
-    module: str
+    family: str
     kernel: str
     case: str
     arch: int
@@ -95,14 +92,12 @@ class Built:
 
 
 def judge(built: Built) -> list[str]:
-    """Say what is wrong with a kernel.
+    """List the faults of a kernel, one line each with its family, case and chip.
 
-    It must not spill, must fit the chip's shared memory, and must use the chip's matrix instructions where it
-    multiplies matrices. On sm_90 that is HGMMA when a product of 16-bit operands has 64 rows or more and the
-    program four warps or more; a smaller one cannot be an HGMMA, and other types may lack the layout for it.
-
-    Returns:
-        One line for each fault, that names the module, case and chip.
+    A kernel must not spill, must fit the chip's shared memory, and must use the chip's matrix instructions
+    where it multiplies matrices. On sm_90 that is HGMMA if a product of 16-bit operands has at least 64 rows
+    and the program at least four warps. A smaller product cannot be an HGMMA, and other types may lack the
+    layout for it.
     """
     faults = []
     if built.stack or built.spills:
@@ -114,28 +109,13 @@ def judge(built: Built) -> list[str]:
         faults.append(f"no HGMMA, found {' '.join(built.matrix) or 'no matrix instruction'}")
     elif built.dots and not built.matrix:
         faults.append("tl.dot without a matrix instruction")
-    place = f"{built.module}, case {built.case!r}, sm_{built.arch}, {built.kernel}"
+    place = f"{built.family}, case {built.case!r}, sm_{built.arch}, {built.kernel}"
     return [f"{place}: {fault}" for fault in faults]
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What one case launched on one chip.
-
-    Attributes:
-        built: kernels, by Triton's hash of all that goes into one.
-        rows: (module, index in its `LAUNCHES`) of the rows chosen.
-        unlisted: rows chosen that no module's `LAUNCHES` holds.
-    """
-
-    built: dict[str, Built]
-    rows: frozenset[tuple[str, int]]
-    unlisted: tuple[Launch, ...]
 
 
 @contextmanager
 def compile_only(arch: int) -> Iterator[tuple[list[CompiledKernel], list[Launch]]]:
-    """Within, launches compile for `arch` and do not run; gives the kernels built and the rows chosen."""
+    """Make launches compile for `arch` and not run; yields the kernels built and the rows chosen."""
     kernels: list[CompiledKernel] = []
     rows: list[Launch] = []
     run, options = JITFunction.run, Launch.__dict__["options"].fget
@@ -148,7 +128,7 @@ def compile_only(arch: int) -> Iterator[tuple[list[CompiledKernel], list[Launch]
         rows.append(self)
         return options(self)
 
-    # All that a launch asks of a driver before it runs. Triton keeps kernels apart by device: here, the chip.
+    # All that a launch asks a driver for before it runs. Triton keeps one kernel per device; here per chip.
     chip = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: arch,
@@ -162,30 +142,31 @@ def compile_only(arch: int) -> Iterator[tuple[list[CompiledKernel], list[Launch]
         yield kernels, rows
 
 
-def build_case(module: str, case: str, arch: int) -> CaseResult:
-    """Run one case of a module for one chip."""
-    cases = dict(_load(module).aot_cases())
+def build_case(family: str, case: str, arch: int) -> tuple[dict[str, Built], set[int], list[dict[str, Any]]]:
+    """Run one case of a family for one chip.
+
+    Returns:
+        Kernels by Triton's hash, indices of the rows of `LAUNCHES` that were chosen, and the options of
+        chosen rows that `LAUNCHES` lacks.
+    """
+    module = _load(family)
     with compile_only(arch) as (kernels, chosen):
-        cases[case]()
-    listed = {
-        id(row): (name, i)
-        for name, loaded in ((name, sys.modules.get(f"{__package__}.{name}")) for name in module_names())
-        for i, row in enumerate(getattr(loaded, "LAUNCHES", ()))
-    }
-    return CaseResult(
-        {kernel.hash: _inspect(kernel, module, case, arch) for kernel in kernels},
-        frozenset(listed[id(row)] for row in chosen if id(row) in listed),
-        tuple(row for row in chosen if id(row) not in listed),
+        dict(module.aot_cases())[case]()
+    listed = {id(row): i for i, row in enumerate(module.LAUNCHES)}
+    return (
+        {kernel.hash: _inspect(kernel, family, case, arch) for kernel in kernels},
+        {listed[id(row)] for row in chosen if id(row) in listed},
+        [row.options for row in chosen if id(row) not in listed],
     )
 
 
-def _inspect(kernel: CompiledKernel, module: str, case: str, arch: int) -> Built:
+def _inspect(kernel: CompiledKernel, family: str, case: str, arch: int) -> Built:
     listing = _disassemble(kernel.asm["cubin"])
     resources = _RESOURCES.search(listing)
     assert resources, f"cuobjdump printed no resource usage for {kernel.name}"
     registers, stack, local = map(int, resources.groups())
     return Built(
-        module=module,
+        family=family,
         kernel=kernel.name,
         case=case,
         arch=arch,
@@ -201,9 +182,9 @@ def _inspect(kernel: CompiledKernel, module: str, case: str, arch: int) -> Built
 
 
 def find_dots(ttir: str) -> tuple[tuple[str, int], ...]:
-    """What `Built.dots` holds, from a kernel in Triton's IR."""
+    """Find the products of a kernel in Triton's IR, as `Built.dots` holds them."""
     found = _DOT.findall(ttir)
-    assert len(found) == ttir.count("tt.dot "), "a product is written as no Triton that was seen writes it"
+    assert len(found) == ttir.count("tt.dot "), "a product is written as no Triton writes it that we know"
     return tuple(sorted({(kind, int(rows)) for precision, kind, rows in found if kind != "f32" or precision}))
 
 
@@ -217,85 +198,74 @@ def _disassemble(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def module_names() -> list[str]:
-    """Last names of the modules that hold kernels."""
-    here = [str(Path(__file__).parent)]
-    return sorted(info.name for info in pkgutil.iter_modules(here) if info.name.endswith("_triton"))
+def family_names() -> list[str]:
+    """Folders of this package with Triton kernels."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton.py"))
 
 
-def _load(module: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.{module}")
+def _load(family: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{family}.triton")
 
 
-def list_cases(modules: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """(module, label) of every case, and a line for each module that does not list its cases well."""
+def list_cases(families: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """(family, label) of every case, and a line for each family that does not list its cases well."""
     cases, faults = [], []
-    for module, loaded in ((module, _load(module)) for module in modules):
-        labels = [label for label, _ in getattr(loaded, "aot_cases", tuple)()]
-        faults += [f"{module}: case {label!r} stands twice" for label, n in Counter(labels).items() if n > 1]
+    for family, module in ((family, _load(family)) for family in families):
+        labels = [label for label, _ in getattr(module, "aot_cases", tuple)()]
+        faults += [f"{family}: case {label!r} stands twice" for label, n in Counter(labels).items() if n > 1]
         if not labels:
-            faults.append(f"{module}: no case; aot_cases() must launch every kernel")
-        if not hasattr(loaded, "LAUNCHES"):
-            faults.append(f"{module}: no LAUNCHES, the rows of its launch tables")
-        cases += [(module, label) for label in dict.fromkeys(labels)]
+            faults.append(f"{family}: no case; aot_cases() must launch every kernel")
+        if not hasattr(module, "LAUNCHES"):
+            faults.append(f"{family}: no LAUNCHES, the rows of its launch tables")
+        cases += [(family, label) for label in dict.fromkeys(labels)]
     return cases, faults
 
 
-def uncovered(modules: Iterable[str], arch: int, rows: Collection[tuple[str, int]]) -> list[str]:
-    """A line for each row of a module's tables that no case chose on one chip."""
+def uncovered(families: Iterable[str], arch: int, chosen: Collection[tuple[str, int]]) -> list[str]:
+    """A line for each row of a family's tables that no case chose on one chip."""
     return [
-        f"{module}: no case chooses row {i} of LAUNCHES on sm_{arch}: {row.options}"
-        for module in modules
-        for i, row in enumerate(getattr(_load(module), "LAUNCHES", ()))
-        if (module, i) not in rows
+        f"{family}: no case chooses row {i} of LAUNCHES on sm_{arch}: {row.options}"
+        for family in families
+        for i, row in enumerate(getattr(_load(family), "LAUNCHES", ()))
+        if (family, i) not in chosen
     ]
 
 
-def build(modules: list[str], arches: list[int], num_jobs: int) -> tuple[list[Built], list[str]]:
+def build(families: list[str], arches: list[int], num_jobs: int) -> tuple[list[Built], list[str]]:
     """Build every case for every chip, in processes.
 
     Returns:
         The kernels, each once, and a line for each fault found.
     """
-    cases, faults = list_cases(modules)
+    cases, faults = list_cases(families)
     kernels: dict[str, Built] = {}
-    rows: dict[int, set[tuple[str, int]]] = {arch: set() for arch in arches}
+    chosen: dict[int, set[tuple[str, int]]] = {arch: set() for arch in arches}
     with ProcessPoolExecutor(num_jobs, multiprocessing.get_context("spawn")) as pool:
         jobs = {pool.submit(build_case, *case, arch): (*case, arch) for case in cases for arch in arches}
-        _show_progress(jobs)
-    for job, (module, case, arch) in jobs.items():
-        place = f"{module}, case {case!r}, sm_{arch}"
+        for i, job in enumerate(as_completed(jobs), 1):
+            family, case, arch = jobs[job]
+            print(f"{i}/{len(jobs)} {family}, {case}, sm_{arch}", file=sys.stderr, flush=True)
+    for job, (family, case, arch) in jobs.items():
+        place = f"{family}, case {case!r}, sm_{arch}"
         if error := job.exception():
             faults.append(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}")
             continue
-        result = job.result()
-        if not result.built:
+        built, rows, unlisted = job.result()
+        if not built:
             faults.append(f"{place}: launched no kernel")
-        kernels = result.built | kernels  # the first case keeps a kernel that several build
-        rows[arch] |= result.rows
-        faults += [f"{place}: launched with a row that LAUNCHES lacks: {row}" for row in result.unlisted]
-    ordered = sorted(kernels.values(), key=lambda b: (b.module, b.kernel, b.case, b.arch))
-    for built in ordered:
-        faults += judge(built)
+        kernels = built | kernels  # the first case keeps a kernel that several build
+        chosen[arch] |= {(family, row) for row in rows}
+        faults += [f"{place}: launched with a row that LAUNCHES lacks: {options}" for options in unlisted]
+    ordered = sorted(kernels.values(), key=lambda b: (b.family, b.kernel, b.case, b.arch))
+    for kernel in ordered:
+        faults += judge(kernel)
     for arch in arches:
-        faults += uncovered(modules, arch, rows[arch])
+        faults += uncovered(families, arch, chosen[arch])
     return ordered, faults
 
 
-def _show_progress(jobs: dict[Future[CaseResult], tuple[str, str, int]]) -> None:
-    """Wait for all jobs: a bar on a terminal, else a line for each."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        for _ in track(as_completed(jobs), "building kernels", total=len(jobs), console=console):
-            pass
-        return
-    for i, job in enumerate(as_completed(jobs), 1):
-        module, case, arch = jobs[job]
-        print(f"{i}/{len(jobs)} {module}, {case}, sm_{arch}", file=sys.stderr, flush=True)
-
-
 def table(kernels: Iterable[Built]) -> str:
-    """The kernels as aligned text, one a line."""
+    """The kernels as aligned text, one per line."""
     lines: list[tuple[str, ...]] = [
         ("kernel", "case", "arch", "warps", "stages", "registers", "shared KiB", "programs/SM", "matrix")
     ]
@@ -315,46 +285,55 @@ def align_columns(lines: Sequence[Sequence[str]], aligns: str) -> str:
     )
 
 
-def write_json(path: Path, kernels: Iterable[Built], faults: list[str]) -> None:
-    records = [asdict(built) | {"programs_per_sm": built.programs_per_sm} for built in kernels]
-    record = {"triton": triton.__version__, "kernels": records, "faults": faults}
-    write_text(path, json.dumps(record, indent=1) + "\n")
+def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """A gate's command line, with `--json`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the kernels and the faults here too")
+    return parser
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that what exists is whole."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: no folder {options.json.parent}")
+    return options
+
+
+def conclude(text: str, total: str, record: dict[str, Any], path: Path | None) -> int:
+    """Print a gate's table, its faults and totals, write its record, and give the exit code."""
+    faults = record["faults"]
+    print(text)
+    if path:  # beside and renamed, so that the file is never half written
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    print(f"{total}, {len(faults)} faults")
+    return 1 if faults else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m geo_r1.kernels.aot", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("modules", nargs="*", metavar="module", help="advantage_triton, say; none means all")
-    parser.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT, help="both if not given")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; one a core if not given")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the kernels and the faults here too")
-    options = parser.parse_args(arguments)
+    parser = make_parser("python -m geo_r1.kernels.aot", __doc__)
+    parser.add_argument("families", nargs="*", metavar="family", help="for example advantage; default: all")
+    parser.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT, help="default: both")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    options = parse(parser, arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     if options.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json: no folder {options.json.parent}")
-    known = module_names()
-    for module in options.modules:
-        if module not in known:
-            parser.error(f"no module {module!r}; modules are {', '.join(known)}")
+    known = family_names()
+    for family in options.families:
+        if family not in known:
+            parser.error(f"no family {family!r}; families are {', '.join(known)}")
 
-    kernels, faults = build(options.modules or known, options.arch or list(SHARED_LIMIT), options.jobs)
-    print(table(kernels))
-    if options.json:
-        write_json(options.json, kernels, faults)
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    print(f"{len(kernels)} kernels, {len(faults)} faults")
-    return 1 if faults else 0
+    kernels, faults = build(options.families or known, options.arch or list(SHARED_LIMIT), options.jobs)
+    records = [asdict(built) | {"programs_per_sm": built.programs_per_sm} for built in kernels]
+    record = {"triton": triton.__version__, "kernels": records, "faults": faults}
+    return conclude(table(kernels), f"{len(kernels)} kernels", record, options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/: the module geo_r1._C, which is there where the package was built with nvcc."""
+"""The CUDA kernels of csrc/: the module geo_r1._C, which exists if the package was built with nvcc."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LEAST = (8, 0)  # compute capability
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or why there is none."""
+    """The extension, or None and the reason."""
     package = str(Path(__file__).parents[1])
-    # In this package's own folder: an editable install of another checkout would lend its build.
+    # Only in this package's folder: an editable install of another checkout could provide its own build.
     if "geo_r1._C" not in sys.modules and not PathFinder.find_spec("geo_r1._C", [package]):
         return None, f"geo_r1._C is not built; {_BUILD}"
     try:
@@ -33,21 +33,20 @@ _C, _absent = _load()
 
 
 def built() -> tuple[str, str]:
-    """Architectures, as nvcc was told ("80;90a"), and the file; "" and the reason where there is none."""
+    """Architectures as passed to nvcc ("80;90a") and the file; without an extension, "" and the reason."""
     return (_C.archs, str(_C.__file__)) if _C is not None else ("", _absent)
 
 
 def why_not(device: torch.device, *, only: str | None = None) -> str | None:
-    """Say why CUDA kernels do not run on a device; None where they do.
+    """Say why CUDA kernels do not run on a device; None if they do.
 
     Args:
         device: of the inputs.
-        only: the one architecture that a kernel is written for ("90a"), and which it is always built for;
-            None: any that was built.
+        only: the one architecture that a kernel is written and always built for ("90a"); None: any.
     """
     if _C is None:
         return _absent
-    if device.type != getattr(_C, "runs_on", "cuda"):  # a test may put a build in place that runs elsewhere
+    if device.type != getattr(_C, "runs_on", "cuda"):  # tests install a build for CPUs
         return f"device {device}"
     if device.type != "cuda":
         return None
@@ -66,8 +65,8 @@ def why_not(device: torch.device, *, only: str | None = None) -> str | None:
 def launch(name: str, like: Tensor, **arguments: Tensor | torch.dtype | str | float | None) -> None:
     """Start a launcher of csrc/ops.h on the device and the current stream of `like`.
 
-    Tensors, all on that device, become their addresses and dtypes their names. Nothing waits: memory that
-    torch frees after the launch is used again on the same stream only, so after the kernel.
+    Passes tensors, all on that device, as addresses, and dtypes as names. Nothing waits: torch reuses memory
+    that is freed after the launch only on the same stream, so after the kernel.
     """
     device, stream = 0, 0
     if like.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: one table, one way to choose."""
+"""Chooses the implementation of an op that runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from geo_r1.kernels import extension
 
-# Op -> implementations. A GPU takes the first that runs on it, unless a record says otherwise; a CPU the
-# reference, since what else runs there is an interpreter.
+# Op -> implementations. A GPU takes the first that runs on it, unless a record says otherwise. A CPU takes
+# the reference, since all others run there in an interpreter.
 _IMPLS: dict[str, tuple[str, ...]] = {
     "group_advantage": ("triton", "reference", "cuda"),
     "grpo_loss": ("triton", "reference", "cuda"),
@@ -25,19 +25,19 @@ _KNOWN = ("reference", "triton", "cuda", "flash")
 # Ops whose CUDA kernels are written for one architecture.
 _CUDA_ONLY = {"packed_attention": "90a"}
 
-# (op, device as torch.cuda.get_device_name gives it) -> (what is fastest of ours, the record in
-# benchmarks/results/ that shows it). Empty: nothing was measured on a GPU yet.
+# (op, device as torch.cuda.get_device_name gives it) -> (our fastest implementation, the record in
+# benchmarks/results/ that shows it). Empty, since nothing was measured on a GPU yet.
 _FASTEST: dict[tuple[str, str], tuple[str, str]] = {}
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton's own switch, which it reads when a kernel is first imported: kernels run on CPU tensors, slowly.
+# Triton's own switch for running kernels on CPU tensors, slowly. It reads it when a kernel is first imported.
 _INTERPRETED = _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
 
 def _constant(function: _F) -> _F:
-    """Let a tracer call the function and keep its result: what it asks of a device cannot be traced.
+    """Let a tracer call the function and keep its result, since it cannot trace queries of a device.
 
     This is torch.compiler.assume_constant_result without its import of torch._dynamo, which takes seconds.
     """
@@ -48,11 +48,11 @@ def _constant(function: _F) -> _F:
 def available_impls() -> dict[str, tuple[str, ...]]:
     """List, for each op, the implementations that can run on this machine, the default first.
 
-    On a GPU the default is "triton", or what a benchmark record of that GPU shows to be faster; dtypes and
-    sizes that it does not take (see docs/kernels.md) run as the next one unless `impl=` names one, and then
-    raise. "cuda" needs a build for the GPU at hand; where no record shows it fastest it is taken by name,
-    as "flash" is. On a CPU "triton" runs only in Triton's interpreter. `python -m geo_r1.kernels` prints this
-    with the reasons.
+    On a GPU the default is "triton", or an implementation that a benchmark record of that GPU shows to be
+    faster. Inputs that it does not take (see docs/kernels.md) run as the next one, unless `impl=` names an
+    implementation, which then raises. "cuda" needs a build for this GPU. "flash" runs only if named, and so
+    does "cuda" without a record. On a CPU "triton" runs only in Triton's interpreter.
+    `python -m geo_r1.kernels` prints this list with the reasons.
 
     Returns:
         A new dict from op name to names accepted by that op's `impl=`.
@@ -64,19 +64,19 @@ def available_impls() -> dict[str, tuple[str, ...]]:
 def resolve_impl(
     op: str, impl: str | None, device: torch.device, refused: Mapping[str, str] | None = None
 ) -> str:
-    """Turn the `impl=` a user gave into the implementation that runs.
+    """Turn a user's `impl=` into the implementation that runs.
 
     Args:
         op: name of the op, a key of `available_impls()`.
         impl: None for the default, or one name.
-        device: where the op's inputs live.
+        device: of the op's inputs.
         refused: implementations that do not take these inputs, with the reason ("float64 inputs").
 
     Returns:
         The implementation's name.
 
     Raises:
-        ValueError: no such op, no such implementation, or it cannot run here or with these inputs.
+        ValueError: no such op, no such implementation, or it cannot run here or on these inputs.
     """
     if op not in _IMPLS:
         raise ValueError(f"no op {op!r}; ops are {', '.join(_IMPLS)}")
@@ -96,7 +96,7 @@ def resolve_impl(
 
 
 def implementations(op: str) -> tuple[str, ...]:
-    """Implementations of an op, whether they can run here or not."""
+    """All implementations of an op, whether or not they can run here."""
     return _IMPLS[op]
 
 
@@ -111,7 +111,7 @@ def runs_on(op: str, device: torch.device) -> tuple[str, ...]:
 
 @_constant
 def why_not(op: str, impl: str, device: torch.device) -> str | None:
-    """Say why an implementation of an op cannot run on a device; None where it can."""
+    """Say why an implementation of an op cannot run on a device; None if it can."""
     if impl not in _IMPLS[op]:
         return f"{op} has none" if impl in _KNOWN else f"device {device}"
     if impl == "cuda":
@@ -123,14 +123,14 @@ def why_not(op: str, impl: str, device: torch.device) -> str | None:
 
 
 def fastest_on(op: str, device: torch.device) -> tuple[str, str] | None:
-    """What a record shows to be fastest on a device, and the record's name; None where there is none."""
+    """The implementation that a record shows to be fastest on a device, and the record's name, or None."""
     return _FASTEST.get((op, torch.cuda.get_device_name(device))) if device.type == "cuda" else None
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast runs products in on a device, None where it is off.
+    """Autocast's dtype for products on a device; None if autocast is off.
 
-    Only devices that implementations run on are asked: torch cannot trace `is_autocast_available`.
+    Only asks devices that implementations run on, since torch cannot trace `is_autocast_available`.
     """
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)

@@ -1,38 +1,30 @@
-"""What a row of a launch table is: how a kernel is launched for some sizes, and why.
+"""Launch tables: how each Triton kernel is launched for which sizes, and why.
 
 Every Triton kernel of this package is launched by `kernel[grid](..., **row.options)`, with a row of a table
-that stands beside the kernel, so that all configurations that can ever run are listed and `make aot` builds
-each of them ahead of time.
+beside the kernel. So the tables list every configuration that can run, and `make aot` builds each of them
+ahead of time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
 class Launch:
-    """One configuration.
+    """One row of a table.
 
-    Attributes:
-        blocks: block sizes by the kernel's constexpr parameter, powers of two.
-        num_warps: warps a program.
+    Args:
+        reason: why these values; figures name the device they were measured on.
+        num_warps: warps per program.
         num_stages: depth of the software pipeline over a loop's loads.
-        reason: why these; figures name the device they were measured on, or say "not measured".
+        blocks: block sizes by the kernel's constexpr parameter, powers of two.
     """
 
-    blocks: tuple[tuple[str, int], ...]
-    num_warps: int
-    num_stages: int
-    reason: str
+    def __init__(self, reason: str, *, num_warps: int, num_stages: int = 1, **blocks: int) -> None:
+        self.reason, self.blocks = reason, blocks
+        self._options = {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the launch."""
-        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-def launch(reason: str, *, num_warps: int, num_stages: int = 1, **blocks: int) -> Launch:
-    """A row, written as the call that it becomes."""
-    return Launch(tuple(blocks.items()), num_warps, num_stages, reason)
+        return self._options

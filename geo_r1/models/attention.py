@@ -1,4 +1,4 @@
-"""What transformers calls instead of its own functions: packed attention, and image rows by their number."""
+"""Replacements of functions of transformers: packed attention, and additions to image rows by number."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Hidden:
-    """Hides a function from compiled layers, which would be compiled again for another one."""
+    """Hides a function from compiled layers, which would be recompiled for each new one."""
 
     def __init__(self, function: Attend) -> None:
         self.function = function
 
 
-# Attention stays outside of compiled graphs: its layout, lengths in Python, is another for every batch.
+# Attention stays outside of compiled graphs: its layout, lengths in Python, changes with every batch.
 @torch.compiler.disable
 def _text_attention(module, query, key, value, attention_mask, *, scaling, attend: Hidden, **_):
     """transformers' attention signature, [1, heads, T, D] in and [1, T, heads, D] out."""
@@ -38,7 +38,7 @@ def _text_attention(module, query, key, value, attention_mask, *, scaling, atten
 def _vision_attention(
     module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, vision_layouts, **_
 ):
-    """Windows or whole pictures: the layout belongs to the very boundary tensor that this layer was given."""
+    """Windows or whole pictures: the boundary tensor of this layer decides which."""
     layout = vision_layouts.of(cu_seq_lens_q)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return packed_attention(q, k, v, layout, causal=False, scale=scaling)[None], None

@@ -6,12 +6,12 @@
 
 Each reads its inputs once and writes its outputs once, where transformers takes three to eight passes.
 
-Only the modules of the model handed over change: each gets a `forward` of its own. transformers' classes and
-functions stay as they are, for everyone else in the process. (liger-kernel's own patch replaces
-`apply_multimodal_rotary_pos_emb`, which transformers no longer calls since 5.17: rotary stays unfused there.)
+Only the modules of the given model change: each gets a `forward` of its own. transformers' classes and
+functions stay as they are. (liger-kernel's own patch replaces `apply_multimodal_rotary_pos_emb`, which
+transformers no longer calls since 5.17: rotary stays unfused there.)
 
-The kernels work in place: rotary writes over the outputs of the projections, which nothing else reads; the
-backward passes of swiglu and rms_norm over saved gates and incoming gradients. So a graph is good for one
+The kernels work in place: rotary overwrites the outputs of the projections, which nothing else reads; the
+backward passes of swiglu and rms_norm overwrite saved gates and incoming gradients. So a graph allows one
 backward pass; `retain_graph=True` gives wrong gradients.
 
 Source: Liger-Kernel, arXiv:2410.10989.
@@ -45,58 +45,25 @@ def fuse_layers(model: PreTrainedModel) -> tuple[str, ...]:
     Returns:
         What it computes from now on, of "rms_norm", "rotary", "swiglu" and "vision_rotary".
     """
-    forwards = _forwards()
     fused = set()
     for module in model.modules():
-        name, forward = forwards.get(type(module), ("", None))
-        if forward is None or (name == "swiglu" and not isinstance(module.act_fn, nn.SiLU | SiLUActivation)):
+        name = next((name for name, classes in CLASSES.items() if type(module) in classes), None)
+        if name is None or (name == "swiglu" and not isinstance(module.act_fn, nn.SiLU | SiLUActivation)):
             continue
-        module.forward = MethodType(forward, module)  # type: ignore[method-assign]  # a deep copy rebinds it
-        fused.add(name)
+        if forward := FORWARDS.get(name) or _calling(type(module), ROTARY[name]):
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]  # a copy rebinds it
+            fused.add(name)
     return tuple(sorted(fused))
 
 
-def _forwards() -> dict[type[nn.Module], tuple[str, Forward | None]]:
-    """By exact class: what liger-kernel computes of it, and how.
-
-    The vision towers of Qwen2-VL and Qwen3-VL have LayerNorm and GELU, which stay.
-    """
-    text, vision = {"apply_rotary_pos_emb": _rotary}, {"apply_rotary_pos_emb_vision": _vision_rotary}
-    return {
-        qwen2_5_vl.Qwen2_5_VLRMSNorm: ("rms_norm", _rms_norm),
-        qwen2_vl.Qwen2VLRMSNorm: ("rms_norm", _rms_norm),
-        qwen3_vl.Qwen3VLTextRMSNorm: ("rms_norm", _rms_norm),
-        qwen2_5_vl.Qwen2MLP: ("swiglu", _swiglu),
-        qwen2_vl.Qwen2MLP: ("swiglu", _swiglu),
-        qwen3_vl.Qwen3VLTextMLP: ("swiglu", _swiglu),
-        qwen2_5_vl.Qwen2_5_VLMLP: ("swiglu", _swiglu),
-        **{
-            c: ("rotary", _calling(c, text))
-            for c in (
-                qwen2_5_vl.Qwen2_5_VLAttention,
-                qwen2_vl.Qwen2VLAttention,
-                qwen3_vl.Qwen3VLTextAttention,
-            )
-        },
-        **{
-            c: ("vision_rotary", _calling(c, vision))
-            for c in (
-                qwen2_5_vl.Qwen2_5_VLVisionAttention,
-                qwen2_vl.VisionAttention,
-                qwen3_vl.Qwen3VLVisionAttention,
-            )
-        },
-    }
-
-
 def _rms_norm(self, hidden_states: Tensor) -> Tensor:
-    # in place: linear layers, or after norms of q and k the rotary embedding, alone read a norm's output, so
-    # its gradient is a buffer of nobody else's; the norm keeps its input, so rotary may write over its output
+    # in place: only linear layers, or after norms of q and k the rotary embedding, read a norm's output, so
+    # nothing else uses its gradient; the norm keeps its input, so rotary may overwrite its output
     out = LigerRMSNormFunction.apply(
         hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", True, None
     )
     device = out.device.type
-    if torch.is_autocast_enabled(device):  # the cast that each of its readers would make and keep, made once
+    if torch.is_autocast_enabled(device):  # one cast, which each reader would make and keep
         out = out.to(torch.get_autocast_dtype(device))
     return out
 
@@ -125,3 +92,22 @@ def _calling(attention: type[nn.Module], functions: dict[str, Callable]) -> Forw
         return None
     names = forward.__globals__ | functions
     return FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+
+
+# Exact classes by the part that liger-kernel computes. The vision towers of Qwen2-VL and Qwen3-VL have
+# LayerNorm and GELU, which stay.
+CLASSES = {
+    "rms_norm": (qwen2_5_vl.Qwen2_5_VLRMSNorm, qwen2_vl.Qwen2VLRMSNorm, qwen3_vl.Qwen3VLTextRMSNorm),
+    "swiglu": (qwen2_5_vl.Qwen2MLP, qwen2_vl.Qwen2MLP, qwen3_vl.Qwen3VLTextMLP, qwen2_5_vl.Qwen2_5_VLMLP),
+    "rotary": (qwen2_5_vl.Qwen2_5_VLAttention, qwen2_vl.Qwen2VLAttention, qwen3_vl.Qwen3VLTextAttention),
+    "vision_rotary": (
+        qwen2_5_vl.Qwen2_5_VLVisionAttention,
+        qwen2_vl.VisionAttention,
+        qwen3_vl.Qwen3VLVisionAttention,
+    ),
+}
+FORWARDS: dict[str, Forward] = {"rms_norm": _rms_norm, "swiglu": _swiglu}
+ROTARY: dict[str, dict[str, Callable]] = {
+    "rotary": {"apply_rotary_pos_emb": _rotary},
+    "vision_rotary": {"apply_rotary_pos_emb_vision": _vision_rotary},
+}

@@ -8,16 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from geo_r1.errors import UserError
 from geo_r1.models.qwen_vl import MODEL_CLASSES, PackedVLM
 from geo_r1.models.skeleton import empty_model
 
@@ -31,18 +26,18 @@ def load_model(
     liger: bool = True,
     weights: bool = True,
     weights_on: torch.device | str | None = None,
-) -> tuple[PackedVLM, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:
+) -> tuple[PackedVLM, Tokenizer, Qwen2VLImageProcessorPil]:
     """Load a checkpoint, its tokenizer and its image processor from a folder or by hub name.
 
     Args:
         dtype: of the weights.
         compute_dtype, liger: see `PackedVLM`.
         device: where the model is going to run.
-        weights: False builds the model on the `meta` device: no file of weights is read or looked for.
+        weights: False builds the model on the `meta` device, without any file of weights.
         weights_on: where the weights are put for now; None: on `device`.
 
     Raises:
-        ValueError: there is no such checkpoint, it is incomplete, or of an unsupported family.
+        UserError: there is no such checkpoint, it is incomplete, or of an unsupported family.
     """
     try:
         if Path(path).is_absolute() and not Path(path).is_dir():
@@ -50,7 +45,10 @@ def load_model(
         config = AutoConfig.from_pretrained(path)
         if config.model_type not in MODEL_CLASSES:
             raise ValueError(f"it is a {config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
-        model = _read(path, config, dtype) if weights else _without_weights(path, config, dtype)
+        model = _read(path, config, dtype) if weights else empty_model(config, dtype)
+        if not weights:
+            with suppress(OSError):  # without that file both ways of making a model take the config's values
+                model.generation_config = GenerationConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if len(tokenizer) <= config.image_token_id:
             raise ValueError(
@@ -59,7 +57,7 @@ def load_model(
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model {path} cannot be loaded: {reason}") from error
+        raise UserError(f"model {path} cannot be loaded: {reason}") from error
     if weights:
         torch.nn.Module.to(model, device if weights_on is None else weights_on)
     return PackedVLM(model, compute_dtype, liger, device), tokenizer, image_processor
@@ -73,11 +71,4 @@ def _read(path: str | Path, config: PreTrainedConfig, dtype: torch.dtype) -> Pre
     model, report = loaded
     if unfit := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
         raise ValueError(f"{len(unfit)} weights are missing or of another shape, the first is {unfit[0]}")
-    return model
-
-
-def _without_weights(path: str | Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    model = empty_model(config, dtype)
-    with suppress(OSError):  # there is no such file: both ways of making a model take what its config says
-        model.generation_config = GenerationConfig.from_pretrained(path)
     return model

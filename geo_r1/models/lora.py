@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from geo_r1.errors import UserError
 from geo_r1.models.qwen_vl import VISION
 
-ADAPTER = "default"  # peft's name of the only one
+ADAPTER = "default"  # peft's name of the only adapter
 BASE, DOWN, UP = ".base_layer.", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 TEXT_LAYERS, VISION_BLOCKS = "model.language_model.layers.", f"{VISION}blocks."
 
@@ -39,18 +40,17 @@ def add_lora(
     """Freeze a model and give its linear layers adapters to train, in place; its outputs stay as they are.
 
     Args:
-        model: a Qwen-VL without adapters. They take their layer's dtype and device; on `meta` they have no
-            values, either.
+        model: a Qwen-VL without adapters. They take their layer's dtype and device, `meta` included.
         rank, alpha, dropout: see the formula above.
         targets: names of linear layers of the text model, such as "q_proj".
         vision: adapters on all linear layers of the vision tower's blocks, too.
         seed: of A, the same on every machine.
 
     Raises:
-        ValueError: peft is not installed, or a target is no linear layer of the text layers.
+        UserError: peft is not installed, or a target is no linear layer of the text layers.
     """
     if find_spec("peft") is None:
-        raise ValueError("adapters (lora.rank > 0) need peft: pip install '.[lora]'")
+        raise UserError("adapters (lora.rank > 0) need peft: pip install '.[lora]'")
     from peft import LoraConfig, inject_adapter_in_model
 
     assert not lora_layers(model), "the model has adapters already"
@@ -58,13 +58,13 @@ def add_lora(
     text = [name for name in linear if name.startswith(TEXT_LAYERS)]
     known = list(dict.fromkeys(name.rsplit(".", 1)[1] for name in text))
     if unknown := [target for target in targets if target not in known]:
-        raise ValueError(
+        raise UserError(
             f"lora.targets names {', '.join(unknown)}; the text layers' linear layers are {', '.join(known)}"
         )
     chosen = [name for name in text if name.rsplit(".", 1)[1] in targets]
     chosen += [name for name in linear if vision and name.startswith(VISION_BLOCKS)]
     if not chosen:
-        raise ValueError("lora.targets names no layer and lora.vision is false: nothing would be trained")
+        raise UserError("lora.targets names no layer and lora.vision is false: nothing would be trained")
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):  # peft draws on the host, wherever the model is
         torch.manual_seed(seed)
@@ -83,9 +83,9 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within, the base model computes alone: what the model was when it got its adapters.
+    """A context in which the base model computes without its adapters.
 
-    It only sets a flag of each layer, so a sharded model may be within.
+    It only sets a flag of each layer, so it works on sharded models, too.
     """
     layers = list(lora_layers(model).values())
     before = [layer._disable_adapters for layer in layers]
@@ -100,12 +100,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_state(tensors: Iterable[tuple[str, Tensor]], alpha: float) -> Iterator[tuple[str, Tensor]]:
-    """The state of a plain model from that of one with adapters, one tensor after the other.
+    """The state of a plain model from that of a model with adapters, one tensor after the other.
 
     Args:
-        tensors: names and whole tensors, in any order. Few are held where a layer's own stand together, as in
-            a state dict.
-        alpha: as `add_lora` got it.
+        tensors: names and whole tensors, in any order; in the order of a state dict few are held at a time.
+        alpha: as given to `add_lora`.
 
     Yields:
         Names and tensors as they were before `add_lora`, the adapters added to the weights.

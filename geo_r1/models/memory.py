@@ -1,10 +1,9 @@
-"""What a model keeps for backward, and where: recomputed layers, tensors in host memory, compiled layers."""
+"""Memory of a forward pass: what selective checkpointing keeps for backward, and tensors in host memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +17,14 @@ ATTENTION_OPS = ("geo_r1::packed_attention", "geo_r1::flash_attention", "aten::_
 PRODUCTS = ("aten::mm", "aten::addmm")
 
 
-def checkpoint_layers(model: PreTrainedModel, kind: Checkpointing) -> None:
-    """See `PackedVLM.checkpoint_layers`."""
-    if kind not in get_args(Checkpointing):
-        raise ValueError(f"no checkpointing {kind!r}; there is {', '.join(get_args(Checkpointing))}")
-    if kind == "none":
-        model.gradient_checkpointing_disable()
-        return
-    contexts = {"context_fn": selective_contexts} if kind == "selective" else {}
-    model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
-    # Gradients of the embeddings are asked for only by reentrant checkpoints: a frozen tower, or frozen
-    # layers before the first that is trained, would run backward for nothing.
-    model.disable_input_require_grads()
-
-
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Keep the attention's output, and of the products behind it every second: the first, the third, ...
+    """Keep the attention's output, and of the products after it every second: the first, the third, ...
 
     In a text layer of Qwen these are `o_proj` and `up_proj`. The products before the attention are small, and
-    liger-kernel's rotary embedding writes over their outputs, so that they cannot be kept. Nor can those of
-    compiled layers, which go to memory that is used again: `aten::mm.out`.
+    liger-kernel's rotary embedding overwrites their outputs, so they cannot be kept. Nor can those of
+    compiled layers, whose memory is reused: `aten::mm.out`.
     """
-    counted: dict[bool, int] = {}  # older torch asks again while it recomputes
+    counted: dict[bool, int] = {}  # older torch asks again during recomputation
 
     def policy(context, op, *args, **options) -> CheckpointPolicy:
         name = op.name()
@@ -56,24 +41,21 @@ def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager
 
 
 class HostMemory:
-    """Where a forward's saved tensors go until backward asks for them.
+    """Holds a forward's saved tensors until backward needs them.
 
-    Weights stay where they are, and so do tensors under `smallest` bytes. Copies are made on the stream that
-    computes, from and to pinned memory.
-
-    Args:
-        model: whose weights never move.
+    The weights of the model stay where they are, and so do tensors under `smallest` bytes. Copies are made on
+    the computing stream, from and to pinned memory.
 
     Attributes:
         smallest: bytes.
-        num_packed, num_unpacked: tensors that went to the host and came back, so far.
+        num_packed, num_unpacked: tensors that have gone to the host and come back.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.smallest = 1 << 20
         self.num_packed = self.num_unpacked = 0
         self._entered: nn.Module | None = None
-        # A sharded layer has its whole weights only while it runs: they are looked up in the module at work.
+        # A sharded layer has its whole weights only while it runs: they are looked up in the running module.
         self._handles = [
             module.register_forward_pre_hook(self._enter)
             for module in model.modules()
@@ -86,7 +68,7 @@ class HostMemory:
             handle.remove()
 
     def saving(self) -> saved_tensors_hooks:
-        """A context: what is saved for backward within goes to the host."""
+        """A context in which tensors that are saved for backward go to the host."""
         self._entered = None
         return saved_tensors_hooks(self._pack, self._unpack)
 
@@ -99,7 +81,7 @@ class HostMemory:
             return tensor
         self.num_packed += 1
         on_gpu = tensor.device.type == "cuda"
-        # Only the elements: a view of a larger tensor brings none of the rest along.
+        # Only its own elements: it may be a view of a larger tensor.
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
         host.copy_(tensor, non_blocking=on_gpu)
         return tensor.device, host
@@ -112,9 +94,9 @@ class HostMemory:
         return host.to(device, non_blocking=True)
 
     def _is_weight(self, tensor: Tensor) -> bool:
-        """A saved weight comes detached and often transposed: it is known by its memory.
+        """A saved weight comes detached and often transposed: it is recognised by its memory.
 
-        The copy that autocast makes of it is known by its shape; an activation of that very shape stays, too.
+        Autocast's copy of it is recognised by its shape; an activation of the same shape stays, too.
         """
         if self._entered is None:
             return False
@@ -124,9 +106,3 @@ class HostMemory:
             or (weight.dtype != tensor.dtype and weight.shape in shapes)
             for weight in self._entered.parameters(recurse=False)
         )
-
-
-def compile_layers(layers: Iterable[nn.Module], backend: str | Callable, dynamic: bool | None) -> None:
-    """See `PackedVLM.compile_layers`."""
-    for layer in layers:
-        layer.compile(dynamic=dynamic, backend=backend)

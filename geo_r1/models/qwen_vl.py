@@ -1,10 +1,11 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL from transformers, run on packed batches with `packed_attention`."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL from transformers, on packed batches with `packed_attention`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from geo_r1.errors import UserError
 from geo_r1.kernels import packed_attention
-from geo_r1.models import memory
 from geo_r1.models.attention import TEXT_ATTENTION, VISION_ATTENTION, Attend, Hidden, add_at_rows
+from geo_r1.models.memory import Checkpointing, HostMemory, selective_contexts
 from geo_r1.models.packed import PackedBatch
 from geo_r1.models.skeleton import empty_like
 from geo_r1.models.vision import tower_inputs
@@ -31,26 +33,34 @@ MODEL_CLASSES = {
 LIGER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PARTS = ("vision", "projector", "text")  # in the order of the forward pass
-VISION = "model.visual."  # what weights of the vision tower and its projector are called
+VISION = "model.visual."  # how names of weights of the vision tower and its projector begin
+
+
+def part_of(name: str) -> str:
+    """The part, of PARTS, of a weight or a module."""
+    if not name.startswith(VISION):
+        return "text"
+    merges = name.startswith((f"{VISION}merger.", f"{VISION}deepstack_merger_list."))
+    return "projector" if merges else "vision"
 
 
 class PackedVLM:
     """A transformers model and the two ways through it: a packed batch, or rows with your own attention.
 
     Args:
-        model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL with its language head. Its attention is set to the packed
-            one. It may be on the `meta` device.
-        compute_dtype: what layers compute in (autocast); None computes in the weights' own dtype.
-        liger: let liger-kernel compute what it can, where it is installed and the model runs on a GPU; False
-            leaves the layers as they are handed over.
+        model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL with its language head; may be on the `meta` device. Its
+            attention is replaced by the packed one.
+        compute_dtype: of the layers (autocast); None computes in the weights' own dtype.
+        liger: let liger-kernel compute the layers that it knows, if it is installed and the model runs on a
+            GPU.
         device: where the model is going to run; None: where its weights are.
 
     Attributes:
-        fused_layers: what liger-kernel computes, such as "rms_norm"; empty where `unfused` says why.
-        unfused: why transformers computes every layer; "" where it does not.
+        fused_layers: the layers that liger-kernel computes, such as "rms_norm".
+        unfused: why it computes none; "" where it computes some.
 
     Raises:
-        ValueError: the model is of another family.
+        UserError: the model is of another family.
     """
 
     def __init__(
@@ -61,9 +71,7 @@ class PackedVLM:
         device: torch.device | str | None = None,
     ) -> None:
         if model.config.model_type not in MODEL_CLASSES:
-            raise ValueError(
-                f"cannot pack a {model.config.model_type}; supported: {', '.join(MODEL_CLASSES)}"
-            )
+            raise UserError(f"cannot pack a {model.config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
         model.model.language_model.config._attn_implementation = TEXT_ATTENTION
         model.model.visual.config._attn_implementation = VISION_ATTENTION
         if model.config.model_type == "qwen3_vl":
@@ -72,7 +80,7 @@ class PackedVLM:
         self.compute_dtype = compute_dtype or model.dtype
         self.liger = liger
         self._runs_on = None if device is None else torch.device(device)
-        self._host_memory: memory.HostMemory | None = None
+        self._host_memory: HostMemory | None = None
         self._compiled = False
         self.fused_layers: tuple[str, ...] = ()
         self.unfused = self._why_unfused(liger)
@@ -98,7 +106,7 @@ class PackedVLM:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Text layers and vision blocks: what is recomputed, compiled and sharded as one."""
+        """Text layers and vision blocks; each is recomputed, compiled and sharded as one."""
         return [*self.model.model.language_model.layers, *self.model.model.visual.blocks]
 
     @property
@@ -108,7 +116,7 @@ class PackedVLM:
 
     @property
     def vision_token_ids(self) -> list[int]:
-        """Tokens that only a prompt may hold."""
+        """Tokens that only a prompt may contain."""
         config = self.model.config
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         return [getattr(config, name) for name in names]
@@ -160,8 +168,8 @@ class PackedVLM:
             embedded: [T, C].
             position_ids: [3, T].
             attend: the attention of every layer.
-            image_rows: [I] int64, rows that `deepstack` is for.
-            deepstack: [I, C] each, added to the image rows behind the first, second, ... layer.
+            image_rows: [I] int64, the rows to which `deepstack` is added.
+            deepstack: [I, C] each, added after the first, second, ... layer.
 
         Returns:
             [T, C] final hidden states.
@@ -179,7 +187,7 @@ class PackedVLM:
         return outputs.last_hidden_state[0].to(self.compute_dtype)
 
     def autocast(self) -> torch.autocast:
-        """A context that computes in `compute_dtype`; the methods enter it themselves."""
+        """A context of computing in `compute_dtype`; the methods enter it themselves."""
         return torch.autocast(
             self.device.type, self.compute_dtype, enabled=self.compute_dtype != self.model.dtype
         )
@@ -187,9 +195,7 @@ class PackedVLM:
     def encode_images(
         self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Encode pictures of any sizes in one call.
-
-        All indices are made on the host from the grids, so nothing waits for the device.
+        """Encode pictures of any sizes in one call, without waiting for the device.
 
         Args:
             pixel_values: [patches, patch size].
@@ -201,7 +207,7 @@ class PackedVLM:
         """
         visual = self.model.model.visual
         inputs = tower_inputs(visual, grids, pixel_values.device)
-        # A frozen tower keeps nothing, whatever hooks ask for gradients of the patches.
+        # A frozen tower keeps nothing, even if hooks ask for gradients of the patches.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
         with self.autocast(), torch.set_grad_enabled(trained):
             outputs = visual(pixel_values.to(visual.dtype), **inputs)
@@ -211,30 +217,24 @@ class PackedVLM:
         """Train every weight but those of `parts`.
 
         Args:
-            parts: of "vision" (the tower without its projector), "projector" (what merges patches for the
-                text model, Qwen3-VL's deepstack mergers too) and "text" (the layers, embeddings and head).
+            parts: of "vision" (the tower without its projector), "projector" (the merger of patches, with
+                Qwen3-VL's deepstack mergers) and "text" (the layers, embeddings and head).
 
         Raises:
-            ValueError: there is no such part.
+            UserError: there is no such part.
         """
         if unknown := set(parts) - set(PARTS):
-            raise ValueError(f"cannot freeze {min(unknown)!r}; the parts are {', '.join(PARTS)}")
+            raise UserError(f"cannot freeze {min(unknown)!r}; the parts are {', '.join(PARTS)}")
         for name, parameter in self.model.named_parameters():
-            part = "text"
-            if name.startswith(VISION):
-                merges = name.startswith((f"{VISION}merger.", f"{VISION}deepstack_merger_list."))
-                part = "projector" if merges else "vision"
-            parameter.requires_grad_(part not in parts)
+            parameter.requires_grad_(part_of(name) not in parts)
 
     def skeleton(
-        self,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> PackedVLM:
-        """The same model and settings on the `meta` device, for weights and buffers that come later.
+        """The same model and settings on the `meta` device; weights and buffers come later.
 
-        Adapters, frozen parts and memory options are not taken over. Its parameters and buffers have the
-        names, shapes and dtypes of this model's.
+        Its parameters and buffers have the names, shapes and dtypes of this model's; adapters, frozen parts
+        and memory options are left out.
 
         Args:
             dtype: of the weights; None: as here.
@@ -243,52 +243,61 @@ class PackedVLM:
         model = empty_like(self.model, dtype or self.model.dtype)
         return PackedVLM(model, self.compute_dtype, self.liger, device or self.device)
 
-    def checkpoint_layers(self, kind: memory.Checkpointing) -> None:
-        """Choose what backward recomputes; the gradients are the same. To be called before sharding.
+    def checkpoint_layers(self, kind: Checkpointing) -> None:
+        """Choose what backward recomputes; the gradients stay the same. Call it before sharding.
 
         Args:
-            kind: "none"; "full" keeps the input of each layer and vision block alone; "selective" also the
-                output of its attention and every second product behind it (of compiled layers, the
-                attention's alone).
+            kind: "none"; "full" keeps only the input of each layer and vision block; "selective" also the
+                output of its attention and every second product after it (of compiled layers, only the
+                attention's).
 
         Raises:
-            ValueError: there is no such kind.
+            UserError: there is no such kind.
         """
-        memory.checkpoint_layers(self.model, kind)
+        if kind not in get_args(Checkpointing):
+            raise UserError(f"no checkpointing {kind!r}; there is {', '.join(get_args(Checkpointing))}")
+        if kind == "none":
+            self.model.gradient_checkpointing_disable()
+            return
+        contexts = {"context_fn": selective_contexts} if kind == "selective" else {}
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
+        # Only reentrant checkpoints need gradients of the embeddings; with them a frozen tower, or frozen
+        # layers before the first trained one, would run backward for nothing.
+        self.model.disable_input_require_grads()
 
-    def offload_activations(self, on: bool) -> memory.HostMemory | None:
-        """Let what `hidden_states` and `loss_rows` save for backward wait in host memory, or no longer.
+    def offload_activations(self, on: bool) -> HostMemory | None:
+        """Keep what `hidden_states` and `loss_rows` save for backward in host memory, or no longer.
 
-        To be called before sharding. Goes well with checkpointing: then it is the inputs of the layers.
+        Call it before sharding. With checkpointing only the inputs of the layers are saved.
 
         Returns:
-            Where it waits: `smallest` bytes of a tensor that goes there, and counts; None for off.
+            The host memory, with its smallest size and its counts; None for off.
 
         Raises:
-            ValueError: the layers are compiled without checkpointing.
+            UserError: the layers are compiled without checkpointing.
         """
         if self._host_memory is not None:
             self._host_memory.close()
-        self._host_memory = memory.HostMemory(self.model) if on else None
+        self._host_memory = HostMemory(self.model) if on else None
         self._check_offload()
         return self._host_memory
 
-    def compile_layers(self, *, backend: str | Callable = "inductor", dynamic: bool | None = True) -> None:
-        """Compile each text layer and vision block with torch.compile. To be called before sharding.
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """Compile each text layer and vision block, once for all lengths. Call it before sharding.
 
         Args:
-            backend: of torch.compile. Attention stays outside its graphs: a layer is two of them.
-            dynamic: True compiles once for all lengths.
+            backend: of torch.compile. Attention stays outside its graphs: a layer becomes two of them.
 
         Raises:
-            ValueError: activations are offloaded without checkpointing.
+            UserError: activations are offloaded without checkpointing.
         """
-        memory.compile_layers(self.layers, backend, dynamic)
+        for layer in self.layers:
+            layer.compile(dynamic=True, backend=backend)
         self._compiled = True
         self._check_offload()
 
     def _check_offload(self) -> None:
         if self._compiled and self._host_memory is not None and not self.model.is_gradient_checkpointing:
-            raise ValueError(
+            raise UserError(
                 "compiled layers save weights and activations alike: offload_activations needs checkpointing"
             )

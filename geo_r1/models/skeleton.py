@@ -1,4 +1,4 @@
-"""Models without weights, on the `meta` device: names, shapes and dtypes that values are given to later."""
+"""Models without weights, on the `meta` device: only names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of a config; tied embeddings are tied, and it is set to evaluate, as a loaded one is."""
+    """A model of a config, with tied embeddings tied, in evaluation mode as after loading."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 

@@ -1,4 +1,4 @@
-"""What a vision tower needs to know of its pictures, made on the host: nothing waits for the device."""
+"""The arguments of a vision tower besides pixels, made on the host, so that nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from geo_r1.models.packed import to_device
 
 
 class TowerLayouts:
-    """For each boundary tensor that a layer of the tower may be given, the layout of its attention.
+    """The layout of attention for each boundary tensor that a layer of the tower may get.
 
-    An object, since compiled layers look into lists, and are compiled again when these change.
+    An object hides it from compiled layers, which look into lists and are recompiled when these change.
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, PackedLayout]]) -> None:

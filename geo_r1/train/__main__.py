@@ -1,4 +1,4 @@
-"""Run a recipe: a TOML file, recipes/world.toml where none is named, and single keys of it on top.
+"""Run a recipe: a TOML file or a recipe of the package (`world` if none is named), and single keys on top.
 
 --dry-run only says what it would train and what that takes, on the ranks that are there; --dry-run=8 on
 eight. --serve does not train either: it becomes the vLLM server that rollout.server_url names, for this

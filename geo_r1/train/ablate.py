@@ -36,7 +36,7 @@ from matplotlib.lines import Line2D
 from pydantic import Field, ValidationError, field_validator
 
 from geo_r1.files import write_text, written_beside
-from geo_r1.train.recipe.load import dump_recipe, first_difference, load_recipe
+from geo_r1.train.recipe.load import dump_recipe, find_recipe, first_difference, load_recipe
 from geo_r1.train.recipe.sections import STAGES, Recipe, Section, Stage
 from geo_r1.train.report.plots import PALETTE
 
@@ -304,13 +304,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Further arguments go to every run: --run.threads 1",
     )
-    parser.add_argument("file", type=Path, help="TOML file of the comparison")
+    parser.add_argument("file", help="TOML file of the comparison, or ablations_world")
     parser.add_argument("--dir", type=Path, help="folder of the runs, in place of the file's")
     parser.add_argument("--launch", default=f"{shlex.quote(sys.executable)} -m", metavar="COMMAND",
                         help="what starts a module: 'torchrun --nproc-per-node 8 -m'")  # fmt: skip
     options, more = parser.parse_known_args(argv)
     try:
-        planned = plan(options.file, options.dir, more)
+        planned = plan(find_recipe(options.file), options.dir, more)
         run_all(planned, planned[0].recipe.run.dir.parent, shlex.split(options.launch))
     except ValueError as error:
         print(f"geo_r1: {' '.join(str(error).split())}", file=sys.stderr)

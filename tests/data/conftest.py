@@ -1,6 +1,7 @@
 import signal
 
 import pytest
+from data_cases import KEY
 
 
 @pytest.fixture
@@ -9,3 +10,17 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def no_waits(monkeypatch):
+    """A key for endpoints, and no waits between tries; returns the list of seconds that were skipped."""
+    listed = []
+
+    async def pause(seconds):
+        listed.append(seconds)
+
+    monkeypatch.setattr("anyio.sleep", pause)  # of the openai package
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "*")
+    return listed

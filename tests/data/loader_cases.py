@@ -1,17 +1,14 @@
-"""What the tests of loading share, in a module that worker processes import, too; and a run to be killed."""
+"""Helpers for the tests of loading, in a module that worker processes import too; and a run to be killed."""
 
-import io
 import json
 import os
 import re
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from geo_r1.data import PromptEncoder, PromptLoader, Sample, World
 from geo_r1.data.exemplars import Numbered, question
@@ -21,20 +18,17 @@ from geo_r1.models.tiny import SPECIAL_TOKENS, build_tiny
 IMAGE = SPECIAL_TOKENS.index("<|image_pad|>")
 
 
-def encoder(**options):
+class CountingEncoder(PromptEncoder):
+    """Reports the hits and misses of its cache in place of a sample's name."""
+
+    def encode(self, sample):
+        prompt = super().encode(sample)
+        return replace(prompt, sample_id=f"{self.cache.hits} hits, {self.cache.misses} misses")
+
+
+def encoder(kind=PromptEncoder, **options):
     _, tokenizer, image_processor = build_tiny(["where is it, north or south?"], hidden_size=64, num_layers=1)
-    return PromptEncoder(tokenizer, image_processor, IMAGE, **options)
-
-
-def picture(width, height, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+    return kind(tokenizer, image_processor, IMAGE, **options)
 
 
 def sample(name, *images, text="where is it?"):
@@ -54,7 +48,7 @@ def deadly_source(victim):
 
 
 def killed_run():
-    """Survive signals to the whole group, say what came and who works for whom, and end without farewell."""
+    """Survive signals to the whole group, report them and the workers' parents, and be killed."""
     received = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, _: received.append(int(number)))

@@ -5,26 +5,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_cases import write
 
 from geo_r1.data import read_samples
 from geo_r1.data.formats import FORMATS
 from geo_r1.data.formats import convert as converting
-from geo_r1.data.formats.convert import command, configure, convert
+from geo_r1.data.formats.convert import command, configure, convert_file
 from geo_r1.data.journal import MAX_LINE
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def run(*arguments):
@@ -61,7 +50,7 @@ def test_columns_that_come_late_are_in_the_table(tmp_path, monkeypatch):
     rows = [row | {"n": 1.5 if i == 6 else i} for i, row in enumerate(rows_of(7))]
     rows += [{"prompt": "?", "id": "text", "place": {"a": None, "b": [1]}}]
     path = write(tmp_path / "x.jsonl", rows)
-    assert convert(path, tmp_path / "x.parquet", source="geo_r1", target="geo_r1") == 8
+    assert convert_file(path, tmp_path / "x.parquet", source="geo_r1", target="geo_r1") == 8
     expected = read_samples(path)
     place = expected[-1].metadata | {"place": {"a": None, "b": [1]}}
     assert read_samples(tmp_path / "x.parquet") == [*expected[:-1], replace(expected[-1], metadata=place)]
@@ -70,11 +59,11 @@ def test_columns_that_come_late_are_in_the_table(tmp_path, monkeypatch):
 def test_pictures_in_a_table_stay_in_it(tmp_path):
     rows = [{"problem": "<image>", "answer": "B", "images": [{"bytes": b"x", "path": "a.png"}]}]
     path = write(tmp_path / "x.parquet", rows)
-    convert(path, tmp_path / "y.parquet", source="easyr1", target="trl")
+    convert_file(path, tmp_path / "y.parquet", source="easyr1", target="trl")
     assert pq.read_table(tmp_path / "y.parquet").to_pylist()[0]["images"] == rows[0]["images"]
     message = f"^{path}, row 1: not to be written as JSON: Object of type bytes is not JSON serializable$"
     with pytest.raises(ValueError, match=message):
-        convert(path, tmp_path / "y.jsonl", source="easyr1", target="trl")
+        convert_file(path, tmp_path / "y.jsonl", source="easyr1", target="trl")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.parquet", "y.parquet"]
 
 
@@ -88,7 +77,7 @@ def test_paths_are_right_from_the_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def images(**options):
-        convert(Path("in/x.jsonl"), Path("out/y.jsonl"), source="geo_r1", target="trl", **options)
+        convert_file(Path("in/x.jsonl"), Path("out/y.jsonl"), source="geo_r1", target="trl", **options)
         return json.loads((tmp_path / "out" / "y.jsonl").read_text())["images"]
 
     home = str(tmp_path)
@@ -108,14 +97,14 @@ def test_paths_are_right_from_the_new_folder(tmp_path, monkeypatch):
 def test_pictures_by_address_are_refused(tmp_path, image):
     path = write(tmp_path / "x.jsonl", [{"prompt": "?", "images": [image]}])
     with pytest.raises(ValueError, match=f"^{path}, row 1: image '.+' is no path; save it as a file$"):
-        convert(path, tmp_path / "y.jsonl", source="geo_r1", target="trl")
+        convert_file(path, tmp_path / "y.jsonl", source="geo_r1", target="trl")
 
 
 def test_llama_factory_is_told_of_its_files(tmp_path):
     path, info = write(tmp_path / "x.jsonl", rows_of(2)), tmp_path / "out" / "dataset_info.json"
-    convert(path, tmp_path / "out" / "one.jsonl", source="geo_r1", target="sharegpt")
+    convert_file(path, tmp_path / "out" / "one.jsonl", source="geo_r1", target="sharegpt")
     info.write_text(json.dumps(json.loads(info.read_text()) | {"theirs": {"file_name": "ü"}}))
-    convert(path, tmp_path / "out" / "two.json", source="geo_r1", target="llama-factory")
+    convert_file(path, tmp_path / "out" / "two.json", source="geo_r1", target="llama-factory")
     assert json.loads(info.read_text()) == {
         "one": {
             "file_name": "one.jsonl",
@@ -142,9 +131,9 @@ def test_llama_factory_is_told_of_its_files(tmp_path):
     ):
         info.write_text(content)
         with pytest.raises(ValueError, match=f"^{info} {reason}"):
-            convert(path, tmp_path / "out" / "three.jsonl", source="geo_r1", target="sharegpt")
+            convert_file(path, tmp_path / "out" / "three.jsonl", source="geo_r1", target="sharegpt")
     with pytest.raises(ValueError, match=f"^{info}: LLaMA-Factory lists its data sets there"):
-        convert(path, info, source="geo_r1", target="sharegpt")
+        convert_file(path, info, source="geo_r1", target="sharegpt")
     assert sorted(file.name for file in info.parent.iterdir()) == [
         "dataset_info.json",
         "one.jsonl",
@@ -180,7 +169,7 @@ def test_a_bad_row_is_named_and_what_was_there_stays(tmp_path, line, suffix, rea
     out = tmp_path / f"y.{suffix}"
     out.write_text("before")
     with pytest.raises(ValueError) as caught:
-        convert(path, out, source="geo_r1", target="geo_r1")
+        convert_file(path, out, source="geo_r1", target="geo_r1")
     assert str(caught.value).startswith(f"{path}, {reason}")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(path))
     assert out.read_text() == "before"
@@ -192,7 +181,7 @@ def test_a_list_may_nest_as_deep_as_it_is_read(tmp_path):
     for depth in range(700, 1000, 10):
         path.write_text('{"prompt": "?", "x": ' + "[" * depth + "]" * depth + "}\n")
         try:
-            assert convert(path, tmp_path / "y.jsonl", source="geo_r1", target="trl") == 1
+            assert convert_file(path, tmp_path / "y.jsonl", source="geo_r1", target="trl") == 1
         except ValueError as error:
             assert "recursion" in str(error) or "nested" in str(error)
 
@@ -200,7 +189,7 @@ def test_a_list_may_nest_as_deep_as_it_is_read(tmp_path):
 def test_a_row_that_grows_past_the_limit_of_a_line(tmp_path):
     path = write(tmp_path / "x.json", [{"prompt": "x" * MAX_LINE}])
     with pytest.raises(ValueError, match=f"^{path}, row 1: it takes [0-9]+ bytes as JSON, more than 16 MiB$"):
-        convert(path, tmp_path / "y.jsonl", source="geo_r1", target="trl")
+        convert_file(path, tmp_path / "y.jsonl", source="geo_r1", target="trl")
 
 
 def test_mistakes_of_the_command(tmp_path):

@@ -1,96 +1,23 @@
-"""The chain-of-thought engine against a server that misbehaves: each sample ends once, whatever happens."""
+"""The command `cot`: its output, the key that it keeps to itself, and one line for each mistake."""
 
-import argparse
 import io
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from datetime import date
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from chat_server import RUBBISH, ChatServer, closed_port, completion
-from PIL import Image
+from chat_server import ChatServer, closed_port, completion
+from cot_cases import arguments, card, dataset, files, picture, run
+from data_cases import KEY, ends_with, lines, write
 
-import geo_r1
 from geo_r1.data import Sample, load_image, read_samples
-from geo_r1.data.teaching import cot, cot_output, endpoint
+from geo_r1.data.teaching import cot, cot_output
 
-KEY = "sk-secret-0123456789abcdef"
-FAST = ("--concurrency", "4", "--retries", "2", "--timeout", "10")
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    async def pause(seconds):
-        pass
-
-    monkeypatch.setattr(endpoint, "pause", pause)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "*")
+pytestmark = pytest.mark.usefixtures("no_waits")
 
 
-def picture(path, colour=(9, 99, 9)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (9, 7), colour).save(path)
-    return path
-
-
-def dataset(folder, num=12, **columns):
-    """Samples s0, s1, ... of one picture each, in folder/data/train.jsonl."""
-    rows = []
-    for i in range(num):
-        picture(folder / "data" / "pictures" / f"{i}.png")
-        row = {"id": f"s{i}", "prompt": f"<image>[s{i}] which tile?", "images": [f"pictures/{i}.png"]}
-        rows.append({**row, "answer": "B", "num_choices": 5, "city": "Lisbon", **columns})
-    return write(folder / "data" / "train.jsonl", rows)
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def arguments(*given):
-    parser = argparse.ArgumentParser()
-    cot.configure(parser)
-    return parser.parse_args([str(argument) for argument in given])
-
-
-def run(server, data, out, *more):
-    url = server if isinstance(server, str) else server.url
-    cot.command(arguments("--data", data, "--out", out, "--url", url, "--model", "teach", *FAST, *more))
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def files(out):
-    """Ids of whole samples and of failures."""
-    assert not [*out.parent.glob("*.partial"), *out.parent.glob(".*.partial")]
-    failed = lines(out.with_suffix(".failed.jsonl"))
-    return [row["id"] for row in lines(out)], [row["id"] for row in failed]
-
-
-def card(out):
-    return json.loads(out.with_suffix(".card.json").read_text())
-
-
-def ends_with(message, call):
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert str(caught.value) == message
-
-
-# What is written
+# Output
 
 
 def test_a_sample_is_its_training_row_and_the_teachers_words(tmp_path, capsys):
@@ -178,7 +105,7 @@ def test_embedded_pictures_become_files(tmp_path):
         }
         for name in ("s", "../../s")
     ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    write(tmp_path / "train.parquet", rows)
     out = tmp_path / "out" / "cot.jsonl"
     with ChatServer() as server:
         run(server, tmp_path / "train.parquet", out)
@@ -210,128 +137,6 @@ def test_the_worlds_teacher_writes_without_an_endpoint(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("world.jsonl: 5 samples, 0 tokens, 0 failed\n")
     again = f"{out} was made with seed 0, not 1: choose another --out"
     ends_with(again, lambda: cot.command(arguments(*command, 5, "--seed", 1)))
-
-
-# Every sample ends once
-
-
-def test_every_sample_ends_once_on_a_server_that_fails_stalls_and_talks_rubbish(tmp_path):
-    data, out = dataset(tmp_path, 40), tmp_path / "cot.jsonl"
-    (tmp_path / "data" / "pictures" / "3.png").unlink()
-    (tmp_path / "data" / "pictures" / "4.png").write_bytes(b"GIF89a")
-    troubles = [500, 503, (429, {"Retry-After": "9"}, b""), "stall", "close", *RUBBISH]
-    script = {f"s{i}": [trouble, "answer"] for i, trouble in enumerate(troubles, 5)}
-    script |= {"s30": [400], "s31": [500], "s32": ["html"], "s33": [completion("<think>", "length", (50, 7))]}
-    script |= {"s34": [completion("x", "content_filter")], "s35": [completion("é" * 10)]}
-    with ChatServer(script) as server:
-        run(server, data, out, "--timeout", "0.5", "--retries", "30", "--price-in", "1")
-    written, failed = files(out)
-    assert sorted(written + failed) == sorted(f"s{i}" for i in range(40))
-    assert sorted(failed) == ["s3", "s30", "s31", "s32", "s33", "s34", "s4"]
-    assert server.most_at_once <= 4
-    assert "s3" not in server.asked and "s4" not in server.asked
-    errors = {row["id"]: row["error"] for row in lines(out.with_suffix(".failed.jsonl"))}
-    assert errors["s3"] == f"sample s3: image {tmp_path / 'data/pictures/3.png'} does not exist"
-    assert errors["s33"] == "cut off after 7 tokens: raise --max-tokens"
-    assert (card(out)["num_samples"], card(out)["num_failed"]) == (33, 7)
-    assert card(out)["output_tokens"] == 33 * 10 + 7
-
-
-def test_what_has_ended_is_not_asked_again_unless_failures_shall_be(tmp_path):
-    data, out = dataset(tmp_path, 6), tmp_path / "cot.jsonl"
-    script = {"s1": [400, "answer"], "s4": [400, 400, "answer"]}
-    with ChatServer(script) as server:
-        run(server, data, out, "--limit", "3")
-        assert sorted(server.asked.elements()) == ["s0", "s1", "s2"]
-        run(server, data, out)
-        run(server, data, out)
-        assert server.asked.total() == 6 and server.asked["s1"] == 1
-        run(server, data, out, "--retry-failed", "--limit", "2")  # s4 is not among these
-        assert sorted(files(out)[0]) == ["s0", "s1", "s2", "s3", "s5"] and files(out)[1] == ["s4"]
-        run(server, data, out, "--retry-failed")
-        assert files(out)[1] == ["s4"]
-        run(server, data, out, "--retry-failed", "--max-tokens", "4096")
-    assert sorted(files(out)[0]) == [f"s{i}" for i in range(6)] and files(out)[1] == []
-    assert server.asked == {"s0": 1, "s1": 2, "s2": 1, "s3": 1, "s4": 3, "s5": 1}
-    assert card(out)["max_tokens"] == 4096
-
-
-def test_a_kill_and_restart_loses_and_repeats_none(tmp_path):
-    data, out, num, limit = dataset(tmp_path, 30), tmp_path / "cot.jsonl", 30, 4
-    held = {"count": 0}
-
-    def gate(name):
-        if server.answered.total() >= 13 and process.poll() is None:
-            held["count"] += 1
-            if held["count"] == limit:  # all that may be in flight are held, so whatever came is recorded
-                process.send_signal(signal.SIGKILL)
-            process.wait(60)
-
-    with ChatServer({"s7": [400]}, gate=gate) as server:
-        given = ["--data", data, "--out", out, "--url", server.url, "--model", "teach", *FAST]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "geo_r1.data", "cot", *given],
-            cwd=Path(geo_r1.__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL, said
-        written, failed = files(out)
-        before = dict(server.asked)
-        unfinished = before.keys() - {*written, *failed}
-        assert len(unfinished) == limit and 12 <= len(written) + len(failed) < num
-        with out.open("a") as file:
-            file.write('{"id": "s29", "resp')  # the line that was being written
-        run(server, data, out)
-    written, failed = files(out)
-    assert sorted(written + failed) == sorted(f"s{i}" for i in range(num))
-    assert failed == ["s7"]
-    for name, count in server.asked.items():
-        assert count == 1 + (name in unfinished), name
-    assert KEY not in said
-    read_samples(out)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_request_to_stop_keeps_what_came(tmp_path, number, capsys, ctrl_c):
-    data, out = dataset(tmp_path, 8), tmp_path / "cot.jsonl"
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-
-    def gate(name):
-        if name == "s5" and server.asked["s5"] == 1:
-            os.kill(os.getpid(), number)
-
-    with ChatServer({"s5": ["stall", "answer"]}, gate=gate) as server:
-        with pytest.raises(KeyboardInterrupt):
-            run(server, data, out, "--concurrency", "1")
-        assert files(out) == ([f"s{i}" for i in range(5)], [])
-        assert card(out)["num_samples"] == 5
-        run(server, data, out)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    assert sorted(files(out)[0]) == [f"s{i}" for i in range(8)]
-    assert server.asked == {f"s{i}": 1 + (i == 5) for i in range(8)}
-    assert "5 samples" in capsys.readouterr().out
-
-
-def test_the_end_of_all_keeps_what_came(tmp_path):
-    data, out = dataset(tmp_path, 8), tmp_path / "cot.jsonl"
-    with ChatServer({"s5": [401, "answer"]}) as server:
-        message = f"{server.url}, model 'teach': status 401: sorry, 401"
-        ends_with(message, lambda: run(server, data, out, "--concurrency", "1"))
-        assert files(out) == ([f"s{i}" for i in range(5)], [])
-        run(server, data, out)
-    assert sorted(files(out)[0]) == [f"s{i}" for i in range(8)]
-
-
-def test_a_reply_that_fits_into_no_line_is_a_failure(tmp_path, monkeypatch):
-    data, out = dataset(tmp_path, 2), tmp_path / "cot.jsonl"
-    monkeypatch.setattr("geo_r1.data.journal.MAX_LINE", 2000)
-    with ChatServer({"s1": [completion("x" * 3000)]}) as server:
-        run(server, data, out)
-    assert files(out) == (["s0"], ["s1"])
-    assert "too many for a line" in lines(out.with_suffix(".failed.jsonl"))[0]["error"]
 
 
 # The key

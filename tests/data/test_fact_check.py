@@ -1,20 +1,17 @@
-"""The fact check: what it finds, what it lets pass, and where samples go."""
+"""The fact check: claims that it finds, claims that it lets pass, and the files of samples."""
 
-import io
 import json
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer
-from rich.console import Console
+from data_cases import lines, write
+from planted import PLANTERS, measure
 
 from geo_r1.data.__main__ import main
 from geo_r1.data.sample import Sample
 from geo_r1.data.teaching.claims import contradictions
 from geo_r1.data.teaching.fact_check import read_verdict
-from geo_r1.data.teaching.planted import PLANTERS, measure
 from geo_r1.data.teaching.rules import FORM, Finding, Limits, check, outcome
 from geo_r1.data.teaching.world_teacher import world_samples
 from geo_r1.places import open_gazetteer
@@ -170,8 +167,8 @@ def test_form_is_asked_for_again_and_contradictions_are_not():
 
 
 def test_planted_errors_are_found_and_good_exemplars_are_kept():
-    """The figures of the README are of 2,000; each kind is here at least 20 times."""
-    counts, rejected = measure(240, Limits(), Console(file=io.StringIO()), seed=7)
+    """The figures in docs/data.md are of 2,000; each kind is here at least 20 times."""
+    counts, rejected = measure(240, Limits(), seed=7)
     assert counts.keys() == PLANTERS.keys()
     assert rejected <= 0.01
     assert {kind: c.recall for kind, c in counts.items() if c.recall < 0.95} == {}
@@ -180,12 +177,12 @@ def test_planted_errors_are_found_and_good_exemplars_are_kept():
 
 
 def test_prose_of_other_writers_is_read_as_a_person_would():
-    """330 chains of thought by writers who did not know the rules; what was learned from them is in these.
+    """330 chains of thought by writers who did not know the rules; the rules have since learned from them.
 
     Half have one contradiction each. Good ones compare with other places, rule them out, and hedge.
     """
     missed, alarms, gazetteer = [], [], open_gazetteer()
-    rows = read(Path(__file__).parent / "reasoned.jsonl")
+    rows = lines(Path(__file__).parent / "reasoned.jsonl")
     for row in rows:
         message = {"role": "user", "content": []}
         sample = Sample(row["id"], (message,), (), row["response"], row["answer"], row["metadata"])
@@ -219,26 +216,19 @@ def rows(tmp_path):
         "wrong": samples[2].response,
     }
     texts["wrong"] = texts["wrong"].replace(samples[2].metadata["country"], "Atlantis, in Fiji")
-    lines = [
+    made = [
         {"id": name, "prompt": "<image> Which?", "images": ["p.png"], "answer": s.answer, "response": text}
         | dict(s.metadata)
         for (name, text), s in zip(texts.items(), samples, strict=True)
     ]
-    lines[1]["answer"] = "A"
-    (tmp_path / "in").mkdir()
-    path = tmp_path / "in" / "cot.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    made[1]["answer"] = "A"
+    return write(tmp_path / "in" / "cot.jsonl", made)
 
 
 def test_each_sample_goes_to_one_file_with_its_reasons(rows, tmp_path):
     out = tmp_path / "out"
     assert main(["fact-check", "--data", str(rows), "--out", str(out)]) == 0
-    [kept], [again], [rejected] = (read(out / f"{name}.jsonl") for name in ("kept", "again", "rejected"))
+    [kept], [again], [rejected] = (lines(out / f"{name}.jsonl") for name in ("kept", "again", "rejected"))
     assert (kept["id"], again["id"], rejected["id"]) == ("good", "bare", "wrong")
     assert kept["images"] == [str(rows.parent / "p.png")]
     assert "fact_check" not in kept and "response" not in again
@@ -262,7 +252,7 @@ def test_a_judge_sees_what_the_rules_let_pass(rows, tmp_path, verdict, name):
         arguments = ["--judge-url", server.url, "--judge-model", "m", "--judge-retries", "0"]
         assert main(["fact-check", "--data", str(rows), "--out", str(tmp_path / "out"), *arguments]) == 0
     assert len(server.requests) == 1
-    assert "good" in {row["id"] for row in read(tmp_path / "out" / f"{name}.jsonl")}
+    assert "good" in {row["id"] for row in lines(tmp_path / "out" / f"{name}.jsonl")}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"contradictions": 3}', "}{", '{"x": 1}', "{" * 10**5])
@@ -275,12 +265,8 @@ def test_an_unreadable_verdict_is_none(text):
     [
         ([], "fact-check needs --data and --out"),
         (["--data", "none.jsonl", "--out", "x"], "data file none.jsonl does not exist"),
-        (["--measure", "0"], "--measure must be at least 1, got 0"),
-        (
-            ["--measure", "9", "--min-words", "50", "--max-words", "10"],
-            "--min-words 50 must be 0 to --max-words 10",
-        ),
-        (["--measure", "9", "--city-km", "nan"], "--city-km and --coordinate-km must be distances, got nan"),
+        (["--min-words", "50", "--max-words", "10"], "--min-words 50 must be 0 to --max-words 10"),
+        (["--city-km", "nan"], "--city-km and --coordinate-km must be distances, got nan"),
         (["--data", "none.jsonl", "--out", "x", "--judge-model", "m"], "an endpoint needs --judge-url"),
     ],
 )
@@ -305,13 +291,13 @@ def test_what_was_found_before_is_not_replaced_by_another_files(rows, tmp_path, 
 
 def test_a_second_round_keeps_no_reasons_of_the_first(rows, tmp_path):
     assert main(["fact-check", "--data", str(rows), "--out", str(tmp_path / "first")]) == 0
-    [row] = read(tmp_path / "first" / "again.jsonl")
+    [row] = lines(tmp_path / "first" / "again.jsonl")
     assert "fact_check" in row and not {"response", "teacher", "usage"} & row.keys()
     good = json.loads(rows.read_text().splitlines()[0])
     row |= {key: value for key, value in good.items() if key != "id"}
     rows.write_text(json.dumps(row) + "\n")
     assert main(["fact-check", "--data", str(rows), "--out", str(tmp_path / "second")]) == 0
-    [kept] = read(tmp_path / "second" / "kept.jsonl")
+    [kept] = lines(tmp_path / "second" / "kept.jsonl")
     assert "fact_check" not in kept
 
 
@@ -331,7 +317,7 @@ def test_pictures_in_a_table_are_refused_before_anything_is_written(tmp_path, ca
         "answer": "A",
         "response": "x",
     }
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    write(tmp_path / "a.parquet", [row])
     assert main(["fact-check", "--data", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out")]) == 2
     assert "row 1: its pictures are in the table" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Rows of other trainers: what was written is read as the same sample, and what cannot be held is said."""
+"""Rows of other trainers: a written row is read as the same sample; what a format cannot hold is an error."""
 
 import json
 from pathlib import Path

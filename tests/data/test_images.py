@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from loader_cases import encoded, encoder, picture, sample
+from data_cases import encoded, picture
+from loader_cases import encoder, sample
 
-from geo_r1.data import OverlongPrompt
+from geo_r1.data import OverlongPromptError
 from geo_r1.data.images import Picture, PictureCache, fitted, num_tokens, shrunk
 
 SIZES = ((56, 56), (28, 28), (5, 3), (61, 300), (300, 61), (500, 500), (199, 1), (2000, 11), (43, 41))
@@ -147,7 +148,7 @@ def test_what_is_over_the_budget(rule):
     case = sample("row 7", picture(224, 224), text="where?")
     length = len(encoder().encode(case).token_ids)
     assert len(encoder(max_prompt_tokens=length, on_overlong=rule).encode(case).token_ids) == length
-    with pytest.raises(OverlongPrompt) as caught:
+    with pytest.raises(OverlongPromptError) as caught:
         encoder(max_prompt_tokens=length - 1, on_overlong=rule).encode(case)
     assert str(caught.value) == (
         f"sample row 7: the prompt has {length} tokens, 64 of them images; the budget is {length - 1}. "
@@ -159,11 +160,11 @@ def test_what_does_not_fit_at_its_smallest():
     case = sample("row 7", picture(224, 224), picture(224, 224, 1))
     text = len(encoder().encode(case).token_ids) - 128
     make = encoder(max_prompt_tokens=text + 1, on_overlong="resize")
-    with pytest.raises(OverlongPrompt) as caught:
+    with pytest.raises(OverlongPromptError) as caught:
         make.encode(case)
     assert str(caught.value) == (
         f"sample row 7: the prompt has {text + 128} tokens, 128 of them images; the budget is {text + 1}. "
         f"With its 2 images at their smallest, a token each, it has {text + 2}; raise data.max_prompt_tokens"
     )
-    with pytest.raises(OverlongPrompt, match=r"0 of them images; .* raise data\.max_prompt_tokens$"):
+    with pytest.raises(OverlongPromptError, match=r"0 of them images; .* raise data\.max_prompt_tokens$"):
         encoder(max_prompt_tokens=3, on_overlong="resize").encode(sample("text"))

@@ -1,10 +1,12 @@
-"""JSON lines: what a kill leaves, what is too long, what was written twice."""
+"""JSON lines: after a kill, with lines that are too long, with records that were written twice."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from geo_r1.data.journal import MAX_LINE, Journal, read_lines
+from geo_r1.errors import UserError
 
 
 def test_records_are_there_at_the_next_start_in_their_order(tmp_path):
@@ -77,6 +79,14 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none\.jsonl cannot be read: No such file"):
         list(read_lines(tmp_path / "none.jsonl"))
+
+
+def test_a_full_disk_is_named():
+    with (
+        pytest.raises(UserError, match=r"^/dev/full cannot be written: No space left on device$"),
+        Journal(Path("/dev/full")) as journal,
+    ):
+        journal.append({"id": "a"})
 
 
 def test_each_record_is_one_ascii_line(tmp_path):

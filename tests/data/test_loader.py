@@ -15,12 +15,13 @@ from types import SimpleNamespace
 import loader_cases
 import pytest
 import torch
-from loader_cases import deadly_source, encoded, encoder, picture, sample
+from data_cases import encoded, picture
+from loader_cases import CountingEncoder, deadly_source, encoder, sample
 
 from geo_r1.data import PromptLoader, World
 from geo_r1.data.exemplars import Numbered, chain_of_thought
 from geo_r1.data.source import Source
-from geo_r1.data.workers import Parcel, Prepared
+from geo_r1.data.workers import send
 
 WORLD = Source(Numbered(chain_of_thought, World(num_candidates=3), "train", 100, {"careless": 0.5}), None)
 
@@ -98,15 +99,9 @@ def test_shared_tiles_are_decoded_once(tmp_path):
     tile = tmp_path / "tile.png"
     source = Source.of([sample(str(i), tile, picture(56, 56, 1 + i), tile) for i in range(3)])
     for num_workers in (0, 1):
-        with PromptLoader(source, encoder(), seed=0, num_workers=num_workers, cache_bytes=1 << 20) as loader:
-            task, workers = loader._task, loader._workers
-            if workers is None:
-                prepared = [task.prepare(index, None) for index in range(3)]
-            else:
-                answers = [workers.submit(index, source.draw(index, task.seed)) for index in range(3)]
-                prepared = [answer.result().open() for answer in answers]
-            assert sum(item.hits for item in prepared) == 5
-            assert sum(item.misses for item in prepared) == 4
+        options = {"seed": 0, "num_workers": num_workers, "cache_bytes": 1 << 20}
+        with PromptLoader(source, encoder(CountingEncoder), **options) as loader:
+            assert [item.prompt.sample_id for item in loader.load(range(3))][-1] == "5 hits, 4 misses"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -213,4 +208,4 @@ def test_no_room_in_shared_memory_says_what_to_do(monkeypatch):
     with pytest.raises(
         ValueError, match=r"^sample x: no shared memory for 10 MiB of pixels; give /dev/shm more"
     ):
-        Parcel.pack(Prepared(None, item.prompt, 0, 0))
+        send(None, (None, item.prompt))

@@ -1,9 +1,10 @@
-"""Data sets in their own layouts: what is read, what is left out, and why."""
+"""Data sets in their own layouts: rows that are read, rows that are left out, and the reasons."""
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_cases import ends_with
 
 from geo_r1.data.pairing import manifests
 from geo_r1.data.pairing.manifests import read_sites
@@ -23,12 +24,6 @@ def write(path, *lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
-
-
-def reads_as(message, call):
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert str(caught.value) == message
 
 
 def plain(path, **options):
@@ -149,17 +144,17 @@ def test_missing_files_and_arguments(tmp_path):
     for name in ("m.csv", "m.parquet"):
         with pytest.raises(ValueError, match=f"{name}.*No such file"):
             plain(tmp_path / name)
-    reads_as("--source manifest needs --manifest, a .csv or .parquet file", lambda: plain(None))
+    ends_with("--source manifest needs --manifest, a .csv or .parquet file", lambda: plain(None))
     message = "--source vigor needs --root, the folder of the data set"
-    reads_as(message, lambda: read_sites("vigor", None))
-    reads_as(f"--root {tmp_path}/no is not a folder", lambda: read_sites("vigor", tmp_path / "no"))
+    ends_with(message, lambda: read_sites("vigor", None))
+    ends_with(f"--root {tmp_path}/no is not a folder", lambda: read_sites("vigor", tmp_path / "no"))
 
 
 def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("geo_r1.data.pairing.tables.MAX_LINE", 2**20)
     path = tmp_path / "m.csv"
     path.write_text("x" * (2**20 + 1))
-    reads_as(f"{path}, row 1: longer than 1 MiB", lambda: list(lines_of(path)))
+    ends_with(f"{path}, row 1: longer than 1 MiB", lambda: list(lines_of(path)))
 
 
 # CV-Cities
@@ -205,7 +200,7 @@ def test_paths_of_cv_cities_that_start_in_the_root_or_in_the_city(tmp_path):
 
 def test_no_index_of_cv_cities(tmp_path):
     message = f"--root {tmp_path} has no img_info.csv, nor has a folder in it"
-    reads_as(message, lambda: read_sites("cv-cities", tmp_path))
+    ends_with(message, lambda: read_sites("cv-cities", tmp_path))
 
 
 # VIGOR
@@ -236,7 +231,7 @@ def test_vigor_sorted_by_kind_and_another_list(tmp_path):
     assert sites.ground == [f"ground/Seattle/{PANORAMA}"]
     assert sites.satellite == [f"satellite/Seattle/{TILES[0]}"]
     message = f"{tmp_path}/splits/<city>/y.txt does not exist for any city"
-    reads_as(message, lambda: read_sites("vigor", tmp_path, vigor_split="y"))
+    ends_with(message, lambda: read_sites("vigor", tmp_path, vigor_split="y"))
     with pytest.raises(ValueError, match="must be the name of a list"):
         read_sites("vigor", tmp_path, vigor_split="../x")
 
@@ -260,7 +255,7 @@ def test_cvusa_finds_coordinates_by_the_number_of_the_image(tmp_path):
 
 def test_cvusa_without_lists_or_coordinates(tmp_path):
     message = f"{tmp_path}/splits/train-19zl.csv does not exist"
-    reads_as(message, lambda: read_sites("cvusa", tmp_path))
+    ends_with(message, lambda: read_sites("cvusa", tmp_path))
     write(tmp_path / "splits" / "train-19zl.csv", "a,b,c")
     message = f"{tmp_path}/split_locations/all.csv, with the coordinates, does not exist"
-    reads_as(message, lambda: read_sites("cvusa", tmp_path))
+    ends_with(message, lambda: read_sites("cvusa", tmp_path))

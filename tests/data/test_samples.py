@@ -1,6 +1,5 @@
-"""Files of samples and their pictures: what is read, and the one line that each mistake gets."""
+"""Files of samples: the rows that can be read, and one line for each mistake."""
 
-import io
 import json
 import os
 import re
@@ -8,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from data_cases import encoded, ends_with, picture, write
 
 from geo_r1.data import Sample, load_image, read_samples
 from geo_r1.data import sample as sample_module
@@ -29,56 +27,27 @@ def user(*parts):
     return ({"role": "user", "content": list(parts)},)
 
 
-def write(path, rows):
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1))
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(params=["jsonl", "json", "parquet"])
 def read(request, tmp_path):
     """Writes rows in one of the formats and reads them back."""
     return lambda rows, **options: read_samples(write(tmp_path / f"data.{request.param}", rows), **options)
 
 
-def reads_as(message, call):
-    """The call raises one line that says exactly this."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert str(caught.value) == message
-    assert "\n" not in message
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(width=9, height=6):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 # Samples
 
 
 def test_sample_without_messages():
-    reads_as("sample x: the prompt is empty", lambda: Sample("x", ()))
+    ends_with("sample x: the prompt is empty", lambda: Sample("x", ()))
 
 
 def test_sample_counts_its_markers():
     message = "sample x: the prompt marks 1 images but the sample has 0"
-    reads_as(message, lambda: Sample("x", user(IMAGE, text("?"))))
+    ends_with(message, lambda: Sample("x", user(IMAGE, text("?"))))
     message = "sample x: the prompt marks 0 images but the sample has 1"
-    reads_as(message, lambda: Sample("x", user(text("?")), images=(b"",)))
+    ends_with(message, lambda: Sample("x", user(text("?")), images=(b"",)))
 
 
-# What is read
+# Good files
 
 
 def test_text_with_markers(read):
@@ -157,7 +126,7 @@ def test_image_mappings(tmp_path):
 
 def test_parquet_with_the_image_type_of_datasets(tmp_path):
     # The file says that `images` is datasets.Image(): the bytes must come through, not decoded pictures.
-    data = encoded(noise())
+    data = encoded(picture(9, 6))
     feature = {"_type": "List", "feature": {"_type": "Image"}}
     features = {"prompt": {"dtype": "string", "_type": "Value"}, "images": feature}
     table = pa.Table.from_pylist([{"prompt": "?", "images": [{"bytes": data, "path": None}]}])
@@ -165,7 +134,7 @@ def test_parquet_with_the_image_type_of_datasets(tmp_path):
     pq.write_table(table, tmp_path / "x.parquet")
     (sample,) = read_samples(tmp_path / "x.parquet")
     assert sample.images == (data,)
-    assert load_image(sample.images[0], "x").tobytes() == noise().tobytes()
+    assert load_image(sample.images[0], "x").tobytes() == picture(9, 6).tobytes()
 
 
 def test_further_columns_become_metadata(read):
@@ -213,28 +182,28 @@ def test_many_rows_keep_their_order(tmp_path):
     assert samples[-1].id == f"{path}, row 2500"
 
 
-# What is not
+# Mistakes
 
 
 def test_missing_file_and_wrong_suffix(tmp_path):
-    reads_as(f"data file {tmp_path}/no.jsonl does not exist", lambda: read_samples(tmp_path / "no.jsonl"))
-    reads_as(f"data file {tmp_path} does not exist", lambda: read_samples(tmp_path))
+    ends_with(f"data file {tmp_path}/no.jsonl does not exist", lambda: read_samples(tmp_path / "no.jsonl"))
+    ends_with(f"data file {tmp_path} does not exist", lambda: read_samples(tmp_path))
     (tmp_path / "x.csv").write_text("prompt\n?\n")
     message = f"data file {tmp_path}/x.csv: expected .jsonl, .json or .parquet"
-    reads_as(message, lambda: read_samples(tmp_path / "x.csv"))
+    ends_with(message, lambda: read_samples(tmp_path / "x.csv"))
 
 
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
 def test_empty_file(tmp_path, content):
     (tmp_path / "x.jsonl").write_text(content)
-    reads_as(f"{tmp_path}/x.jsonl holds no samples", lambda: read_samples(tmp_path / "x.jsonl"))
+    ends_with(f"{tmp_path}/x.jsonl holds no samples", lambda: read_samples(tmp_path / "x.jsonl"))
 
 
 def test_no_rows(tmp_path):
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "x.parquet")
     write(tmp_path / "x.json", [])
     for name in ("x.parquet", "x.json"):
-        reads_as(f"{tmp_path}/{name} holds no samples", lambda name=name: read_samples(tmp_path / name))
+        ends_with(f"{tmp_path}/{name} holds no samples", lambda name=name: read_samples(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +217,7 @@ def test_no_rows(tmp_path):
 def test_broken_line(tmp_path, line, reason):
     path = tmp_path / "x.jsonl"
     path.write_text(f'{{"prompt": "?"}}\n{line}\n{{"prompt": "?"}}\n')
-    reads_as(f"{path}, line 2: broken JSON: {reason}", lambda: read_samples(path))
+    ends_with(f"{path}, line 2: broken JSON: {reason}", lambda: read_samples(path))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +230,7 @@ def test_broken_line(tmp_path, line, reason):
 )
 def test_broken_file(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
-    reads_as(f"data file {tmp_path}/{name} cannot be read: {reason}", lambda: read_samples(tmp_path / name))
+    ends_with(f"data file {tmp_path}/{name} cannot be read: {reason}", lambda: read_samples(tmp_path / name))
 
 
 def test_lines_that_are_not_utf8_or_too_long_or_too_deep(tmp_path):
@@ -278,7 +247,7 @@ def test_lines_that_are_not_utf8_or_too_long_or_too_deep(tmp_path):
         (b" " * (MAX_LINE + 1), "longer than 16 MiB; one record a line is expected"),
     ):
         path.write_bytes(good + bad + b"\n" + good)
-        reads_as(f"{path}, line 2: {reason}", lambda: read_samples(path))
+        ends_with(f"{path}, line 2: {reason}", lambda: read_samples(path))
 
 
 def test_a_list_is_limited_in_bytes_and_in_depth(tmp_path, monkeypatch):
@@ -288,7 +257,7 @@ def test_a_list_is_limited_in_bytes_and_in_depth(tmp_path, monkeypatch):
         read_samples(path)
     monkeypatch.setattr(sample_module, "MAX_JSON", 10)
     reason = "it takes more than 0 GiB; .jsonl has no limit"
-    reads_as(f"data file {path} cannot be read: {reason}", lambda: read_samples(path))
+    ends_with(f"data file {path} cannot be read: {reason}", lambda: read_samples(path))
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.99])
@@ -342,16 +311,16 @@ BAD_PART = "a content part must be text or image, got"
 )  # fmt: skip
 def test_bad_row(tmp_path, row, reason):
     path = write(tmp_path / "x.jsonl", [ROW, ROW, row, ROW])
-    reads_as(f"{path}, row 3: {reason}", lambda: read_samples(path))
+    ends_with(f"{path}, row 3: {reason}", lambda: read_samples(path))
 
 
 def test_bad_parquet_rows(tmp_path):
     images = [[{"path": "1", "bytes": None}], [{"path": None, "bytes": None}]]
     path = write(tmp_path / "x.parquet", [{"prompt": "?", "images": value} for value in images])
     reason = "an image must be a path or {'path', 'bytes'}, got dict {'path': None, 'bytes': None}"
-    reads_as(f"{path}, row 2: {reason}", lambda: read_samples(path))
+    ends_with(f"{path}, row 2: {reason}", lambda: read_samples(path))
     path = write(tmp_path / "x.parquet", [{"prompt": "?"}, {"prompt": None}])
-    reads_as(f"{path}, row 2: no column 'prompt'; it has none", lambda: read_samples(path))
+    ends_with(f"{path}, row 2: no column 'prompt'; it has none", lambda: read_samples(path))
 
 
 def test_long_values_are_cut(tmp_path):
@@ -363,7 +332,7 @@ def test_long_values_are_cut(tmp_path):
 
 def test_shared_id(tmp_path):
     path = write(tmp_path / "x.jsonl", [ROW | {"id": 1}, ROW, ROW | {"id": "1"}])
-    reads_as(f"{path}: rows 1 and 3 share the id '1'", lambda: read_samples(path))
+    ends_with(f"{path}: rows 1 and 3 share the id '1'", lambda: read_samples(path))
 
 
 def test_reading_leaves_no_trace(tmp_path):
@@ -374,116 +343,15 @@ def test_reading_leaves_no_trace(tmp_path):
     write(data / "x.jsonl", [ROW])
     write(data / "x.parquet", [ROW])
     program = (
-        "import pathlib, runpy, sys, types\n"
-        "package = sys.modules['geo_r1.data'] = types.ModuleType('geo_r1.data')\n"  # it would import torch
-        "package.__path__ = [str(pathlib.Path(sys.argv[1]).parent)]\n"
-        "read_samples = runpy.run_path(sys.argv[1])['read_samples']\n"
-        "for path in sys.argv[2:]: assert len(read_samples(path)) == 1\n"
-        "assert 'datasets' not in sys.modules\n"
+        "import sys; from geo_r1.data import read_samples\n"
+        "for path in sys.argv[1:]: assert len(read_samples(path)) == 1\n"
+        "assert not {'datasets', 'torch'} & sys.modules.keys()\n"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
     environment |= {"HOME": str(home), "TMPDIR": str(scratch), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
-    command = [sys.executable, "-c", program, sample_module.__file__]
-    command += [str(data / "x.jsonl"), str(data / "x.parquet")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, str(data / "x.jsonl"), str(data / "x.parquet")]
+    root = Path(sample_module.__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert [path for folder in (home, scratch) for path in folder.rglob("*")] == []
     assert sorted(path.name for path in data.iterdir()) == ["x.jsonl", "x.parquet"]
-
-
-# Pictures
-
-
-def test_picture_from_file_bytes_and_memory(tmp_path):
-    picture = noise()
-    picture.save(tmp_path / "x.png")
-    for source in (tmp_path / "x.png", encoded(picture), picture):
-        image = load_image(source, "x")
-        assert (image.mode, image.size, image.tobytes()) == ("RGB", (9, 6), picture.tobytes())
-
-
-def test_greyscale_and_palette():
-    grey = noise().convert("L")
-    assert load_image(encoded(grey), "x").tobytes() == grey.convert("RGB").tobytes()
-    palette = noise().quantize(8)
-    assert load_image(encoded(palette), "x").tobytes() == palette.convert("RGB").tobytes()
-    bilevel = noise().convert("1")
-    assert load_image(encoded(bilevel), "x").tobytes() == bilevel.convert("RGB").tobytes()
-
-
-def test_what_is_transparent_turns_white():
-    picture = Image.new("RGBA", (3, 1), (200, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
-    picture.putpixel((2, 0), (0, 0, 0, 128))
-    for source in (encoded(picture), picture):
-        pixels = np.asarray(load_image(source, "x"))[0].tolist()
-        assert pixels == [[200, 0, 0], [255, 255, 255], [127, 127, 127]]
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.putpixel((1, 0), 1)
-    for transparency in (0, b"\x00\xff"):  # one index, or an alpha for each: both are in use
-        data = encoded(palette, transparency=transparency)
-        assert np.asarray(load_image(data, "x"))[0].tolist() == [[255, 255, 255], [40, 50, 60]]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_stand_upright(orientation):
-    # How a camera stores a picture, by EXIF orientation: what undoes it.
-    stored = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
-    picture, exif = noise(), Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(picture if stored is None else picture.transpose(stored), exif=exif)
-    image = load_image(data, "x")
-    assert image.size == (9, 6) and image.tobytes() == picture.tobytes()
-
-
-def test_pictures_in_memory_are_left_alone():
-    picture, exif = noise(), Image.Exif()
-    exif[0x0112] = 6
-    with Image.open(io.BytesIO(encoded(picture, exif=exif))) as opened:
-        opened.load()
-        assert load_image(opened, "x").size == (6, 9)
-        assert opened.size == (9, 6) and opened.getexif()[0x0112] == 6
-
-
-def test_missing_picture(tmp_path):
-    message = f"sample x: image {tmp_path}/no.png does not exist"
-    reads_as(message, lambda: load_image(tmp_path / "no.png", "x"))
-    with pytest.raises(ValueError, match=f"^sample x: image {tmp_path} cannot be read: .+$"):
-        load_image(tmp_path, "x")
-
-
-@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n"])
-def test_not_a_picture(tmp_path, data):
-    reads_as(f"sample x: image of {len(data)} bytes is not a picture", lambda: load_image(data, "x"))
-    (tmp_path / "x.jpg").write_bytes(data)
-    message = f"sample x: image {tmp_path}/x.jpg is not a picture"
-    reads_as(message, lambda: load_image(tmp_path / "x.jpg", "x"))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
-def test_truncated_picture(tmp_path, kind):
-    data = encoded(noise(64, 64), kind)
-    (tmp_path / "x").write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(
-        ValueError, match=f"^sample x: image {tmp_path}/x (cannot be read: .+|is not a picture)$"
-    ):
-        load_image(tmp_path / "x", "x")
-
-
-def test_sixteen_bits_are_not_clipped():
-    deep = Image.fromarray((np.arange(16, dtype=np.uint16) * 4096).reshape(4, 4))
-    data = encoded(deep)
-    reason = "it has more than 8 bits a channel (mode I;16); convert it to 8"
-    reads_as(f"sample x: image of {len(data)} bytes cannot be read: {reason}", lambda: load_image(data, "x"))
-    reads_as(f"sample x: image in memory cannot be read: {reason}", lambda: load_image(deep, "x"))
-
-
-def test_decompression_bomb(monkeypatch):
-    data = encoded(Image.new("RGB", (100, 100)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # Pillow refuses twice that
-    reason = "Image size (10000 pixels) exceeds limit of 8000 pixels, could be decompression bomb DOS attack."
-    reads_as(f"sample x: image of {len(data)} bytes cannot be read: {reason}", lambda: load_image(data, "x"))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
-    with pytest.warns(Image.DecompressionBombWarning):
-        assert load_image(data, "x").size == (100, 100)

@@ -1,15 +1,14 @@
 """Builds the CUDA kernels of csrc/ for the host: they run on CPU tensors, as Triton's do in its interpreter.
 
-g++ compiles the same files against stand-ins of CUDA's headers (`include/`) and of csrc/ptx.cuh. A launch
-runs its blocks one after another; each thread is a fiber. What hardware does some time later (copies and
-products) happens as late as the kernel's waits allow: a missing wait or barrier shows as a wrong result.
+g++ compiles the same files with replacements of CUDA's headers and of csrc/ptx.cuh (`include/`). A launch
+runs its blocks one after another; each thread is a fiber. Asynchronous work (copies and products) happens as
+late as the kernel's waits allow, so a missing wait or barrier shows as a wrong result.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.machinery
 import importlib.util
 import os
@@ -23,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
+
+from csrc.nvcc import digest, with_headers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -41,7 +42,7 @@ _ORDERS: tuple[Order, ...] = ("forward", "backward", "shuffled")
 
 
 def why_not() -> str | None:
-    """Say what this machine lacks to build, None if nothing."""
+    """Say what this machine lacks for the build; None if nothing."""
     if sys.platform != "linux":
         return f"the CUDA kernels run on a CPU only on Linux, this is {sys.platform}"
     if shutil.which("g++") is None:
@@ -52,13 +53,13 @@ def why_not() -> str | None:
 
 
 def build(source_dir: Path = CSRC, out_dir: Path = BUILD) -> Path:
-    """Compile a folder's kernels and bindings.cpp into the extension `_C`, where that was not done yet.
+    """Compile a folder's kernels and bindings.cpp into the extension `_C`, unless that was done before.
 
     Returns:
-        The extension's file, in a folder of `out_dir` named after what went into it.
+        The extension's file, in a folder of `out_dir` named by a digest of its inputs.
 
     Raises:
-        RuntimeError: g++ or pybind11 is missing, or g++ refuses a file; its own words follow.
+        RuntimeError: g++ or pybind11 is missing, or g++ fails; the message is its output.
     """
     if reason := why_not():
         raise RuntimeError(reason)
@@ -81,7 +82,7 @@ def link(sources: Iterable[Path], flags: Sequence[str], name: str, out_dir: Path
         objects = list(
             pool.map(lambda source: _compile(source, flags, include_dirs, out_dir), [*sources, *OWN_SOURCES])
         )
-    library = out_dir / _digest(path.name for path in objects) / name
+    library = out_dir / digest(path.name for path in objects) / name
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         _run("g++", "-shared", *map(str, objects), out=library)
@@ -106,26 +107,26 @@ def load() -> ModuleType:
 
 
 def adversary(late: bool = True, order: Order = "forward", *, seed: int = 0) -> None:
-    """Choose when things happen in launches of `load()` from now on; without arguments, as at the start.
+    """Choose the order of events in launches of `load()` from now on; the defaults are those at the start.
 
     Args:
         late: copies arrive and products are computed as late as possible; False: at once.
-        order: in which threads have their turns between barriers, by index. "backward" also lets copies
-            arrive before products that are under way read shared memory, "forward" after. "shuffled" draws
-            lots for all of it, and lets threads overtake each other wherever they synchronise.
-        seed: of the lots.
+        order: of the threads' turns between barriers, by index. With "backward" copies arrive before products
+            that are under way read shared memory, with "forward" after. "shuffled" draws all of this at
+            random, and lets threads overtake each other wherever they synchronise.
+        seed: of the random order.
     """
     set_adversary(prepare(Path(str(load().__file__))), late, order, seed)
 
 
 def set_adversary(library: ctypes.CDLL, late: bool, order: Order, seed: int = 0) -> None:
-    """Do what `adversary` does for a library of `link()`."""
+    """As `adversary`, for a library of `link()`."""
     library.emulator_adversary(int(late), _ORDERS.index(order), ctypes.c_uint(seed))
 
 
 @functools.cache
 def prepare(path: Path) -> ctypes.CDLL:
-    """Load a library of `link()` and tell it of its static shared arrays, to be filled before each block."""
+    """Load a library of `link()` and register its static shared arrays, to be filled before each block."""
     library = ctypes.CDLL(str(path))
     symbols = subprocess.run(["readelf", "-sW", path], check=True, capture_output=True, text=True).stdout
     found = re.findall(r": ([0-9a-f]+) +(\w+) TLS .* (\S+)$", symbols, re.MULTILINE)
@@ -138,9 +139,9 @@ def prepare(path: Path) -> ctypes.CDLL:
 
 
 def _compile(source: Path, flags: Sequence[str], include_dirs: Sequence[Path], out_dir: Path) -> Path:
-    files = sorted(_closure(source, include_dirs))
-    texts = (path.read_text() for path in files)
-    key = _digest((*flags, _compiler(), *map(str, files), *texts))
+    files = with_headers(source, include_dirs)
+    texts = (path.read_text(encoding="utf-8") for path in files)
+    key = digest((*flags, _compiler(), *map(str, files), *texts))
     out = out_dir / "objects" / f"{source.stem}-{key}.o"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -148,28 +149,9 @@ def _compile(source: Path, flags: Sequence[str], include_dirs: Sequence[Path], o
     return out
 
 
-def _closure(source: Path, include_dirs: Sequence[Path]) -> set[Path]:
-    """A file and all of ours that it includes."""
-    seen: set[Path] = set()
-    todo = [source]
-    while todo:
-        path = todo.pop()
-        seen.add(path)
-        for name in re.findall(r'^#include ["<]([^">]+)', path.read_text(), re.MULTILINE):
-            candidates = (folder / name for folder in (path.parent, *include_dirs))
-            found = next((file.resolve() for file in candidates if file.is_file()), None)
-            if found is not None and found not in seen:
-                todo.append(found)
-    return seen
-
-
 @functools.cache
 def _compiler() -> str:
     return subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
-
-
-def _digest(texts: Iterable[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def _run(*command: str, out: Path) -> None:

@@ -1,6 +1,5 @@
-// Runs a CUDA kernel on the host, to find mistakes: each thread of a block is a fiber, and what hardware does
-// some time later happens here as late as it may, or at once, as the adversary is told. See build.py for its
-// settings.
+// Runs a CUDA kernel on the host, to find mistakes. Each thread of a block is a fiber. The hardware's asynchronous
+// work is done as late as possible or at once, depending on the adversary's settings, see build.py.
 #pragma once
 
 #include <cstddef>
@@ -13,20 +12,20 @@ namespace emulator {
 constexpr int kMaxThreads = 1024;
 constexpr int kSharedLimit = 227 * 1024;
 
-// Runs `thread(of)` as every thread of every block, one block after another. False if something went wrong,
-// which latest_error() tells: threads that wait for ever, an invalid address, a misused instruction.
+// Runs `thread(of)` as every thread of every block, one block after another. Returns false after an error, which
+// latest_error() describes: threads that wait for ever, an invalid address, a misused instruction.
 bool run(unsigned blocks, unsigned threads, std::size_t shared_bytes, void (*thread)(const void*),
          const void* of);
 const char* latest_error();
 
-// The 32-bit address of a byte of dynamic shared memory. Dynamic memory starts 16 bytes behind a multiple of
-// 1024: nothing else about its alignment is promised.
+// The 32-bit address of a byte of dynamic shared memory. Dynamic memory starts 16 bytes behind a multiple of 1024,
+// since CUDA promises no better alignment.
 std::uint32_t shared_address(const void* shared);
 
 // Waits for all lanes of the mask, then returns the value that lane `source` gave; -1 is __syncwarp.
 std::uint64_t exchange(unsigned mask, std::uint64_t value, int source);
 
-// What ptx.cuh tells of the functions of these names. Meeting 0 is __syncthreads.
+// The functions of these names in ptx.cuh. Meeting 0 is __syncthreads.
 void meeting_sync(int number, int threads);
 void meeting_arrive(int number, int threads);
 

@@ -1,4 +1,4 @@
-"""Tensors that a kernel cannot reach behind, where it runs in the emulator."""
+"""Tensors whose end an emulated kernel cannot pass."""
 
 from __future__ import annotations
 

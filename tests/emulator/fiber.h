@@ -16,7 +16,7 @@ namespace emulator {
 
 #if defined(__x86_64__)
 
-// Saves what a function must keep, leaves its stack in *from and goes on where `to` was left.
+// Saves the registers that a function must preserve and its stack in *from, and continues `to`.
 extern "C" void emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -42,7 +42,7 @@ emulator_switch:
 
 class Fiber {
  public:
-  // Starts with entry(), which never returns, when first gone to. `top` is 16-byte aligned.
+  // Starts with entry(), which never returns. `top` is 16-byte aligned.
   void prepare(unsigned char*, unsigned char* top, void (*entry)()) {
     void** stack = reinterpret_cast<void**>(top);
     *--stack = nullptr;
@@ -75,7 +75,7 @@ class Fiber {
 
 #endif
 
-// Stacks for fibers, made once; below each is a page that faults.
+// Stacks for fibers, allocated once; below each is a page that faults.
 class Stacks {
  public:
   explicit Stacks(int count) : page_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))), step_(kBytes + page_) {
@@ -86,7 +86,7 @@ class Stacks {
     for (int i = 0; i < count; ++i) mprotect(memory_ + step_ * static_cast<std::size_t>(i), page_, PROT_NONE);
   }
   unsigned char* bottom(int i) const { return memory_ + step_ * static_cast<std::size_t>(i) + page_; }
-  // Tops stand at different places in their pages: at the same, they would push each other out of the cache.
+  // Tops have different offsets in their pages; with one offset they would evict each other from the cache.
   unsigned char* top(int i) const { return bottom(i) + kBytes - 64 * (i % 32); }
 
  private:

@@ -1,4 +1,4 @@
-// What the parts of the emulator share: the threads of the block that runs, and how they take turns.
+// Shared by the parts of the emulator: the threads of the running block, and how they take turns.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ struct Thread {
   Fiber fiber;
   int index = 0;
   bool ended = false;
-  std::string (*waits_for)(const Thread&) = nullptr;  // says so, for people
+  std::string (*waits_for)(const Thread&) = nullptr;  // for messages
   int number = 0;                                     // of the meeting or barrier that it waits at
 
   // exchange: what it gave, and then gets
@@ -40,12 +40,12 @@ struct Thread {
   bool product_fenced = false;
 };
 
-// Whether this thread of the host has the device's context, which functions of the driver need: setting a device
-// gives it one, that it is the current one already does not.
+// Whether this thread of the host has the device's context, which functions of the driver need. Only setting the
+// device gives it one, even if the device is current already.
 extern thread_local bool has_context;
 
-extern Thread* current;  // null while none runs
-extern bool late;        // else what hardware does some time later happens at once
+extern Thread* current;  // null if no thread is running
+extern bool late;        // if false, asynchronous work happens at once
 
 int num_threads();
 Thread& thread_at(int index);
@@ -57,10 +57,10 @@ Thread& thread_at(int index);
 void sleep(std::string (*waits_for)(const Thread&), int number = 0);
 void wake(Thread& thread);
 
-// A place where threads may overtake each other: in shuffled order they sometimes do.
+// A point where threads may overtake each other; in shuffled order they sometimes do.
 void overtake();
 
-// Work of the hardware, to be done at the latest when no thread can go on.
+// Work of the hardware, done at the latest when no thread can continue.
 enum class Work { copy, product };
 void defer(Work work, std::function<void()> function);
 
@@ -69,17 +69,17 @@ void defer(Work work, std::function<void()> function);
 // `bytes` at a 32-bit address, which must lie in the block's dynamic memory.
 unsigned char* at_shared(std::uint32_t address, std::size_t bytes);
 
-// The same byte as copies and products see it. Where late, that is not what threads wrote until they call
+// The same byte as copies and products see it. If `late`, they see threads' writes only after
 // fence_shared_writes.
 unsigned char* seen_by_hardware(unsigned char* shared);
 
 // ---- the parts
 
 void reset_sync();
-void check_barrier(std::uint64_t* state);                // fails where there is none
+void check_barrier(std::uint64_t* state);                // fails if there is none
 void deliver(std::uint64_t* state, std::int64_t bytes);  // to a barrier
 
 void reset_products();
-void check_products();  // fails where the current thread has not waited for all
+void check_products();  // fails unless the current thread has waited for all
 
 }  // namespace emulator

@@ -1,5 +1,5 @@
-// The runtime's functions: a device 0 that is like an H200, but has 3 processors, so that persistent blocks
-// have more than one turn.
+// The runtime's functions, for a device 0 like an H200 but with 3 processors, so that persistent blocks take more
+// than one turn.
 #include <cuda.h>
 #include <cuda_runtime.h>
 

@@ -23,12 +23,12 @@ namespace {
 
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kStorage = emulator::kSharedLimit / kPage * kPage + 3 * kPage;
-constexpr std::size_t kBefore = 16;  // bytes before a block's shared memory, so that it is aligned no better
+constexpr std::size_t kBefore = 16;  // bytes before a block's shared memory, so that its alignment is no better
 constexpr std::uint32_t kReserved = 1024;  // 32-bit address of the first of them
 
 }  // namespace
 
-// Dynamic shared memory. Kernels declare it as `shared_memory`; the linker sees a name that tells in which
+// Dynamic shared memory. Kernels declare it as `shared_memory`; the linker sees a name that includes the
 // namespace.
 extern "C" {
 alignas(kPage) thread_local unsigned char emulator_storage[kStorage];
@@ -55,9 +55,8 @@ constexpr unsigned char kFence = 0xc5;   // stands around shared memory
 enum class Order { forward, backward, shuffled };
 enum class Pick { oldest, newest, any };
 
-// What hardware does first when no thread can go on, and, one time in `hurry`, earlier. Products before
-// copies: so nothing is read that was not waited for. Copies before products: so nothing is overwritten that
-// is still read.
+// The order of the hardware's work when no thread can continue and, one time in `hurry`, earlier. Products before
+// copies show reads without a wait; copies before products show writes to operands that are still read.
 struct Habit {
   bool copies_first;
   Pick copy;
@@ -68,10 +67,10 @@ Order order = Order::forward;
 std::mt19937 chance;
 std::string error;
 
-// Static shared arrays: where each starts, counted from emulator_storage, and its bytes.
+// Static shared arrays: the start of each, counted from emulator_storage, and its size in bytes.
 std::vector<std::pair<std::ptrdiff_t, std::size_t>> static_arrays;
 
-// The launch that runs, and its block.
+// The running launch and its block.
 struct Machine {
   void (*thread)(const void*);
   const void* of;
@@ -119,7 +118,7 @@ void thread_main() {
   current->fiber.go_to(machine.scheduler);
 }
 
-// In a fiber of its own, so that fail() and invalid addresses end it as they end threads.
+// In a fiber of its own, so that fail() and invalid addresses end it like threads.
 void hardware_main() {
   for (;;) {
     auto& copies = machine.copies;
@@ -155,7 +154,7 @@ std::string deadlock() {
   return text;
 }
 
-// All threads that can go on have a turn; then again. False on an error.
+// Gives every thread that can continue a turn, again and again. False on an error.
 bool run_threads() {
   std::vector<int> turns;
   while (machine.num_ended < num_threads()) {
@@ -217,7 +216,7 @@ bool run_block(const Stacks& stacks) {
   return false;
 }
 
-// While a launch runs, an invalid address ends the launch and not the process.
+// During a launch, an invalid address ends the launch and not the process.
 class Signals {
  public:
   Signals() : stack_(1 << 16) {
@@ -239,7 +238,7 @@ class Signals {
   static constexpr std::array<int, 3> kSignals = {SIGSEGV, SIGBUS, SIGFPE};
 
   static void caught(int number, siginfo_t* info, void*) {
-    if (current == nullptr) {  // not a kernel's mistake
+    if (current == nullptr) {  // not caused by a kernel
       signal(number, SIG_DFL);
       return;
     }

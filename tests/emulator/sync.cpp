@@ -21,7 +21,7 @@ struct Meeting {
 struct BarrierState {
   std::uint64_t* state;
   int arrivals, pending;
-  std::int64_t bytes;  // promised and not there
+  std::int64_t bytes;  // promised but not arrived
   int parity;
   Thread* maker;
   bool fenced;
@@ -66,7 +66,7 @@ std::uint64_t exchange(unsigned mask, std::uint64_t value, int source) {
     sleep(waits_for_lanes);
     return current->value;
   }
-  // The last to come hands out what each asked for.
+  // The last one to arrive gives each its value.
   std::array<std::uint64_t, kWarp> values = {};
   for (int i = 0; i < kWarp; ++i) {
     if ((mask >> i & 1) == 0) continue;
@@ -159,7 +159,7 @@ void copy_wait(int pending) {
   overtake();
 }
 
-// ---- barriers: the 8 bytes of one hold its number, under a mark that tells if something else wrote there
+// ---- barriers: the 8 bytes of a barrier hold its number and a mark that shows foreign writes
 
 namespace {
 
@@ -221,7 +221,7 @@ void deliver(std::uint64_t* state, std::int64_t bytes) {
   end_phase(b);
 }
 
-// Looks again when woken: by then the next phase may have ended too, and it waits on, as hardware would.
+// Checks again when woken: the next phase may have ended by then, and it keeps waiting, as on hardware.
 void barrier_wait(std::uint64_t* state, int parity) {
   if (parity != 0 && parity != 1) fail("a barrier's parity of " + std::to_string(parity));
   overtake();

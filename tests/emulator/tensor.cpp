@@ -1,4 +1,4 @@
-// What compute capability 9.0 has: bulk copies of boxes, and products by warpgroups.
+// Features of compute capability 9.0: bulk copies of boxes, and products by warpgroups.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,7 +20,7 @@ constexpr int kWarpgroup = 128;
 constexpr int kRows = 64, kDepth = 16, kMaxColumns = 128;
 constexpr std::uint64_t kMagic = 0x7e2502a9;
 
-// Within 2^bits 16-byte chunks, which chunk a byte is in changes with bits 7 and above of its address.
+// Within 2^bits chunks of 16 bytes, bits 7 and above of a byte's address change its chunk.
 std::uint32_t swizzled(std::uint32_t address, int bits) {
   return address ^ (address >> 7 & ((1u << bits) - 1)) << 4;
 }
@@ -88,7 +88,7 @@ namespace {
 struct Issued {
   Product product;
   int lanes = 0;
-  float left[kRows][kDepth], right[kDepth][kMaxColumns];  // read when the first lane issues, where not late
+  float left[kRows][kDepth], right[kDepth][kMaxColumns];  // read when the first lane issues, unless late
   struct Lane {
     float* d;
     const std::uint32_t* a;
@@ -96,12 +96,12 @@ struct Issued {
 };
 
 struct Group {
-  int end;  // the product behind its last
+  int end;  // one past its last product
   int committed = 0, waited_for = 0;
 };
 
 struct Warpgroup {
-  std::deque<Issued> issued;  // those not done
+  std::deque<Issued> issued;  // not finished
   std::deque<Group> groups;   // likewise
   int first = 0, first_group = 0;
   std::vector<Thread*> waiting;
@@ -273,7 +273,7 @@ void check_products() {
 
 }  // namespace emulator
 
-// Refuses what the driver refuses, and what this file does not know.
+// Refuses what the driver refuses, and anything this file does not support.
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map_made, CUtensorMapDataType, cuuint32_t rank, void* address,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
@@ -298,7 +298,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map_made, CUtensorMapDataType, cuui
     map.strides[i + 1] = strides[i];
     if (strides[i] % 16 != 0 || strides[i] >= 1ull << 40) return CUDA_ERROR_INVALID_VALUE;
   }
-  // A row narrower than its swizzle is legal too, but how it lies in shared memory is not documented.
+  // A row narrower than its swizzle is legal too, but its layout in shared memory is not documented.
   const std::uint32_t row_bytes = 2 * box[0];
   if (row_bytes % 16 != 0 || (swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && row_bytes != 16u << swizzle)) {
     return CUDA_ERROR_INVALID_VALUE;

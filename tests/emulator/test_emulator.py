@@ -1,4 +1,4 @@
-"""The emulator itself: right kernels give right numbers, and mistakes do not stay hidden."""
+"""The emulator: right kernels give right numbers, and mistakes are found."""
 
 import ctypes
 import itertools

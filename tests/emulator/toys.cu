@@ -1,4 +1,4 @@
-// Small kernels that show what the emulator does, right ones and wrong ones; test_emulator.py runs them.
+// Small kernels, right and wrong ones, by which test_emulator.py tests the emulator.
 #include <ptx.cuh>
 
 #include <cstdint>
@@ -27,15 +27,15 @@ __global__ void block_sum_kernel(const float* x, float* out, bool with_barrier) 
   if (threadIdx.x == 0) out[blockIdx.x] = parts[0] + parts[1] + parts[2] + parts[3];
 }
 
-// Each lane's value goes to the lane before it, the first's to the last; then both halves' first to all of a
-// half.
+// Each lane's value goes to the lane before it, the first lane's to the last; then the first value of each half goes
+// to all of that half.
 __global__ void shuffle_kernel(const double* x, double* out) {
   const int lane = threadIdx.x % kWarp;
   const double next = __shfl_sync(kAllLanes, x[threadIdx.x], (lane + 1) % kWarp);
   out[threadIdx.x] = __shfl_sync(kAllLanes, next, 0, kWarp / 2);
 }
 
-// Two groups of threads hand a number to and fro, one arriving where the other waits.
+// Two groups of threads pass a number back and forth, one arriving where the other waits.
 __global__ void turns_kernel(int* out) {
   __shared__ int number;
   const bool first = threadIdx.x < kThreads / 2;
@@ -64,14 +64,14 @@ __global__ void copy_kernel(const float* x, float* out, int count, int waited_gr
   for (int i = 0; i < 8; ++i) out[first + i] = mine[i];
 }
 
-// ---- barriers and boxes: a thread brings tiles of one head, the others copy them out
+// ---- barriers and boxes: one thread fetches tiles of one head, the others copy them out
 
 enum class Bug { none, full_not_awaited, empty_not_awaited };
 
-// Not by its result, which g++ does not always align.
+// Returned by argument, since g++ does not always align results.
 void encode(CUtensorMap& map, const void* x, int num_tokens, int num_heads, int head_size, int columns,
             int rows, int swizzle) {
-  check(cudaSetDevice(0), "toy");  // brings this thread the context that the driver's function needs
+  check(cudaSetDevice(0), "toy");  // gives this thread the context that the driver's function needs
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
   check(
@@ -137,7 +137,7 @@ __global__ void ring_kernel(const __grid_constant__ CUtensorMap map, std::uint16
 
 // ---- products
 
-// Where byte `at` of swizzled shared memory stands.
+// The place of byte `at` in swizzled shared memory.
 __device__ int swizzled(int at, int swizzle) { return at ^ ((at / 128 % 8 & ((1 << swizzle) - 1)) << 4); }
 
 __device__ std::uint64_t descriptor(const unsigned char* start, int leading, int stride, int swizzle) {
@@ -148,7 +148,7 @@ __device__ std::uint64_t descriptor(const unsigned char* start, int leading, int
 
 struct Task {
   const std::uint16_t *a, *b;  // [64, K] and, in_shared, [N, K], else [K, N]; K columns fill a swizzled row
-  float *d, *early;            // [64, N]; what d was before the wait
+  float *d, *early;            // [64, N]; early: d before the wait
   int swizzle;
   bool fenced, overwrites;  // overwrites: of b, before the wait
 };
@@ -280,7 +280,7 @@ __global__ void mistake_kernel(const std::string* name, const float* global, con
   }
 }
 
-// What a call threw, or null.
+// The message of an exception, or null.
 template <typename Function>
 const char* reason(Function&& function) {
   static std::string what;

@@ -1,4 +1,4 @@
-"""The command: who answers, what is kept, what goes on, and what strangers' text may not do."""
+"""The command: where answers come from, resumption, and hostile text in questions and answers."""
 
 import json
 
@@ -27,20 +27,11 @@ def data(tmp_path_factory):
         paths = [f"{index}_{i}.png" for i in range(len(sample.images))]
         for path, image in zip(paths, sample.images, strict=True):
             image.save(folder / path)
-        rows.append(
-            {
-                "id": f"q{index}",
-                "prompt": [{"role": "user", "content": f"[q{index}] " + "<image>" * len(paths)}],
-                "images": paths,
-                "answer": sample.answer,
-                "num_choices": world.num_candidates,
-                "city": (HOSTILE, "Oslo", "Lima")[index // 3],
-                "confusers": "nearest" if index % 2 else "global",
-                "difficulty": float(index),
-                "latitude": 10.0 * index - 40,
-                "longitude": 179.0 - index,
-            }
-        )
+        prompt = [{"role": "user", "content": f"[q{index}] " + "<image>" * len(paths)}]
+        row = {"id": f"q{index}", "prompt": prompt, "images": paths, "answer": sample.answer}
+        row |= {"num_choices": world.num_candidates, "city": (HOSTILE, "Oslo", "Lima")[index // 3]}
+        row |= {"confusers": "nearest" if index % 2 else "global", "difficulty": float(index)}
+        rows.append(row | {"latitude": 10.0 * index - 40, "longitude": 179.0 - index})
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "test.jsonl", {row["id"]: row["answer"] for row in rows}
 
@@ -50,36 +41,31 @@ def evaluate(out, *arguments):
     return code, json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else None
 
 
-def write_predictions(path, texts):
-    path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in texts.items()))
-    return path
+def evaluate_predictions(folder, data, texts, *arguments):
+    """Texts by the id of their question, or the content of a file."""
+    if not isinstance(texts, str):
+        texts = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in texts.items())
+    (folder / "p.jsonl").write_text(texts)
+    return evaluate(folder / "out", "--data", data[0], "--predictions", folder / "p.jsonl", *arguments)
 
 
 def test_somebodys_answers_are_scored_and_broken_down(data, tmp_path):
-    path, answers = data
-    texts = {i: f"<think>x</think><answer>{a}</answer>" for i, a in answers.items() if i not in ("q0", "q1")}
-    texts["q1"] = "not A"
-    code, summary = evaluate(
-        tmp_path / "out", "--data", path, "--predictions", write_predictions(tmp_path / "p.jsonl", texts)
-    )
+    texts = {i: f"<think>x</think><answer>{a}</answer>" for i, a in data[1].items() if i != "q0"}
+    code, summary = evaluate_predictions(tmp_path, data, texts | {"q1": "not A"})
     assert code == 0
     assert (summary["num_samples"], summary["accuracy"], summary["answered"]) == (9, 7 / 9, 7 / 9)
     assert summary["accuracy_interval"] == list(wilson_interval(7, 9))
     assert summary["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5) / 3)
     assert {k: row["accuracy"] for k, row in summary["by_k"].items()} == {"3": 2 / 3, "4": 2 / 3, "5": 1.0}
-    assert {k: row["num_samples"] for k, row in summary["by_confusers"].items()} == {
-        "global": 5,
-        "nearest": 4,
-    }
+    counts = {k: row["num_samples"] for k, row in summary["by_confusers"].items()}
+    assert counts == {"global": 5, "nearest": 4}
     assert list(summary["by_difficulty"]) == ["3 to 6", "6 and above", "below 3"]
     assert summary["by_difficulty"]["below 3"]["accuracy"] == pytest.approx(1 / 3)
     assert summary["by_city"]["Oslo"]["accuracy"] == 1.0
 
 
 def test_no_answers_at_all_are_all_wrong(data, tmp_path):
-    code, summary = evaluate(
-        tmp_path / "out", "--data", data[0], "--predictions", write_predictions(tmp_path / "p.jsonl", {})
-    )
+    code, summary = evaluate_predictions(tmp_path, data, {})
     assert (code, summary["accuracy"], summary["answered"], summary["num_samples"]) == (0, 0.0, 0.0, 9)
     assert summary["completion_length"] is None
 
@@ -87,10 +73,8 @@ def test_no_answers_at_all_are_all_wrong(data, tmp_path):
 def test_a_csv_of_answers_serves_too(data, tmp_path):
     lines = [f'{i},"<answer>{a}</answer>"' for i, a in data[1].items()]
     (tmp_path / "p.csv").write_text("\n".join(["ID,Prediction", *lines]))
-    assert (
-        evaluate(tmp_path / "out", "--data", data[0], "--predictions", tmp_path / "p.csv")[1]["accuracy"]
-        == 1.0
-    )
+    summary = evaluate(tmp_path / "out", "--data", data[0], "--predictions", tmp_path / "p.csv")[1]
+    assert summary["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -98,21 +82,18 @@ def test_a_csv_of_answers_serves_too(data, tmp_path):
     [
         ('{"id": "other", "text": "A"}\n', "answers none of these questions: its ids are such as 'other'"),
         ('{"id": "q0", "text": "A"}\n' * 2, "row 2: 'q0' is answered twice"),
-        ('{"text": "A"}\n', "row 1: needs an id"),
-        ('{"id": "q0"}\n', "row 1: needs an id"),
+        ('{"text": "A"}\n', "row 1: needs an id"), ('{"id": "q0"}\n', "row 1: needs an id"),
         (
             '{"id": "q0", "prediction": "A", "response": "B"}\n',
             "which is the answer, prediction or response?",
         ),
         ('{"id": "q0", "answer": "A"}\n', "row 1: needs an id"),  # which is mostly the truth
-        ("[1]\n", "row 1: expected an object"),
-        ("{\n", "line 1: broken JSON"),
+        ("[1]\n", "row 1: expected an object"), ("{\n", "line 1: broken JSON"),
         ('{"id": "q0", "text": "' + "A" * 2**24 + '"}\n', "line 1: longer than 16 MiB"),
     ],
-)
+)  # fmt: skip
 def test_malformed_answers_are_one_line_and_exit_code_2(data, tmp_path, capsys, content, message):
-    (tmp_path / "p.jsonl").write_text(content)
-    code, summary = evaluate(tmp_path / "out", "--data", data[0], "--predictions", tmp_path / "p.jsonl")
+    code, summary = evaluate_predictions(tmp_path, data, content)
     error = capsys.readouterr().err
     assert (code, summary) == (2, None)
     assert message in error and error.count("\n") == 1
@@ -127,12 +108,9 @@ def test_malformed_answers_are_one_line_and_exit_code_2(data, tmp_path, capsys, 
         (["--model", "/nowhere"], "model /nowhere cannot be loaded"),
         (["--model", "m", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["--model", "m", "--max-pixels", "-5"], "--max-pixels must be at least 1, got -5"),
-        (
-            ["--url", "http://localhost:1", "--model", "m", "--temperature", "9"],
-            "--temperature must be from 0",
-        ),
+        (["--url", "http://a:1", "--model", "m", "--temperature", "9"], "--temperature must be from 0"),
     ],
-)
+)  # fmt: skip
 def test_who_answers_must_be_said(data, tmp_path, capsys, arguments, message):
     assert evaluate(tmp_path / "out", "--data", data[0], *arguments)[0] == 2
     assert message in capsys.readouterr().err
@@ -165,12 +143,9 @@ def test_failures_are_told_and_nothing_but_failures_is_an_error(data, tmp_path, 
 
 
 def test_answers_are_found_by_the_names_of_their_pictures_and_may_be_null(data, tmp_path, capsys):
-    lines = [
-        {"image_file": "q0.jpg", "text": None},
-        {"image_file": "q1.png", "text": f"<answer>{data[1]['q1']}</answer>"},
-    ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    code, summary = evaluate(tmp_path / "out", "--data", data[0], "--predictions", tmp_path / "p.jsonl")
+    texts = {"q0.jpg": None, "q1.png": f"<answer>{data[1]['q1']}</answer>"}
+    lines = "".join(json.dumps({"image_file": name, "text": text}) + "\n" for name, text in texts.items())
+    code, summary = evaluate_predictions(tmp_path, data, lines)
     assert (code, summary["accuracy"], summary["failed"]) == (0, 1 / 9, 7)
     assert "7 of 9 were not answered, such as 'q2': not in" in " ".join(capsys.readouterr().err.split())
 
@@ -179,19 +154,13 @@ def test_answers_are_found_by_the_names_of_their_pictures_and_may_be_null(data, 
 def test_a_folder_that_does_not_say_how_it_was_made_is_refused(data, tmp_path, capsys, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "eval.json").write_text(content)
-    predictions = write_predictions(tmp_path / "p.jsonl", {})
-    assert evaluate(tmp_path / "out", "--data", data[0], "--predictions", predictions)[0] == 2
+    assert evaluate_predictions(tmp_path, data, {})[0] == 2
     assert "give another --out" in capsys.readouterr().err
 
 
 def test_the_native_sampler_goes_on_where_it_was_stopped(data, tmp_path):
-    words = [
-        "user\n",
-        "assistant\n",
-        "[q0] [q1] [q2] [q3] [q4] [q5] [q6] [q7] [q8]",
-        "<think> </think>",
-        *LETTERS,
-    ]
+    names = " ".join(f"[q{i}]" for i in range(9))
+    words = ["user\n", "assistant\n", names, "<think> </think>", *LETTERS]
     model, tokenizer, image_processor = build_tiny(words, hidden_size=64, num_layers=1)
     for part in (model, tokenizer, image_processor):
         part.save_pretrained(tmp_path / "model")
@@ -202,23 +171,18 @@ def test_the_native_sampler_goes_on_where_it_was_stopped(data, tmp_path):
     assert len(lines) == 9
     (tmp_path / "parts" / "answers.jsonl").write_text("".join(lines[:4]) + lines[4][:7])  # torn by a kill
     assert evaluate(tmp_path / "parts", *arguments)[1] == whole
-    assert sorted((tmp_path / "parts" / "answers.jsonl").read_text().splitlines(keepends=True)) == sorted(
-        lines
-    )
+    again = (tmp_path / "parts" / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert sorted(again) == sorted(lines)
 
 
 def test_another_models_folder_is_not_gone_on_with(data, tmp_path, capsys):
-    predictions = write_predictions(tmp_path / "p.jsonl", {})
-    evaluate(tmp_path / "out", "--data", data[0], "--predictions", predictions)
-    assert evaluate(tmp_path / "out", "--data", data[0], "--predictions", predictions, "--limit", 3)[0] == 2
+    evaluate_predictions(tmp_path, data, {})
+    assert evaluate_predictions(tmp_path, data, {}, "--limit", 3)[0] == 2
     assert "was made with questions = " in capsys.readouterr().err
 
 
 def test_strangers_text_is_harmless_in_the_table_and_on_the_terminal(data, tmp_path, capsys):
-    predictions = write_predictions(tmp_path / "p.jsonl", {i: HOSTILE for i in data[1]})
-    evaluate(
-        tmp_path / "out", "--data", data[0], "--predictions", predictions, "--name", "[red]x\x1b[31m|<b>"
-    )
+    evaluate_predictions(tmp_path, data, dict.fromkeys(data[1], HOSTILE), "--name", "[red]x\x1b[31m|<b>")
     table = (tmp_path / "out" / "table.md").read_text()
     assert "<script>" not in table and "<b>" not in table and "\x1b" not in table
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\\|x \\# \\[a\\](javascript:1)" in table
@@ -229,13 +193,8 @@ def test_strangers_text_is_harmless_in_the_table_and_on_the_terminal(data, tmp_p
 
 def test_a_map_joins_true_places_to_answers_the_short_way_round():
     def record(longitude, to, distance):
-        return {
-            "latitude": 10.0,
-            "longitude": longitude,
-            "predicted_latitude": 20.0,
-            "predicted_longitude": to,
-            "distance_km": distance,
-        }
+        predicted = {"predicted_latitude": 20.0, "predicted_longitude": to, "distance_km": distance}
+        return {"latitude": 10.0, "longitude": longitude, **predicted}
 
     missed = {"latitude": 1.0, "longitude": 2.0, "distance_km": None}
     figure = draw_map([record(179.0, -179.0, 1100.0), record(0.0, 5.0, 1200.0), missed])
@@ -250,10 +209,8 @@ def test_a_map_joins_true_places_to_answers_the_short_way_round():
 
 def test_groups_come_in_order_and_without_those_that_have_no_key():
     records = [{"k": k} for k in (10, 3, None, 3)]
-    assert broken_down(records, lambda r: r["k"], lambda rs: {"n": len(rs)}) == {
-        "3": {"n": 2},
-        "10": {"n": 1},
-    }
+    groups = broken_down(records, lambda r: r["k"], lambda rs: {"n": len(rs)})
+    assert groups == {"3": {"n": 2}, "10": {"n": 1}}
 
 
 def test_a_table_has_the_published_rows_beside_ours():

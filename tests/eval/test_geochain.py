@@ -19,14 +19,10 @@ from geochain_photos import (
 
 from geo_r1.eval.geochain import BENCHMARK
 from geo_r1.eval.geochain_answers import CITY_NAMES
-from geo_r1.eval.geochain_truths import (
-    BINARY_RANKS,
-    CITIES_OF,
-    CITY_OF,
-    STATES,
-    read_city_facts,
-    read_tasks,
-)
+from geo_r1.eval.geochain_truths import BINARY_RANKS, CITIES_OF, CITY_OF, STATES, read_city_facts, read_tasks
+
+FACTS = ("City", "Near Coast", "Island", "Desert Region", "Mountainous", "Climate Type", "Big City",
+         "Small Town", "Languages")  # fmt: skip
 
 
 def test_the_21_questions_and_13_of_yes_or_no():
@@ -47,10 +43,7 @@ def test_the_21_questions_and_13_of_yes_or_no():
             "yes no no|Africa Left Kenya|no no no yes Temperate yes no|"
             "Swahili, English|Nairobi|-1.2921, 36.8219",
         ),
-        (
-            GOA,
-            "no no yes|Asia Left India|yes no no no Tropical no yes|Konkani, Marathi|Goa|15.4989, 73.8278",
-        ),
+        (GOA, "no no yes|Asia Left India|yes no no no Tropical no yes|Konkani, Marathi|Goa|15.4989, 73.8278"),
         (
             TRONDHEIM,
             "no no yes|Europe Right Norway|yes no no yes Continental no yes|"
@@ -62,7 +55,7 @@ def test_the_21_questions_and_13_of_yes_or_no():
             "English|Melbourne|-37.8136, 144.9631",
         ),
     ],
-)
+)  # fmt: skip
 def test_truths_come_from_where_a_photo_was_taken(tmp_path, point, expected):
     found = answers(ask(tmp_path, [row("p", point)]))
     groups = [(5, 6, 7), (8, 9, 10), range(11, 18), (18,), (20,), (21,)]
@@ -73,17 +66,13 @@ def test_truths_come_from_where_a_photo_was_taken(tmp_path, point, expected):
 @pytest.mark.parametrize(
     ("classes", "expected"),
     [
-        ({"boat": 3.26e-06}, "yes no no no"),
-        ({"ship": 0.5, "flag": 0.01}, "yes no no yes"),
+        ({"boat": 3.26e-06}, "yes no no no"), ({"ship": 0.5, "flag": 0.01}, "yes no no yes"),
         ({"minibike, motorbike": 0.1, "window ": 0.2}, "no yes no no"),
-        ({"traffic light": 0.0}, "no no yes no"),
-        ({"cart": 1, "flagpole": 1}, "no no no no"),
-        ("{'car': 1}", "no no no no"),
-        ('["car"]', "no no no no"),
-        ("", "no no no no"),
+        ({"traffic light": 0.0}, "no no yes no"), ({"cart": 1, "flagpole": 1}, "no no no no"),
+        ("{'car': 1}", "no no no no"), ('["car"]', "no no no no"), ("", "no no no no"),
         ("[" * 100_000, "no no no no"),
     ],
-)
+)  # fmt: skip
 def test_a_class_is_seen_however_small_and_a_broken_mapping_shows_nothing(tmp_path, classes, expected):
     text = classes if isinstance(classes, str) else json.dumps(classes)
     found = answers(ask(tmp_path, [row("p", NAIROBI, classes=text)], "1,2,3,4"))
@@ -102,11 +91,10 @@ def test_a_class_is_seen_however_small_and_a_broken_mapping_shows_nothing(tmp_pa
         ((-33.45, -70.66), "9,19", ["Right"]),  # Chile: its states are not known here
         ((-6.8, 39.28), "9,", ["Right"]),  # Tanzania drives on the left, but not in the public list
         ((0, 0), "5,7", ["yes"]),  # on the equator rank 7 has no truth
-        ((70, 25), "6,", ["yes"]),
-        ((10, -84), "5,", ["no"]),
+        ((70, 25), "6,", ["yes"]), ((10, -84), "5,", ["no"]),
         ((-16.5, -179.99), "21,", ["-16.5000, -179.9900"]),
     ],
-)
+)  # fmt: skip
 def test_rules_have_the_public_generators_oddities(tmp_path, point, ranks, expected):
     assert list(answers(ask(tmp_path, [row("p", point)], ranks)).values()) == expected
 
@@ -142,12 +130,9 @@ def test_a_question_shows_the_photo_and_says_what_an_answer_is(tmp_path):
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
-        ("all", list(range(1, 22))),
-        ("13", list(BINARY_RANKS)),
-        ("13,", [13]),
-        (" 21, 1,1", [1, 21]),
+        ("all", list(range(1, 22))), ("13", list(BINARY_RANKS)), ("13,", [13]), (" 21, 1,1", [1, 21]),
     ],
-)
+)  # fmt: skip
 def test_tasks_are_chosen_by_rank(tmp_path, tasks, expected):
     assert list(answers(ask(tmp_path, [row("p", PARIS)], tasks))) == expected
 
@@ -158,11 +143,8 @@ def test_questions_and_truths_can_be_ones_own(tmp_path):
         [(11, "Hard", "Sea?", "Binary", "Mine"), (15, "Easy", "Climate?", "Multiclass", "Mine")],
         ("Rank", "Difficulty", "Question", "Type", "Category"),
     )
-    header = ("City", "Near Coast", "Island", "Desert Region", "Mountainous", "Climate Type", "Big City",
-              "Small Town", "Languages")  # fmt: skip
-    city = write(
-        tmp_path / "city.csv", [("PARIS", "yes", "no", "No", "No", "polar", "Yes", "No", "x")], header
-    )
+    facts = ("PARIS", "yes", "no", "No", "No", "polar", "Yes", "No", "x")
+    city = write(tmp_path / "city.csv", [facts], FACTS)
     questions = ask(tmp_path, [row("p", PARIS)], questions=asked, per_city=city)
     assert answers(questions) == {11: "yes", 15: "Polar"}
     assert questions[0].sample.metadata["difficulty"] == "Hard"
@@ -238,9 +220,7 @@ def test_a_malformed_file_of_questions_is_an_error(tmp_path, rank, message):
 
 
 def test_a_city_with_an_unknown_climate_is_an_error(tmp_path):
-    header = ("City", "Near Coast", "Island", "Desert Region", "Mountainous", "Climate Type", "Big City",
-              "Small Town", "Languages")  # fmt: skip
-    path = write(tmp_path / "c.csv", [("Paris", *["No"] * 4, "Nice", "No", "No", "French")], header)
+    path = write(tmp_path / "c.csv", [("Paris", *["No"] * 4, "Nice", "No", "No", "French")], FACTS)
     with pytest.raises(ValueError, match=r"row 1: Climate Type must be Tropical or Dry or .*got 'Nice'"):
         read_city_facts(path)
 

@@ -53,8 +53,7 @@ def test_country_and_city_are_looked_up(text):
     ("text", "city"),
     [
         ("The photo was taken in Lyon, France.", "Lyon"),
-        ("Answer: Lyon, Auvergne-Rhône-Alpes, France", "Lyon"),
-        ("<think>x</think>Lyon, France", "Lyon"),
+        ("Answer: Lyon, Auvergne-Rhône-Alpes, France", "Lyon"), ("<think>x</think>Lyon, France", "Lyon"),
         ("This is Edinburgh, Scotland, United Kingdom", "Edinburgh"),
         ("<answer>country: France\ncity: near Lyon</answer>", "Lyon"),
         ("<answer>country: UK city: London</answer>", "London"),
@@ -69,7 +68,7 @@ def test_country_and_city_are_looked_up(text):
         ("<answer>国家：中国\n城市：上海</answer>", "Shanghai"),
         ("<answer>country: United States\ncity: New York City, NY</answer>", "New York City"),
     ],
-)
+)  # fmt: skip
 def test_places_are_read_as_a_person_would(text, city):
     gazetteer = open_gazetteer()
     [there, *_] = gazetteer.cities(city)
@@ -120,11 +119,10 @@ def test_nothing_said_is_nothing_read(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "<answer>(91.0, 2.0)</answer>",
-        "<answer>nan, nan</answer>",
+        "<answer>(91.0, 2.0)</answer>", "<answer>nan, nan</answer>",
         "<answer>(48.8, 2.3) or (45.7, 4.8)</answer>",
     ],
-)
+)  # fmt: skip
 def test_coordinates_that_are_none_or_two_are_a_miss(text):
     assert score(question(*PARIS), text)["answered"] is False
 
@@ -192,14 +190,11 @@ def test_nobody_answered_has_no_distance_and_no_share():
     ("header", "row", "image"),
     [
         ("IMG_ID,AUTHOR,LAT,LON", "x_1.jpg,me,32.3,-64.7", "x_1.jpg"),  # IM2GPS3k, YFCC4k
-        (
-            "id,latitude,longitude,country,region,sub-region,city",
-            "77,32.3,-64.7,BM,a,b,Hamilton",
-            "test/00/77.jpg",
-        ),
+        ("id,latitude,longitude,country,region,sub-region,city", "77,32.3,-64.7,BM,a,b,Hamilton",
+         "test/00/77.jpg"),
         ("IMG_ID,LAT,LON,city,country", "y,32.3,-64.7,Hamilton,Bermuda", "y.png"),  # MP16-Reason
     ],
-)
+)  # fmt: skip
 def test_each_data_set_is_read_in_its_own_columns(tmp_path, header, row, image):
     [found] = BENCHMARK.questions(write_photos(tmp_path, f"{header}\n{row}\n", [image]))
     assert found.truth["latitude"], found.truth["longitude"] == (32.3, -64.7)
@@ -235,13 +230,9 @@ def test_a_link_out_of_the_image_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "country: " * 100_000,
-        "\n" * 10**6,
-        "city:" + " " * 10**6,
-        "1 " * 10**6,
-        "<answer>" * 10**5,
+        "country: " * 100_000, "\n" * 10**6, "city:" + " " * 10**6, "1 " * 10**6, "<answer>" * 10**5,
         "(" * 10**6,
     ],
-)
+)  # fmt: skip
 def test_hostile_answers_are_read_as_none(text):
     assert score(question(*PARIS), f"<answer>{text}</answer>")["answered"] is False

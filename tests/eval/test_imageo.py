@@ -10,14 +10,8 @@ from geo_r1.data import Sample
 from geo_r1.eval.benchmark import Question
 from geo_r1.eval.imageo import BENCHMARK, parse_answer, score, summarise
 
-TRUTH = {
-    "latitude": 40.7128,
-    "longitude": -74.006,
-    "city": "New York",
-    "state": "NY",
-    "country": "United States",
-    "continent": "North America",
-}
+PLACE = {"city": "New York", "state": "NY", "country": "United States", "continent": "North America"}
+TRUTH = {"latitude": 40.7128, "longitude": -74.006, **PLACE}
 
 
 def question(**changes):
@@ -28,9 +22,8 @@ def question(**changes):
 def answer(city="New York", state="NY", country="USA", latitude="40.7128", longitude="-74.0060"):
     address = {"street": "", "city": city, "state": state, "country": country}
     coordinates = {"latitude": latitude, "longitude": longitude}
-    return json.dumps(
-        {"reverse_geocoding": {"confidence": "4", "address": address, "coordinates": coordinates}}
-    )
+    inner = {"confidence": "4", "address": address, "coordinates": coordinates}
+    return json.dumps({"reverse_geocoding": inner})
 
 
 @pytest.mark.parametrize(
@@ -43,18 +36,10 @@ def test_the_object_is_found_wherever_it_stands(wrap):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "{",
-        "[1]",
-        '{"a": 1}',
-        "{}" * 10**5,
-        "{{1, {2}}: 1or}",
-        "{{{1}}}",
-        "{" * 10**5,
-        '{"address": ' * 10**4,
-        "null",
+        "", "{", "[1]", '{"a": 1}', "{}" * 10**5, "{{1, {2}}: 1or}", "{{{1}}}", "{" * 10**5,
+        '{"address": ' * 10**4, "null",
     ],
-)
+)  # fmt: skip
 def test_anything_else_is_no_answer(text):
     record = score(question(), text)
     assert (record["answered"], record["city_correct"], record["distance_km"]) == (False, False, None)
@@ -97,42 +82,34 @@ def test_zero_is_the_equator_and_no_missing_value():
 
 
 def test_every_sample_stays_in_the_denominator():
-    texts = [
-        answer(),
-        answer(city="Boston", latitude="42.3601", longitude="-71.0589"),
-        answer(city="Unknown"),
-        "",
-    ]
+    boston = answer(city="Boston", latitude="42.3601", longitude="-71.0589")
+    texts = [answer(), boston, answer(city="Unknown"), ""]
     summary = summarise([score(question(), text) for text in texts])
-    assert summary["city_accuracy"] == 0.25
-    assert summary["country_accuracy"] == 0.75
-    assert summary["answered"] == 0.75
+    shares = [summary[name] for name in ("city_accuracy", "country_accuracy", "answered")]
+    assert shares == [0.25, 0.75, 0.75]
     assert summary["median_km"] == pytest.approx(0, abs=1e-6)
     assert summary["mean_km"] == pytest.approx(306.108 / 3, abs=0.5)  # New York to Boston, over three
     assert summary["by_continent"]["North America"]["num_samples"] == 4
 
 
+def read(folder, text):
+    (folder / "rows.csv").write_text(text)
+    options = argparse.Namespace(data=folder / "rows.csv", images=folder, predictions=None)
+    [found] = BENCHMARK.questions(options)
+    return found
+
+
 def test_both_sets_are_read(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "9_0x1.png")
-    (tmp_path / "upc.csv").write_text(
-        'image_id,name,address,latitude,longitude,street,city,state\n9_0x1,Bar,"1 A St, B",1.5,2.5,A,B,CA\n'
+    found = read(
+        tmp_path,
+        'image_id,name,address,latitude,longitude,street,city,state\n9_0x1,Bar,"1 A St, B",1.5,2.5,A,B,CA\n',
     )
-    [found] = BENCHMARK.questions(
-        argparse.Namespace(data=tmp_path / "upc.csv", images=tmp_path, predictions=None)
-    )
-    assert found.truth == {
-        "latitude": 1.5,
-        "longitude": 2.5,
-        "city": "B",
-        "state": "CA",
-        "country": None,
-        "continent": None,
-    }
-    (tmp_path / "gss.csv").write_text(
+    place = {"latitude": 1.5, "longitude": 2.5, "city": "B", "state": "CA"}
+    assert found.truth == {**place, "country": None, "continent": None}
+    found = read(
+        tmp_path,
         "image_id,city,country,continent,latitude,longitude,img_path\n"
-        "u1,B,Peru,South America,1,2,x/9_0x1.png\n"
-    )
-    [found] = BENCHMARK.questions(
-        argparse.Namespace(data=tmp_path / "gss.csv", images=tmp_path, predictions=None)
+        "u1,B,Peru,South America,1,2,x/9_0x1.png\n",
     )
     assert (found.truth["country"], found.sample.images[0].name) == ("Peru", "9_0x1.png")

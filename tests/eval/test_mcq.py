@@ -58,13 +58,8 @@ def test_numbered_pictures_stand_where_they_are_marked_and_may_repeat(tmp_path):
 
 
 def test_pictures_in_a_parquet_file_come_as_bytes(tmp_path):
-    row = {
-        "id": "q",
-        "question": "Which?",
-        "options": ["a", "b"],
-        "answer": "A",
-        "image": {"bytes": b"P", "path": None},
-    }
+    row = {"id": "q", "question": "Which?", "options": ["a", "b"], "answer": "A"}
+    row |= {"image": {"bytes": b"P", "path": None}}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     [question] = questions(tmp_path / "a.parquet")
     assert question.sample.images == (b"P",)
@@ -77,16 +72,13 @@ def test_pictures_in_a_parquet_file_come_as_bytes(tmp_path):
         ({"options": ["one"]}, "options must be a list of 2 to 26, got"),
         ({"options": "['a', 'b'"}, "options must be a list of 2 to 26, got"),
         ({"options": "[" * 10_000}, "options must be a list of 2 to 26, got"),
-        (
-            {"options": ["1", "2", "3"], "answer": 1},
-            "the answer 1 is a number from 0, or an option",
-        ),
+        ({"options": ["1", "2", "3"], "answer": 1}, "the answer 1 is a number from 0, or an option"),
         ({"options": 3}, "options must be a list of 2 to 26, got 3"),
         ({"answer": "Z"}, "the answer must be a letter from A to B, got 'Z'"),
         ({"question": "see <image 3>"}, "the text marks image 3, the row has 0"),
         ({"subject": None}, "--by subject: no row has a value in that column"),
     ],
-)
+)  # fmt: skip
 def test_a_malformed_row_is_named(tmp_path, changes, message):
     row = {"id": "q", "question": "Which?", "options": ["a", "b"], "answer": "A", "subject": "Art"} | changes
     with pytest.raises(ValueError, match=message):
@@ -102,15 +94,8 @@ def test_open_questions_are_left_out_and_counted(tmp_path):
 
 def test_accuracy_by_column():
     def record(subject, correct):
-        return {
-            "correct": correct,
-            "answered": True,
-            "well_formed": True,
-            "length": None,
-            "num_choices": 4,
-            "by": {"s": subject},
-            "left_out": 2,
-        }
+        known = {"answered": True, "well_formed": True, "length": None, "num_choices": 4, "left_out": 2}
+        return known | {"correct": correct, "by": {"s": subject}}
 
     summary = BENCHMARK.summarise([record("x", True), record("x", False), record("y", True)])
     assert (summary["accuracy"], summary["chance"]) == (2 / 3, 0.25)

@@ -1,4 +1,4 @@
-"""Inputs for the loss tests, and the loss written out a second time, with loops, straight from the papers."""
+"""Inputs for the loss tests, and the loss written again, with loops, straight from the papers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -116,7 +116,7 @@ def written_out(
 
 @dataclass
 class Recorded:
-    """What the allocator and the dispatcher saw, custom ops' insides included."""
+    """Records of the allocator and the dispatcher, within custom ops too."""
 
     peak_bytes: int  # above what lived before
     largest_bytes: int

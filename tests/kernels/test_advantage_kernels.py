@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from memory import poison_fresh_memory
 
 from geo_r1.kernels import group_advantage
 
@@ -78,6 +79,7 @@ def test_many_groups_and_a_batch_wider_than_a_block(scale, lengths, impl):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "cuda"])
 def test_equal_rewards_and_lone_members_give_exactly_zero(baseline, scale, impl):
     reward = torch.tensor([0.9] * 8 + [0.3] + [0.1, 0.7] + [5.0, 1.0], device=DEVICE)
     valid = torch.tensor([True] * 11 + [True, False], device=DEVICE)
@@ -128,14 +130,7 @@ def test_spread_to_tokens(scale, index, impl):
 
 
 def test_every_value_is_written(monkeypatch, impl):
-    """The result's memory is NaN before the launch."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *size, **options):
-        empty = new_empty(self, *size, **options)
-        return empty.fill_(float("nan")) if empty.is_floating_point() else empty
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    poison_fresh_memory(monkeypatch)
     reward, valid = draw(sum(LENGTHS))
     tokens = [i % 5 for i in range(len(reward))]
     spread = {"cu_completion": boundaries(tokens), "num_rows": sum(tokens)}

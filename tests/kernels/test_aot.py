@@ -13,10 +13,10 @@ import pytest
 pytest.importorskip("triton")
 
 from geo_r1.kernels import aot
-from geo_r1.kernels.launch import launch
+from geo_r1.kernels.launch import Launch
 
 GOOD = aot.Built(
-    module="some_triton",
+    family="some",
     kernel="_some_kernel",
     case="bfloat16",
     arch=90,
@@ -29,7 +29,7 @@ GOOD = aot.Built(
     dots=(("bf16", 128),),
     matrix=("HGMMA",),
 )
-TABLE = (launch("narrow", num_warps=4, BLOCK=64), launch("wide", num_warps=8, BLOCK=128))
+TABLE = (Launch("narrow", num_warps=4, BLOCK=64), Launch("wide", num_warps=8, BLOCK=128))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_faults_are_found_and_named(change, fault):
     else:
         (line,) = found
         chip = change.get("arch", 90)
-        assert line.startswith(f"some_triton, case 'bfloat16', sm_{chip}, _some_kernel: ")
+        assert line.startswith(f"some, case 'bfloat16', sm_{chip}, _some_kernel: ")
         assert line.endswith(fault)
 
 
@@ -105,21 +105,19 @@ def test_products_are_found_in_the_ir():
 
 def test_a_row_that_no_case_chooses_is_named(monkeypatch):
     monkeypatch.setattr(aot, "_load", lambda module: SimpleNamespace(LAUNCHES=TABLE))
-    assert aot.uncovered(["some_triton"], 90, {("some_triton", 0), ("some_triton", 1)}) == []
-    assert aot.uncovered(["some_triton"], 90, {("some_triton", 0), ("other_triton", 1)}) == [
-        "some_triton: no case chooses row 1 of LAUNCHES on sm_90: "
-        "{'BLOCK': 128, 'num_warps': 8, 'num_stages': 1}"
+    assert aot.uncovered(["some"], 90, {("some", 0), ("some", 1)}) == []
+    assert aot.uncovered(["some"], 90, {("some", 0), ("other", 1)}) == [
+        "some: no case chooses row 1 of LAUNCHES on sm_90: {'BLOCK': 128, 'num_warps': 8, 'num_stages': 1}"
     ]
 
 
 def test_rows_are_told_apart_by_identity_and_must_be_listed(monkeypatch):
-    twin = dataclasses.replace(TABLE[1])
+    twin = Launch("wide", num_warps=8, BLOCK=128)
     module = SimpleNamespace(
         LAUNCHES=TABLE, aot_cases=lambda: iter([("a", lambda: [TABLE[1].options, twin.options])])
     )
-    monkeypatch.setitem(sys.modules, "geo_r1.kernels.advantage_triton", module)
-    result = aot.build_case("advantage_triton", "a", 90)
-    assert result == aot.CaseResult({}, frozenset({("advantage_triton", 1)}), (twin,))
+    monkeypatch.setitem(sys.modules, "geo_r1.kernels.advantage.triton", module)
+    assert aot.build_case("advantage", "a", 90) == ({}, {1}, [twin.options])
     assert TABLE[1].options == {"BLOCK": 128, "num_warps": 8, "num_stages": 1}
 
 
@@ -153,7 +151,7 @@ def test_the_table_is_aligned():
     ("arguments", "interpret", "message"),
     [
         ([], "1", "TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it"),
-        (["attention"], "0", "no module 'attention'; modules are advantage_triton"),
+        (["rows"], "0", "no family 'rows'; families are advantage, attention, loss"),
         (["--jobs", "0"], "0", "--jobs: expected at least 1, got 0"),
         (["--json", "nowhere/aot.json"], "0", "--json: no folder nowhere"),
     ],
@@ -167,7 +165,7 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, interpret, message
 
 
 def test_a_module_is_built_for_both_chips_without_a_gpu(tmp_path):
-    command = [sys.executable, "-m", "geo_r1.kernels.aot", "advantage_triton", "--jobs", "1"]
+    command = [sys.executable, "-m", "geo_r1.kernels.aot", "advantage", "--jobs", "1"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import replay
 from test_attention import CASES, dense, run
 from test_attention_kernels import DEVICE, LONG, WIDEST, inputs, kernel
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,7 +24,7 @@ def test_second_derivatives_are_an_error(impl):
 @pytest.mark.parametrize("case", [((3,), ((2, 1),)), ((), ())], ids=["group", "empty"])
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1)])
 def test_opcheck(impl, heads, case):
-    from geo_r1.kernels import attention_op as module
+    from geo_r1.kernels.attention import op as module
 
     layout, qkv, grad, *_ = inputs(case, *heads, dtype=WIDEST[impl])
     tiles = module._kernels(impl).tiles(qkv[0], layout, True)
@@ -119,14 +120,7 @@ def test_flash_is_never_taken_unasked():
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
 def test_a_cuda_graph_captures_forward_and_backward(impl):
     layout, qkv, grad, _, _ = inputs(LONG, 4, 2, 64, dtype=torch.bfloat16)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        expected = run(kernel(impl, layout), qkv, grad)  # makes the layout's tiles, and compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(kernel(impl, layout), qkv, grad)
-    graph.replay()
-    torch.cuda.synchronize()
+    expected = run(kernel(impl, layout), qkv, grad)
+    captured = replay(lambda: run(kernel(impl, layout), qkv, grad))
     for got, right in zip(captured, expected, strict=True):
         assert torch.equal(got, right)

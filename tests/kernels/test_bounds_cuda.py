@@ -8,15 +8,10 @@ from test_attention import run
 from test_attention_kernels import DEVICE, LONG, WINDOWS, inputs, kernel
 from test_rows import ALL
 
-from geo_r1.kernels import (
-    advantage_cuda,
-    attention_cuda,
-    available_impls,
-    group_advantage,
-    grpo_loss,
-    linear_grpo_loss,
-    rows_cuda,
-)
+from geo_r1.kernels import available_impls, group_advantage, grpo_loss, linear_grpo_loss
+from geo_r1.kernels.advantage import cuda as advantage_cuda
+from geo_r1.kernels.attention import cuda as attention_cuda
+from geo_r1.kernels.loss import cuda as loss_cuda
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in available_impls()["packed_attention"] or DEVICE.type == "cuda",
@@ -43,7 +38,7 @@ def launches(monkeypatch):
             flat.copy_(copy)
 
     def switch():
-        for module in (advantage_cuda, attention_cuda, rows_cuda):
+        for module in (advantage_cuda, attention_cuda, loss_cuda):
             monkeypatch.setattr(module, "launch", fenced_launch)
         return names
 
@@ -74,11 +69,7 @@ def test_rows(dtype, vocab, launches):
         out = grpo_loss(logits, **rows, config=ALL, impl="cuda")
         head = [x.detach().to(dtype).requires_grad_() for x in (case.hidden_RC, case.lm_head_VC)]
         linear = linear_grpo_loss(*head, **rows, config=ALL, impl="cuda")
-        return (
-            out.logp_R,
-            *torch.autograd.grad(out.loss, logits),
-            *torch.autograd.grad(linear.loss, head),
-        )
+        return (out.logp_R, *torch.autograd.grad(out.loss, logits), *torch.autograd.grad(linear.loss, head))
 
     expected = results()
     names = launches()

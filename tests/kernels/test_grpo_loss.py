@@ -5,7 +5,7 @@ import pytest
 import torch
 from losses import full_logits, loss_case, written_out
 
-import geo_r1.kernels.chunks as chunks
+import geo_r1.kernels.loss.chunks as chunks
 from geo_r1.kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, token_weights
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}

@@ -1,4 +1,4 @@
-"""Which implementation runs, on GPUs that are not here and with builds that were not made."""
+"""The choice of the implementation, on simulated GPUs and builds."""
 
 import json
 import math

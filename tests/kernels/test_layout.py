@@ -6,7 +6,7 @@ import torch
 
 from geo_r1.kernels import PackedLayout
 from geo_r1.kernels.layout import plan_batches
-from geo_r1.kernels.schedule import TILE_ROWS
+from geo_r1.kernels.layout.tiles import TILE_ROWS
 
 RAGGED = ((4, 0, 3, 0, 1), ((2, 0, 3), (), (1,), (0, 0), ()))
 LAYOUTS = {

@@ -4,14 +4,8 @@ import pytest
 import torch
 from losses import full_logits, loss_case, recorded, written_out
 
-import geo_r1.kernels.chunks as chunks
-from geo_r1.kernels import (
-    GRPOLossConfig,
-    grpo_loss,
-    linear_cross_entropy,
-    linear_grpo_loss,
-    linear_logprob,
-)
+import geo_r1.kernels.loss.chunks as chunks
+from geo_r1.kernels import GRPOLossConfig, grpo_loss, linear_cross_entropy, linear_grpo_loss, linear_logprob
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -184,7 +178,7 @@ def test_memory_law(dtype, config):
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(1009, torch.float32), (1009, torch.float16), (1, torch.half)])
 def test_each_row_of_the_kernels_logits_begins_at_16_bytes(vocab, dtype, impl, monkeypatch):
-    """What a thread loads at once; the products read and write such rows where they stand."""
+    """A thread loads 16 bytes at once; the products read and write such rows in place."""
     for name in ("SCRATCH_BYTES", "SCRATCH_BYTES_CPU"):
         monkeypatch.setattr(chunks, name, 12 * 1010 * dtype.itemsize)
     case = loss_case(96, vocab, 16, dtype=dtype)

@@ -6,18 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from losses import full_logits, loss_case
+from memory import poison_fresh_memory, replay
 from test_grpo_loss import configs
 
-import geo_r1.kernels.chunks as chunks
-from geo_r1.kernels import (
-    GRPOLossConfig,
-    grpo_loss,
-    linear_cross_entropy,
-    linear_grpo_loss,
-    linear_logprob,
-)
-from geo_r1.kernels.chunks import row_kernels
-from geo_r1.kernels.reference import LossRows
+import geo_r1.kernels.loss.chunks as chunks
+from geo_r1.kernels import GRPOLossConfig, grpo_loss, linear_cross_entropy, linear_grpo_loss, linear_logprob
+from geo_r1.kernels.loss.reference import LossRows
+from geo_r1.kernels.loss.rows import row_kernels
 
 # NumPy, which interprets the kernels, warns of the infinities that they mean.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -220,17 +215,7 @@ def test_entries_that_cannot_be_drawn_rows_of_weight_zero_and_strides(impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_output_is_written(dtype, monkeypatch, impl):
-    """Fresh memory is NaN, and 77 or True where there is no NaN."""
-
-    def poisoned(make):
-        def new(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(77)
-
-        return new
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    poison_fresh_memory(monkeypatch)
     case = on_device(loss_case(21, 1009), dtype)
     for config, linear in itertools.product((ALL, SEQUENCE), (False, True)):
         actual, grads = results(case, config, impl=impl, linear=linear)
@@ -463,16 +448,7 @@ def test_a_cuda_graph_captures_the_loss(impl):
         out = linear_grpo_loss(*inputs, **case.rows(), config=ALL, impl=impl)
         return out.loss, *torch.autograd.grad(out.loss, inputs)
 
-    eager = step()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
+    eager, captured = step(), replay(step)
     for got, right in zip(captured, eager, strict=True):
         assert torch.equal(got, right)
 

@@ -23,37 +23,17 @@ FAMILIES = {
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
 }
 TEXT = {
-    "vocab_size": 211,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "vocab_size": 211, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+}  # fmt: skip
+BLOCKS = {"depth": 3, "hidden_size": 32, "intermediate_size": 56, "num_heads": 4, "out_hidden_size": 48}
 VISION = {
     "qwen2_vl": {"depth": 3, "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 3, "num_heads": 4},
-    "qwen2_5_vl": {
-        "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_heads": 4,
-        "out_hidden_size": 48,
-        "window_size": 56,  # two merged patches
-        "fullatt_block_indexes": [1],
-    },
-    "qwen3_vl": {
-        "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_heads": 4,
-        "out_hidden_size": 48,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 2],
-    },
+    # windows of two merged patches
+    "qwen2_5_vl": {**BLOCKS, "window_size": 56, "fullatt_block_indexes": [1]},
+    "qwen3_vl": {**BLOCKS, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]},
 }
 IMAGE = 200
 # One merged patch, whole windows, windows cut off on both sides.
@@ -63,12 +43,8 @@ PUBLISHED = {
     "Qwen2.5-VL-7B": (
         "qwen2_5_vl",
         {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
+            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4,
         },
         {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
         8_292_166_656,
@@ -76,18 +52,13 @@ PUBLISHED = {
     "Qwen2-VL-2B": (
         "qwen2_vl",
         {
-            "vocab_size": 151936,
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
+            "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+            "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
         },
         {"hidden_size": 1536},
         2_208_985_600,
     ),
-}
+}  # fmt: skip
 
 
 def small(family: str, tied: bool = False, **text):

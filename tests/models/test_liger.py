@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch.autograd import Function
-from vlm_cases import assert_equal_gradients, few, gradients, mixed_groups, relative_error
+from vlm_cases import assert_equal_gradients, few, mixed_groups, relative_error, rows_and_gradients
 
 import geo_r1.models.qwen_vl
 from geo_r1.models import PackedVLM, pack
@@ -125,14 +125,6 @@ def model_like(lab, dtype=torch.float32):
     return copy.deepcopy(lab.own).to(DEVICE, dtype)
 
 
-def rows_and_gradients(vlm, lab, groups=few):
-    prompts, completions = groups(lab)
-    rows = vlm.loss_rows(pack(prompts, completions, vlm.device))
-    weight = torch.randn(rows.shape, generator=torch.Generator().manual_seed(9)).to(rows)
-    (rows * weight).sum().backward()
-    return {"rows": rows.detach(), **gradients(vlm.model)}
-
-
 def assert_as_true_as(found, plain, truth):
     """The error against float64 is at most twice that of transformers' own layers in the same dtype."""
     assert found.keys() == plain.keys() <= truth.keys()
@@ -144,14 +136,14 @@ def assert_as_true_as(found, plain, truth):
 
 @pytest.mark.usefixtures("in_float64")
 def test_stand_ins_change_no_row_and_no_gradient(lab, stand_ins):
-    expected = rows_and_gradients(lab.packed, lab, mixed_groups)
+    expected = rows_and_gradients(lab.packed, mixed_groups(lab))
     vlm = PackedVLM(copy.deepcopy(lab.own))
     assert stand_ins.fuse_layers(vlm.model) == stand_ins.fuse_layers(vlm.model) == LAYERS
-    assert_equal_gradients(rows_and_gradients(vlm, lab, mixed_groups), expected, 1e-12)
+    assert_equal_gradients(rows_and_gradients(vlm, mixed_groups(lab)), expected, 1e-12)
     vlm.model.train()
     for kind in ("full", "selective"):  # what is kept is not written over
         vlm.checkpoint_layers(kind)
-        assert_equal_gradients(rows_and_gradients(vlm, lab, mixed_groups), expected, 1e-12)
+        assert_equal_gradients(rows_and_gradients(vlm, mixed_groups(lab)), expected, 1e-12)
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, HALF])
@@ -160,26 +152,26 @@ def test_rows_and_gradients_are_as_true_as_those_of_transformers(lab, layers, co
     """Weights in float32, computed in either dtype, with gradient checkpointing."""
     module = request.getfixturevalue(layers)
     plain = PackedVLM(model_like(lab), compute_dtype, liger=False)
-    plain_found = rows_and_gradients(plain, lab)
+    plain_found = rows_and_gradients(plain, few(lab))
     vlm = PackedVLM(model_like(lab), compute_dtype, liger=False)
     assert module.fuse_layers(vlm.model) == LAYERS
     vlm.model.gradient_checkpointing_enable()
     vlm.model.train()
-    found = rows_and_gradients(vlm, lab)
+    found = rows_and_gradients(vlm, few(lab))
     assert found["rows"].dtype == compute_dtype
     assert {value.dtype for name, value in found.items() if name != "rows"} == {torch.float32}
-    assert_as_true_as(found, plain_found, rows_and_gradients(lab.packed, lab))
+    assert_as_true_as(found, plain_found, rows_and_gradients(lab.packed, few(lab)))
 
 
 def test_kernels_without_gradients_and_with_a_frozen_tower(qwen2_5_vl, kernels):
     batch = pack(*few(qwen2_5_vl), DEVICE)
     vlm = PackedVLM(model_like(qwen2_5_vl), liger=False)
     vlm.model.model.visual.requires_grad_(False)
-    plain = rows_and_gradients(vlm, qwen2_5_vl)
+    plain = rows_and_gradients(vlm, few(qwen2_5_vl))
     kernels.fuse_layers(vlm.model)
     with torch.no_grad():
         assert relative_error(vlm.loss_rows(batch), plain["rows"]) < 1e-4
-    found = rows_and_gradients(vlm, qwen2_5_vl)
+    found = rows_and_gradients(vlm, few(qwen2_5_vl))
     assert not any("visual" in name for name in found)
     assert_equal_gradients(found, plain, 1e-4)
 

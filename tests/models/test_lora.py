@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText
-from vlm_cases import Lab, assert_equal_gradients, gradients, mixed_groups, relative_error
+from vlm_cases import Lab, assert_equal_gradients, few, mixed_groups, relative_error, rows_and_gradients
 
 import geo_r1.models.lora
 from geo_r1.models import PackedVLM, pack
@@ -60,27 +60,16 @@ def merge(model):
         del model.peft_config
 
 
-def few_groups(lab):
-    prompts = [lab.prompt("north?"), lab.prompt((56, 84), "where?", seed=1)]
-    return prompts, [lab.tokens(2), lab.tokens(3, 1, seed=1)]
-
-
-def rows_and_gradients(vlm, batch, loss_rows=None):
-    rows = (loss_rows or vlm.loss_rows)(batch)
-    (rows * torch.linspace(-1, 1, rows.numel(), dtype=rows.dtype).view_as(rows)).sum().backward()
-    return rows.detach(), gradients(vlm.model)
-
-
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("way", ["plain", "checkpointed", "liger", "liger, checkpointed"])
 def test_rows_and_gradients_are_those_of_the_merged_weights(lab, way, request):
     """y = (W + s B A) x, so with the gradient G of W + s B A: dB = s G A', dA = s B' G; no other has one."""
-    batch, s = pack(*mixed_groups(lab)), ALPHA / RANK
+    s = ALPHA / RANK
     plain, model = PackedVLM(adapted(lab.own)), PackedVLM(adapted(lab.own))
     merge(plain.model)
     plain.model.requires_grad_(True)
-    expected_rows, by_weight = rows_and_gradients(plain, batch)
-    expected = {}
+    by_weight = rows_and_gradients(plain, mixed_groups(lab))
+    expected = {"rows": by_weight["rows"]}
     for path, layer in lora_layers(model.model).items():
         G, A, B = by_weight[f"{path}.weight"], layer.lora_A.default.weight, layer.lora_B.default.weight
         expected[f"{path}.lora_A.default.weight"] = s * B.detach().T @ G
@@ -90,23 +79,21 @@ def test_rows_and_gradients_are_those_of_the_merged_weights(lab, way, request):
     if "checkpointed" in way:
         model.model.gradient_checkpointing_enable()
         model.model.train()
-    rows, found = rows_and_gradients(model, batch)
-    assert relative_error(rows, expected_rows) < 1e-12
-    assert found.keys() == adapter_names(model.model)
+    found = rows_and_gradients(model, mixed_groups(lab))
+    assert relative_error(found["rows"], expected["rows"]) < 1e-12
+    assert found.keys() == {"rows", *adapter_names(model.model)}
     assert any("visual" in name for name in found) and any("language_model" in name for name in found)
     assert_equal_gradients(found, expected, 1e-11)
 
 
 def test_text_alone_and_chosen_layers(qwen2_5_vl):
     model = adapted(qwen2_5_vl.own, ("v_proj", "down_proj"), vision=False)
-    layers = range(len(model.model.language_model.layers))
-    paths = [
-        f"model.language_model.layers.{i}.{p}" for i in layers for p in ("self_attn.v_proj", "mlp.down_proj")
-    ]
+    layers = [f"model.language_model.layers.{i}" for i in range(len(model.model.language_model.layers))]
+    paths = [f"{layer}.{p}" for layer in layers for p in ("self_attn.v_proj", "mlp.down_proj")]
     assert list(lora_layers(model)) == paths
     assert adapter_names(model) <= model.state_dict().keys()
-    _, found = rows_and_gradients(PackedVLM(model), pack(*few_groups(qwen2_5_vl)))
-    assert found.keys() == adapter_names(model) == {n for n, p in model.named_parameters() if p.requires_grad}
+    found = rows_and_gradients(PackedVLM(model), few(qwen2_5_vl)).keys() - {"rows"}
+    assert found == adapter_names(model) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_at_first_nothing_changes_and_the_seed_decides(lab):
@@ -121,7 +108,7 @@ def test_at_first_nothing_changes_and_the_seed_decides(lab):
     drawn = {name for name in one if "lora_A" in name}
     assert {name for name in one if not torch.equal(one[name], other[name])} == drawn
     assert 2 * len(drawn) == len(adapter_names(models[0]))
-    batch = pack(*few_groups(lab))
+    batch = pack(*few(lab))
     with torch.no_grad():
         expected = lab.packed.loss_rows(batch)
         assert torch.equal(PackedVLM(models[0]).loss_rows(batch), expected)
@@ -141,7 +128,7 @@ def test_on_meta_they_have_names_shapes_and_dtypes(qwen2_5_vl, dtype):
 
 
 def test_adapters_off_is_the_base_model(lab):
-    vlm, batch = PackedVLM(adapted(lab.own, dropout=0.1)), pack(*few_groups(lab))
+    vlm, batch = PackedVLM(adapted(lab.own, dropout=0.1)), pack(*few(lab))
     trained = {name for name, p in vlm.model.named_parameters() if p.requires_grad}
     vlm.model.train()  # no dropout within, either
     with torch.no_grad():
@@ -160,7 +147,7 @@ def test_adapters_off_is_the_base_model(lab):
 
 
 def test_dropout_is_on_the_adapters_inputs(qwen2_5_vl):
-    vlm, batch = PackedVLM(adapted(qwen2_5_vl.own, dropout=0.5)), pack(*few_groups(qwen2_5_vl))
+    vlm, batch = PackedVLM(adapted(qwen2_5_vl.own, dropout=0.5)), pack(*few(qwen2_5_vl))
     whole = vlm.loss_rows(batch)
     vlm.model.train()
     with torch.random.fork_rng(devices=[]):
@@ -213,9 +200,9 @@ def test_merged_state_is_that_of_the_merged_model(qwen2_5_vl, dtype):
 
 def test_autocast_trains_adapters_in_their_own_dtype(qwen2_5_vl):
     model = adapted(copy.deepcopy(qwen2_5_vl.own).float())
-    batch = pack(*few_groups(qwen2_5_vl))
-    wide_rows, wide = rows_and_gradients(PackedVLM(model), batch)
-    rows, found = rows_and_gradients(PackedVLM(model, torch.bfloat16), batch)
+    wide = rows_and_gradients(PackedVLM(model), few(qwen2_5_vl))
+    found = rows_and_gradients(PackedVLM(model, torch.bfloat16), few(qwen2_5_vl))
+    rows, wide_rows = found.pop("rows"), wide.pop("rows")
     assert rows.dtype == torch.bfloat16 and {grad.dtype for grad in found.values()} == {torch.float32}
     assert relative_error(rows.float(), wide_rows) < 0.1
     assert found.keys() == wide.keys() == adapter_names(model)
@@ -226,11 +213,7 @@ def test_autocast_trains_adapters_in_their_own_dtype(qwen2_5_vl):
 @pytest.mark.parametrize(
     ("targets", "vision", "said"),
     [
-        (
-            ("q_proj", "lm_head"),
-            True,
-            "lora.targets names lm_head; the text layers' linear layers are q_proj, ",
-        ),
+        (("q_proj", "lm_head"), 1, "lora.targets names lm_head; the text layers' linear layers are q_proj, "),
         (("embed_tokens", "fc1"), True, "lora.targets names embed_tokens, fc1; "),
         (("input_layernorm",), False, "lora.targets names input_layernorm; "),
         ((), False, "nothing would be trained"),
@@ -267,19 +250,20 @@ def compare_shards(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     lab = Lab()
-    batch = pack(*few_groups(lab))
+    batch = pack(*few(lab))
     whole, vlm = PackedVLM(adapted(lab.own)), PackedVLM(adapted(lab.own))
     mesh, root = init_device_mesh("cpu", (2,)), Root(vlm.model)
     for layer in (*vlm.model.model.language_model.layers, *vlm.model.model.visual.blocks):
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
-    expected_rows, expected = rows_and_gradients(whole, batch)
+    expected = rows_and_gradients(whole, few(lab))
     for _ in range(2):
         with torch.no_grad(), adapters_off(vlm.model):
             torch.testing.assert_close(root(vlm.loss_rows, batch), lab.packed.loss_rows(batch))
-        rows, found = rows_and_gradients(vlm, batch, lambda batch: root(vlm.loss_rows, batch))
-        torch.testing.assert_close(rows, expected_rows)
-        assert_equal_gradients({name: grad.full_tensor() for name, grad in found.items()}, expected, 1e-6)
+        found = rows_and_gradients(vlm, few(lab), lambda batch: root(vlm.loss_rows, batch))
+        torch.testing.assert_close(found.pop("rows"), expected["rows"])
+        found = {name: grad.full_tensor() for name, grad in found.items()}
+        assert_equal_gradients(found, {name: expected[name] for name in expected if name != "rows"}, 1e-6)
     whole_state = ((name, tensor.full_tensor()) for name, tensor in vlm.model.state_dict().items())
     merge(whole.model)
     for name, tensor in merged_state(whole_state, ALPHA):

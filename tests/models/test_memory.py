@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from vlm_cases import assert_equal_gradients, few, gradients, mixed_groups
+from vlm_cases import assert_equal_gradients, few, mixed_groups, rows_and_gradients
 
 from geo_r1.kernels import PackedLayout, packed_attention
 from geo_r1.models import PackedVLM, memory, pack
@@ -19,13 +19,6 @@ def trainable(lab, dtype=torch.float32, compute_dtype=None) -> PackedVLM:
     vlm = PackedVLM(copy.deepcopy(lab.own).to(DEVICE, dtype), compute_dtype, liger=False)
     vlm.model.train()
     return vlm
-
-
-def rows_and_gradients(vlm, groups):
-    rows = vlm.loss_rows(pack(*groups, vlm.device))
-    weight = torch.randn(rows.shape, generator=torch.Generator().manual_seed(9))
-    (rows * weight.to(rows)).sum().backward()
-    return {"rows": rows.detach(), **gradients(vlm.model)}
 
 
 class Work(TorchDispatchMode):

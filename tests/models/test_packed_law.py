@@ -5,7 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vlm_cases import assert_equal_gradients, gradients, mixed_groups, relative_error
+from vlm_cases import (
+    assert_equal_gradients,
+    backward,
+    gradients,
+    mixed_groups,
+    relative_error,
+    rows_and_gradients,
+)
 
 from geo_r1.kernels import (
     GRPOLossConfig,
@@ -28,23 +35,6 @@ def no_leftover_gradients(qwen2_5_vl, qwen2_vl, qwen3_vl):
         lab.packed.model.zero_grad(set_to_none=True)
 
 
-def functional(rows: int, width: int) -> torch.Tensor:
-    """A fixed random linear functional of the loss rows; its gradient reaches every parameter."""
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-
-
-def packed_rows_and_gradients(vlm, prompts, completions):
-    batch = pack(prompts, completions)
-    rows = vlm.loss_rows(batch)
-    (rows * functional(*rows.shape)).sum().backward()
-    return rows.detach(), gradients(vlm.model)
-
-
-def assert_law(rows, grads, expected_rows, expected_grads):
-    assert relative_error(rows, expected_rows) <= TOLERANCE
-    assert_equal_gradients(grads, expected_grads, TOLERANCE)
-
-
 def test_packed_equals_each_completion_alone_in_transformers(lab):
     prompts, completions = mixed_groups(lab)
     assert lab.own.model.language_model.config._attn_implementation == "sdpa"
@@ -56,19 +46,16 @@ def test_packed_equals_each_completion_alone_in_transformers(lab):
     ]
     expected = torch.cat(alone)
     assert len(expected) == 23
-    (expected * functional(*expected.shape)).sum().backward()
-    rows, grads = packed_rows_and_gradients(lab.packed, prompts, completions)
-    assert_law(rows, grads, expected.detach(), gradients(lab.own))
+    alone = {"rows": expected.detach(), **backward(expected, lab.own)}
+    assert_equal_gradients(rows_and_gradients(lab.packed, (prompts, completions)), alone, TOLERANCE)
 
 
 def test_packed_equals_one_group_a_completion(lab):
     prompts, completions = mixed_groups(lab)
     owner = [prompt for prompt, group in zip(prompts, completions, strict=True) for _ in group]
     each = [[completion] for group in completions for completion in group]
-    assert_law(
-        *packed_rows_and_gradients(lab.packed, prompts, completions),
-        *packed_rows_and_gradients(lab.packed, owner, each),
-    )
+    together = rows_and_gradients(lab.packed, (prompts, completions))
+    assert_equal_gradients(together, rows_and_gradients(lab.packed, (owner, each)), TOLERANCE)
 
 
 def test_the_order_of_groups_and_of_completions_does_not_matter(lab):
@@ -83,8 +70,7 @@ def test_the_order_of_groups_and_of_completions_does_not_matter(lab):
 
 @pytest.mark.parametrize("frozen_vision, use_reentrant", [(False, False), (True, False), (False, True)])
 def test_gradient_checkpointing_changes_nothing(lab, frozen_vision, use_reentrant):
-    prompts, completions = mixed_groups(lab)
-    expected = packed_rows_and_gradients(lab.packed, prompts, completions)
+    expected = rows_and_gradients(lab.packed, mixed_groups(lab))
     vlm = PackedVLM(copy.deepcopy(lab.own))
     visual = vlm.model.model.visual
     visual.requires_grad_(not frozen_vision)
@@ -92,19 +78,19 @@ def test_gradient_checkpointing_changes_nothing(lab, frozen_vision, use_reentran
     vlm.model.train()
     calls = []
     visual.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    rows, grads = packed_rows_and_gradients(vlm, prompts, completions)
+    found = rows_and_gradients(vlm, mixed_groups(lab))
     assert len(calls) == (1 if frozen_vision else 2)  # run again in backward
     trained = {name for name, p in vlm.model.named_parameters() if p.requires_grad}
     assert any(name.startswith("model.visual") for name in trained) != frozen_vision
-    assert_law(rows, grads, expected[0], {name: expected[1][name] for name in trained})
+    assert_equal_gradients(found, {name: expected[name] for name in ("rows", *trained)}, TOLERANCE)
 
 
 def test_computing_in_bfloat16_keeps_gradients_in_float32(lab):
     """Weights and gradients stay in float32; each gradient points where the float64 one does."""
-    prompts, completions = mixed_groups(lab)
-    expected_rows, expected = packed_rows_and_gradients(lab.packed, prompts, completions)
+    expected = rows_and_gradients(lab.packed, mixed_groups(lab))
     vlm = PackedVLM(copy.deepcopy(lab.own).to(torch.float32), torch.bfloat16)
-    rows, grads = packed_rows_and_gradients(vlm, prompts, completions)
+    grads = rows_and_gradients(vlm, mixed_groups(lab))
+    rows, expected_rows = grads.pop("rows"), expected.pop("rows")
     assert rows.dtype == torch.bfloat16 and vlm.lm_head.dtype == torch.float32
     assert (rows - expected_rows).norm() < 0.03 * expected_rows.norm()
     assert grads.keys() == expected.keys()

@@ -187,31 +187,28 @@ def test_a_checkpoint_is_an_ordinary_one_to_transformers(folder):
     assert relative_error(rows, hidden[len(prompt.token_ids) - 1 : -1]) < 1e-5  # norms in float32
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "strange"}'), "`strange`"),
-        (
-            lambda folder: LlamaConfig().save_pretrained(folder),
-            "it is a llama; supported: qwen2_5_vl, qwen2_vl, qwen3_vl",
-        ),
-        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "header"),
-        (
-            lambda folder: edit_weight(folder, None),
-            "1 weights are missing or of another shape, .*1.mlp.up_proj",
-        ),
-        (lambda folder: edit_weight(folder, 3), "1 weights are missing or of another shape, .*1.mlp.up_proj"),
-        (
-            lambda folder: [f.unlink() for f in folder.glob("tokenizer*")],
-            "its tokenizer has 1 tokens, but images are 5",
-        ),
-        (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
-    ],
-    ids=["json", "unknown", "llama", "no weights", "cut", "missing", "shape", "tokenizer", "image processor"],
-)
-def test_a_damaged_checkpoint_is_one_clear_error(folder, damage, message):
+DAMAGE = {
+    "json": (lambda at: (at / "config.json").write_text("{"), "not a valid JSON file"),
+    "unknown": (lambda at: (at / "config.json").write_text('{"model_type": "strange"}'), "`strange`"),
+    "llama": (LlamaConfig().save_pretrained, "it is a llama; supported: qwen2_5_vl, qwen2_vl, qwen3_vl"),
+    "no weights": (lambda at: (at / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "cut": (lambda at: (at / "model.safetensors").write_bytes(b"short"), "header"),
+    "missing": (
+        lambda at: edit_weight(at, None),
+        "1 weights are missing or of another shape, .*1.mlp.up_proj",
+    ),
+    "shape": (lambda at: edit_weight(at, 3), "1 weights are missing or of another shape, .*1.mlp.up_proj"),
+    "tokenizer": (
+        lambda at: [file.unlink() for file in at.glob("tokenizer*")],
+        "its tokenizer has 1 tokens, but images are 5",
+    ),
+    "image processor": (lambda at: (at / "preprocessor_config.json").unlink(), "image processor"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_one_clear_error(folder, name):
+    damage, message = DAMAGE[name]
     damage(folder)
     with pytest.raises(ValueError, match=message) as caught:
         load_model(folder)

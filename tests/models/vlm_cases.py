@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from geo_r1.data import PromptEncoder, Sample
-from geo_r1.models import EncodedPrompt, PackedVLM
+from geo_r1.models import EncodedPrompt, PackedVLM, pack
 from geo_r1.models.tiny import build_tiny
 
 TEXTS = ("Which street view shows this tile?", "north, south, east and west of the tower", "<think> </think>")
@@ -79,16 +79,18 @@ def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return model.eval()
 
 
+def special_tokens(like) -> dict[str, int]:
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return {name: getattr(like, name) for name in names}
+
+
 def qwen2_vl_config(like) -> Qwen2VLConfig:
     """The older family, whose vision tower has no windows, with the tokens and text layers of `like`."""
     text = like.text_config.to_dict()
     return Qwen2VLConfig(
         text_config={key: value for key, value in text.items() if key not in ("model_type", "layer_types")},
         vision_config={"depth": 2, "embed_dim": 64, "hidden_size": text["hidden_size"], "num_heads": 4},
-        image_token_id=like.image_token_id,
-        video_token_id=like.video_token_id,
-        vision_start_token_id=like.vision_start_token_id,
-        vision_end_token_id=like.vision_end_token_id,
+        **special_tokens(like),
         tie_word_embeddings=True,
     )
 
@@ -120,10 +122,7 @@ def qwen3_vl_config(like) -> Qwen3VLConfig:
             "num_position_embeddings": 25,
             "deepstack_visual_indexes": [0, 1],
         },
-        image_token_id=like.image_token_id,
-        video_token_id=like.video_token_id,
-        vision_start_token_id=like.vision_start_token_id,
-        vision_end_token_id=like.vision_end_token_id,
+        **special_tokens(like),
         tie_word_embeddings=True,
     )
 
@@ -156,6 +155,19 @@ def few(lab: Lab, longer: int = 0) -> tuple[list[EncodedPrompt], list[list[list[
     """Not many tokens: interpreted kernels and compilers take their time."""
     prompts = [lab.prompt("north?"), lab.prompt((56, 84 + 28 * longer), "where?", seed=1)]
     return prompts, [lab.tokens(2 + longer), lab.tokens(3, 1, seed=1)]
+
+
+def rows_and_gradients(vlm: PackedVLM, groups, loss_rows=None) -> dict[str, Tensor]:
+    """The loss rows of some groups, and all gradients of a fixed random functional of them."""
+    rows = (loss_rows or vlm.loss_rows)(pack(*groups, vlm.device))
+    return {"rows": rows.detach(), **backward(rows, vlm.model)}
+
+
+def backward(rows: Tensor, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Gradients of a fixed random functional of the loss rows, which reaches every parameter."""
+    weight = torch.randn(rows.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    (rows * weight.to(rows)).sum().backward()
+    return gradients(model)
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import small_runs as runs
 import torch
 
-from geo_r1.models import memory
+from geo_r1.models import PackedVLM, memory
 from geo_r1.train.__main__ import main
 
 PARTS = {"vision", "projector", "text"}
@@ -105,9 +105,9 @@ def test_less_memory_gives_the_same_run(kind, offload, tmp_path, monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for the CPU with g++")
 def test_compiled_layers_give_the_same_run(tmp_path, monkeypatch):
     compiled = []
-    real = memory.compile_layers
+    real = PackedVLM.compile_layers
     monkeypatch.setattr(
-        memory, "compile_layers", lambda layers, *args: (compiled.append(len(layers)), real(layers, *args))
+        PackedVLM, "compile_layers", lambda vlm: (compiled.append(len(vlm.layers)), real(vlm))
     )
     changes = {"sft__steps": 1, "sft__batch_size": 2}
     plain = runs.train(tmp_path / "plain", "sft", **changes)

@@ -15,14 +15,16 @@ from rich.progress import track
 
 from geo_r1.data.formats.known import FORMATS, detect
 from geo_r1.data.journal import MAX_LINE
-from geo_r1.data.paths import moved
+from geo_r1.data.paths import moved, naming
 from geo_r1.data.sample import read_rows
+from geo_r1.errors import UserError, one_line
 from geo_r1.files import beside, write_text, written_beside
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where, row
+Writer = Callable[[Callable[[], Rows], Path], int]  # returns the number of rows
 BATCH = 256  # rows of a parquet row group; they may hold pictures
 
-# How LLaMA-Factory is told of a file. A table of columns or tags that leaves one out resets it.
+# LLaMA-Factory's entries for files. It resets a column or tag that an entry leaves out.
 DATASET_INFO: dict[str, dict[str, Any]] = {
     "llama-factory": {
         "formatting": "sharegpt",
@@ -59,31 +61,25 @@ def command(options: argparse.Namespace) -> None:
     """Convert a file and say how many rows there were.
 
     Raises:
-        ValueError: the format is unclear, a row is malformed or cannot be held; names file and row.
+        UserError: the format is unclear, a row is malformed or cannot be held; names file and row.
     """
     source, why = options.source, ""
     if source == "auto":
         number, first = next(read_rows(options.input), (0, None))
         source, why = detect(first), ", as the first one looks,"
         if not number:
-            raise ValueError(f"{options.input} holds no samples")
+            raise UserError(f"{options.input} holds no samples")
         if source is None:
-            raise ValueError(
+            raise UserError(
                 f"{options.input}, row {number}: of no format, or of several; "
                 f"say --from with one of {', '.join(FORMATS)}"
             )
-    count = convert(
-        options.input,
-        options.output,
-        source=source,
-        target=options.target,
-        image_root=options.image_root,
-        flatten=options.flatten,
-    )
+    given = {name: getattr(options, name) for name in ("target", "image_root", "flatten")}
+    count = convert_file(options.input, options.output, source=source, **given)
     print(f"{count} rows of {source}{why} written as {options.target}: {options.output}")
 
 
-def convert(
+def convert_file(
     path: Path, out: Path, *, source: str, target: str, image_root: Path | None = None, flatten: bool = False
 ) -> int:
     """Convert a file, and enter it in `dataset_info.json` beside it where LLaMA-Factory wants that.
@@ -98,13 +94,13 @@ def convert(
         The number of rows.
 
     Raises:
-        ValueError: a file cannot be read or written so, or there is no row; names file and row.
+        UserError: a file cannot be read or written so, or there is no row; names file and row.
     """
     if out.suffix not in WRITERS:
-        raise ValueError(f"{out}: expected {', '.join(WRITERS)}")
+        raise UserError(f"{out}: expected {', '.join(WRITERS)}")
     info = out.with_name("dataset_info.json")
     if out == info and target in DATASET_INFO:
-        raise ValueError(f"{out}: LLaMA-Factory lists its data sets there; name the file otherwise")
+        raise UserError(f"{out}: LLaMA-Factory lists its data sets there; name the file otherwise")
     known = _known_sets(info) if target in DATASET_INFO else {}
     root = (path.parent if image_root is None else image_root).absolute()
     folder = out.parent.absolute()
@@ -118,24 +114,24 @@ def convert(
                     own["images"] = [moved(image, root, folder) for image in own["images"]]
                 yield where, FORMATS[target].write(own, flatten=flatten)
             except RecursionError:
-                raise ValueError(f"{where}: nested too deep") from None
+                raise UserError(f"{where}: nested too deep") from None
             except ValueError as error:
-                raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+                raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
 
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(out) as partial:
-            count = WRITERS[out.suffix](rows, partial)
-            if not count:
-                raise ValueError(f"{path} holds no samples")
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror or error}") from error
+        with naming(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with written_beside(out) as partial:
+                count = WRITERS[out.suffix](rows, partial)
+                if not count:
+                    raise UserError(f"{path} holds no samples")
     finally:
         with suppress(OSError):  # there is none if all went well
             beside(out).unlink()
     if target in DATASET_INFO:
         known[out.stem] = {"file_name": out.name} | DATASET_INFO[target]
-        write_text(info, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+        with naming(info):
+            write_text(info, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
     return count
 
 
@@ -145,9 +141,9 @@ def _known_sets(info: Path) -> dict[str, Any]:
     try:
         known = json.loads(info.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{info} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{info} cannot be read: {one_line(error)}") from error
     if not isinstance(known, dict):
-        raise ValueError(f"{info} is a {type(known).__name__}, not a table of data sets")
+        raise UserError(f"{info} is a {type(known).__name__}, not a table of data sets")
     return known
 
 
@@ -155,27 +151,22 @@ def _json(where: str, row: dict[str, Any]) -> bytes:
     try:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:  # bytes or dates; NaN, halves of characters
-        raise ValueError(f"{where}: not to be written as JSON: {error}") from error
+        raise UserError(f"{where}: not to be written as JSON: {error}") from error
     if len(line) >= MAX_LINE:
-        raise ValueError(f"{where}: it takes {len(line)} bytes as JSON, more than {MAX_LINE >> 20} MiB")
+        raise UserError(f"{where}: it takes {len(line)} bytes as JSON, more than {MAX_LINE >> 20} MiB")
     return line
 
 
-def _write_jsonl(rows: Callable[[], Rows], path: Path) -> int:
-    count = 0
-    with path.open("wb") as file:
-        for count, (where, row) in enumerate(rows(), 1):  # noqa: B007
-            file.write(_json(where, row) + b"\n")
-    return count
+def _write_json(before: bytes, between: bytes, after: bytes) -> Writer:
+    def write(rows: Callable[[], Rows], path: Path) -> int:
+        count = 0
+        with path.open("wb") as file:
+            for count, (where, row) in enumerate(rows(), 1):
+                file.write((between if count > 1 else before) + _json(where, row))
+            file.write(after)
+        return count
 
-
-def _write_list(rows: Callable[[], Rows], path: Path) -> int:
-    count = 0
-    with path.open("wb") as file:
-        for count, (where, row) in enumerate(rows(), 1):
-            file.write((b",\n" if count > 1 else b"[\n") + _json(where, row))
-        file.write(b"\n]\n")
-    return count
+    return write
 
 
 def _batches(rows: Rows) -> Iterator[list[tuple[str, dict[str, Any]]]]:
@@ -201,13 +192,13 @@ def _write_parquet(rows: Callable[[], Rows], path: Path) -> int:
                 table = pa.array([row for _, row in batch], pa.struct(list(schema)))
                 writer.write_batch(pa.RecordBatch.from_struct_array(table))
     except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{where}: a table wants one type a column: {reason}; .jsonl does not") from error
+        reason = one_line(error)
+        raise UserError(f"{where}: a table wants one type a column: {reason}; .jsonl does not") from error
     return count
 
 
-WRITERS: dict[str, Callable[[Callable[[], Rows], Path], int]] = {
-    ".jsonl": _write_jsonl,
-    ".json": _write_list,
+WRITERS: dict[str, Writer] = {
+    ".jsonl": _write_json(b"", b"\n", b"\n"),
+    ".json": _write_json(b"[\n", b",\n", b"\n]\n"),
     ".parquet": _write_parquet,
 }

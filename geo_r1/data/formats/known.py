@@ -1,6 +1,6 @@
 """Rows as other trainers have them: TRL, LLaMA-Factory, VLM-R1, EasyR1 and ms-swift, read and written.
 
-What a format cannot hold is an error, never left out; further columns stay as they are.
+Content that a format cannot hold is an error; nothing is left out, and further columns stay as they are.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 def detect(row: Any) -> str | None:
-    """Name the format that a row is in; None where it could be several, read differently, or is of none."""
+    """The format of a row; None if it is of no format, or of several that would read it differently."""
     if not isinstance(row, Mapping):
         return None
     has = {key for key, value in row.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The kinds of rows that trainers use: ours, a chat, a question with its answer. All meet in our columns."""
+"""Kinds of rows: our own, a chat, a question with its answer. Each is converted from and to our columns."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from geo_r1.data.formats.turns import (
     merged,
     pictures_first,
     read_turns,
-    shown,
     system_first,
     text_of,
     unmarked,
 )
-from geo_r1.data.sample import IMAGE_MARKER, Sample, sample_of
+from geo_r1.data.sample import IMAGE_MARKER, Sample, sample_of, shown
+from geo_r1.errors import UserError
 
 Row = Mapping[str, Any]
 Columns = dict[str, Any]
@@ -35,7 +35,7 @@ class Format(ABC):
 
     Attributes:
         name: on the command line.
-        reserved: columns that have a meaning there, so that no metadata may be called so.
+        reserved: columns with a meaning in the format; metadata must not have these names.
     """
 
     name: str
@@ -48,20 +48,20 @@ class Format(ABC):
             where: names the row in errors.
 
         Raises:
-            ValueError: the row is not of this format, or says what our columns cannot; begins with `where`.
+            UserError: the row is not of this format, or our columns cannot hold it; begins with `where`.
         """
         if not isinstance(row, Mapping):
-            raise ValueError(f"{where}: a row must be a mapping of columns, got {shown(row)}")
+            raise UserError(f"{where}: a row must be a mapping of columns, got {shown(row)}")
         columns = {key: value for key, value in row.items() if value is not None}
         try:
             for other in self.reserved & {"videos", "audios"}:
                 if columns.pop(other, None):
-                    raise ValueError(f"it has {other}; only images are read")
+                    raise UserError(f"it has {other}; only images are read")
             own = {key: value for key, value in self._own(columns).items() if value is not None}
             if clash := own.keys() & columns.keys():
-                raise ValueError(f"its column {min(clash)!r} is none of {self.name}; rename it")
+                raise UserError(f"its column {min(clash)!r} is none of {self.name}; rename it")
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
         return own | {
             key: value for key, value in columns.items() if key not in ("videos", "audios") or value
         }
@@ -75,7 +75,7 @@ class Format(ABC):
                 places; where there is no system turn, let its text begin the prompt.
 
         Raises:
-            ValueError: the columns are malformed, or hold what the format cannot; names the sample.
+            UserError: the columns are malformed, or hold what the format cannot; names the sample.
         """
         named = columns.get("id") not in (None, "")
         where = f"sample {columns['id']!s:.80}" if named else "a sample without id"
@@ -83,16 +83,16 @@ class Format(ABC):
         turns = [{"role": turn["role"], "content": merged(turn["content"])} for turn in sample.messages]
         try:
             if clash := self.reserved & sample.metadata.keys():
-                raise ValueError(f"its column {min(clash)!r} has a meaning in {self.name}; rename it")
+                raise UserError(f"its column {min(clash)!r} has a meaning in {self.name}; rename it")
             row = self._row(turns, columns.get("images") or [], sample, flatten)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
         row = {key: value for key, value in row.items() if value is not None}
         return ({"id": sample.id} if named else {}) | row | dict(sample.metadata)
 
     @abstractmethod
     def _own(self, columns: Columns) -> Columns:
-        """Take what the format knows out of `columns`; nulls count as absent."""
+        """Take the format's columns out of `columns`; nulls count as absent."""
 
     @abstractmethod
     def _row(self, turns: list[Turn], images: list[Any], sample: Sample, flatten: bool) -> Columns:
@@ -117,11 +117,11 @@ class Chat(Format):
 
     Attributes:
         key: the column of messages.
-        role, content: what these keys are called in a message.
-        names: what roles are called, by ours; there are no others.
+        role, content: names of these keys in a message.
+        names: the format's names of roles, by ours; there are no others.
         markers: pictures are `<image>` in the text, and no parts of the content.
         answer: the column of the truth.
-        response: where it stands: a column, the last turn, or turns in a column `completion`.
+        response: its place: a column, the last turn, or turns in a column `completion`.
         alternates: LLaMA-Factory's order of turns; its rows teach, and have a response.
     """
 
@@ -148,13 +148,13 @@ class Chat(Format):
         elif self.response != "column" and turns and turns[-1]["role"] == "assistant":
             reply = [turns.pop()]
         if [turn["role"] for turn in reply] not in ([], ["assistant"]):
-            raise ValueError(f"a response must be one assistant's turn, got {shown(reply)}")
+            raise UserError(f"a response must be one assistant's turn, got {shown(reply)}")
         if reply:
             own["response"] = text_of(reply[0]["content"])
         if self.markers and IMAGE_MARKER in own.get("response", ""):
-            raise ValueError("its response has an image")
+            raise UserError("its response has an image")
         if self.alternates and images and IMAGE_MARKER not in repr(turns):
-            raise ValueError(f"its text has no {IMAGE_MARKER}, but the row has images")
+            raise UserError(f"its text has no {IMAGE_MARKER}, but the row has images")
         return own | {"prompt": turns}
 
     def _turns(self, value: Any, speaker: str) -> list[Turn]:
@@ -166,17 +166,17 @@ class Chat(Format):
     def _row(self, turns: list[Turn], images: list[Any], sample: Sample, flatten: bool) -> Columns:
         roles = [turn["role"] for turn in turns]
         if unknown := [role for role in roles if role not in self.names]:
-            raise ValueError(f"{self.name} has no role {unknown[0]!r:.80}; it has {', '.join(self.names)}")
+            raise UserError(f"{self.name} has no role {unknown[0]!r:.80}; it has {', '.join(self.names)}")
         if roles[-1] == "assistant":
-            raise ValueError(
+            raise UserError(
                 f"its prompt ends with an assistant's turn, {self.name} would take it for a response"
             )
         spoken = roles[roles[0] == "system" :]
         by_turns = [("user", "assistant")[i % 2] for i in range(len(spoken))]
         if self.alternates and not (spoken and spoken == by_turns):
-            raise ValueError(f"{self.name} has a system turn, then user and assistant by turns; got {roles}")
+            raise UserError(f"{self.name} has a system turn, then user and assistant by turns; got {roles}")
         if sample.response is None and (self.alternates or self.response == "completion"):
-            raise ValueError(f"it has no response, without which a row of {self.name} teaches nothing")
+            raise UserError(f"it has no response, without which a row of {self.name} teaches nothing")
         row: Columns = {self.key: [self._turn(**turn) for turn in turns], "images": images}
         row[self.answer] = sample.answer
         if self.response == "column" or sample.response is None:
@@ -192,7 +192,7 @@ class Chat(Format):
 
 @dataclass(frozen=True)
 class Problem(Format):
-    """Rows of a question and its true answer: EasyR1's; and VLM-R1's, where they are two turns."""
+    """Rows of a question and its true answer: EasyR1's, and VLM-R1's with two turns."""
 
     two_turns: bool = False
 
@@ -203,32 +203,32 @@ class Problem(Format):
             if not (
                 isinstance(turns, list) and len(turns) == 2 and all(isinstance(t, Mapping) for t in turns)
             ):
-                raise ValueError(f"'conversations' must be a question and its answer, got {shown(turns)}")
+                raise UserError(f"'conversations' must be a question and its answer, got {shown(turns)}")
             text, answer = turns[0].get("value"), _bare(turns[1].get("value"))
         else:
             text, answer = _taken(columns, "problem"), columns.pop("answer", None)
         if not isinstance(text, str):
-            raise ValueError(f"the question must be text, got {shown(text)}")
+            raise UserError(f"the question must be text, got {shown(text)}")
         if self.two_turns:  # its loader deletes the markers, and shows the pictures first
             num_images = len(images) if isinstance(images, list) else 0
             text = IMAGE_MARKER * num_images + text.replace(IMAGE_MARKER, "")
         elif images and IMAGE_MARKER not in text:
-            raise ValueError(f"its text has no {IMAGE_MARKER}, but the row has images")
+            raise UserError(f"its text has no {IMAGE_MARKER}, but the row has images")
         return {"prompt": text, "images": images, "answer": answer}
 
     def _row(self, turns: list[Turn], images: list[Any], sample: Sample, flatten: bool) -> Columns:
         roles = [turn["role"] for turn in turns]
         if sample.answer is None:
-            raise ValueError(f"it has no answer, without which {self.name} does not take a row")
+            raise UserError(f"it has no answer, without which {self.name} does not take a row")
         if roles == ["system", "user"] and flatten:
             turns = [{"role": "user", "content": system_first(turns[0]["content"], turns[1]["content"])}]
         elif roles != ["user"]:
             hint = "; --flatten lets the system turn begin the text" if roles == ["system", "user"] else ""
-            raise ValueError(f"{self.name} holds one user turn, got {roles}{hint}")
+            raise UserError(f"{self.name} holds one user turn, got {roles}{hint}")
         parts = turns[0]["content"]
         if self.two_turns and PICTURE in parts[len(images) :]:
             if not flatten:
-                raise ValueError(
+                raise UserError(
                     f"pictures stand within its text, and {self.name} shows them first; "
                     "--flatten puts them there and says image 1, image 2, ... in the text"
                 )
@@ -237,7 +237,7 @@ class Problem(Format):
             row: Columns = {"problem": marked(parts), "images": images, "answer": sample.answer}
             return row | {"response": sample.response}
         if not all(isinstance(image, str) for image in images):
-            raise ValueError(f"its pictures are in the file, and {self.name} reads them by path")
+            raise UserError(f"its pictures are in the file, and {self.name} reads them by path")
         pair = [{"from": "human", "value": marked(parts)}, {"from": "gpt", "value": sample.answer}]
         image = images[0] if len(images) == 1 else images or None
         return {"image": image, "conversations": pair, "response": sample.response}
@@ -245,7 +245,7 @@ class Problem(Format):
 
 def _taken(columns: Columns, name: str) -> Any:
     if name not in columns:
-        raise ValueError(f"no column {name!r}; it has {', '.join(sorted(map(str, columns))) or 'none'}")
+        raise UserError(f"no column {name!r}; it has {', '.join(sorted(map(str, columns))) or 'none'}")
     return columns.pop(name)
 
 
@@ -254,12 +254,12 @@ def _images(columns: Columns, single: bool) -> Any:
     images = columns.pop("images", None)
     if single and "image" in columns:
         if images is not None:
-            raise ValueError("it has both 'image' and 'images'")
+            raise UserError("it has both 'image' and 'images'")
         images = columns.pop("image")
     return [images] if isinstance(images, str | bytes | Mapping) else images
 
 
 def _bare(answer: Any) -> Any:
-    """An answer without the tags that some put around it."""
+    """An answer without the tags that some data sets put around it."""
     inner = extract_answer(answer) if isinstance(answer, str) else None
     return answer if inner is None else inner

@@ -1,11 +1,12 @@
-"""Turns of a chat in others' words: what they say is read into parts, written with markers, put in order."""
+"""Turns of a chat in other trainers' formats: read into parts, written with markers, reordered."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from geo_r1.data.sample import IMAGE_MARKER
+from geo_r1.data.sample import IMAGE_MARKER, shown
+from geo_r1.errors import UserError
 
 Turn = dict[str, Any]  # role, content
 Parts = list[dict[str, Any]]
@@ -15,37 +16,37 @@ PICTURE = {"type": "image"}
 def read_turns(
     value: Any, role: str = "role", content: str = "content", names: Mapping[str, str] | None = None
 ) -> list[Turn]:
-    """Return messages by our names, with nothing lost on the way.
+    """Return messages with our names; anything that would be lost is an error.
 
     Args:
         value: a list of messages.
-        role, content: what these keys are called in it.
-        names: what roles are called there, by ours; None: as ours.
+        role, content: names of these keys in it.
+        names: the format's names of roles, by ours; None if they are the same.
 
     Raises:
-        ValueError: it is malformed, or a message has what our prompts have no place for.
+        UserError: it is malformed, or our prompts cannot hold a message.
     """
     if not isinstance(value, list):
-        raise ValueError(f"its messages must be a list, got {shown(value)}")
+        raise UserError(f"its messages must be a list, got {shown(value)}")
     own_names = {theirs: own for own, theirs in (names or {}).items()}
     turns = []
     for turn in value:
         if not isinstance(turn, Mapping) or not isinstance(turn.get(role), str):
-            raise ValueError(f"a message must have {role} and {content}, got {shown(turn)}")
+            raise UserError(f"a message must have {role} and {content}, got {shown(turn)}")
         if lost := [key for key, item in turn.items() if key not in (role, content) and item is not None]:
-            raise ValueError(f"a message has {lost[0]!r:.80}, which is not read")
+            raise UserError(f"a message has {lost[0]!r:.80}, which is not read")
         if names and turn[role] not in own_names:
-            raise ValueError(f"{role} must be one of {', '.join(own_names)}; got {shown(turn[role])}")
+            raise UserError(f"{role} must be one of {', '.join(own_names)}; got {shown(turn[role])}")
         said = turn.get(content)
         for part in said if isinstance(said, list) else []:
             if isinstance(part, Mapping) and part.get("type") == "image" and part.get("image") is not None:
-                raise ValueError("an image part holds its picture; they are read from the column 'images'")
+                raise UserError("an image part holds its picture; they are read from the column 'images'")
         turns.append({"role": own_names.get(turn[role], turn[role]), "content": said})
     return turns
 
 
 def unmarked(turns: list[Turn]) -> list[Turn]:
-    """Turns of a format that knows no markers in its text, in which `<image>` is but a word."""
+    """Turns of a format without markers, where `<image>` is an ordinary word."""
     for turn in turns:
         if isinstance(turn["content"], str):
             turn["content"] = [{"type": "text", "text": turn["content"]}] if turn["content"] else []
@@ -53,11 +54,11 @@ def unmarked(turns: list[Turn]) -> list[Turn]:
 
 
 def text_of(content: Any) -> str:
-    """The text of a response, which has no pictures; raises ValueError if it has."""
+    """The text of a response, which has no pictures; raises UserError if it has."""
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a response must be text, got {shown(content)}")
+        raise UserError(f"a response must be text, got {shown(content)}")
     return "".join(map(str, texts))
 
 
@@ -73,14 +74,14 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> Parts:
 
 
 def marked(parts: Parts) -> str:
-    """Text with a marker for each picture; raises ValueError if the text itself says `<image>`."""
+    """Text with a marker for each picture; raises UserError if the text itself says `<image>`."""
     if any(IMAGE_MARKER in part.get("text", "") for part in parts):
-        raise ValueError(f"its text says {IMAGE_MARKER}, which would be taken for a picture")
+        raise UserError(f"its text says {IMAGE_MARKER}, which would be taken for a picture")
     return "".join(IMAGE_MARKER if part["type"] == "image" else part["text"] for part in parts)
 
 
 def system_first(system: Parts, user: Parts) -> Parts:
-    """One turn of two: what the system says begins the text, after the pictures that stand before it."""
+    """One turn from two: the system's text comes first, after the pictures at the beginning."""
     lead = 0
     while PICTURE not in system and lead < len(user) and user[lead] == PICTURE:
         lead += 1
@@ -88,7 +89,7 @@ def system_first(system: Parts, user: Parts) -> Parts:
 
 
 def pictures_first(parts: Parts) -> Parts:
-    """Pictures before all text; one that stood within it is named there, by its number."""
+    """Pictures before all text; a picture within the text is named there by its number."""
     text, number = "", 0
     for part in parts:
         if part["type"] == "image":
@@ -98,7 +99,3 @@ def pictures_first(parts: Parts) -> Parts:
         else:
             text += " " + part["text"] if text and part["text"][0].isalnum() else part["text"]
     return [*[PICTURE] * number, {"type": "text", "text": text}]
-
-
-def shown(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.80}"

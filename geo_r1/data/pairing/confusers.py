@@ -1,8 +1,8 @@
-"""Which wrong tiles stand beside the right one.
+"""The choice of wrong tiles for each question.
 
-Sites are many and bounds are mostly wide, so uniform choices are drawn and those that do not fit are thrown
-away, for all sites of a city at once. The few sites where too little is left, and all that want what is
-nearest, ask a ball tree. What is drawn depends on the seed and the site's id and on nothing else.
+Sites are many and bounds are mostly wide, so uniform draws that do not fit are thrown away, for all sites
+of a city at once. Sites that are left with too few tiles, and all that want the nearest tiles, use a ball
+tree. The choice depends only on the seed and the site's id.
 """
 
 from __future__ import annotations
@@ -14,21 +14,16 @@ from typing import Any
 import numpy as np
 
 from geo_r1.data.pairing.manifests import Sites
+from geo_r1.errors import UserError
 from geo_r1.places import EARTH_RADIUS_KM
 
 KINDS = ("same_city", "nearest", "global")
-DRAWS = (
-    16,
-    128,
-    1024,
-)  # a site: most need the first, and fewer than one place in a hundred fits after the last
+DRAWS = (16, 128, 1024)  # a site: most need the first; after the last, fewer than one place in 100 fits
 FEW = 8  # times as many places as draws: then they are listed instead
-WIDTHS = (8, 64, 512)  # neighbours of a site that are looked at beyond those too near; wider by enumeration
+WIDTHS = (8, 64, 512)  # neighbours of a site that are tried beyond those too near; after that, all are listed
 ENTRIES = 1 << 20  # pairs of a site and a tile that are judged at once
 EARTH_RADIUS_M = 1000 * EARTH_RADIUS_KM
-LEAF = (
-    8  # places: with breadth first, 12 neighbours of 16 K take 45 us a site, and 190 with the tree's defaults
-)
+LEAF = 8  # places: breadth first, 12 neighbours of 16 K take 45 us a site; 190 with the tree's defaults
 SLACK = 1e-9  # radians, 6 mm: between the tree's arithmetic and ours
 FAR = 3.14  # radians; so far off the tree misses antipodes
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -133,14 +128,14 @@ class Chooser:
         self._shuffle(members)
 
     def _drawn(self, group: _Group, members: np.ndarray, draws: int) -> np.ndarray:
-        """Take the first that fit of so many draws each; returns who is still short."""
+        """Take the first draws that fit; returns the sites that still have too few."""
         for chunk in _chunks(members, np.full(len(members), draws)):
             index = self._indices(chunk, draws, len(group.candidates))
             self._settle(np.repeat(chunk, draws), group.candidates[index].ravel())
         return self._short(members)
 
     def _nearest(self, group: _Group, members: np.ndarray, width: int) -> np.ndarray:
-        """Look at the nearest places, later beyond those too near; returns who is still short."""
+        """Try the nearest places, later beyond those too near; returns the sites that still have too few."""
         wanted = self.num_wrong[members] + width
         if width > WIDTHS[0]:
             wanted += group.count(self.site[members], self.least, -SLACK)
@@ -153,7 +148,7 @@ class Chooser:
         return self._short(members)
 
     def _possible(self, group: _Group, members: np.ndarray) -> np.ndarray:
-        """Leave out who cannot have enough, by mere count."""
+        """Leave out sites that cannot have enough, going by counts alone."""
         inside = group.count(self.site[members], self.most, SLACK)
         near = group.count(self.site[members], self.least, -SLACK)
         return members[inside - near >= self.num_wrong[members]]
@@ -191,9 +186,8 @@ class Chooser:
         place = np.searchsorted(self.excluded, pair)
         fits &= self.excluded[np.minimum(place, len(self.excluded) - 1)] != pair
         kept = np.flatnonzero(fits)
-        kept = kept[
-            np.sort(np.unique(pair[kept], return_index=True)[1])
-        ]  # each place once, where it is first
+        first = np.sort(np.unique(pair[kept], return_index=True)[1])
+        kept = kept[first]  # each place once
         owner, candidate, distance = owner[kept], candidate[kept], distance[kept]
         start = np.flatnonzero(np.diff(owner, prepend=-1))
         count = np.diff(start, append=len(owner))
@@ -207,7 +201,7 @@ class Chooser:
         return members[self.row[members, 0] < 0]
 
     def _shuffle(self, members: np.ndarray) -> None:
-        """Put each site's tiles in an order that tells nothing."""
+        """Shuffle each site's tiles."""
         priority = _mixed(
             self.key[members][:, None], np.arange(1, self.row.shape[1] + 1, dtype=np.uint64) << np.uint64(32)
         )
@@ -234,7 +228,7 @@ class _Group:
             try:
                 from sklearn.neighbors import BallTree
             except ImportError:
-                raise ValueError("choosing tiles needs scikit-learn: pip install 'geo_r1[data]'") from None
+                raise UserError("choosing tiles needs scikit-learn: pip install 'geo_r1[data]'") from None
             self._tree = BallTree(self._place, metric="haversine", leaf_size=LEAF)
         return self._tree
 
@@ -248,7 +242,7 @@ class _Group:
         return self.tree.query_radius(sites, r=radius, count_only=True)
 
     def within(self, sites: np.ndarray, metres: float) -> list[np.ndarray]:
-        """Which places are this near to each site, and maybe some farther off."""
+        """The places that are this near to each site, and maybe some farther off."""
         radius = metres / EARTH_RADIUS_M + SLACK
         if radius > FAR:
             return [np.arange(len(self.candidates))] * len(sites)

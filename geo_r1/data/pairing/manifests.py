@@ -1,21 +1,22 @@
-"""Where pairs come from: CV-Cities, VIGOR, CVUSA or a plain table, read into columns of sites.
+"""Sources of pairs: CV-Cities, VIGOR, CVUSA or a plain table, read into columns of sites.
 
-A site is a picture from the ground and the satellite tile of the same place. A row that cannot be one is left
-out and counted by its reason; a file with nothing to offer is an error.
+A site is a picture from the ground and the satellite tile of the same place. A row that is none is
+left out and counted by reason; a file without any is an error.
 """
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from os.path import isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from geo_r1.data.pairing.tables import Drops, csv_rows, lines_of, table_rows
+from geo_r1.errors import UserError
 from geo_r1.places import is_coordinate
 
 SOURCES = ("cv-cities", "vigor", "cvusa", "manifest")
@@ -36,7 +37,7 @@ class Sites:
         root: the folder that all pictures are in.
         id, city: names; ids are unique.
         ground, satellite: paths of the pictures below `root`, with / and without a detour.
-        semi_positives: for each site the paths of tiles that show it too, if not in their middle.
+        semi_positives: for each site the paths of further tiles that show it, away from their middle.
         latitude, longitude: of the site, in degrees.
         tile_latitude, tile_longitude: of the tile's centre, or of the site where that is not known.
     """
@@ -77,16 +78,16 @@ def read_sites(
         vigor_split: the list of VIGOR to read, for each city.
 
     Raises:
-        ValueError: a file is missing, is malformed as a whole, or has no usable row; names it.
+        UserError: a file is missing, is malformed as a whole, or has no usable row; names it.
     """
     if source == "manifest":
         if manifest is None:
-            raise ValueError("--source manifest needs --manifest, a .csv or .parquet file")
+            raise UserError("--source manifest needs --manifest, a .csv or .parquet file")
         root = root or manifest.parent
     if root is None:
-        raise ValueError(f"--source {source} needs --root, the folder of the data set")
+        raise UserError(f"--source {source} needs --root, the folder of the data set")
     if not root.is_dir():
-        raise ValueError(f"--root {root} is not a folder")
+        raise UserError(f"--root {root} is not a folder")
     reader = _Reader(root)
     if source == "manifest" and manifest is not None:
         reader.table(manifest)
@@ -99,11 +100,25 @@ def read_sites(
     return reader.sites()
 
 
+class _Row(NamedTuple):
+    """A site; the fields are the columns of `Sites`, in their order."""
+
+    id: str
+    city: str
+    ground: str
+    satellite: str
+    semi_positives: Semi
+    latitude: float
+    longitude: float
+    tile_latitude: float
+    tile_longitude: float
+
+
 class _Reader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.drops = Drops()
-        self.rows: list[tuple[str, str, str, str, Semi, float, float, float, float]] = []
+        self.rows: list[_Row] = []
         self.ids: set[str] = set()
 
     def sites(self) -> tuple[Sites, Drops]:
@@ -127,8 +142,8 @@ class _Reader:
 
         Args:
             where: file and row.
-            place, tile: latitude and longitude, as they stand in the file; without `tile` it is at `place`.
-            city: None where there is none: the square degree stands for it.
+            place, tile: latitude and longitude as text; a tile without coordinates is at `place`.
+            city: without one, the square degree takes its place.
         """
         points = [_degrees(point) for point in (place, place if tile is None else tile)]
         paths = [_inside(path) for path in (ground, satellite)]
@@ -151,15 +166,26 @@ class _Reader:
             if city is None:
                 city = _square(latitude, longitude)
             self.ids.add(id)
-            texts = (id, city, str(paths[0]), str(paths[1]), semi)
-            self.rows.append((*texts, latitude, longitude, tile_latitude, tile_longitude))
+            degrees = latitude, longitude, tile_latitude, tile_longitude
+            self.rows.append(_Row(id, city, str(paths[0]), str(paths[1]), semi, *degrees))
             return
         self.drops.add(fault, f"{where} ({id!r:.80})")
 
     def used(self, path: Path, before: int) -> None:
-        """Insist that a file brought a row."""
+        """Raise UserError if a file had no usable row."""
         if len(self.rows) == before:
-            raise ValueError(f"{path} has no usable row: {str(self.drops) or 'it is empty'}")
+            raise UserError(f"{path} has no usable row: {str(self.drops) or 'it is empty'}")
+
+    def sized(
+        self, path: Path, rows: Iterable[tuple[int, list[str]]], size: int
+    ) -> Iterator[tuple[int, str, list[str]]]:
+        """Yields number, place in words and columns of the rows of this size; the others are dropped."""
+        for number, row in rows:
+            where = f"{path}, row {number}"
+            if len(row) == size:
+                yield number, where, row
+            else:
+                self.drops.add("a wrong number of columns", where)
 
     def table(self, path: Path) -> None:
         """A plain table; its semi-positives are satellite paths, or ids of rows."""
@@ -175,11 +201,11 @@ class _Reader:
             city = _text(row["city"]) if "city" in row else None
             self.add(where, id=id, place=(lat, lon), city=city, ground=ground, satellite=satellite)
         self.used(path, before)
-        tiles = {row[0]: row[3] for row in self.rows}
+        tiles = {row.id: row.satellite for row in self.rows}
         for i, names in named.items():
             if names and i < len(self.rows):
                 semi = tuple(tiles.get(name) or _inside(name) or name for name in names)
-                self.rows[i] = (*self.rows[i][:4], semi, *self.rows[i][5:])
+                self.rows[i] = self.rows[i]._replace(semi_positives=semi)
 
     def cv_cities(self) -> None:
         """Folders of cities with img_info.csv: name, longitude, latitude, city, satellite, panorama."""
@@ -187,14 +213,10 @@ class _Reader:
         indexes = [folder / "img_info.csv"] if (folder / "img_info.csv").is_file() else []
         indexes = indexes or sorted(folder.glob("*/img_info.csv")) or sorted(folder.glob("*/*/img_info.csv"))
         if not indexes:
-            raise ValueError(f"--root {self.root} has no img_info.csv, nor has a folder in it")
+            raise UserError(f"--root {self.root} has no img_info.csv, nor has a folder in it")
         for path in indexes:
             city, before, at_root, below = path.parent.name, len(self.rows), None, ""
-            for number, row in csv_rows(path):
-                where = f"{path}, row {number}"
-                if len(row) != 6:
-                    self.drops.add("a wrong number of columns", where)
-                    continue
+            for number, where, row in self.sized(path, csv_rows(path), 6):
                 _, longitude, latitude, _, satellite, ground = row
                 if at_root is None:  # else they are below the city's folder
                     at_root = not satellite.startswith(f"{city}/") and isfile(folder / satellite.strip())
@@ -210,24 +232,18 @@ class _Reader:
     def vigor(self, split: str) -> None:
         """Lists of panorama, positive and three semi-positives, each tile with its offset in pixels."""
         if "/" in split or not split:
-            raise ValueError(f"--vigor-split must be the name of a list such as {VIGOR_SPLIT}, got {split!r}")
+            raise UserError(f"--vigor-split must be the name of a list such as {VIGOR_SPLIT}, got {split!r}")
         lists = [folder / f"{split}.txt" for folder in sorted(self.root.glob("splits*/*"))]
         lists = [path for path in lists if path.is_file()]
         if not lists:
-            raise ValueError(f"{self.root}/splits/<city>/{split}.txt does not exist for any city")
+            raise UserError(f"{self.root}/splits/<city>/{split}.txt does not exist for any city")
         by_kind = (self.root / "satellite").is_dir()  # and not by city, as the archives are
         for path in lists:
             city, before = path.parent.name, len(self.rows)
             panoramas = f"ground/{city}/" if by_kind else f"{city}/panorama/"
             tiles = f"satellite/{city}/" if by_kind else f"{city}/satellite/"
-            for number, line in lines_of(path):
-                where = f"{path}, row {number}"
-                words = line.split()
-                if not words:
-                    continue
-                if len(words) != 13:
-                    self.drops.add("a wrong number of columns", where)
-                    continue
+            lines = ((number, line.split()) for number, line in lines_of(path) if line.strip())
+            for _, where, words in self.sized(path, lines, 13):
                 name, positive, *semi = words[0], *words[1::3]
                 self.add(
                     where,
@@ -246,18 +262,14 @@ class _Reader:
         lists = [manifest] if manifest else [self.root / name for name in CVUSA_SPLITS]
         lists = [path for path in lists if path.is_file()]
         if not lists:
-            raise ValueError(f"{manifest or self.root / CVUSA_SPLITS[0]} does not exist")
+            raise UserError(f"{manifest or self.root / CVUSA_SPLITS[0]} does not exist")
         places = next((self.root / name for name in CVUSA_PLACES if (self.root / name).is_file()), None)
         if places is None:
-            raise ValueError(f"{self.root / CVUSA_PLACES[0]}, with the coordinates, does not exist")
-        rows = [(path, number, row) for path in lists for number, row in csv_rows(path)]
+            raise UserError(f"{self.root / CVUSA_PLACES[0]}, with the coordinates, does not exist")
+        rows = [row for path in lists for row in self.sized(path, csv_rows(path), 3)]
         wanted = {_image_number(row[0]) for _, _, row in rows}
         known = {n: row[:2] for n, row in csv_rows(places) if n in wanted}  # the satellite tile's
-        for path, number, row in rows:
-            where = f"{path}, row {number}"
-            if len(row) != 3:
-                self.drops.add("a wrong number of columns", where)
-                continue
+        for _, where, row in rows:
             satellite, ground = row[0].strip(), row[1].strip()
             name = posixpath.splitext(posixpath.basename(satellite))[0]
             place = known.get(_image_number(satellite), ())

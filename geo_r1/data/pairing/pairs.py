@@ -1,7 +1,8 @@
 """Cross-view questions from raw imagery: `python -m geo_r1.data pairs`.
 
 A question shows a place from the ground and k satellite tiles, one of them of the same place. Writes
-train.jsonl and test.jsonl, which share no city, and card.json, which says what is in them and what is not.
+train.jsonl and test.jsonl, which share no city, and card.json with counts of what they hold and of rows that
+were left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from geo_r1.data.pairing.manifests import SOURCES, VIGOR_SPLIT, Sites, read_site
 from geo_r1.data.pairing.pictures import Check, Pictures, in_processes
 from geo_r1.data.pairing.questions import Questions, generator
 from geo_r1.data.pairing.tables import Drops
+from geo_r1.data.paths import naming
+from geo_r1.errors import UserError
 from geo_r1.files import written_beside
 
 SPLITS = ("train", "test")
@@ -45,8 +48,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--min-distance", type=float, default=50.0, help="of wrong tiles, in metres (default: %(default)s)")
     add("--max-distance", type=float, help="of wrong tiles, in metres (default: no bound)")
     add("--test-cities", nargs="+", metavar="CITY", help="cities of test.jsonl")
-    add("--test-share", type=float, default=0.2, help="else so many of all cities (default: %(default)s)")
-    add("--limit", type=int, help="most questions of a split, drawn from all")
+    add("--test-share", type=float, default=0.2, help="or this share of all cities (default: %(default)s)")
+    add("--limit", type=int, help="at most this many questions per split, drawn from all")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--check-images", action="store_true", help="decode every picture; drop sites where that fails")
     add("--max-pixels", type=int, help="shrink larger pictures to this, or the stitched one; checks them all")
@@ -63,7 +66,7 @@ def command(options: argparse.Namespace) -> None:
     """Write the questions.
 
     Raises:
-        ValueError: an argument is out of range, a file is missing or malformed, or no question can be made.
+        UserError: an argument is out of range, a file is missing or malformed, or no question can be made.
     """
     _check_options(options)
     console = Console(stderr=True)
@@ -76,9 +79,10 @@ def command(options: argparse.Namespace) -> None:
             sites = _checked(sites, drops, pictures, options, out, step)
         sites = _at_home(sites, drops)
         split_of = _split_cities(sites.city, options)
-        out.mkdir(parents=True, exist_ok=True)
         counts: dict[str, Any] = {}
-        with ExitStack() as whole:  # the files get their names together, so that no city is in two of them
+        with naming(out), ExitStack() as whole:
+            out.mkdir(parents=True, exist_ok=True)
+            # the files get their names together, so that no city is in two of them
             for split in SPLITS:
                 rows = np.flatnonzero([split_of[city] == split for city in sites.city])
                 if len(rows):
@@ -97,18 +101,18 @@ def _check_options(options: argparse.Namespace) -> None:
     least, most = options.k_range or (options.k, options.k)
     if not 3 <= least <= most <= 10:
         given = f"--k-range {least} {most}" if options.k_range else f"-k {options.k}"
-        raise ValueError(f"{given}: a question has 3 to 10 tiles to choose from")
+        raise UserError(f"{given}: a question has 3 to 10 tiles to choose from")
     bound = np.inf if options.max_distance is None else options.max_distance
     if not 0 <= options.min_distance <= bound or options.min_distance == np.inf:
-        raise ValueError(
+        raise UserError(
             f"--min-distance {options.min_distance} must be 0 or more and at most --max-distance {bound}"
         )
     if not 0 <= options.test_share <= 1:
-        raise ValueError(f"--test-share must be 0 to 1, got {options.test_share}")
+        raise UserError(f"--test-share must be 0 to 1, got {options.test_share}")
     for name, lowest in (("limit", 1), ("max_pixels", 1), ("num_workers", 0)):
         value = getattr(options, name)
         if value is not None and value < lowest:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}")
 
 
 @contextmanager
@@ -133,7 +137,7 @@ def _checked(
     shrinks = options.max_pixels is not None and not options.stitch
     inside = next((path for path in paths if pictures[path].startswith(f"{shrunk}/")), None)
     if shrinks and inside is not None:
-        raise ValueError(f"--max-pixels would write to {shrunk}, which holds {inside}; choose another --out")
+        raise UserError(f"--max-pixels would write to {shrunk}, which holds {inside}; choose another --out")
     check = Check(Path(os.path.abspath(sites.root)), shrunk, options.max_pixels if shrinks else None)
     faults: dict[str, str] = {}
     results = in_processes(check, paths, options.num_workers, step("checking pictures", len(paths)))
@@ -150,7 +154,7 @@ def _checked(
         else:
             drops.add(faults[broken], f"{sites.id[i]!r:.80}: {pictures[broken]}")
     if not good:
-        raise ValueError(f"no site has two good pictures: {drops}")
+        raise UserError(f"no site has two good pictures: {drops}")
     return sites.take(np.array(good))
 
 
@@ -170,14 +174,14 @@ def _split_cities(cities: Sequence[str], options: argparse.Namespace) -> dict[st
     if options.test_cities:
         unknown = sorted(set(options.test_cities) - set(names))
         if unknown:
-            raise ValueError(f"--test-cities: no sites in {unknown[0]!r}; there are {_few(names)}")
+            raise UserError(f"--test-cities: no sites in {unknown[0]!r}; there are {_few(names)}")
         test = set(options.test_cities)
         if len(test) == len(names):
-            raise ValueError("--test-cities names every city; leave one for training, or use --test-share 1")
+            raise UserError("--test-cities names every city; leave one for training, or use --test-share 1")
     elif options.test_share in (0, 1):
         test = set(names) if options.test_share else set()
     elif len(names) == 1:
-        raise ValueError(
+        raise UserError(
             f"all sites are in one city, {names[0]!r}, and the splits share no city: "
             "give two or more cities, or put all into one split with --test-share 0 (train) or 1 (test)"
         )

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,10 +19,11 @@ from string import ascii_uppercase
 from threading import Thread
 from typing import Any, TypeVar
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from geo_r1.data.sample import load_image
+from geo_r1.data.paths import naming
+from geo_r1.data.sample import load_image, shrink
+from geo_r1.errors import UserError
 from geo_r1.files import written_beside
 
 CHUNK = 16  # pictures or questions that a process is given at a time
@@ -34,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class Pictures:
-    """Where the pictures are that a data set's paths stand for.
+    """The files that a data set's paths stand for.
 
     Args:
         root: the folder that the paths start from; an absolute path.
@@ -45,7 +47,7 @@ class Pictures:
         self._moved: dict[str, str] = {}
 
     def move(self, path: str, where: str) -> None:
-        """Let a path stand for another file from now on."""
+        """Let a path stand for another file."""
         if where != self[path]:
             self._moved[path] = where
 
@@ -55,12 +57,12 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Check:
-    """What to make of a data set's pictures.
+    """Checks a data set's pictures and shrinks large ones.
 
     Attributes:
         root: the folder that they must be in, an absolute path; a link must not lead out of it.
         shrunk: where pictures of more than `max_pixels` are written, shrunk to it.
-        max_pixels: None lets every size pass that Pillow's own limit does.
+        max_pixels: None allows every size below Pillow's own limit.
     """
 
     root: Path
@@ -77,7 +79,7 @@ class Check:
             Where the picture is that can be used, and None; or where it was looked for, and what is wrong.
 
         Raises:
-            ValueError: a shrunk picture cannot be written.
+            UserError: a shrunk picture cannot be written.
         """
         full = self.root / path
         where = str(full)
@@ -88,7 +90,7 @@ class Check:
             if not os.path.isfile(real):
                 return where, "an image does not exist"
             image = open_picture(full)
-        except ValueError as error:
+        except UserError as error:
             return where, _fault(str(error), f"sample {full}: image {full} ")
         if self.max_pixels is None or image.width * image.height <= self.max_pixels:
             return where, None
@@ -116,7 +118,7 @@ class Stitch:
         """Stitch a ground picture and the candidates in order; returns the path of the result.
 
         Raises:
-            ValueError: a picture cannot be read, or the result cannot be written; names it.
+            UserError: a picture cannot be read, or the result cannot be written; names it.
         """
         name = blake2b("\0".join([*images, str(self.max_pixels)]).encode(), digest_size=16).hexdigest()
         target = self.folder / f"{name}.jpg"
@@ -141,10 +143,10 @@ def in_processes(
         progress: called with the number of items that are done.
 
     Raises:
-        ValueError: a process ended; or what the work raises.
+        UserError: a process ended; or what the work raises.
     """
     stream = iter(items)
-    chunks = iter(partial(_next_chunk, stream), [])
+    chunks = iter(lambda: list(islice(stream, CHUNK)), [])
     for results in _results(partial(_each, work), chunks, num_workers):
         if progress:
             progress(len(results))
@@ -157,14 +159,14 @@ def _results(work: Callable[[Any], Any], chunks: Iterator[Any], num_workers: int
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    executor = ProcessPoolExecutor(num_workers, context, _start)
+    executor = ProcessPoolExecutor(num_workers, context, _follow_parent)
     try:
-        waiting = [executor.submit(work, chunk) for chunk in islice(chunks, AHEAD * num_workers)]
+        waiting = deque(executor.submit(work, chunk) for chunk in islice(chunks, AHEAD * num_workers))
         while waiting:
-            yield waiting.pop(0).result()
-            waiting += [executor.submit(work, chunk) for chunk in islice(chunks, 1)]
+            yield waiting.popleft().result()
+            waiting.extend(executor.submit(work, chunk) for chunk in islice(chunks, 1))
     except BrokenProcessPool as error:
-        raise ValueError(
+        raise UserError(
             "a process that works on pictures ended unexpectedly (mostly a lack of memory): lower "
             "--num-workers (0 needs no such processes)"
         ) from error
@@ -172,9 +174,8 @@ def _results(work: Callable[[Any], Any], chunks: Iterator[Any], num_workers: int
         executor.shutdown(cancel_futures=True)
 
 
-def _start() -> None:
-    """What a worker does first: one thread for products, and one that ends it with its parent."""
-    torch.set_num_threads(1)
+def _follow_parent() -> None:
+    """Have a worker end with its parent, however that ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -185,10 +186,6 @@ def _start() -> None:
     Thread(target=follow, daemon=True).start()
 
 
-def _next_chunk(stream: Iterator[Item]) -> list[Item]:
-    return list(islice(stream, CHUNK))
-
-
 def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     return [work(item) for item in items]
 
@@ -197,7 +194,7 @@ def open_picture(path: Path) -> Image.Image:
     """Decode a picture as `load_image` does; where Pillow would warn of a bomb, that is an error.
 
     Raises:
-        ValueError: the picture is missing, broken, too large, or has more than 8 bits a channel; names it.
+        UserError: the picture is missing, broken, too large, or has more than 8 bits a channel; names it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -205,25 +202,17 @@ def open_picture(path: Path) -> Image.Image:
         try:
             return load_image(path, str(path))
         except Image.DecompressionBombWarning as error:
-            raise ValueError(f"sample {path}: image {path} cannot be read: {error}") from error
+            raise UserError(f"sample {path}: image {path} cannot be read: {error}") from error
 
 
 def _fault(message: str, prefix: str) -> str:
-    """What is wrong with a picture, without what differs from one to the next."""
+    """The fault of a picture, in the same words for all pictures that have it."""
     message = message.removeprefix(prefix)
     if "decompression bomb" in message:
         return "an image has more pixels than Pillow's limit"
     if "8 bits" in message:
         return "an image has more than 8 bits a channel"
     return f"an image {message.partition(':')[0]}"
-
-
-def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
-    """A smaller picture of about the same shape with at most so many pixels."""
-    scale = math.sqrt(max_pixels / (image.width * image.height))
-    height = min(max(1, int(image.height * scale)), max_pixels)
-    width = min(max(1, int(image.width * scale)), max_pixels // height)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image.Image:
@@ -238,7 +227,7 @@ def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image
     side, band, top = width // columns, int(width * label), int(width * tall)
     gap = side // 50
     if band < 8:
-        raise ValueError(f"a picture of {len(tiles)} labelled tiles needs more than {max_pixels} pixels")
+        raise UserError(f"a picture of {len(tiles)} labelled tiles needs more than {max_pixels} pixels")
     page = Image.new("RGB", (width, top + rows * (side + band)), "white")
     _place(page, ground, (0, 0, width, top))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=band * 0.9)
@@ -259,9 +248,7 @@ def _place(page: Image.Image, image: Image.Image, box: tuple[int, int, int, int]
 
 
 def _save(image: Image.Image, path: Path, kind: str) -> None:
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path) as beside:
             image.save(beside, kind, quality=92)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""Cross-view questions of one split: their wrong tiles, their letters, and the rows that they become."""
+"""Cross-view questions of one split: their wrong tiles, their letters, and their rows."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from geo_r1.data.pairing.confusers import Chooser, keys
 from geo_r1.data.pairing.manifests import Sites
 from geo_r1.data.pairing.pictures import STITCHED_PIXELS, Pictures, Stitch, in_processes
 from geo_r1.data.pairing.tables import Drops
+from geo_r1.errors import UserError
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 QUESTION = (
@@ -33,10 +34,10 @@ SUFFIX = (
 
 
 class Questions:
-    """The questions of a split: which sites, their wrong tiles, where the right one stands.
+    """The questions of a split: their sites, wrong tiles, and letters of the right tiles.
 
     Raises:
-        ValueError: not one question can be made.
+        UserError: not one question can be made.
     """
 
     def __init__(
@@ -72,12 +73,12 @@ class Questions:
             drops.add("too few tiles within the bounds", f"{sites.id[i]!r:.80}")
         rows = np.flatnonzero(~short)
         if not len(rows):
-            raise ValueError(
+            raise UserError(
                 f"no question for {split}: not one of {len(sites)} sites has {least - 1} wrong tiles from "
                 f"{options.min_distance:g} m to {chooser.most:g} m away; lower -k or "
                 "--min-distance, raise --max-distance, or use --confusers global"
             )
-        # by lot, so that the first n of a file are from all its cities
+        # shuffled, so that the first n of a file are from all its cities
         rows = generator(options.seed, f"{split}/order").permutation(rows)[: options.limit]
         self.sites, self.all_satellites = sites.take(rows), sites.satellite
         self.k, self.wrong, self.distance = k[rows], chooser.row[rows], chooser.distance[rows]
@@ -85,13 +86,12 @@ class Questions:
         for choices in np.unique(self.k).tolist():
             here = np.flatnonzero(self.k == choices)
             chance = generator(options.seed, f"{split}/answers/{choices}")
-            letters = (
-                np.arange(len(here)) + chance.integers(choices)
-            ) % choices  # as often, give or take one
+            # each letter as often, give or take one
+            letters = (np.arange(len(here)) + chance.integers(choices)) % choices
             self.truth[here] = chance.permutation(letters)
 
     def write(self, path: Path, out: Path, step: Any) -> dict[str, Any]:
-        """Write one row a question; returns what the card says of them."""
+        """Write one row per question; returns their entries in the card."""
         progress = step(f"writing {self.split}", len(self.k))
         folder = f"{out}/"
         images: Iterator[list[str]] = (self._images(i) for i in range(len(self.k)))
@@ -164,5 +164,5 @@ def difficulty(distances: Sequence[float]) -> float:
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
-    """A stream of random numbers that its name picks."""
+    """A stream of random numbers, another one for each name."""
     return np.random.default_rng([*f"{seed}/{name}".encode()])

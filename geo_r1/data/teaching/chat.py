@@ -1,36 +1,31 @@
-"""What is said to a chat endpoint, and what comes back: a sample as messages, a response as a reply."""
+"""Messages of a sample for a chat endpoint, and the reply in a response."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from geo_r1.data.sample import ImageSource, Sample, load_image, read_image
+from geo_r1.data.sample import ImageSource, Sample, load_image, read_image, shrink
 
-MAX_RETRY_AFTER = 300.0  # seconds that a server can ask for
-SMALL_PICTURE = 2**20  # bytes up to which a picture is sent as the file that it is
-LOSSLESS_PIXELS = 2**16  # pictures made here are sent as PNG up to this size, as JPEG beyond
-HARMLESS = frozenset(  # what a file may say beside its pixels when it is sent as it is
+MAX_REPLY = 2**20  # bytes of a response: a chain of thought takes some kilobytes
+SMALL_PICTURE = 2**20  # bytes up to which a picture's file is sent unchanged
+LOSSLESS_PIXELS = 2**16  # pictures encoded here are PNG up to this size, and JPEG beyond
+HARMLESS = frozenset(  # metadata that a file may hold and still be sent unchanged
     {"adobe", "adobe_transform", "background", "dpi", "duration", "gamma", "interlace", "jfif"}
     | {"jfif_density", "jfif_unit", "jfif_version", "loop", "progression", "progressive", "srgb", "timestamp"}
 )
-AGAIN = frozenset({408, 409, 425, 429})  # and all from 500
-HOPELESS = frozenset({401, 402, 403, 404, 405})  # for every sample, as are redirections
-HOPELESS_CODES = frozenset({"model_not_found", "insufficient_quota", "unsupported_parameter"})
 
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said; tokens are 0 where the endpoint does not count them."""
+    """A model's reply; tokens are 0 if the endpoint does not count them."""
 
     text: str
     input_tokens: int
@@ -40,32 +35,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no reply to a request."""
+    """Why there is no reply to a request; `again` where another try may go better."""
 
     reason: str
-
-
-class Trouble(Exception):  # noqa: N818 - no error of the program's
-    """What went wrong with a try of a request.
-
-    Attributes:
-        again: the next try may go better.
-        hopeless: no request will go better.
-        unreached: there was no connection.
-        wait: seconds that the server asks for.
-    """
-
-    def __init__(
-        self,
-        reason: str,
-        *,
-        again: bool = False,
-        hopeless: bool = False,
-        unreached: bool = False,
-        wait: float = 0.0,
-    ) -> None:
-        super().__init__(reason)
-        self.again, self.hopeless, self.unreached, self.wait = again, hopeless, unreached, wait
+    again: bool = False
 
 
 def chat_messages(
@@ -75,11 +48,11 @@ def chat_messages(
 
     Args:
         system: a system message to begin with.
-        text: said after the sample's own prompt, in the same message where that is the user's.
+        text: follows the sample's own prompt, in the same message if that is the user's.
         max_pixels: larger pictures are shrunk to it.
 
     Raises:
-        ValueError: a picture is missing or broken; names the sample and the file.
+        UserError: a picture is missing or broken; names the sample and the file.
     """
     images = iter(sample.images)
     messages: Messages = [{"role": "system", "content": [_text(system)]}] if system is not None else []
@@ -95,7 +68,7 @@ def chat_messages(
         if messages[-1]["role"] != "user":
             messages.append({"role": "user", "content": []})
         messages[-1]["content"].append(_text(text))
-    for message in messages:  # not every server takes parts of each role where text is all there is
+    for message in messages:  # some servers refuse lists of parts in messages that are text alone
         if all(part["type"] == "text" for part in message["content"]):
             message["content"] = "\n\n".join(part["text"] for part in message["content"])
     return messages
@@ -112,14 +85,14 @@ def _data_uri(source: ImageSource, owner: str, max_pixels: int | None) -> str:
     image = load_image(source, owner, encoded)
     fits = max_pixels is None or image.width * image.height <= max_pixels
     if encoded is None or not fits or (kind := _as_it_is(encoded)) is None:
-        kind, encoded = _encode(image if fits else _shrink(image, max_pixels or 1))
+        kind, encoded = _encode(image if fits else shrink(image, max_pixels or 1))
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
 def _as_it_is(encoded: bytes) -> str | None:
-    """The kind of a picture that can be sent as the file it is; None if not.
+    """The kind of a picture whose file can be sent unchanged; None if it cannot.
 
-    Metadata stays here: it may hold the very coordinates that are asked for, or a turn that servers overlook.
+    Other metadata is never sent: it may hold the coordinates in question, or a rotation that servers ignore.
     """
     with Image.open(io.BytesIO(encoded)) as image:
         plain = image.mode in ("RGB", "L") and image.info.keys() <= HARMLESS and not image.getexif()
@@ -134,66 +107,29 @@ def _encode(image: Image.Image) -> tuple[str, bytes]:
     return "png" if lossless else "jpeg", buffer.getvalue()
 
 
-def _shrink(image: Image.Image, max_pixels: int) -> Image.Image:
-    scale = math.sqrt(max_pixels / (image.width * image.height))
-    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def trouble_of(status: int, retry_after: str, body: bytes) -> Trouble:
-    """Judge a response that is not a success."""
+def reply_of(body: bytes) -> Reply | Failure:
+    """Read a response of status 200."""
+    if len(body) > MAX_REPLY:
+        return Failure(f"the response is longer than {MAX_REPLY >> 20} MiB")
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        value = None
-    error = value.get("error", value) if isinstance(value, Mapping) else value
-    if isinstance(error, Mapping):
-        said = str(error.get("message") or error.get("detail") or error)
-        code, param = error.get("code"), error.get("param")
-    else:
-        said, code, param = error if isinstance(error, str) else body.decode("utf-8", "replace"), None, None
-    hopeless = status < 400 or status in HOPELESS or param == "model"
-    hopeless = hopeless or (isinstance(code, str) and code in HOPELESS_CODES)
-    return Trouble(
-        f"status {status}: {said}",
-        again=not hopeless and (status in AGAIN or status >= 500),
-        hopeless=hopeless,
-        wait=_seconds(retry_after),
-    )
-
-
-def _seconds(retry_after: str) -> float:
-    try:
-        seconds = float(retry_after)
-    except ValueError:  # a date, or nothing
-        return 0.0
-    return min(seconds, MAX_RETRY_AFTER) if seconds > 0 else 0.0
-
-
-def reply_of(body: bytes) -> Reply:
-    """Read a response.
-
-    Raises:
-        Trouble: it is rubbish, empty, or a refusal.
-    """
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Trouble("the response is not JSON", again=True) from None
+        return Failure("the response is not JSON", again=True)
     match value:
         case {"choices": [{"message": dict(message)} as choice, *_]}:
             pass
         case _:
-            raise Trouble("the response has no choices", again=True)
+            return Failure("the response has no choices", again=True)
     finish, text = str(choice.get("finish_reason") or "unknown"), message.get("content")
     if finish == "content_filter" or message.get("refusal"):
-        raise Trouble(f"the model refuses: {message.get('refusal') or finish}")
+        return Failure(f"the model refuses: {message.get('refusal') or finish}")
     if not isinstance(text, str) or not text.strip():
-        raise Trouble(f"the reply is empty (finish reason {finish})", again=finish != "length")
+        return Failure(f"the reply is empty (finish reason {finish})", again=finish != "length")
     usage = value.get("usage")
-    tokens = [
-        count if isinstance(usage, dict) and isinstance(count := usage.get(key), int) and count > 0 else 0
-        for key in ("prompt_tokens", "completion_tokens")
-    ]
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written as UTF-8
-    return Reply(text, tokens[0], tokens[1], finish)
+    return Reply(text, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), finish)
+
+
+def _count(usage: Any, key: str) -> int:
+    count = usage.get(key) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count > 0 else 0

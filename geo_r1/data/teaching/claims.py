@@ -1,9 +1,9 @@
-"""What a text says of a place: cities, countries, continents, coordinates, hemispheres, the side of traffic.
+"""Claims of a text about a place: cities, countries, continents, coordinates, hemispheres, side of traffic.
 
-A chain of thought names many places that it does not mean: it compares with them, rules them out, reads them
-on a sign. So a name counts only where the place is identified: behind words that do so ("this is", "located
-in", "so", "suggests"), behind another such name, or in the conclusion; not where it is set aside ("unlike",
-"could be"). Where several places of a kind stand in one list, one of them being right is enough.
+A chain of thought names many places that it does not claim: it compares with them, rules them out, reads
+them on a sign. So a name counts only where it identifies the place: behind words that do so ("this is",
+"located in", "so", "suggests"), behind another such name, or in the conclusion; not after words that set it
+aside ("unlike", "could be"). Of several places of a kind in one list, one has to be right.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from geo_r1.places import City, Gazetteer, distance_km, fold, parse_coordinates
 
 LONGEST_SPAN = 5  # words of a name
 PARTICLE = 4  # letters of a small word within a name: "de", "das", "upon"
-NEAR = 120  # characters in front of a name that are looked at
+NEAR = 120  # characters before a name that decide whether it is a claim
 EQUATOR = 0.1  # degrees: nearer to the equator, or to 0 or 180 east, no hemisphere is wrong
 KNOWN = 100_000  # inhabitants of a city that a sentence may be about
 LARGE = 500_000  # inhabitants of a city that a sentence may begin with
-SHORT_NAMES = {"US", "USA", "UK", "UAE", "DRC"}  # other capitals are mostly no countries: TV, AC, NO
+SHORT_NAMES = {"US", "USA", "UK", "UAE", "DRC"}  # most other capitals are no countries: TV, AC, NO
 TWO_CONTINENTS = {"RU", "TR", "KZ", "GE", "AZ", "AM", "CY"}  # partly or by custom in Europe and in Asia
 
 
 @dataclass(frozen=True)
 class Contradiction:
-    """A claim that the metadata denies.
+    """A claim that the metadata contradicts.
 
     Attributes:
         kind: city, country, continent, coordinates, hemisphere or driving_side.
         said: the words.
-        known: what the metadata has instead.
+        known: the metadata's value.
     """
 
     kind: str
@@ -49,7 +49,7 @@ def contradictions(
     coordinate_km: float,
     conclusion: str = "",
 ) -> Iterator[Contradiction]:
-    """Claims of a text that a sample's metadata denies; what the metadata lacks is not judged.
+    """Claims of a text that contradict a sample's metadata; without metadata a claim is not judged.
 
     Args:
         metadata: any of city, country, continent, latitude and longitude in degrees, driving_side.
@@ -67,7 +67,7 @@ def contradictions(
 
 
 class _Truth:
-    """What is known of a place, and whether a claim agrees with it."""
+    """The known facts of a place, and whether a claim agrees with them."""
 
     def __init__(
         self, metadata: Mapping[str, Any], gazetteer: Gazetteer, city_km: float, coordinate_km: float
@@ -194,12 +194,12 @@ def _claimed(sentence: str, mention: _Mention, concludes: bool) -> bool:
 
 
 def _clause_before(sentence: str, start: int) -> str:
-    """The words in front of a place in a sentence that belong to it."""
+    """The words before a position that are in the same clause."""
     return phrases.CLAUSE.split(sentence[max(0, start - NEAR) : start])[-1]
 
 
 def _between(sentence: str, one: _Mention, other: _Mention) -> str:
-    """What stands between a name and a later one."""
+    """The text between a name and a later one."""
     return sentence[one.end : other.start][:64]
 
 
@@ -237,7 +237,7 @@ def _connected(words: Sequence[re.Match[str]], span: str) -> bool:
 def _place(
     sentence: str, start: int, end: int, after: re.Match[str] | None, truth: _Truth, gazetteer: Gazetteer
 ) -> tuple[str, bool] | None:
-    """What a span names, and whether it agrees; the kind is empty for a name that is not judged."""
+    """The kind of place that a span names, empty if it is not judged, and whether it agrees."""
     name = sentence[start:end].rstrip(".").removesuffix("'s").removesuffix("’s")
     if name in phrases.CONTINENT_OF and phrases.KIND_OF_PLACE.match(sentence, end):
         name = phrases.CONTINENT_OF[name]

@@ -1,7 +1,7 @@
-"""The chain-of-thought engine: a teacher that knows the answer writes how it is found.
+"""Chains of thought: a teacher that knows the answer writes how to find it.
 
 The teacher is a model behind an OpenAI-compatible endpoint, or the procedural world's own. Samples are
-written one a line as they come: the same command goes on where it was stopped, and asks for none twice.
+written one per line as they come: the same command continues after a stop, and asks for none twice.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import argparse
 import hashlib
 import math
 import re
-import signal
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
+from geo_r1.data.paths import naming
 from geo_r1.data.sample import Sample, read_samples
 from geo_r1.data.teaching.cot_output import CotOutput
 from geo_r1.data.teaching.endpoint import (
@@ -24,6 +23,7 @@ from geo_r1.data.teaching.endpoint import (
     add_endpoint_arguments,
     chat_messages,
 )
+from geo_r1.errors import UserError
 
 KNOWN = ("city", "country", "continent", "latitude", "longitude", "driving_side")
 MAX_PROMPT = 2**20  # bytes
@@ -59,17 +59,17 @@ Conclusion: ...
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("--teacher", choices=("endpoint", "world"), default="endpoint", help="who writes (%(default)s)")
-    add("--out", type=Path, required=True, help="JSONL that is written, or gone on with")
+    add("--teacher", choices=("endpoint", "world"), default="endpoint", help="the author (%(default)s)")
+    add("--out", type=Path, required=True, help="JSONL to write or to continue")
     add("--data", type=Path, help="samples with answers: JSONL, JSON or parquet")
-    add("--limit", type=int, help="only the first so many samples of --data")
+    add("--limit", type=int, help="use only this many samples of --data, the first ones")
     add("--prompt", type=Path, help="text in place of our prompt; {answer} and {metadata} are filled in")
     add("--retry-failed", action="store_true", help="ask again for the samples that failed")
     add("--max-pixels", type=int, help="larger pictures are shrunk to it")
     add("--price-in", type=float, default=0.0, help="USD for a million tokens of prompts")
     add("--price-out", type=float, default=0.0, help="USD for a million tokens of replies")
     add("--num", type=int, default=2000, help="samples of --teacher world (%(default)s)")
-    add("--seed", type=int, default=0, help="of the world, and of the waits between tries (%(default)s)")
+    add("--seed", type=int, default=0, help="of the world (%(default)s)")
     add_endpoint_arguments(parser)
 
 
@@ -77,35 +77,25 @@ def command(options: argparse.Namespace) -> None:
     """Write chains of thought until every sample has one or has failed.
 
     Raises:
-        ValueError: an option or a sample is wrong, or the endpoint answers nobody.
-        KeyboardInterrupt: by Ctrl-C or SIGTERM, once what came is written.
+        UserError: an option or a sample is wrong, or no request can succeed.
+        KeyboardInterrupt: by Ctrl-C; all replies that came are written.
     """
     for name in ("limit", "num", "max_pixels"):
         if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("price_in", "price_out"):
         if not 0 <= getattr(options, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
     if options.out.suffix != ".jsonl":
-        raise ValueError(f"--out {options.out} must end in .jsonl")
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        (_from_world if options.teacher == "world" else _from_endpoint)(options)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """What Ctrl-C does, which is the event loop's affair while it runs."""
-    handler = signal.getsignal(signal.SIGINT)
-    (handler if callable(handler) else signal.default_int_handler)(number, frame)
+        raise UserError(f"--out {options.out} must end in .jsonl")
+    (_from_world if options.teacher == "world" else _from_endpoint)(options)
 
 
 def _from_world(options: argparse.Namespace) -> None:
     from geo_r1.data.teaching.world_teacher import world_samples
 
     if options.data or options.url:
-        raise ValueError("--teacher world makes its own samples and asks nobody: leave out --data and --url")
+        raise UserError("--teacher world makes its own samples and asks nobody: leave out --data and --url")
     decisive = {"teacher": "world", "seed": options.seed}
     with (
         CotOutput.opened(options, decisive, {"num": options.num}, ()) as output,
@@ -121,14 +111,14 @@ def _from_world(options: argparse.Namespace) -> None:
 def _from_endpoint(options: argparse.Namespace) -> None:
     config = EndpointConfig.of(options)
     if options.data is None:
-        raise ValueError("--teacher endpoint needs --data, samples with answers")
+        raise UserError("--teacher endpoint needs --data, samples with answers")
     if options.data.resolve() == options.out.resolve():
-        raise ValueError(f"--out {options.out} is --data itself: choose another")
+        raise UserError(f"--out {options.out} is --data itself: choose another")
     prompt = PROMPT if options.prompt is None else _read_prompt(options.prompt)
     samples = read_samples(options.data)[: options.limit]
     for sample in samples:
         if sample.answer is None and "{answer}" in prompt:
-            raise ValueError(f"{options.data}: sample {sample.id} has no answer to tell the teacher")
+            raise UserError(f"{options.data}: sample {sample.id} has no answer to tell the teacher")
     decisive = {
         "teacher": "endpoint",
         "model": config.model,
@@ -150,16 +140,14 @@ def _from_endpoint(options: argparse.Namespace) -> None:
 
 
 def _read_prompt(path: Path) -> str:
+    with naming(f"--prompt {path}", "read"), path.open("rb") as file:
+        text = file.read(MAX_PROMPT + 1)
+    if len(text) > MAX_PROMPT or not text.strip():
+        raise UserError(f"--prompt {path} must hold from 1 byte to {MAX_PROMPT >> 20} MiB of text")
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_PROMPT + 1)
-        if len(text) > MAX_PROMPT or not text.strip():
-            raise ValueError(f"--prompt {path} must hold from 1 byte to {MAX_PROMPT >> 20} MiB of text")
         return text.decode()
-    except OSError as error:
-        raise ValueError(f"--prompt {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt {path} is not UTF-8: byte {error.start}") from None
+        raise UserError(f"--prompt {path} is not UTF-8: byte {error.start}") from None
 
 
 def _ask(sample: Sample, prompt: str, max_pixels: int | None) -> Messages:
@@ -167,7 +155,7 @@ def _ask(sample: Sample, prompt: str, max_pixels: int | None) -> Messages:
 
 
 def fill(prompt: str, sample: Sample) -> str:
-    """Put a sample's answer and what is known of its place into a prompt; other braces stay as they are."""
+    """Fill in a sample's answer and the known facts of its place; other braces stay as they are."""
     known = {key: sample.metadata[key] for key in KNOWN if sample.metadata.get(key) not in (None, "")}
     lines = [
         f"- {key.replace('_', ' ')}: {' '.join(str(value).split())[:200]}" for key, value in known.items()

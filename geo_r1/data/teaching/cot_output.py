@@ -1,4 +1,4 @@
-"""The files of the chain-of-thought engine: whole samples, failures, and a card that sums both up."""
+"""The files that `cot` writes: whole samples, failures, and a card with figures of both."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from geo_r1.data.journal import Journal
+from geo_r1.data.paths import naming
 from geo_r1.data.sample import Sample
 from geo_r1.data.teaching.chat import Failure, Reply
+from geo_r1.errors import UserError
 from geo_r1.files import write_text, written_beside
 
 
 class CotOutput:
-    """What is written so far. A sample is in one of the files, with its training row or with a reason.
+    """The output so far. A sample is in one of the files, with its training row or with a reason.
 
     Beside OUT.jsonl stand OUT.failed.jsonl, OUT.card.json, and OUT_images/ for pictures without a file.
     """
 
-    def __init__(self, out: Path, written: Journal, failed: Journal, prices: tuple[float, float]) -> None:
+    def __init__(self, out: Path, written: Journal, failed: Journal, prices: Mapping[str, float]) -> None:
         self.out, self.written, self.failed, self.prices = out, written, failed, prices
-        self.tokens = [0, 0]
+        self.tokens = dict.fromkeys(prices, 0)  # input_tokens, output_tokens
         for record in (*written.records.values(), *failed.records.values()):
             self._count(record.get("usage"))
 
@@ -46,38 +48,43 @@ class CotOutput:
         settings: Mapping[str, Any],
         asked: Iterable[str],
     ) -> Iterator[CotOutput]:
-        """Go on with the files of --out, or begin them; the card is written first and last.
+        """Continue the files of --out, or begin them; the card is written first and last.
 
         Args:
-            decisive: what must not change from one call to the next.
-            settings: what the card tells besides.
+            decisive: settings that must not change between calls.
+            settings: further entries of the card.
             asked: samples whose failures --retry-failed forgets.
         """
         out: Path = options.out
         failed, card = out.with_suffix(".failed.jsonl"), out.with_suffix(".card.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if any(path.exists() and path.stat().st_size for path in (out, failed)):
-            _check_card(card, out, decisive)
-        else:
-            write_text(card, json.dumps({**decisive, **settings}, indent=1) + "\n")
+        with naming(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if any(path.exists() and path.stat().st_size for path in (out, failed)):
+                _check_card(card, out, decisive)
+            else:
+                write_text(card, json.dumps({**decisive, **settings}, indent=1) + "\n")
         if options.retry_failed and failed.exists():
             _forget(failed, set(asked))
         with Journal(out) as written, Journal(failed) as failures:
-            output = cls(out, written, failures, (options.price_in, options.price_out))
+            prices = {"input_tokens": options.price_in, "output_tokens": options.price_out}
+            output = cls(out, written, failures, prices)
             try:
                 yield output
             finally:
-                write_text(card, json.dumps({**decisive, **settings, **output.figures()}, indent=1) + "\n")
+                with naming(card):
+                    write_text(
+                        card, json.dumps({**decisive, **settings, **output.figures()}, indent=1) + "\n"
+                    )
                 print(output)
 
     def __contains__(self, name: str) -> bool:
         return name in self.written.records or name in self.failed.records
 
     def check_same(self, sample: Sample) -> None:
-        """Raise ValueError where another question of a sample's id has been answered."""
+        """Raise UserError where another question of a sample's id has been answered."""
         row = self.written.records.get(sample.id)
         if row and (row.get("prompt"), row.get("answer")) != (list(sample.messages), sample.answer):
-            raise ValueError(
+            raise UserError(
                 f"{self.out}: sample {sample.id!r:.80} was another question: choose another --out"
             )
 
@@ -87,7 +94,7 @@ class CotOutput:
         return f"{self.out}: {len(self.written.records)} samples, {self._told()}{often}"
 
     def take(self, sample: Sample, outcome: Reply | Failure, teacher: str) -> None:
-        """Write what came of a sample, in one of the files."""
+        """Write the outcome of a sample to one of the files."""
         usage: dict[str, Any] = {}
         reason = outcome.reason if isinstance(outcome, Failure) else None
         if isinstance(outcome, Reply):
@@ -97,8 +104,10 @@ class CotOutput:
             else:
                 try:
                     self.write(sample, {"response": outcome.text, "teacher": teacher, "usage": usage})
-                except ValueError as error:  # it does not fit into a line
-                    reason = str(error)
+                except UserError as error:
+                    if isinstance(error.__cause__, OSError):
+                        raise
+                    reason = str(error)  # it does not fit into a line
         if reason is not None:
             self.failed.append({"id": sample.id, "error": reason} | ({"usage": usage} if usage else {}))
         self._count(usage)
@@ -117,7 +126,7 @@ class CotOutput:
         self.written.append({**row, **metadata, **columns})
 
     def _keep(self, image: Image.Image | bytes, sample: Sample, number: int) -> Path:
-        """Write a picture that is in no file of its own."""
+        """Write a picture that has no file of its own."""
         name = sample.id if re.fullmatch(r"\w[\w.-]{0,79}", sample.id, re.ASCII) else ""
         name = name or hashlib.blake2b(sample.id.encode(errors="replace"), digest_size=16).hexdigest()
         suffix = "png"
@@ -125,8 +134,8 @@ class CotOutput:
             with Image.open(io.BytesIO(image)) as picture:
                 suffix = (picture.format or suffix).lower()
         path = self.out.resolve().with_name(f"{self.out.stem}_images") / f"{name}_{number}.{suffix}"
-        path.parent.mkdir(exist_ok=True)
-        with written_beside(path) as partial_path:
+        with naming(path), written_beside(path) as partial_path:
+            path.parent.mkdir(exist_ok=True)
             if isinstance(image, bytes):
                 partial_path.write_bytes(image)
             else:
@@ -134,14 +143,8 @@ class CotOutput:
         return path
 
     def figures(self) -> dict[str, Any]:
-        cost = {"cost_usd": self._cost()} if any(self.prices) else {}
-        return {
-            "num_samples": len(self.written.records),
-            "num_failed": len(self.failed.records),
-            "input_tokens": self.tokens[0],
-            "output_tokens": self.tokens[1],
-            **cost,
-        }
+        counts = {"num_samples": len(self.written.records), "num_failed": len(self.failed.records)}
+        return counts | self.tokens | ({"cost_usd": self._cost()} if any(self.prices.values()) else {})
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
@@ -163,16 +166,16 @@ class CotOutput:
             yield advance
 
     def _told(self) -> str:
-        cost = f", {self._cost():.2f} USD" if any(self.prices) else ""
-        return f"{sum(self.tokens):,} tokens{cost}, {len(self.failed.records)} failed"
+        cost = f", {self._cost():.2f} USD" if any(self.prices.values()) else ""
+        return f"{sum(self.tokens.values()):,} tokens{cost}, {len(self.failed.records)} failed"
 
     def _cost(self) -> float:
-        return sum(price * tokens for price, tokens in zip(self.prices, self.tokens, strict=True)) / 1e6
+        return sum(self.prices[name] * tokens for name, tokens in self.tokens.items()) / 1e6
 
     def _count(self, usage: Any) -> None:
         if isinstance(usage, Mapping):
-            for i, name in enumerate(("input_tokens", "output_tokens")):
-                self.tokens[i] += usage[name] if isinstance(usage.get(name), int) else 0
+            for name in self.tokens:
+                self.tokens[name] += usage[name] if isinstance(usage.get(name), int) else 0
 
 
 def _check_card(card: Path, out: Path, decisive: Mapping[str, Any]) -> None:
@@ -181,12 +184,12 @@ def _check_card(card: Path, out: Path, decisive: Mapping[str, Any]) -> None:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(
+        raise UserError(
             f"{out} has no readable {card.name}, which says how it was made: choose another --out"
         )
     for name, value in decisive.items():
         if found.get(name) != value:
-            raise ValueError(
+            raise UserError(
                 f"{out} was made with {name} {found.get(name)!r:.80}, not {value!r:.80}: choose another --out"
             )
 
@@ -195,4 +198,5 @@ def _forget(failed: Path, names: set[str]) -> None:
     """Take these samples out of the file of failures, all at once."""
     with Journal(failed) as journal:
         kept = [record for name, record in journal.records.items() if name not in names]
-    write_text(failed, "".join(json.dumps(record) + "\n" for record in kept))
+    with naming(failed):
+        write_text(failed, "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,9 +1,9 @@
-"""Keep chains of thought that hold: `python -m geo_r1.data fact-check`.
+"""Sort chains of thought by whether they hold: `python -m geo_r1.data fact-check`.
 
-Rules first: the form, the four steps, the answer and the conclusion, length and repetition, and what is said
-of the place against the sample's metadata (see `claims`). A judge, a model behind an endpoint, may look at
-what the rules let pass. A sample is kept, asked for again (its form is wrong: another try may mend it), or
-rejected (it contradicts what is known), each with its reasons.
+Rules check the form, the four steps, the answer and the conclusion, length and repetition, and compare claims
+about the place with the sample's metadata (see `claims`). A judge, a model behind an endpoint, may check the
+samples that pass the rules. A sample is kept, or asked for again (its form is wrong, and another try may mend
+it), or rejected (it contradicts known facts), each with its reasons.
 
     <out>/kept.jsonl  again.jsonl  rejected.jsonl  card.json
 """
@@ -26,11 +26,11 @@ from rich.progress import track
 from rich.table import Table
 
 from geo_r1.data.journal import Journal
-from geo_r1.data.paths import moved_row
+from geo_r1.data.paths import moved_row, naming
 from geo_r1.data.sample import Sample, read_rows, sample_of
 from geo_r1.data.teaching.endpoint import Endpoint, EndpointConfig, Reply, add_endpoint_arguments
-from geo_r1.data.teaching.planted import measure
 from geo_r1.data.teaching.rules import AGAIN, KEPT, REJECTED, Finding, Limits, check, outcome
+from geo_r1.errors import UserError
 from geo_r1.files import written_beside
 from geo_r1.places import open_gazetteer
 
@@ -42,14 +42,14 @@ JUDGE = (
 
 
 def judge_messages(sample: Sample) -> list[dict[str, Any]]:
-    """What a judge is asked of a sample; it sees no pictures."""
+    """Messages for a judge of a sample; it sees no pictures."""
     facts = {key: value for key, value in sample.metadata.items() if isinstance(value, str | int | float)}
     asked = f"Known: {json.dumps(facts | {'answer': sample.answer})}\n\nChain of thought:\n{sample.response}"
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": asked}]
 
 
 def read_verdict(text: str) -> list[Finding] | None:
-    """The findings of a judge; None where its answer cannot be read."""
+    """The findings of a judge; None if its answer cannot be read."""
     start, end = text.find("{"), text.rfind("}")
     try:
         listed = json.loads(text[start : end + 1])["contradictions"]
@@ -59,7 +59,7 @@ def read_verdict(text: str) -> list[Finding] | None:
 
 
 def _judged(passed: Mapping[str, Sample], config: EndpointConfig, path: Path) -> dict[str, list[Finding]]:
-    """A judge's findings of the samples that the rules let pass; what it has judged it is not asked again."""
+    """A judge's findings for samples that pass the rules; none is judged twice."""
     findings: dict[str, list[Finding]] = {}
     with Journal(path) as verdicts, Endpoint(config) as endpoint:
         asked: dict[str, str] = {}
@@ -84,31 +84,22 @@ def _judged(passed: Mapping[str, Sample], config: EndpointConfig, path: Path) ->
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("--data", type=Path, help="JSONL or parquet of samples with responses")
-    parser.add_argument("--out", type=Path, help="folder of what is kept, asked for again and rejected")
+    parser.add_argument(
+        "--out", type=Path, help="folder for samples that are kept, asked for again and rejected"
+    )
     parser.add_argument("--images", type=Path, help="image paths are relative to it, not to the file")
     for name, value in asdict(Limits()).items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(value), default=value, help=f"default {value}")
-    parser.add_argument(
-        "--measure",
-        type=int,
-        metavar="N",
-        help="instead: plant errors in N exemplars of the world, and count",
-    )
     add_endpoint_arguments(parser.add_argument_group("a judge, where its url is given"), "judge")
 
 
 def command(options: argparse.Namespace) -> None:
-    """Check a file, or measure the check."""
+    """Check a file."""
     limits = Limits(**{name: getattr(options, name) for name in asdict(Limits())})
     console = Console(stderr=True)
-    if options.measure is not None:
-        if options.measure < 1:
-            raise ValueError(f"--measure must be at least 1, got {options.measure}")
-        measure(options.measure, limits, console)
-        return
     if options.data is None or options.out is None:
-        raise ValueError("fact-check needs --data and --out (or --measure)")
+        raise UserError("fact-check needs --data and --out")
     judge = EndpointConfig.of(options, "judge") if options.judge_url or options.judge_model else None
     arguments = asdict(limits) | {"data": str(options.data), "judge": judge and judge.model}
     _check_folder(options.data, options.out)
@@ -120,19 +111,20 @@ def command(options: argparse.Namespace) -> None:
         where = f"{options.data}, row {number}"
         sample = sample_of(row, where, root)
         if sample.id in samples:
-            raise ValueError(f"{where}: the id {sample.id!r} stands there twice")
+            raise UserError(f"{where}: the id {sample.id!r} stands there twice")
         if any(isinstance(image, bytes) for image in sample.images):
-            raise ValueError(f"{where}: its pictures are in the table; save them as files first (cot does)")
+            raise UserError(f"{where}: its pictures are in the table; save them as files first (cot does)")
         rows[sample.id] = moved_row({**row, "id": sample.id}, root, options.out)
         samples[sample.id], found[sample.id] = sample, check(sample, gazetteer, limits)
     if not samples:
-        raise ValueError(f"{options.data} holds no samples")
-    options.out.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{options.data} holds no samples")
     if judge is not None:
         passed = {name: samples[name] for name, findings in found.items() if not findings}
         found |= _judged(passed, judge, options.out / "verdicts.jsonl")
     card = _card(found, arguments)
-    with ExitStack() as whole:  # the files get their names together, so that no sample is in two of them
+    with naming(options.out, "written or read"), ExitStack() as whole:
+        options.out.mkdir(parents=True, exist_ok=True)
+        # the files get their names together, so that no sample is in two of them
         for name in (KEPT, AGAIN, REJECTED):
             partial_path = whole.enter_context(written_beside(options.out / f"{name}.jsonl"))
             partial_path.write_text("".join(_lines(rows, found, name)), encoding="utf-8")
@@ -141,16 +133,16 @@ def command(options: argparse.Namespace) -> None:
 
 
 def _check_folder(data: Path, out: Path) -> None:
-    """Keep the samples of one file from taking the place of another's."""
+    """Keep one file's samples from replacing another's."""
     if data.resolve().parent == out.resolve():
-        raise ValueError(f"--data {data} is in --out, where files are replaced: choose another --out")
+        raise UserError(f"--data {data} is in --out, where files are replaced: choose another --out")
     if (out / "card.json").exists():
         try:
             before = json.loads((out / "card.json").read_text(encoding="utf-8"))["arguments"]["data"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{out / 'card.json'} is not a fact check's: choose another --out") from error
+            raise UserError(f"{out / 'card.json'} is not a fact check's: choose another --out") from error
         if before != str(data):
-            raise ValueError(f"{out} holds what was found in {before}: choose another --out")
+            raise UserError(f"{out} holds what was found in {before}: choose another --out")
 
 
 def _lines(
@@ -159,7 +151,7 @@ def _lines(
     """The rows of one outcome, with the reasons of this check and no other."""
     for key, row in rows.items():
         if outcome(found[key]) == name:
-            # what is asked for again is as it was before it was answered: `cot` takes it as it is
+            # a sample to be asked for again has no answer left, so that `cot` takes it as it is
             left_out = {"fact_check", *(("response", "teacher", "usage") if name == AGAIN else ())}
             reasons = {"fact_check": [asdict(finding) for finding in found[key]]} if found[key] else {}
             row = {column: value for column, value in row.items() if column not in left_out}
@@ -167,7 +159,7 @@ def _lines(
 
 
 def _card(found: Mapping[str, list[Finding]], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """How many went where, and what was found how often."""
+    """Counts of samples by file, and of findings by kind."""
     counts = Counter(map(outcome, found.values()))
     by_kind = Counter(kind for findings in found.values() for kind in {finding.kind for finding in findings})
     return {

@@ -1,4 +1,4 @@
-"""Words by which a text identifies a place or sets one aside, and those of traffic: patterns, all linear."""
+"""Patterns of words that identify a place or set one aside, and of traffic; all take linear time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SENTENCE = re.compile(r"(?<!\bSt\.)(?<!\bMt\.)(?<!\bFt\.)(?<!\b[A-Z]\.)(?<=[.!?;
 CLAUSE = re.compile(r",\s|\s[–—-]\s|:\s|;|\b(?:but|while|whereas|although|though)\b")
 WORD = re.compile(r"[^\W_](?:[\w'’-]|\.(?=\w))*\.?")
 
-# What identifies a place: who or what is there, or a word of inference; then small words up to the name.
+# A subject and a verb, or a word of inference, identifies a place; then come small words up to the name.
 SUBJECT = (
     r"(?:this|it|that|which|we|here|place|city|town|country|continent|scene|location|photo|photograph|picture|"
     r"image|panorama|view|street|camera|capital|coordinates|area|region|site|spot)"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_answer, extract_choice, well_formed
 from geo_r1.data.sample import Sample
 from geo_r1.data.teaching.claims import contradictions
+from geo_r1.errors import UserError
 from geo_r1.places import Gazetteer
 
 FORM = ("structure", "steps", "conclusion", "length", "repetition", "unjudged")  # another try may mend it
@@ -31,11 +32,11 @@ _LETTER = re.compile(  # A and I are words, E and the like may belong to a coord
 
 @dataclass(frozen=True)
 class Limits:
-    """What a chain of thought may be.
+    """Limits of a chain of thought.
 
     Attributes:
         min_words, max_words: of the whole response.
-        max_repetition: share of its 6-grams of words that stood before.
+        max_repetition: share of its 6-grams of words that occurred before.
         city_km, coordinate_km: how far from the place a named city and coordinates may be.
     """
 
@@ -47,18 +48,18 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_words <= self.max_words:
-            raise ValueError(f"--min-words {self.min_words} must be 0 to --max-words {self.max_words}")
+            raise UserError(f"--min-words {self.min_words} must be 0 to --max-words {self.max_words}")
         if not 0 <= self.max_repetition <= 1:
-            raise ValueError(f"--max-repetition must be 0 to 1, got {self.max_repetition}")
+            raise UserError(f"--max-repetition must be 0 to 1, got {self.max_repetition}")
         if not (0 <= self.city_km < math.inf and 0 <= self.coordinate_km < math.inf):
-            raise ValueError(
+            raise UserError(
                 f"--city-km and --coordinate-km must be distances, got {self.city_km}, {self.coordinate_km}"
             )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a chain of thought.
+    """A fault of a chain of thought.
 
     Attributes:
         kind: one of `FORM`, "answer", "judge", or a kind of `claims.Contradiction`.
@@ -100,7 +101,7 @@ def _repetition(words: list[str], n: int = 6) -> float:
 
 
 def _steps(text: str) -> dict[str, str]:
-    """The text of each step, as far as they stand in order."""
+    """The text of each step, as long as they are in order."""
     thought = text.partition("</think>")[0].removeprefix("<think>")
     found = [(STEPS[match.lastindex - 1], match) for match in _STEP.finditer(thought) if match.lastindex]
     steps: dict[str, str] = {}
@@ -125,7 +126,7 @@ def _of_answer(sample: Sample, text: str, conclusion: str) -> Iterator[Finding]:
         return
     num_choices = sample.metadata.get("num_choices", DEFAULT_NUM_CHOICES)
     if not isinstance(num_choices, int) or not 2 <= num_choices <= 26:
-        raise ValueError(f"sample {sample.id}: num_choices must be 2 to 26, got {num_choices!r:.40}")
+        raise UserError(f"sample {sample.id}: num_choices must be 2 to 26, got {num_choices!r:.40}")
     said = extract_choice(text, num_choices)
     if said is None:
         yield Finding("structure", f"no choice can be read in its answer {block!r:.80}")
@@ -137,7 +138,7 @@ def _of_answer(sample: Sample, text: str, conclusion: str) -> Iterator[Finding]:
 
 
 def outcome(findings: list[Finding]) -> str:
-    """Which file a sample goes to."""
+    """The file for a sample with these findings."""
     if not findings:
         return KEPT
     return AGAIN if all(finding.kind in FORM for finding in findings) else REJECTED

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedConfig
 
 from geo_r1.data import PromptEncoder
-from geo_r1.data.prompt import OverlongPrompt
+from geo_r1.data.prompt import OverlongPromptError
 from geo_r1.data.source import Source
 from geo_r1.models.cost import ModelCost
 from geo_r1.train.estimate.holdings import WIDTH, spread_of
@@ -174,7 +174,7 @@ def _shapes(recipe: Recipe, stage: str, source: Source, encoder: PromptEncoder) 
         sample = source.draw(position, recipe.run.seed)
         try:
             prompt = encoder.encode(sample)
-        except OverlongPrompt:
+        except OverlongPromptError:
             if recipe.data.on_overlong == "error":
                 raise
             num_skipped += 1

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from geo_r1.kernels.chunks import MAX_NARROW_SUMS, SCRATCH_BYTES, KernelRows
+from geo_r1.kernels.loss.chunks import MAX_NARROW_SUMS, SCRATCH_BYTES, KernelRows
 from geo_r1.models.cost import cached_bytes
 from geo_r1.models.qwen_vl import VISION
 from geo_r1.train.estimate.activations import Numbers, kept_bytes, text_layer, vision_block, working_bytes

@@ -6,6 +6,7 @@ Imports no torch, so a typing mistake is answered at once.
 from __future__ import annotations
 
 import difflib
+import importlib.resources
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
+from geo_r1.errors import UserError
 from geo_r1.train.recipe.sections import Recipe
 
 PROGRAM = "python -m geo_r1.train"
@@ -24,7 +26,7 @@ USAGE = f"""{PROGRAM} [RECIPE.toml] [{DRY_RUN}[=RANKS]] [{SERVE}[=[HOST:]PORT]]
 
 
 def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
-    """Read `[recipe.toml] [--section.key value ...]`; `--help` among them prints help and exits.
+    """Read `[recipe] [--section.key value ...]`; `--help` among them prints help and exits.
 
     Args:
         description: what help says before it lists the keys.
@@ -39,7 +41,8 @@ def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
     if {"-h", "--help"} & {*arguments}:  # also where there is no recipe to read
         source.root_parser.print_help()
         raise SystemExit(0)
-    path = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else _default_recipe()
+    named = arguments and not arguments[0].startswith("-")
+    path = find_recipe(arguments.pop(0) if named else "world")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -62,6 +65,23 @@ def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
         raise ValueError(_explain(error, path, known)) from error
 
 
+def find_recipe(name: str) -> Path:
+    """The path of a recipe: a bare name such as `world` is one of the package's, anything else is a path.
+
+    Raises:
+        UserError: the package has no recipe of this name, and neither has the folder.
+    """
+    path = Path(name)
+    if path.name != name or path.suffix or path.exists():
+        return path
+    recipes = Path(str(importlib.resources.files("geo_r1"))) / "recipes"
+    inside = recipes / f"{name}.toml"
+    if not inside.exists():
+        known = ", ".join(sorted(file.stem for file in recipes.glob("*.toml")))
+        raise UserError(f"no recipe {name}: geo_r1 has {known}; a file's name ends in .toml")
+    return inside
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as TOML that `load_recipe` reads back to an equal one."""
     return "\n".join(_toml_table(recipe.model_dump(mode="json"), ()))
@@ -75,12 +95,6 @@ def first_difference(before: Any, now: Any, key: str) -> str | None:
                 return found
         return None
     return None if before == now else f"{key} = {before}, now {now}"
-
-
-def _default_recipe() -> Path:
-    here = Path("recipes/world.toml")
-    beside = Path(__file__).parents[3] / here
-    return here if here.exists() or not beside.exists() else beside
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,3 @@ def split_completion(text: str) -> list[tuple[str, str]]:
         end = match.end()
     parts.append(("text", text[end:]))
     return [(kind, piece) for kind, piece in parts if piece]
-
-
-def is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

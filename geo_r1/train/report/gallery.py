@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from geo_r1.data.sample import IMAGE_MARKER
-from geo_r1.train.report.embedded import Picture, embedded, is_finite, split_completion
+from geo_r1.eval.benchmark import is_finite
+from geo_r1.train.report.embedded import Picture, embedded, split_completion
 from geo_r1.train.report.transcripts import PART, read_transcripts, transcript_files
 
 # With as many photographs and as long texts as these allow, the page has 7 MB.

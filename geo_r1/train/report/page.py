@@ -19,8 +19,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from geo_r1.eval.benchmark import is_finite
 from geo_r1.files import written_beside
-from geo_r1.train.report.embedded import Picture, data_uri, embedded, is_finite, split_completion
+from geo_r1.train.report.embedded import Picture, data_uri, embedded, split_completion
 from geo_r1.train.report.gallery import read_training_gallery
 from geo_r1.train.report.plots import Metrics, draw_plots
 

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of the same name: maps of tensors for bulk copies.
+// Replaces CUDA's header of the same name: maps of tensors for bulk copies.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of the same name: what csrc/ uses of it.
+// Replaces CUDA's header of the same name: the part that csrc/ uses.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   return y;
 }
 
-// To nearest, ties to even; every NaN becomes the same.
+// To nearest, ties to even; every NaN becomes one NaN.
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (x != x) return {0x7fff};
   std::uint32_t bits;

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of the same name: what csrc/ uses of it.
+// Replaces CUDA's header of the same name: the part that csrc/ uses.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ inline float __half2float(__half x) {
   return sign ? -y : y;
 }
 
-// To nearest, ties to even; every NaN becomes the same.
+// To nearest, ties to even; every NaN becomes one NaN.
 inline __half __float2half_rn(float x) {
   if (x != x) return {0x7fff};
   std::uint32_t bits;

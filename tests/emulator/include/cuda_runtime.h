@@ -1,8 +1,7 @@
-// Stands in for CUDA's header of the same name: what csrc/ uses of the language and of the runtime, on a
-// host.
+// Replaces CUDA's header of the same name: the parts of the language and the runtime that csrc/ uses, on a host.
 #pragma once
 
-#include <math.h>  // isnan and its like, also outside of std
+#include <math.h>  // isnan and similar functions, also outside std
 
 #include <algorithm>
 #include <cmath>
@@ -97,7 +96,7 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorLaunchFailure = 719,
 };
-// After cudaErrorLaunchFailure it tells what went wrong in the latest launch.
+// After cudaErrorLaunchFailure it describes the error of the latest launch.
 const char* cudaGetErrorString(cudaError_t);
 
 using cudaStream_t = struct CUstream_st*;

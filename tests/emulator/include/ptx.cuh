@@ -1,4 +1,4 @@
-// Stands in for csrc/ptx.cuh, which tells what each function does: the same functions, on a host.
+// Replaces csrc/ptx.cuh, which documents the functions, on a host.
 #pragma once
 
 #include <cuda.h>

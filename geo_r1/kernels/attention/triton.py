@@ -1,0 +1,53 @@
+"""Packed attention in Triton: `triton_forward.py` and `triton_backward.py` on a layout's tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from geo_r1.kernels.attention.triton_backward import D_KEY, D_QUERY, backward
+from geo_r1.kernels.attention.triton_forward import FORWARD, choose_row, forward
+from geo_r1.kernels.launch import Launch
+from geo_r1.kernels.layout import PackedLayout
+from geo_r1.kernels.layout.tiles import HEAD_SIZES, SHORT
+
+LAUNCHES: tuple[Launch, ...] = (*FORWARD.values(), *D_QUERY.values(), *D_KEY.values())
+
+
+def tiles(q_THD: Tensor, layout: PackedLayout, short: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles of queries for the forward pass and for dq, and tiles of keys."""
+    queries, d_queries, d_keys = (
+        choose_row(table, q_THD.dtype, q_THD.shape[2], short).blocks for table in (FORWARD, D_QUERY, D_KEY)
+    )
+    query_tiles, _ = layout.tiles(queries["BM"])
+    d_query_tiles, _ = layout.tiles(d_queries["BM"])
+    _, key_tiles = layout.tiles(d_keys["BN"])
+    return query_tiles, d_query_tiles, key_tiles
+
+
+def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """For each head size, launches that together choose every row: causal with shared keys, and neither."""
+    kinds = (
+        ("short", SHORT, torch.bfloat16),
+        ("long", SHORT + 1, torch.bfloat16),
+        ("", SHORT, torch.float32),
+    )
+    for (kind, length, dtype), head_size, causal in product(kinds, HEAD_SIZES, (True, False)):
+        label = f"packed_attention {kind} D={head_size} {'causal' if causal else 'full'} {dtype}"
+        yield label, partial(_forward_and_backward, length, head_size, causal, dtype)
+
+
+def _forward_and_backward(length: int, head_size: int, causal: bool, dtype: torch.dtype) -> None:
+    layout, scale = PackedLayout.from_lengths([length]), head_size**-0.5
+    q, d_out = (torch.zeros(length, 2, head_size, dtype=dtype) for _ in range(2))
+    k, v = (torch.zeros(length, 1 if causal else 2, head_size, dtype=dtype) for _ in range(2))
+    short = length <= SHORT
+    query_tiles, d_query_tiles, key_tiles = tiles(q, layout, short)
+    out, lse = torch.zeros_like(q), torch.zeros(2, length)
+    forward(q, k, v, out, lse, query_tiles, short, causal, scale)
+    dq, dk, dv = (torch.zeros_like(q) for _ in range(3))
+    backward(d_out, q, k, v, out, lse, dq, dk, dv, d_query_tiles, key_tiles, short, causal, scale)

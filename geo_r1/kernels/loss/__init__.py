@@ -1,0 +1,1 @@
+"""The GRPO family of losses, on logits and straight from hidden states."""

@@ -1,0 +1,329 @@
+"""Rows of logits in Triton: statistics, the GRPO loss with its gradient, the gradient alone; see `rows.py`.
+
+A program takes one row. The log-sum-exp is online: one read of the row gives the maximum, the sum of
+exp(z - max) and the sum of exp(z - max) (z - max), from which the entropy follows without cancelling.
+
+Bytes moved for R rows of V logits of b bytes: statistics R V b; the gradient alone 2 R V b; loss and gradient
+3 R V b, of which the second read comes from L2 where the launch row says so. All arithmetic is in float32.
+
+Source: online softmax, arXiv:1805.02867; the loss, arXiv:2402.03300, see `reference.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from geo_r1.kernels.launch import Launch
+from geo_r1.kernels.loss.config import GRPOLossConfig
+from geo_r1.kernels.loss.reference import SAPO_SATURATED, LossRows, RowLoss
+
+# Most bytes of a row -> how it is read. LOADS: depth of the pipeline, so LOADS - 1 blocks are in flight while
+# the program works on one. Nothing here was measured. The loss reads a row twice. With one row in flight per
+# SM (132 SMs, 300 KB each at V = 152064 in bfloat16: 40 MB) an H200's 60 MB of L2 can hold it until the
+# second read; with more it could not. So the launch for large V asks for more than half of an SM's registers.
+LOSS_ROWS = {
+    1 << 11: Launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
+    1 << 16: Launch("rows stay in L2 anyway", BLOCK_V=2048, LOADS=3, num_warps=8),
+    400_000: Launch("one row per SM, 48 KB of it in flight", BLOCK_V=8192, LOADS=4, num_warps=16),
+    1 << 40: Launch("L2 cannot hold even one row per SM", BLOCK_V=2048, LOADS=3, num_warps=8),
+}
+# One pass keeps nothing, so several rows run on an SM, with 8 numbers a thread.
+PASS_ROWS = {
+    1 << 11: Launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
+    1 << 40: Launch("4 rows per SM, 32 KB of them in flight", BLOCK_V=2048, LOADS=3, num_warps=8),
+}
+LAUNCHES: tuple[Launch, ...] = (*LOSS_ROWS.values(), *PASS_ROWS.values())
+
+
+@triton.jit
+def _statistics(
+    p_row, stride_v, target, num_cols, inv_temperature, BLOCK_V: tl.constexpr, LOADS: tl.constexpr
+):
+    """Largest logit, log of the sum above it, logp of the target, entropy; no column is no row: zeros."""
+    # Before the sums, whose barriers keep it ahead of a gradient that is written over the logits. A target
+    # out of range gives NaN, not a read outside the row.
+    inside = (target >= 0) & (target < num_cols)
+    drawn = tl.load(p_row + target * stride_v, mask=inside, other=float("nan")).to(tl.float32)
+    top = -float("inf")
+    total = tl.zeros([BLOCK_V], tl.float32)
+    moment = tl.zeros([BLOCK_V], tl.float32)
+    for start in tl.range(0, num_cols, BLOCK_V, num_stages=LOADS):
+        o_v = start + tl.arange(0, BLOCK_V)
+        # Columns past the end are -inf: exp gives 0, and the where below keeps 0 * -inf out of the moment.
+        b_x = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < num_cols, other=-float("inf"))
+        b_x = b_x.to(tl.float32)  # [BLOCK_V]
+        new_top = tl.maximum(top, tl.max(b_x, 0))
+        # A row may begin with blocks of -inf alone; a NaN stays in b_x and reaches the sums.
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        # The difference first: scaled before, large logits would lose what they differ by.
+        shift = tl.where(top == -float("inf"), 0.0, tl.maximum((top - base) * inv_temperature, -1e30))
+        decay = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
+        b_above = (b_x - base) * inv_temperature
+        b_exp = tl.exp(b_above)
+        moment = decay * moment + (decay * shift) * total + tl.where(b_exp == 0, 0.0, b_exp * b_above)
+        total = decay * total + b_exp
+        top = new_top
+    log_sum = tl.log(tl.sum(total, 0))
+    entropy = log_sum - tl.sum(moment, 0) / tl.sum(total, 0)
+    return top, log_sum, (drawn - top) * inv_temperature - log_sum, entropy
+
+
+@triton.jit
+def _gradient_block(
+    b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY: tl.constexpr
+):
+    """dlogits of one block; the log-sum-exp's parts, entropy and both derivatives are the row's own."""
+    b_logp = (b_logit.to(tl.float32) - top) * inv_temperature - log_sum  # [BLOCK_V]
+    b_p = tl.exp(b_logp)
+    b_d = tl.where(o_v == target, d_logp, 0.0) - d_logp * b_p
+    if ENTROPY:
+        b_d -= d_entropy * tl.where(b_p == 0, 0.0, b_p * (b_logp + entropy))
+    return b_d * inv_temperature
+
+
+@triton.jit
+def _expm1_less(d):
+    """exp(d) - 1 - d without cancelling: a series where |d| < 1/4, right to 1e-8 of its value."""
+    series = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040))))))
+    return tl.where(tl.abs(d) < 0.25, series, tl.exp(d) - 1 - d)
+
+
+@triton.jit
+def _policy(
+    logp, ratio, advantage, epsilon, clip_high, delta, tau_pos, tau_neg,
+    POLICY: tl.constexpr, HAS_DELTA: tl.constexpr, SATURATED: tl.constexpr,
+):  # fmt: skip
+    """Policy term, its derivative in logp, whether a bound took the gradient: `reference._policy_term`."""
+    if POLICY == "cispo":
+        c = tl.where(ratio > clip_high, clip_high, ratio)
+        term = -c * advantage * logp
+        d_term = -c * advantage
+        clipped = (ratio > clip_high) & (advantage > 0)
+    elif POLICY == "sapo":
+        tau = tl.where(advantage > 0, tau_pos, tau_neg)
+        bound = 1 + SATURATED / tau
+        held = ratio > bound
+        gate = 1 / (1 + tl.exp(-tau * (tl.where(held, bound, ratio) - 1)))
+        term = -advantage * gate * 4 / tau
+        d_term = -advantage * 4 * gate * (1 - gate) * tl.where(held, 0.0, ratio)
+        clipped = advantage != advantage  # never, in the shape of the others
+    else:
+        low = 1 - epsilon
+        high = 1 + clip_high
+        # By `where`, which keeps a NaN ratio, and not by minimum and maximum, which may drop it.
+        bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+        unbounded = ratio
+        if HAS_DELTA:
+            unbounded = tl.where(ratio > delta, delta, ratio)
+        chosen = tl.where(unbounded * advantage <= bounded * advantage, unbounded, bounded)
+        held = (chosen < ratio) | (chosen > ratio)
+        term = -chosen * advantage
+        d_term = -tl.where(held, 0.0, ratio) * advantage
+        clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+    return term, d_term, clipped
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr, target_ptr, logp_ptr, entropy_ptr, lse_ptr,
+    num_cols, stride_r, stride_v, inv_temperature,
+    BLOCK_V: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    i_r = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + i_r)
+    p_row = logits_ptr + i_r * stride_r
+    top, log_sum, logp, entropy = _statistics(
+        p_row, stride_v, target, num_cols, inv_temperature, BLOCK_V, LOADS
+    )
+    tl.store(logp_ptr + i_r, logp)
+    tl.store(entropy_ptr + i_r, entropy)
+    tl.store(lse_ptr + 2 * i_r, top)
+    tl.store(lse_ptr + 2 * i_r + 1, log_sum)
+
+
+@triton.jit
+def _loss_kernel(
+    # logits, and where their gradient goes: the same rows, for a gradient in place
+    logits_ptr, d_logits_ptr,
+    # rows, in
+    target_ptr, advantage_ptr, weight_ptr, old_ptr, ref_ptr, importance_ptr,
+    # rows, out
+    loss_ptr, d_logp_ptr, d_entropy_ptr, kl_ptr, ratio_ptr, clipped_ptr, logp_ptr, entropy_ptr, lse_ptr,
+    # shapes and strides
+    num_cols, stride_r, stride_v, d_stride_r,
+    # options
+    inv_temperature, epsilon, clip_high, delta, tau_pos, tau_neg, beta, entropy_coef,
+    POLICY: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, SATURATED: tl.constexpr,
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_IMPORTANCE: tl.constexpr,
+    ENTROPY: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    i_r = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + i_r)
+    weight = tl.load(weight_ptr + i_r).to(tl.float32)
+    kept = weight != 0
+    # A row of weight zero has no columns: nothing of it is read, whatever it holds.
+    cols = tl.where(kept, num_cols, 0)
+    p_row = logits_ptr + i_r * stride_r
+    top, log_sum, logp, entropy = _statistics(p_row, stride_v, target, cols, inv_temperature, BLOCK_V, LOADS)
+
+    advantage = tl.load(advantage_ptr + i_r).to(tl.float32)
+    ratio = 1.0
+    if HAS_OLD:
+        ratio = tl.exp(logp - tl.load(old_ptr + i_r).to(tl.float32))
+    term, d_logp, clipped = _policy(
+        logp, ratio, advantage, epsilon, clip_high, delta, tau_pos, tau_neg, POLICY, HAS_DELTA, SATURATED
+    )
+    if HAS_IMPORTANCE:
+        importance = tl.load(importance_ptr + i_r).to(tl.float32)
+        term *= importance
+        d_logp *= importance
+    kl = 0.0
+    if HAS_REF:
+        d = tl.load(ref_ptr + i_r).to(tl.float32) - logp
+        if KL == "k1":
+            kl = -d
+            d_kl = 1.0
+        elif KL == "k2":
+            kl = d * d / 2
+            d_kl = -d
+        else:
+            kl = _expm1_less(d)
+            d_kl = tl.where(tl.abs(d) < 0.25, -(kl + d), 1 - tl.exp(d))  # -expm1(d), also where d is -inf
+        if beta != 0:
+            term += beta * kl
+            d_logp += beta * d_kl
+    if ENTROPY:
+        term -= entropy_coef * entropy
+    d_logp = tl.where(kept, weight * d_logp, 0.0)
+    d_entropy = -entropy_coef * weight
+
+    tl.store(loss_ptr + i_r, tl.where(kept, weight * term, 0.0))
+    tl.store(d_logp_ptr + i_r, d_logp)
+    tl.store(d_entropy_ptr + i_r, d_entropy)
+    tl.store(kl_ptr + i_r, tl.where(kept, kl, 0.0))
+    tl.store(ratio_ptr + i_r, tl.where(kept, ratio, 1.0))
+    tl.store(clipped_ptr + i_r, (kept & clipped).to(tl.int8))
+    tl.store(logp_ptr + i_r, tl.where(kept, logp, 0.0))
+    tl.store(entropy_ptr + i_r, tl.where(kept, entropy, 0.0))
+    tl.store(lse_ptr + 2 * i_r, tl.where(kept, top, 0.0))
+    tl.store(lse_ptr + 2 * i_r + 1, tl.where(kept, log_sum, 0.0))
+
+    if GRADIENT:
+        p_d = d_logits_ptr + i_r * d_stride_r
+        for start in tl.range(0, num_cols, BLOCK_V, num_stages=LOADS):
+            o_v = start + tl.arange(0, BLOCK_V)
+            b_logit = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < cols, other=0.0)
+            b_d = _gradient_block(
+                b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY
+            )
+            b_d = tl.where(kept, b_d, 0.0)
+            tl.store(p_d + o_v, b_d.to(d_logits_ptr.dtype.element_ty), mask=o_v < num_cols)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits_ptr, d_logits_ptr, target_ptr, lse_ptr, entropy_ptr, d_logp_ptr, d_entropy_ptr, d_loss_ptr,
+    num_cols, stride_r, stride_v, d_stride_r, inv_temperature,
+    HAS_D_LOSS: tl.constexpr, ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    i_r = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + i_r)
+    top = tl.load(lse_ptr + 2 * i_r)
+    log_sum = tl.load(lse_ptr + 2 * i_r + 1)
+    entropy = tl.load(entropy_ptr + i_r)
+    d_logp = tl.load(d_logp_ptr + i_r)
+    d_entropy = 0.0
+    active = d_logp != 0
+    if ENTROPY:
+        d_entropy = tl.load(d_entropy_ptr + i_r)
+        active |= d_entropy != 0
+    if HAS_D_LOSS:
+        d_loss = tl.load(d_loss_ptr)
+        d_logp *= d_loss
+        d_entropy *= d_loss
+    # An idle row gets zeros without being read: it may hold anything.
+    cols = tl.where(active, num_cols, 0)
+    p_row = logits_ptr + i_r * stride_r
+    p_d = d_logits_ptr + i_r * d_stride_r
+    for start in tl.range(0, num_cols, BLOCK_V, num_stages=LOADS):
+        o_v = start + tl.arange(0, BLOCK_V)
+        b_logit = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < cols, other=0.0)
+        b_d = _gradient_block(
+            b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY
+        )
+        b_d = tl.where(active, b_d, 0.0)
+        tl.store(p_d + o_v, b_d.to(d_logits_ptr.dtype.element_ty), mask=o_v < num_cols)
+
+
+def row_statistics(logits_RV, target_R, temperature, logp_R, entropy_R, lse_R2):
+    _statistics_kernel[(len(logits_RV),)](
+        logits_RV, target_R, logp_R, entropy_R, lse_R2,
+        logits_RV.shape[1], *logits_RV.stride(), 1 / temperature, **_row(PASS_ROWS, logits_RV),
+    )  # fmt: skip
+
+
+def grpo_row_loss(logits_RV, target_R, rows, config, terms, logp_R, entropy_R, lse_R2, d_logits_RV):
+    *floats_R, clipped_R = terms
+    _loss_kernel[(len(logits_RV),)](
+        logits_RV, d_logits_RV,
+        target_R, *rows[:5],
+        *floats_R, clipped_R.view(torch.int8), logp_R, entropy_R, lse_R2,
+        logits_RV.shape[1], *logits_RV.stride(), 0 if d_logits_RV is None else d_logits_RV.stride(0),
+        1 / config.temperature, config.epsilon, config.clip_high, config.delta or 0.0,
+        config.sapo_temperature_pos, config.sapo_temperature_neg, config.beta, config.entropy_coef,
+        POLICY=config.policy, KL=config.kl_estimator, HAS_DELTA=config.delta is not None,
+        SATURATED=SAPO_SATURATED, HAS_OLD=rows.old_logp_R is not None,
+        HAS_REF=rows.ref_logp_R is not None,
+        HAS_IMPORTANCE=rows.importance_weight_R is not None,
+        ENTROPY=config.entropy_coef != 0,
+        GRADIENT=d_logits_RV is not None, **_row(LOSS_ROWS, logits_RV),
+    )  # fmt: skip
+
+
+def logit_gradient(
+    logits_RV, target_R, temperature, lse_R2, entropy_R, d_logp_R, d_entropy_R, d_loss, out_RV
+):
+    _gradient_kernel[(len(logits_RV),)](
+        logits_RV, out_RV, target_R, lse_R2, entropy_R, d_logp_R, d_entropy_R, d_loss,
+        logits_RV.shape[1], *logits_RV.stride(), out_RV.stride(0), 1 / temperature,
+        HAS_D_LOSS=d_loss is not None, ENTROPY=d_entropy_R is not None, **_row(PASS_ROWS, logits_RV),
+    )  # fmt: skip
+
+
+def _row(table: dict[int, Launch], logits_RV: Tensor) -> dict[str, int]:
+    row_bytes = logits_RV.shape[1] * logits_RV.element_size()
+    return next(row.options for most, row in table.items() if row_bytes <= most)
+
+
+def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every kernel in every row of its table: each dtype once, each option that changes the code once."""
+    plain = GRPOLossConfig()
+    full = GRPOLossConfig(beta=0.1, entropy_coef=0.1, delta=2.0)
+    options = {
+        "clip": plain,
+        "clip, all options": full,
+        "cispo, k1": GRPOLossConfig(policy="cispo", epsilon_high=5.0, beta=0.1, kl_estimator="k1"),
+        "sapo, k2": GRPOLossConfig(policy="sapo", beta=0.1, kl_estimator="k2"),
+    }
+    row, lse, target = torch.zeros(2), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    terms = RowLoss(row, row, row, row, row, torch.zeros(2, dtype=torch.bool))
+    for dtype in (torch.bfloat16, torch.float32):
+        for vocab in (512, 16384, 152064):
+            logits = torch.zeros(2, vocab, dtype=dtype)
+            label = f"V {vocab} {str(dtype).removeprefix('torch.')}"
+            yield f"statistics, {label}", partial(row_statistics, logits, target, 1.0, row, row, lse)
+            gradient = partial(logit_gradient, logits, target, 1.0, lse, row, row, row, row[0], logits)
+            yield f"gradient, {label}", gradient
+            for name, config in options.items():
+                extra = None if config is plain else row
+                rows = LossRows(row, row, extra, extra, extra, None)
+                loss = partial(grpo_row_loss, logits, target, rows, config, terms, row, row, lse, logits)
+                yield f"loss, {name}, {label}", loss

@@ -1,0 +1,19 @@
+"""Rewards of completions: those of Geo-R1, and a user's own. Standard library only.
+
+A reward function has TRL's signature: completions first, each dataset column as a keyword list, and one value
+back for each completion.
+"""
+
+from geo_r1.rewards.builtin import (
+    REWARDS,
+    accuracy,
+    format_reward,
+    length,
+    length_published,
+    overlong,
+    repetition,
+)
+from geo_r1.rewards.scoring import RewardError, RewardFunction, RewardTable, load_reward, score
+
+__all__ = ["REWARDS", "RewardError", "RewardFunction", "RewardTable", "load_reward", "score"]
+__all__ += ["accuracy", "format_reward", "length", "length_published", "overlong", "repetition"]

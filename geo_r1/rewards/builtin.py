@@ -1,0 +1,237 @@
+"""The rewards of Geo-R1 (arXiv:2510.00072), and DAPO's punishment of long answers.
+
+Where the dataset has answers, a sample without one gets None from every function.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_answer, extract_choice, well_formed
+from geo_r1.errors import UserError
+
+Column = Sequence[Any] | None  # N values of a dataset column
+Values = list[float | None]  # N rewards
+
+
+def accuracy(
+    completions: Sequence[Any],
+    answer: Column = None,
+    num_choices: Column = None,
+    *,
+    wrong_score: float = 0.0,
+    **kwargs: Any,
+) -> Values:
+    """1 for a right answer block, `wrong_score` for a wrong or missing one, None where the answer is None.
+
+    A one-letter answer is compared with the choice that `extract_choice` reads in the block; any other with
+    the block's text, ignoring case and runs of white space.
+
+    Args:
+        completions: N texts, or N lists of TRL messages of which the last counts.
+        answer: N true answers.
+        num_choices: N numbers of choices; 5 where None.
+        wrong_score: task units; the paper's versions have 0, -0.8 and -1.
+
+    Raises:
+        UserError: an answer is not among its choices.
+        ValueError: a column has another length.
+    """
+    judged = _judge_answers(completions, answer, num_choices)
+    return [None if right is None else 1.0 if right else float(wrong_score) for right in judged]
+
+
+def format_reward(completions: Sequence[Any], answer: Column = None, **kwargs: Any) -> Values:
+    """1 where the whole text is a think block, optional white space and a non-empty answer block, else 0.
+
+    Each of the four tags stands exactly once; white space around the text is allowed.
+    """
+    return _each(lambda text: float(well_formed(text)), _texts(completions, answer))
+
+
+def repetition(completions: Sequence[Any], answer: Column = None, *, n: int = 6, **kwargs: Any) -> Values:
+    """-(1 - unique / total) over the n-grams of lower-cased words; 0 under n words.
+
+    Raises:
+        UserError: n is below 1.
+    """
+    _at_least_1("repetition: n", n)
+
+    def one(text: str) -> float:
+        words = text.lower().split()
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        return len(set(grams)) / len(grams) - 1.0 if grams else 0.0
+
+    return _each(one, _texts(completions, answer))
+
+
+def length(
+    completions: Sequence[Any],
+    answer: Column = None,
+    num_choices: Column = None,
+    completion_ids: Column = None,
+    *,
+    max_length: int = 1024,
+    right_start: float = 1.0,
+    right_end: float = 0.5,
+    wrong_start: float = -0.5,
+    wrong_end: float = 0.0,
+    **kwargs: Any,
+) -> Values:
+    """Cosine of the length: a right answer earns less the longer it is, a wrong one loses less.
+
+        value = end + (start - end) / 2 * (1 + cos(pi * min(length, max_length) / max_length))
+
+    Args:
+        completions, answer, num_choices: as in `accuracy`, which decides what is right.
+        completion_ids: N lists of token ids; without them a length is a number of words.
+        max_length: tokens; from there on the value is `end`.
+        right_start, right_end, wrong_start, wrong_end: task units, at length 0 and at max_length.
+
+    Raises:
+        UserError: max_length is below 1, or as in `accuracy`.
+    """
+    judged = _judge_answers(completions, answer, num_choices)
+    ends = {True: (right_start, right_end), False: (wrong_start, wrong_end)}
+    fractions = _length_fractions(completions, completion_ids, max_length)
+    return _each(lambda right, x: _cosine(*ends[right], min(x, 1.0)), judged, fractions)
+
+
+def length_published(
+    completions: Sequence[Any],
+    answer: Column = None,
+    completion_ids: Column = None,
+    *,
+    max_length: int = 1024,
+    **kwargs: Any,
+) -> Values:
+    """The flawed length reward of the published code; it exists only to reproduce that code's runs.
+
+    Wrong answers earn the curve of right ones, and it is not clamped: 0.5 at max_length rises to 1 again at
+    twice that.
+    """
+    fractions = _length_fractions(completions, completion_ids, max_length)
+    return _each(lambda text, x: _cosine(1.0, 0.5, x), _texts(completions, answer), fractions)
+
+
+def overlong(
+    completions: Sequence[Any],
+    answer: Column = None,
+    completion_ids: Column = None,
+    *,
+    max_length: int = 1024,
+    cache: int = 256,
+    **kwargs: Any,
+) -> Values:
+    """Soft punishment of the length: 0, but over the last `cache` tokens up to max_length it falls to -1.
+
+        value = min(0, max(-1, (max_length - cache - length) / cache))
+
+    No completion is longer than rollout.max_new_tokens, so max_length should be at most that.
+
+    Args:
+        completion_ids: as in `length`.
+        max_length: tokens; from there on the value is -1.
+        cache: tokens, 1 to max_length.
+
+    Raises:
+        UserError: max_length is below 1, or cache out of its range.
+
+    Source: DAPO, arXiv:2503.14476, section 3.4.
+    """
+    _at_least_1("overlong: max_length", max_length)
+    if not 1 <= cache <= max_length:
+        raise UserError(f"overlong: cache is {cache}, expected 1 to max_length = {max_length}")
+
+    def one(text: str, tokens: int) -> float:
+        return min(0.0, max(-1.0, (max_length - cache - tokens) / cache))
+
+    return _each(one, _texts(completions, answer), _lengths(completions, completion_ids))
+
+
+REWARDS: dict[str, Callable[..., Values]] = {
+    "accuracy": accuracy,
+    "format": format_reward,
+    "length": length,
+    "repetition": repetition,
+    "overlong": overlong,
+    "length_published": length_published,
+}
+
+
+def column(name: str, values: Column, count: int) -> Sequence[Any]:
+    """The values of a dataset column, Nones where there is no such column.
+
+    Raises:
+        ValueError: it does not have `count` values.
+    """
+    if values is None:
+        return [None] * count
+    if len(values) != count:
+        raise ValueError(f"column {name!r} has {len(values)} values for {count} completions")
+    return values
+
+
+def _each(value: Callable[..., float], first: Sequence[Any], *others: Sequence[Any]) -> Values:
+    """The values of rows of columns; None where the first column has None."""
+    return [None if x is None else value(x, *rest) for x, *rest in zip(first, *others, strict=True)]
+
+
+def _at_least_1(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name} is {value}, expected at least 1")
+
+
+def _cosine(start: float, end: float, fraction: float) -> float:
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * fraction))
+
+
+def _length_fractions(completions: Sequence[Any], completion_ids: Column, max_length: int) -> list[float]:
+    _at_least_1("length: max_length", max_length)
+    return [x / max_length for x in _lengths(completions, completion_ids)]
+
+
+def _lengths(completions: Sequence[Any], completion_ids: Column) -> list[int]:
+    """Numbers of tokens; of words where there are no token ids."""
+    if completion_ids is None:
+        return [len(_text(completion).split()) for completion in completions]
+    return [len(ids) for ids in column("completion_ids", completion_ids, len(completions))]
+
+
+def _judge_answers(completions: Sequence[Any], answer: Column, num_choices: Column) -> list[bool | None]:
+    """Whether each completion is right; None where there is no answer to compare it with."""
+    answers = column("answer", answer, len(completions))
+    counts = column("num_choices", num_choices, len(completions))
+    judged: list[bool | None] = []
+    for i, (completion, true, count) in enumerate(zip(completions, answers, counts, strict=True)):
+        if true is None:
+            judged.append(None)
+            continue
+        true, block = str(true).strip(), extract_answer(_text(completion))
+        if len(true) == 1 and true.isascii() and true.isalpha():
+            count = DEFAULT_NUM_CHOICES if count is None else count
+            if ord(true.upper()) - ord("A") >= count:
+                raise UserError(f"answer[{i}] is {true!r}, expected one of the first {count} letters")
+            judged.append(block is not None and extract_choice(block, count) == true.upper())
+        else:
+            judged.append(block is not None and block.casefold().split() == true.casefold().split())
+    return judged
+
+
+def _texts(completions: Sequence[Any], answer: Column) -> list[str | None]:
+    """The texts to score; None where the answer column is given and None."""
+    answers = column("answer", [""] * len(completions) if answer is None else answer, len(completions))
+    return [None if true is None else _text(x) for x, true in zip(completions, answers, strict=True)]
+
+
+def _text(completion: Any) -> str:
+    """A completion's text: itself, or the last message's content, which may come in parts."""
+    if isinstance(completion, str):
+        return completion
+    try:
+        content = completion[-1]["content"]
+        if isinstance(content, str):
+            return content
+        return "".join(part["text"] for part in content or () if part["type"] == "text")
+    except (TypeError, KeyError, IndexError):
+        raise ValueError(f"a completion is text or a list of messages, got {completion!r:.80}") from None
