@@ -16,7 +16,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=29500
 
 # shellcheck disable=SC2016  # each task expands its own variables
-srun bash -c '
+srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
     exec python -m geo_r1.train "$@"' rank "${@:-geo_r1_7b}" --run.dir "$run_dir"

@@ -264,9 +264,12 @@ def test_without_nvcc_it_packages_and_says_so(tmp_path):
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
         assert not [name for name in names if name.startswith(("csrc", "geo_r1/_C"))]
-        recipes = {f"geo_r1/recipes/{path.name}" for path in (ROOT / "geo_r1" / "recipes").iterdir()}
-        assert len(recipes) == 5 and names >= recipes
-        assert names >= {"geo_r1/py.typed", "geo_r1/train/report/report.html.j2"}
+        files = [path for path in (ROOT / "geo_r1").rglob("*") if path.is_file()]
+        data = {
+            path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".py", ".pyc", ".so")
+        }
+        assert data >= {"geo_r1/py.typed", "geo_r1/recipes/world.toml", "geo_r1/train/report/report.html.j2"}
+        assert names >= data
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
         assert b"geo-r1 = geo_r1.__main__:main" in packed.read(entry_points)
         packed.extractall(tmp_path / "installed")

@@ -21,26 +21,12 @@ from geo_r1.rollout import Completion, SamplingConfig
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer to one sample.
-
-    Attributes:
-        id, city, answer, num_choices: of the sample; the answer is the true letter.
-        choice: the letter read from the completion; None where there is none or it is in doubt.
-        well_formed: the whole text is a think block and an answer block.
-    """
+    """A model's completion of one sample, its text, and what `score` reads in it."""
 
     id: str
-    city: str
-    answer: str
-    num_choices: int
     completion: Completion
     text: str
-    choice: str | None
-    well_formed: bool
-
-    @property
-    def correct(self) -> bool:
-        return self.choice == self.answer
+    record: Mapping[str, Any]
 
 
 def question_of(sample: Sample) -> tuple[str, int]:
@@ -99,25 +85,14 @@ def predict(
     for turn in complete(sampler, tokenizer, map(encoded, samples)):
         for sample, (completion, text) in zip(samples[len(predictions) :], turn, strict=False):
             record = score(Question(sample, truth_of(sample)), text)
-            prediction = Prediction(
-                id=sample.id,
-                completion=completion,
-                text=text,
-                choice=record["prediction"],
-                **{name: record[name] for name in ("city", "answer", "num_choices", "well_formed")},
-            )
-            predictions.append(prediction)
+            predictions.append(Prediction(sample.id, completion, text, record))
         progress(len(predictions))
     return predictions
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Accuracy, its 95 % interval and chance level; mean completion length in tokens; share well formed."""
-    records = []
-    for p in predictions:
-        read = {"correct": p.correct, "answered": p.choice is not None, "length": len(p.completion.token_ids)}
-        records.append(vars(p) | read)
-    return figures(records)
+    return figures([{**p.record, "length": len(p.completion.token_ids)} for p in predictions])
 
 
 def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

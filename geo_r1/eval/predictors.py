@@ -167,8 +167,8 @@ def from_native(questions: Sequence[Question], options: argparse.Namespace) -> I
 
 def from_vllm(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
     """A checkpoint by vLLM in this process, with the weights and prompts of the native sampler."""
-    from geo_r1.rollout.vllm import VLLMEngine
-    from geo_r1.rollout.vllm_input import write_engine_folder
+    from geo_r1.rollout.vllm.in_process import VLLMEngine
+    from geo_r1.rollout.vllm.requests import write_engine_folder
 
     vlm, tokenizer, encoder = _load(options, keep_pictures=True, weights_on="cpu")
     prompts = [encoder.encode(question.sample) for question in questions]

@@ -45,14 +45,18 @@ def fuse_layers(model: PreTrainedModel) -> tuple[str, ...]:
     Returns:
         What it computes from now on, of "rms_norm", "rotary", "swiglu" and "vision_rotary".
     """
+    forwards: dict[type[nn.Module], tuple[str, Forward | None]] = {
+        cls: (name, FORWARDS.get(name) or _calling(cls, ROTARY[name]))
+        for name, classes in CLASSES.items()
+        for cls in classes
+    }
     fused = set()
     for module in model.modules():
-        name = next((name for name, classes in CLASSES.items() if type(module) in classes), None)
-        if name is None or (name == "swiglu" and not isinstance(module.act_fn, nn.SiLU | SiLUActivation)):
+        name, forward = forwards.get(type(module), ("", None))
+        if forward is None or (name == "swiglu" and not isinstance(module.act_fn, nn.SiLU | SiLUActivation)):
             continue
-        if forward := FORWARDS.get(name) or _calling(type(module), ROTARY[name]):
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]  # a copy rebinds it
-            fused.add(name)
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]  # a deep copy rebinds it
+        fused.add(name)
     return tuple(sorted(fused))
 
 
@@ -96,7 +100,7 @@ def _calling(attention: type[nn.Module], functions: dict[str, Callable]) -> Forw
 
 # Exact classes by the part that liger-kernel computes. The vision towers of Qwen2-VL and Qwen3-VL have
 # LayerNorm and GELU, which stay.
-CLASSES = {
+CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
     "rms_norm": (qwen2_5_vl.Qwen2_5_VLRMSNorm, qwen2_vl.Qwen2VLRMSNorm, qwen3_vl.Qwen3VLTextRMSNorm),
     "swiglu": (qwen2_5_vl.Qwen2MLP, qwen2_vl.Qwen2MLP, qwen3_vl.Qwen3VLTextMLP, qwen2_5_vl.Qwen2_5_VLMLP),
     "rotary": (qwen2_5_vl.Qwen2_5_VLAttention, qwen2_vl.Qwen2VLAttention, qwen3_vl.Qwen3VLTextAttention),

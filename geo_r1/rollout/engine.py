@@ -1,4 +1,4 @@
-"""What samples completions, wherever it runs: with the weights that it was last given."""
+"""The protocol of rollout engines: they sample completions, with the weights that they were last given."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from geo_r1.errors import OutageError
 from geo_r1.models import EncodedPrompt
 from geo_r1.rollout.sampling import Completion, SamplingConfig
 
 Copies = Literal["none", "per rank", "one"]
 
 
-class EngineLost(ValueError):  # noqa: N818  # a user's to mend: the message says what to do
-    """An engine does not answer any more; nothing that it was asked for has come."""
+class EngineLost(OutageError):  # noqa: N818
+    """An engine no longer answers; none of the completions it was asked for has come."""
 
 
 class WeightsLost(EngineLost):
@@ -22,9 +23,7 @@ class WeightsLost(EngineLost):
 
 
 class RolloutEngine(Protocol):
-    """Samples with a copy of the policy of its own.
-
-    One caller at a time; any thread.
+    """Samples completions for one caller at a time, on any thread.
 
     Attributes:
         copies: of the policy's weights: "none" (it samples with the policy itself, and `load` does nothing),
@@ -35,20 +34,20 @@ class RolloutEngine(Protocol):
 
     @property
     def holds_base(self) -> bool:
-        """Whether adapters alone are wanted by the next `load`: what they are added to is here already."""
+        """True if the engine already holds the base weights, so the next `load` is of adapters alone."""
         ...
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, alpha: float | None = None) -> None:
-        """Take over weights: every weight of the policy once, whole.
+        """Replace the engine's weights by the policy's, each of them once and whole.
 
         Args:
-            tensors: by the names of transformers; of a model with adapters by that model's own names, and
-                where the engine `holds_base` those of its adapters alone.
-            alpha: of the adapters, which are merged here (see `geo_r1.models.lora`); None where none are.
+            tensors: by the names of transformers; for a model with adapters by that model's own names, and
+                if the engine `holds_base` those of its adapters alone.
+            alpha: of the adapters, which the engine merges (see `geo_r1.models.lora`); None without adapters.
 
         Raises:
-            ValueError: one is missing, unknown or of another shape; names it.
-            WeightsLost: it came back without the base weights: all are wanted.
+            ValueError: a weight is missing, unknown or of another shape; names it.
+            WeightsLost: the engine came back without the base weights: all are due.
             EngineLost: the engine has gone.
         """
         ...
@@ -60,22 +59,21 @@ class RolloutEngine(Protocol):
         sampling: SamplingConfig,
         streams: Sequence[str],
     ) -> list[list[Completion]]:
-        """`num_completions` completions of each prompt, in order.
+        """Sample `num_completions` completions of each prompt, in order.
 
         Args:
-            prompts: with their pictures, where the engine encodes them itself.
+            prompts: with their pictures, if the engine encodes them itself.
             streams: names of the prompts' random streams; the same name draws the same.
 
         Raises:
-            ValueError: the engine refuses a prompt, or reads it otherwise than the policy does; names the
-                sample.
+            ValueError: the engine refuses a prompt, or reads it otherwise than the policy; names the sample.
             WeightsLost: the engine has no weights, or not those it was given.
             EngineLost: the engine has gone.
         """
         ...
 
     def sleep(self) -> None:
-        """Nothing is asked before the next `load`: memory may be given back until then."""
+        """Give memory back, if possible: no completion is asked for before the next `load`."""
         ...
 
     def close(self) -> None:

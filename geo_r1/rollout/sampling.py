@@ -1,8 +1,10 @@
-"""What is asked of a sampler, and what it gives."""
+"""Options of sampling, and its result."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from geo_r1.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
-            raise ValueError(
+            raise UserError(
                 "sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_new_tokens >= 1, got "
                 f"{self.temperature}, {self.top_p}, {self.top_k} and {self.max_new_tokens}"
             )
@@ -31,12 +33,12 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one completion says.
+    """The tokens sampled for a prompt.
 
     Attributes:
-        token_ids: its tokens, the end token included when it ended by itself.
+        token_ids: its tokens, including the end token if it ended by itself.
         logp: natural log-probability of each token under the distribution it was drawn from.
-        ended: False when it was cut off at `max_new_tokens`.
+        ended: False if it was cut off at `max_new_tokens`.
     """
 
     token_ids: list[int]

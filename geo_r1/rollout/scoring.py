@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from geo_r1.data import Sample
+from geo_r1.errors import UserError
 from geo_r1.rewards import RewardFunction, RewardTable, score
-from geo_r1.rollout.native import Completion
+from geo_r1.rollout.sampling import Completion
 
 
 def score_groups(
@@ -23,7 +24,7 @@ def score_groups(
 
     Args:
         functions, weights: as in `geo_r1.rewards.score`.
-        tokenizer: turns token ids into the text that is scored, special tokens left out.
+        tokenizer: decodes completions into the texts that are scored, without special tokens.
         samples: one a group.
         groups: the completions of each sample.
     """
@@ -31,7 +32,7 @@ def score_groups(
     names = sorted({name for sample in samples for name in sample.metadata})
     columns: dict[str, list[Any]] = {name: [owner.metadata.get(name) for owner in owners] for name in names}
     if "prompts" in names:
-        raise ValueError("column 'prompts' has the name of an argument of reward functions; rename it")
+        raise UserError("column 'prompts' has the name of an argument of reward functions; rename it")
     columns["answer"] = [owner.answer for owner in owners]
     columns["prompts"] = [list(owner.messages) for owner in owners]
     token_ids = [completion.token_ids for group in groups for completion in group]

@@ -1,7 +1,6 @@
 """Pictures checked, shrunk and stitched."""
 
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -184,12 +183,7 @@ def test_what_goes_wrong_in_a_process_is_told():
         list(in_processes(_double, [98], 1))
 
 
-def test_processes_check_pictures_and_do_without_torch(tmp_path):
+def test_processes_check_pictures(tmp_path):
     save(tmp_path / "a.png")
     results = list(in_processes(check(tmp_path), ["a.png", "b.png"], 1))
     assert [fault for _, fault in results] == [None, "an image does not exist"]
-    assert list(in_processes(_has_torch, [None], 1)) == [False]
-
-
-def _has_torch(_):
-    return "torch" in sys.modules

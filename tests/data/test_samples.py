@@ -343,7 +343,7 @@ def test_reading_leaves_no_trace(tmp_path):
     write(data / "x.jsonl", [ROW])
     write(data / "x.parquet", [ROW])
     program = (
-        "import sys; from geo_r1.data import read_samples\n"
+        "import sys; from geo_r1.data import __main__, read_samples\n"  # with all that the commands import
         "for path in sys.argv[1:]: assert len(read_samples(path)) == 1\n"
         "assert not {'datasets', 'torch'} & sys.modules.keys()\n"
     )

@@ -40,10 +40,11 @@ def test_anything_else_is_an_error_with_the_samples_name(answer, metadata, messa
 
 def test_every_sample_counts():
     said = [("A", "A", True, 10), ("A", None, False, 30), ("B", "A", True, 20), ("C", "C", True, 40)]
-    predictions = [
-        Prediction(str(i), "", answer, 5, Completion([0] * length, [0.0] * length, True), "", choice, formed)
-        for i, (answer, choice, formed, length) in enumerate(said)
-    ]
+    predictions = []
+    for i, (answer, choice, formed, length) in enumerate(said):
+        record = {"answered": choice is not None, "correct": choice == answer, "well_formed": formed}
+        completion = Completion([0] * length, [0.0] * length, True)
+        predictions.append(Prediction(str(i), completion, "", record | {"num_choices": 5}))
     summary = summarise(predictions)
     assert summary["accuracy"] == 0.5
     assert summary["accuracy_interval"] == pytest.approx((0.1500, 0.8500), abs=1e-4)
@@ -56,12 +57,10 @@ def test_a_prompt_that_is_too_long_is_an_error_or_a_wrong_answer(on_overlong):
     samples = [exemplars.question(World(num_candidates=n), "test", 0) for n in (3, 10, 3)]
     model, tokenizer, image_processor = build_tiny(["north A B"], hidden_size=64, num_layers=1)
     image_token = model.config.image_token_id
-    lengths = [
-        len(PromptEncoder(tokenizer, image_processor, image_token).encode(sample).token_ids)
-        for sample in samples
-    ]
+    plain = PromptEncoder(tokenizer, image_processor, image_token)
+    longest = max(len(plain.encode(sample).token_ids) for sample in samples)
     encoder = PromptEncoder(
-        tokenizer, image_processor, image_token, max_prompt_tokens=max(lengths) - 1, on_overlong=on_overlong
+        tokenizer, image_processor, image_token, max_prompt_tokens=longest - 1, on_overlong=on_overlong
     )
 
     def predictions():
@@ -75,5 +74,6 @@ def test_a_prompt_that_is_too_long_is_an_error_or_a_wrong_answer(on_overlong):
     found = predictions()
     assert [p.id for p in found] == [sample.id for sample in samples]
     assert [len(p.completion.token_ids) > 0 for p in found] == [True, False, True]
-    assert (found[1].choice, found[1].correct, found[1].well_formed) == (None, False, False)
+    read = [found[1].record[name] for name in ("prediction", "correct", "well_formed")]
+    assert read == [None, False, False]
     assert found[0].completion == found[2].completion

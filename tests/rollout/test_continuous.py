@@ -6,23 +6,19 @@ import random
 
 import pytest
 import torch
+from native_sampling import sample_natively
 from torch.utils._python_dispatch import TorchDispatchMode
-from vlm_cases import SIZES, Lab
+from vlm_cases import SIZES
 
 from geo_r1.kernels import linear_logprob
 from geo_r1.kernels.layout import plan_batches
 from geo_r1.models import PackedVLM, pack
-from geo_r1.rollout import SamplingConfig, generate, native
-from geo_r1.rollout.cache import GroupCache, _halved, compact
-from geo_r1.rollout.decoder import Decoder
+from geo_r1.rollout.native import generation
+from geo_r1.rollout.native.cache import GroupCache, _halved, compact
+from geo_r1.rollout.native.decoder import Decoder
 
 ENDS = range(60, 90)  # of 500 tokens: completions of all lengths
 LIMIT = 16
-
-
-@pytest.fixture(scope="module")
-def lab() -> Lab:
-    return Lab()
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +42,13 @@ def vlm(request, lab):
 def shapes(request, monkeypatch):
     """Fixed shapes are what CUDA graphs need; without graphs they run anywhere."""
     monkeypatch.setattr(
-        native, "GroupCache", lambda size, device, fixed: GroupCache(size, device, fixed=request.param)
+        generation, "GroupCache", lambda size, device, fixed: GroupCache(size, device, fixed=request.param)
     )
 
 
-def sampled(vlm, prompts, num_completions, *, streams=None, ends=ENDS, max_tokens=65536, **sampling):
-    return generate(
-        vlm,
-        prompts,
-        num_completions,
-        sampling=SamplingConfig(**{"max_new_tokens": LIMIT, **sampling}),
-        eos_token_id=ends,
-        streams=streams or [f"3/{i}" for i in range(len(prompts))],
-        max_tokens=max_tokens,
-    )
+def sampled(vlm, prompts, num_completions, *, ends=ENDS, **options):
+    options = {"max_new_tokens": LIMIT} | options
+    return sample_natively(vlm, prompts, num_completions, "3", ends, **options)
 
 
 def flat(groups):
@@ -275,12 +264,4 @@ def test_fixed_shapes_are_few():
 
 def test_cuda_graphs_need_a_gpu(lab, prompts):
     with pytest.raises(ValueError, match="cuda_graphs needs a model on a GPU, this one is on the cpu"):
-        generate(
-            lab.packed,
-            prompts,
-            1,
-            sampling=SamplingConfig(),
-            eos_token_id=-1,
-            streams=["s"] * len(prompts),
-            cuda_graphs=True,
-        )
+        sampled(lab.packed, prompts, 1, cuda_graphs=True)

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from native_sampling import sample_natively
 from vlm_cases import Lab
 
 from geo_r1.models import PackedVLM
-from geo_r1.rollout import SamplingConfig, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -19,16 +19,8 @@ def test_graphs_say_the_same(sampling):
     prompts = [lab.prompt((84, 56), "north " * (i % 3 + 1), seed=i) for i in range(6)]
 
     def said(cuda_graphs: bool, max_tokens: int = 65536) -> list[list[list[int]]]:
-        groups = generate(
-            vlm,
-            prompts,
-            4,
-            sampling=SamplingConfig(max_new_tokens=24, **sampling),
-            eos_token_id=range(60, 90),
-            streams=[f"3/{i}" for i in range(6)],
-            max_tokens=max_tokens,
-            cuda_graphs=cuda_graphs,
-        )
+        options = {"max_new_tokens": 24, "max_tokens": max_tokens, "cuda_graphs": cuda_graphs} | sampling
+        groups = sample_natively(vlm, prompts, 4, "3", range(60, 90), **options)
         return [[completion.token_ids for completion in group] for group in groups]
 
     expected = said(False)

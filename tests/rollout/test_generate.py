@@ -6,19 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from vlm_cases import SIZES, Lab
+from native_sampling import sample_natively
+from vlm_cases import SIZES
 
-from geo_r1.kernels import linear_logprob
 from geo_r1.models import PackedVLM, pack
-from geo_r1.rollout import SamplingConfig, generate
-from geo_r1.rollout.decoder import draw
+from geo_r1.rollout import SamplingConfig
+from geo_r1.rollout.native.decoder import draw
 
 NEVER = -1  # no token ends a completion
-
-
-@pytest.fixture(scope="module")
-def lab() -> Lab:
-    return Lab()
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +33,9 @@ def prompts(lab):
     return made
 
 
-def sampled(
-    lab, prompts, num_completions=3, *, streams=None, eos=NEVER, vlm=None, max_tokens=65536, **sampling
-):
-    return generate(
-        vlm or lab.packed,
-        prompts,
-        num_completions,
-        sampling=SamplingConfig(**{"max_new_tokens": 12, **sampling}),
-        eos_token_id=eos,
-        streams=streams or [f"7/{i}" for i in range(len(prompts))],
-        max_tokens=max_tokens,
-    )
+def sampled(lab, prompts, num_completions=3, *, eos=NEVER, vlm=None, **options):
+    options = {"max_new_tokens": 12} | options
+    return sample_natively(vlm or lab.packed, prompts, num_completions, "7", eos, **options)
 
 
 def tokens_of(groups):
@@ -82,20 +68,6 @@ def test_top_k_of_one_is_greedy(lab, prompts):
     assert tokens_of(narrow) == tokens_of(greedy)
     assert all(value == 0 for group in narrow for completion in group for value in completion.logp)
     assert all(first == second for first, second in tokens_of(greedy))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logp_equals_the_trainers(lab, prompts, temperature):
-    groups = sampled(lab, prompts, 3, temperature=temperature)
-    batch = pack(prompts, tokens_of(groups))
-    with torch.no_grad():
-        hidden, head = lab.packed.loss_rows(batch), lab.packed.lm_head
-        logp, _ = linear_logprob(hidden, head, batch.target_R, temperature=temperature)
-        vision = (hidden @ head.T / temperature).softmax(1)[:, lab.packed.vision_token_ids].sum(1)
-    got = torch.tensor([v for group in groups for c in group for v in c.logp], dtype=torch.float64)
-    assert got.min() < -2 and vision.max() > 1e-3
-    # The sampler never says vision tokens: their probability is shared out among the others.
-    torch.testing.assert_close(got, logp - torch.log1p(-vision), rtol=0, atol=2e-5)  # logits in float32
 
 
 def test_the_same_stream_says_the_same_in_any_company(lab, prompts):

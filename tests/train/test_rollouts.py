@@ -139,7 +139,7 @@ def failing(number, error):
 def test_a_sampler_that_goes_loses_nothing(number, changes, tmp_path, capfd):
     whole = runs.train(tmp_path / "whole", "grpo", **changes)
     with failing(number, EngineLost("the server at http://here does not answer")):
-        assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 2
+        assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 1
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith("geo_r1: the server at http://here does not answer; grpo goes on after step ")
     found = runs.train(tmp_path / "lost", "grpo", **changes)
@@ -162,7 +162,7 @@ def test_a_sampler_that_goes_while_it_is_given_weights_loses_nothing(staleness, 
 
     with pytest.MonkeyPatch.context() as patch, watched() as first:
         patch.setattr(CopySampler, "load", loads)
-        assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 2
+        assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 1
     assert "grpo goes on after step" in capfd.readouterr().err
     with watched() as then:
         found = runs.train(tmp_path / "lost", "grpo", **changes)
@@ -213,7 +213,7 @@ def test_one_that_loses_them_every_time_is_given_up(tmp_path, monkeypatch, capfd
         raise WeightsLost("the server at http://here has other weights")
 
     monkeypatch.setattr(CopySampler, "sample", lost)
-    assert main(runs.arguments(tmp_path / "run", "grpo", **AHEAD)) == 2
+    assert main(runs.arguments(tmp_path / "run", "grpo", **AHEAD)) == 1
     assert "http://here has other weights" in capfd.readouterr().err
 
 
@@ -414,7 +414,7 @@ def test_a_server_that_is_not_there_is_said_at_once(tmp_path, capfd):
         "rollout__patience": 0.2,
         "sft__steps": 1,
     }
-    assert main(runs.arguments(tmp_path / "run", "sft", "grpo", **changes)) == 2
+    assert main(runs.arguments(tmp_path / "run", "sft", "grpo", **changes)) == 1
     told = capfd.readouterr()
     first, tuned = (told.out.index(text) for text in (f"{url} does not answer yet", "sft 1/1"))
     assert first < tuned

@@ -1,4 +1,4 @@
-"""What needs vLLM is skipped where it is not."""
+"""Tests that need vLLM are skipped if it is not installed."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ from engine_lab import Lab, make_lab
 
 sys.path.append(str(Path(__file__).parent.parent / "models"))  # its helpers serve here too
 HERE = Path(__file__).parent
-WITHOUT = {"test_vllm_input.py"}  # needs no vLLM
+WITHOUT = {"test_requests.py"}  # needs no vLLM
 
 
 def pytest_collection_modifyitems(items):
@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
     missing = spec is None or spec.origin is None  # this folder alone looks like a package without a file
     for item in items:
         if HERE in item.path.parents:
-            # vLLM and what it imports warn of each other, differently in each version; ours stay errors.
+            # vLLM and its libraries warn about each other, differently in each version; ours stay errors.
             item.add_marker(pytest.mark.filterwarnings("ignore"))
             item.add_marker(pytest.mark.filterwarnings("error:::geo_r1"))
             if missing and item.path.name not in WITHOUT:

@@ -10,7 +10,7 @@ from geo_r1.kernels import linear_logprob
 from geo_r1.models import EncodedPrompt, PackedVLM, pack
 from geo_r1.models.tiny import build_tiny
 from geo_r1.rollout import Completion
-from geo_r1.rollout.vllm_input import write_engine_folder
+from geo_r1.rollout.vllm.requests import write_engine_folder
 
 END = 2
 
@@ -46,6 +46,11 @@ class Lab:
             logp, _ = linear_logprob(hidden, head, batch.target_R)
             vision = (hidden @ head.T).softmax(1)[:, self.vlm.vision_token_ids].sum(1)
         return logp - torch.log1p(-vision)
+
+    def assert_logp(self, prompts: list[EncodedPrompt], groups: list[list[Completion]], atol=1e-4) -> None:
+        """What the engine told of each token is what the trainer computes."""
+        told = torch.tensor([value for group in groups for c in group for value in c.logp])
+        torch.testing.assert_close(told, self.logp(prompts, groups), rtol=0, atol=atol)
 
 
 def make_lab(folder: Path) -> Lab:

@@ -1,4 +1,4 @@
-"""Prints what vLLM's environment needs besides vLLM, torch and torchvision, a requirement a line.
+"""Print the requirements of vLLM's environment besides vLLM, torch and torchvision, one a line.
 
 vLLM's CPU wheel names builds that package indexes may not have: its own of torch, and of torchaudio and
 torchcodec, for sound and video. So it is installed alone, and the rest of its requirements by name.

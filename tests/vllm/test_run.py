@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "train"))  # its rewards serve here too
-# What a model that was fine-tuned for a moment leaves to vision tokens, which samplers never say.
+# The probability that a briefly fine-tuned model leaves to vision tokens, which are never sampled.
 VISION = 6e-3
 OPTIONS = {
     "run.stages": ["sft", "grpo"],

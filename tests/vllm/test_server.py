@@ -1,11 +1,10 @@
-"""A vLLM server in processes of its own says what the policy would say, also after it was killed."""
+"""A vLLM server, in its own processes, samples from the policy, also after it was killed."""
 
 import copy
 import os
 import signal
 import socket
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
@@ -17,8 +16,8 @@ from geo_r1.models import PackedVLM
 from geo_r1.models.lora import DOWN, UP, add_lora, merged_state
 from geo_r1.rollout import SamplingConfig, generate
 from geo_r1.rollout.engine import WeightsLost
-from geo_r1.rollout.server import ServerEngine
-from geo_r1.rollout.vllm_input import cpu_options, flags, serve_command
+from geo_r1.rollout.vllm.requests import cpu_options, serve_command
+from geo_r1.rollout.vllm.server import ServerEngine
 
 MAX_LEN = 320
 MAX_SEQS = 32
@@ -32,14 +31,11 @@ class Server:
     def __init__(self, lab, log):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        options = {"enforce_eager": True, "max_num_seqs": MAX_SEQS, "kv_cache_memory_bytes": 1 << 26}
+        options = {"max_num_seqs": MAX_SEQS, "kv_cache_memory_bytes": 1 << 26, "enforce_eager": True}
         options |= {} if torch.cuda.is_available() else cpu_options(MAX_LEN)
-        environment, command = serve_command(
-            str(lab.folder), port=port, dtype="float32", max_model_len=MAX_LEN, options=flags(options)
+        environment, self.command = serve_command(
+            lab.folder, port=port, dtype="float32", max_model_len=MAX_LEN, **options
         )
-        # `vllm serve` asks for the version of a package named vllm, which the build for CPUs is not.
-        module = "vllm.entrypoints.openai.api_server"
-        self.command = [sys.executable, "-m", module, "--model", *command[2:]]
         self.environment = os.environ | environment | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         self.url, self.log, self.process = f"http://127.0.0.1:{port}", log, None
 
@@ -68,17 +64,12 @@ def engine(lab, server):
     return ServerEngine(server.url, end_token_ids=[END], vision_token_ids=vision, timeout=60, patience=300)
 
 
-def assert_logp(lab, prompts, groups):
-    told = torch.tensor([value for group in groups for c in group for value in c.logp])
-    assert (told - lab.logp(prompts, groups)).abs().max() < 1e-3
-
-
 @pytest.mark.parametrize("seed", [1, 2])
 def test_after_each_load_it_samples_from_the_policys_weights(lab, engine, seed):
     engine.load(lab.weights(seed).items())
     prompts = lab.prompts[:4]
     groups = engine.sample(prompts, 4, SAMPLING, STREAMS[:4])
-    assert_logp(lab, prompts, groups)
+    lab.assert_logp(prompts, groups, 1e-3)
     assert all(len({tuple(c.token_ids) for c in group}) == 4 for group in groups)
     assert groups == engine.sample(prompts, 4, SAMPLING, STREAMS[:4])
 
@@ -106,7 +97,7 @@ def test_adapters_alone_make_its_weights_the_policys(lab, engine):
         assert engine.holds_base == (sent is adapters)
         engine.load(sent.items(), alpha=8.0)
         groups = engine.sample(prompts, 4, SAMPLING, streams)
-        assert_logp(lab, prompts, groups)
+        lab.assert_logp(prompts, groups, 1e-3)
     engine.load(merged_state(weights.items(), 8.0))
     assert not engine.holds_base and engine.sample(prompts, 4, SAMPLING, streams) == groups
 
@@ -134,7 +125,8 @@ def test_a_load_that_broke_off_is_followed_by_a_good_one(lab, engine):
     with pytest.raises(WeightsLost):
         engine.sample(lab.prompts[:1], 1, SAMPLING, STREAMS[:1])
     engine.load(tensors.items())
-    assert_logp(lab, lab.prompts[:4], engine.sample(lab.prompts[:4], 4, SAMPLING, STREAMS[:4]))
+    prompts = lab.prompts[:4]
+    lab.assert_logp(prompts, engine.sample(prompts, 4, SAMPLING, STREAMS[:4]), 1e-3)
 
 
 def test_a_server_that_was_killed_says_the_same_when_it_is_back(lab, server, engine):

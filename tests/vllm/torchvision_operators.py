@@ -1,15 +1,15 @@
-"""Makes torchvision importable where its compiled operators cannot be: a CUDA build beside a CPU torch.
+"""Make torchvision importable without its compiled operators: a CUDA build beside a CPU torch.
 
-Its Python files then fail at the operators that they describe. Here those are declared, without a body, right
-before that. `torchvision_operators.pth` imports this file at the start of each process of the environment; so
-it imports nothing that is large, and where the operators are loaded it does nothing.
+Its Python files fail then, at the operators that they describe. This declares them first, without a body.
+`torchvision_operators.pth` imports this file whenever a process of the environment starts, so it imports
+nothing large, and does nothing if the operators are loaded.
 """
 
 import sys
 from importlib.abc import MetaPathFinder
 
 DESCRIBES = "torchvision._meta_registrations"
-SCHEMAS = (  # those that it describes whether or not they were loaded
+SCHEMAS = (  # it describes these even if they were not loaded
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )

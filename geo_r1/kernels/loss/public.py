@@ -141,8 +141,8 @@ def linear_grpo_loss(
     Args:
         hidden_RC: [R, C] float16, bfloat16, float32 or float64, the states that predict the targets.
         lm_head_VC: [V, C] same dtype and device, or float32 with narrower states; may be the embedding.
-        target_R, advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R,
-            config: see `grpo_loss`.
+        target_R, advantage_R, token_weight_R: see `grpo_loss`.
+        old_logp_R, ref_logp_R, importance_weight_R, sequence_R, config: see `grpo_loss`.
         impl: implementation, see `available_impls()`.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from uuid import uuid4
@@ -18,8 +19,8 @@ from geo_r1.models.cost import cached_bytes
 from geo_r1.models.lora import merged_state
 from geo_r1.rollout import Completion, SamplingConfig, generate
 from geo_r1.rollout.engine import Copies, RolloutEngine
-from geo_r1.rollout.http_client import HttpClient, Unavailable
-from geo_r1.rollout.vllm_input import sampling_params, write_engine_folder
+from geo_r1.rollout.vllm.http_client import HttpClient, Unavailable
+from geo_r1.rollout.vllm.requests import sampling_params, write_engine_folder
 from geo_r1.train.context import RunContext
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe, RolloutConfig
@@ -98,7 +99,7 @@ def check_rollout_engine(recipe: Recipe, num_ranks: int) -> None:
         return
     if recipe.model.dtype == "float64":
         raise UserError("vLLM computes in float32 or bfloat16, not in model.dtype = float64")
-    sampling_params(sampling_of(rollout), 1, 0, (), ())  # raises for what vLLM would refuse
+    sampling_params(sampling_of(rollout), 1, "", (), ())  # raises for what vLLM would refuse
     if rollout.server_url is not None:
         return
     if find_spec("vllm") is None:
@@ -115,8 +116,9 @@ def look_for_server(rollout: RolloutConfig, say: Callable[[str], object]) -> Non
     """Warn at the start of a run, not hours later, if the server does not answer yet."""
     if rollout.server_url is None:
         return
+    http = HttpClient(rollout.server_url, SECONDS_TO_LOOK)
     try:
-        HttpClient(rollout.server_url, SECONDS_TO_LOOK).probe("/health")
+        http.run(partial(http.status, "/health"))
     except Unavailable as error:
         seconds = f"{rollout.patience:.0f} s"
         say(f"{rollout.server_url} does not answer yet ({error}); GRPO will wait {seconds} for it")
@@ -128,7 +130,8 @@ def open_rollout_queue(
     """The queue of a stage's rollouts, which the caller closes.
 
     Raises:
-        UserError: vLLM is not installed, cannot run the model, or its server does not answer.
+        UserError: vLLM is not installed, or cannot run the model.
+        EngineLost: its server does not answer.
     """
     engine = _open_engine(context, policy, config)
     seed = context.recipe.run.seed
@@ -145,7 +148,7 @@ def _open_engine(context: RunContext, policy: Policy, config: GRPOConfig) -> Rol
         return kind(policy, ends, recipe)
     tokens: dict[str, Any] = {"end_token_ids": ends, "vision_token_ids": vlm.vision_token_ids}
     if recipe.server_url is not None:
-        from geo_r1.rollout.server import ServerEngine
+        from geo_r1.rollout.vllm.server import ServerEngine
 
         name = ranks.gather(uuid4().hex)[0]
         return ServerEngine(
@@ -156,7 +159,7 @@ def _open_engine(context: RunContext, policy: Policy, config: GRPOConfig) -> Rol
             say=context.log.say,
             **tokens,
         )
-    from geo_r1.rollout.vllm import VLLMEngine
+    from geo_r1.rollout.vllm.in_process import VLLMEngine
 
     folder = context.run_dir / "rollout-model"
     if ranks.is_main:

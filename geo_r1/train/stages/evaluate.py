@@ -98,21 +98,16 @@ def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def _record(prediction: Prediction) -> dict[str, Any]:
-    return {
-        "id": prediction.id,
-        "city": prediction.city,
-        "answer": prediction.answer,
-        "prediction": prediction.choice,
-        "correct": prediction.correct,
-        "well_formed": prediction.well_formed,
-        "completion": prediction.text,
-        "completion_length": len(prediction.completion.token_ids),
+    read = {
+        name: prediction.record[name] for name in ("city", "answer", "prediction", "correct", "well_formed")
     }
+    said = {"completion": prediction.text, "completion_length": len(prediction.completion.token_ids)}
+    return {"id": prediction.id, **read, **said}
 
 
 def _label(index: int, num_images: int, prediction: Prediction) -> str:
     """What a picture is called: a panorama and as many tiles as choices, or just a number."""
-    if num_images != prediction.num_choices + 1:
+    if num_images != prediction.record["num_choices"] + 1:
         return f"image {index + 1}"
     return ascii_uppercase[index - 1] if index else "panorama"
 

@@ -1,4 +1,4 @@
-"""vLLM in this process says what the policy would say, with its weights and its log-probabilities."""
+"""vLLM in this process samples from the policy: its weights, its log-probabilities."""
 
 import dataclasses
 import random
@@ -12,7 +12,7 @@ from engine_lab import END
 from vlm_cases import sample
 
 from geo_r1.rollout import SamplingConfig, generate
-from geo_r1.rollout.vllm import VLLMEngine
+from geo_r1.rollout.vllm.in_process import VLLMEngine
 
 MAX_LEN = 320
 
@@ -24,9 +24,8 @@ def engine_of(lab, **options):
         "max_num_seqs": 64,
         "kv_cache_bytes": 1 << 26,
     }
-    return VLLMEngine(
-        lab.folder, end_token_ids=[END], vision_token_ids=lab.vlm.vision_token_ids, **settings | options
-    )
+    settings |= {"end_token_ids": [END], "vision_token_ids": lab.vlm.vision_token_ids}
+    return VLLMEngine(lab.folder, **settings | options)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +48,8 @@ def test_logp_is_the_trainers_after_each_load(lab, engine, seed):
     engine.load(lab.weights(seed).items())
     prompts = [*lab.prompts[:6], lab.encoder.encode(sample("Which way is north?", name="text"))]
     groups = engine.sample(prompts, 4, SamplingConfig(max_new_tokens=40), streams(7))
-    got = torch.tensor([value for group in groups for c in group for value in c.logp])
-    assert got.min() < -3
-    torch.testing.assert_close(got, lab.logp(prompts, groups), rtol=0, atol=1e-4)
+    lab.assert_logp(prompts, groups)
+    assert min(value for group in groups for c in group for value in c.logp) < -3
     for completion in (c for group in groups for c in group):
         assert completion.ended == (completion.token_ids[-1] == END) == (END in completion.token_ids)
         assert completion.ended or len(completion.token_ids) == 40
@@ -71,10 +69,8 @@ def test_logp_is_of_what_was_drawn_from(lab, engine):
     assert 3 <= len(share) <= 5 and sum(np.exp(list(share.values()))) == pytest.approx(1, abs=0.2)
     nucleus = engine.sample(prompts[:1], 64, SamplingConfig(top_p=0.3, max_new_tokens=1), ["p"])[0]
     share = {c.token_ids[0]: c.logp[0] for c in nucleus}
-    full = {
-        c.token_ids[0]: c.logp[0]
-        for c in engine.sample(prompts[:1], 64, SamplingConfig(max_new_tokens=1), ["p"])[0]
-    }
+    whole = engine.sample(prompts[:1], 64, SamplingConfig(max_new_tokens=1), ["p"])[0]
+    full = {c.token_ids[0]: c.logp[0] for c in whole}
     for token in share.keys() & full.keys():
         assert share[token] > full[token] + 0.5
 
@@ -130,8 +126,7 @@ def test_weights_that_do_not_fit_are_named(lab, engine):
         engine.load([*weights.items(), (lost, weights[lost])])
     engine.load(weights.items())  # and it is whole again
     groups = engine.sample(lab.prompts[:2], 2, SamplingConfig(max_new_tokens=8), streams(2))
-    got = torch.tensor([value for group in groups for c in group for value in c.logp])
-    torch.testing.assert_close(got, lab.logp(lab.prompts[:2], groups), rtol=0, atol=1e-4)
+    lab.assert_logp(lab.prompts[:2], groups)
 
 
 def test_prompts_that_cannot_be_said_are_named(lab, engine):
@@ -141,9 +136,8 @@ def test_prompts_that_cannot_be_said_are_named(lab, engine):
     with pytest.raises(ValueError, match=rf"sample {good.sample_id}: 6 images .* 0 kept.*keep_pictures"):
         engine.sample([good, bare], 2, SamplingConfig(max_new_tokens=8), streams(2))
     length = len(good.token_ids)
-    with pytest.raises(
-        ValueError, match=rf"sample {good.sample_id}: .* {length} tokens .* max_model_len = {MAX_LEN}"
-    ):
+    told = rf"sample {good.sample_id}: .* {length} tokens .* max_model_len = {MAX_LEN}"
+    with pytest.raises(ValueError, match=told):
         engine.sample([good], 1, SamplingConfig(max_new_tokens=MAX_LEN - length + 1), ["s"])
     shrunk = dataclasses.replace(good, pictures=tuple(p[:28, :28] for p in good.pictures))
     with pytest.raises(ValueError, match=rf"sample {good.sample_id}: vLLM reads a prompt of \d+ tokens"):
@@ -157,14 +151,11 @@ def test_prompts_that_cannot_be_said_are_named(lab, engine):
 def test_pictures_of_any_size_keep_it(lab, engine):
     """One token, one so narrow that it is over the limit on pixels, and one at that limit."""
     engine.load(lab.weights(9).items())
-    prompts = [
-        lab.encoder.encode(sample(size, "Where?", name=str(size)))
-        for size in ((28, 28), (15, 2500), (400, 300))
-    ]
+    sizes = ((28, 28), (15, 2500), (400, 300))
+    prompts = [lab.encoder.encode(sample(size, "Where?", name=str(size))) for size in sizes]
     assert [len(p.image_rows) for p in prompts] == [1, 103, 54]
     groups = engine.sample(prompts, 2, SamplingConfig(max_new_tokens=8), streams(3))
-    got = torch.tensor([value for group in groups for c in group for value in c.logp])
-    torch.testing.assert_close(got, lab.logp(prompts, groups), rtol=0, atol=1e-4)
+    lab.assert_logp(prompts, groups)
 
 
 def test_the_trainer_keeps_its_threads_and_its_dice(lab, engine):
@@ -200,8 +191,7 @@ def test_a_closed_engine_makes_room_for_another(lab, engine, tmp_path):
         assert torch.equal(dice[0], torch.get_rng_state()) and dice[1] == random.getstate()
         second.load(lab.weights(11).items())
         groups = second.sample(lab.prompts[:2], 2, SamplingConfig(max_new_tokens=8), streams(2))
-        got = torch.tensor([value for group in groups for c in group for value in c.logp])
-        torch.testing.assert_close(got, lab.logp(lab.prompts[:2], groups), rtol=0, atol=1e-4)
+        lab.assert_logp(lab.prompts[:2], groups)
         second.close()
         assert dist.is_initialized()
     finally:

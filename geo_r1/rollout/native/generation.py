@@ -1,11 +1,11 @@
-"""Sampling in process: a prompt and its pictures are computed once, for all completions of its group.
+"""The native sampler: it computes a prompt and its pictures once, for all completions of the group.
 
-Completions that have ended make room for those that wait: prompts are prefilled, by the attention that
-training uses, when there is room for one of their completions, and held until their last one has ended.
+Completions that have ended make room for those that wait. A prompt is prefilled, by training's attention,
+when there is room for one of its completions, and held until the last of them has ended.
 
-Every completion draws from a random stream of its own, named by its prompt's stream and its index: what it
-says does not depend on which prompts share its batch, on the number of ranks, or on the order of work, up to
-the rounding of products of other shapes: a draw that falls within it of a boundary may turn.
+Every completion draws from its own random stream, named by its prompt's stream and its index. So its tokens
+do not depend on the prompts beside it, the number of ranks, or the order of work, except that products of
+other shapes round differently: a draw that close to a boundary may turn.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from geo_r1.models import EncodedPrompt, PackedVLM
-from geo_r1.rollout.cache import CacheSize, GroupCache, compact
-from geo_r1.rollout.decoder import Decoder
-from geo_r1.rollout.graphs import CudaGraphs, run_eagerly
+from geo_r1.rollout.native.cache import CacheSize, GroupCache, compact
+from geo_r1.rollout.native.decoder import Decoder
+from geo_r1.rollout.native.graphs import CudaGraphs, run_eagerly
 from geo_r1.rollout.sampling import Completion, SamplingConfig
 
-SPARE_LANES = 1.5  # prompts held for each that rows suffice for: stragglers of a group leave rows to the next
+SPARE_LANES = (
+    1.5  # prompts held per prompt that the rows suffice for: a group's stragglers leave rows to the next
+)
 
 
 @torch.no_grad()
@@ -45,16 +47,15 @@ def generate(
         prompts: encoded prompts.
         eos_token_id: the token, or tokens, that end a completion.
         streams: names of the prompts' random streams, such as "seed/position"; the same name draws the same.
-        max_tokens: cached tokens held at a time: prompts once, each as long as the longest, and completions
-            at full length. Where not all fit, those that wait take the place of those that have ended, with
-            the same result.
+        max_tokens: cached tokens at a time: prompts once, each as long as the longest, and completions at
+            full length. If not all fit, some wait until others have ended; the result is the same.
         cuda_graphs: decode by CUDA graphs. Off by default: they have not run on a GPU yet.
 
     Returns:
         For each prompt, its completions. Vision tokens never occur in them.
 
     Raises:
-        ValueError: one prompt with one completion does not fit `max_tokens`; or `cuda_graphs` without a GPU.
+        ValueError: a prompt with one completion does not fit `max_tokens`; or `cuda_graphs` without a GPU.
     """
     if cuda_graphs and vlm.device.type != "cuda":
         raise ValueError(f"cuda_graphs needs a model on a GPU, this one is on the {vlm.device.type}")
@@ -69,7 +70,7 @@ def generate(
             for size, groups in _runs(vlm, prompts, num_completions, sampling.max_new_tokens, max_tokens):
                 decoder = Decoder(vlm, sampling, ends, GroupCache(size, vlm.device, fixed=cuda_graphs))
                 launch = CudaGraphs() if cuda_graphs else run_eagerly
-                results |= _Run(decoder, launch, prompts, streams, groups, num_completions).complete()
+                results |= _Run(decoder, launch, prompts, streams, deque(groups), num_completions).complete()
     finally:
         vlm.model.train(training)
     return [[results[group, i] for i in range(num_completions)] for group in range(len(prompts))]
@@ -78,10 +79,10 @@ def generate(
 def _runs(
     vlm: PackedVLM, prompts: Sequence[EncodedPrompt], num_completions: int, row_len: int, max_tokens: int
 ) -> Iterator[tuple[CacheSize, list[int]]]:
-    """What is sampled with one cache: all prompts if they fit at once.
+    """Cache sizes, and the prompts that share each cache: all prompts if they fit at once.
 
-    If not, prompts of which none is under half as long as another, longest first: short ones do not wait in
-    lanes made for a long one.
+    Otherwise no prompt shares a cache with one over twice as long, and the longest go first: short prompts
+    do not wait in lanes made for a long one.
     """
     config = vlm.model.config.text_config
 
@@ -107,7 +108,7 @@ def _runs(
 
 @dataclass(eq=False)
 class _Group:
-    """A prompt that is held: its completions that have not begun, and how many are being said."""
+    """A prompt in the cache: its completions that have not begun, and how many are in progress."""
 
     index: int
     waiting: deque[int]
@@ -117,40 +118,39 @@ class _Group:
 
 @dataclass(eq=False)
 class _Row:
-    """A completion that is being said, and the tokens of it that were drawn."""
+    """A completion in progress, and how many of its tokens were drawn."""
 
     group: _Group
     index: int
     said: int = 0
 
 
+@dataclass(eq=False)
 class _Run:
-    """The completions of some prompts, from the first to the last, through one cache."""
+    """Samples all completions of some prompts through one cache."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        launch: Callable[..., None],
-        prompts: Sequence[EncodedPrompt],
-        streams: Sequence[str],
-        groups: Sequence[int],
-        num_completions: int,
-    ) -> None:
-        self.decoder, self.cache, self.launch = decoder, decoder.cache, launch
-        self.prompts, self.streams, self.num_completions = prompts, streams, num_completions
-        self.queue = deque(groups)
-        self.num_results = len(groups) * num_completions
-        self.held: list[_Group] = []  # in the order of the cache's lanes
-        self.rows: list[_Row] = []  # in the order of the cache's rows
-        self.results: dict[tuple[int, int], Completion] = {}
+    decoder: Decoder
+    launch: Callable[..., None]
+    prompts: Sequence[EncodedPrompt]
+    streams: Sequence[str]
+    queue: deque[int]  # indices of prompts that have not begun
+    num_completions: int
+    held: list[_Group] = field(default_factory=list)  # in the order of the cache's lanes
+    rows: list[_Row] = field(default_factory=list)  # in the order of the cache's rows
+    results: dict[tuple[int, int], Completion] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> GroupCache:
+        return self.decoder.cache
 
     def complete(self) -> dict[tuple[int, int], Completion]:
-        """Completions by prompt and index."""
+        """All completions, by prompt and index."""
+        num_results = len(self.queue) * self.num_completions
         while True:
             changed = self._admit()
             self.launch(self.decoder.draw, self.cache.rows_read(len(self.rows)))
             changed |= self._collect()
-            if len(self.results) == self.num_results:
+            if len(self.results) == num_results:
                 return self.results
             if not self.rows:
                 continue
@@ -160,7 +160,7 @@ class _Run:
             self.launch(self.decoder.run, self.cache.extent([row.said for row in self.rows]))
 
     def _admit(self) -> bool:
-        """Let what waits begin where there is room; True if anything did."""
+        """Begin completions that wait, if there is room; True if any began."""
         size = self.cache.size
         opened: list[_Group] = []
         entering: list[_Row] = []
@@ -191,7 +191,7 @@ class _Run:
         return bool(entering)
 
     def _collect(self) -> bool:
-        """Take out what the last token ended, or cut off; True if anything was."""
+        """Take out completions that the last token ended or cut off; True if there were any."""
         row_len = self.cache.size.row_len
         ended = self.decoder.ended[: len(self.rows)].tolist()  # the one wait of a step
         for row in self.rows:

@@ -1,14 +1,14 @@
-"""Keys and values while sampling: each prompt once, in a lane; each completion's own tokens apart, in a row.
+"""Keys and values while sampling: each prompt once, in a lane; each completion's own tokens in a row.
 
-Lanes and rows are allocated once. Those in use stand first, so a step's products are views of them: what ends
-leaves a hole, and the last one moves in. A step attends from one new token a row to the lane of its prompt,
-which its siblings share, and to the row's own past. The two parts are softmaxes of their own, merged by their
-largest scores and sums:
+Lanes and rows are allocated once. Those in use stand first, so that a step's products take views of them:
+when one ends, the last one moves into its place. In a step one new token a row attends to the lane of its
+prompt, which its siblings share, and to the row's own past. Each part is a softmax; their largest scores and
+sums merge them:
 
     out = (exp(m_lane - m) o_lane + exp(m_own - m) o_own) / (exp(m_lane - m) s_lane + exp(m_own - m) s_own)
     o = sum_j exp(scale q k_j - m_part) v_j,   s = sum_j exp(scale q k_j - m_part),   m = max(m_lane, m_own)
 
-Rows of one lane sit on its seats: the product with a lane reads its keys once for all of them.
+The rows of a lane sit on its seats, so the product with a lane reads its keys once for all of them.
 
 Source: shared-prefix attention as in Hydragen, arXiv:2402.05099.
 """
@@ -27,7 +27,7 @@ from geo_r1.models.packed import to_device
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a cache holds at a time.
+    """The size of a cache.
 
     Attributes:
         rows: completions.
@@ -50,13 +50,13 @@ class CacheSize:
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of a cache a step reads.
+    """The part of a cache that a step reads.
 
     Attributes:
         rows, lanes: the first ones.
         seats: of each lane.
         width: tokens of each lane; `ragged` if some of these lanes are shorter.
-        own: tokens of each row, the new one included; `uneven` if some of these rows have said less.
+        own: tokens of each row, the new one included; `uneven` if some of these rows are shorter.
     """
 
     rows: int
@@ -72,17 +72,15 @@ class GroupCache:
     """The cache of one run of the sampler.
 
     Args:
-        size: what it holds.
-        device: where.
-        fixed: let a step read rows and lanes by halves of their number, and of these everything, behind
-            masks: few shapes, at the price of reading what is empty. Otherwise exactly what is in use.
+        fixed: a step reads all rows and lanes, or half of them, a quarter and so on, at full length behind
+            masks: few shapes, but empty places are read. Otherwise it reads exactly the part in use.
     """
 
     def __init__(self, size: CacheSize, device: torch.device, fixed: bool = False) -> None:
         self.size, self.device, self.fixed = size, device, fixed
         self.lanes: Tensor | None = None  # [layers, k and v, lanes, K, lane_len, D]
         self.own: Tensor  # [layers, k and v, rows, K, row_len, D]
-        # A lane that was never filled, which fixed shapes read, too, has one token of zeros.
+        # A lane that was never filled has one token of zeros: fixed shapes read it, too.
         self.lane_len = torch.ones(size.lanes, dtype=torch.int64, device=device)
         self.lens: list[int] = []  # of the lanes in use
         self.seat_of_row = torch.zeros(size.rows, dtype=torch.int64, device=device)
@@ -102,20 +100,20 @@ class GroupCache:
         self.lens += lengths
 
     def fill(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        """Store what a layer makes of the prompts that were opened last."""
+        """Store a layer's keys and values of the prompts that were opened last."""
         size, dim = self.size, k_TKD.shape[2]
-        if self.lanes is None:  # zeros: what a mask hides must be finite
+        if self.lanes is None:  # zeros: values behind a mask must be finite
             self.lanes = k_TKD.new_zeros(size.layers, 2, size.lanes, size.heads, size.lane_len, dim)
             self.own = k_TKD.new_zeros(size.layers, 2, size.rows, size.heads, size.row_len, dim)
         for stored, new in zip(self.lanes[layer], (k_TKD, v_TKD), strict=True):
             stored.view(-1, dim).index_copy_(0, self._places, new.reshape(-1, dim))
 
     def move_rows(self, source: Tensor, target: Tensor, own: int) -> None:
-        """Move rows, of at most `own` tokens, into others' places."""
+        """Move rows, of at most `own` tokens, to other places."""
         self.own[:, :, target, :, :own] = self.own[:, :, source, :, :own]
 
     def close(self, moves: Sequence[tuple[int, int]], num_kept: int) -> None:
-        """Move lanes into others' places, (from, to) of each, then keep the first ones."""
+        """Move lanes to other places, (from, to) of each, then keep the first ones."""
         assert self.lanes is not None
         for old, new in moves:
             self.lanes[:, :, new] = self.lanes[:, :, old]
@@ -124,7 +122,7 @@ class GroupCache:
         del self.lens[num_kept:]
 
     def seat(self, lane_of_row: Sequence[int]) -> None:
-        """Say which lane each row in use has; to be called when that changed."""
+        """Set the lane of each row in use; call it when one changed."""
         taken = [0] * len(self.lens)
         seats = []
         for lane in lane_of_row:
@@ -132,7 +130,7 @@ class GroupCache:
             taken[lane] += 1
         self._num_seats = self.size.seats if self.fixed else max(taken)
         places = [lane * self._num_seats + seat for lane, seat in zip(lane_of_row, seats, strict=True)]
-        occupants = [0] * len(self.row_of_seat)  # on a free seat sits row 0: nobody reads what it gets
+        occupants = [0] * len(self.row_of_seat)  # row 0 sits on free seats: their results are not read
         for row, place in enumerate(places):
             occupants[place] = row
         places += [0] * (self.size.rows - len(places))
@@ -140,11 +138,11 @@ class GroupCache:
         self.row_of_seat.copy_(to_device(torch.tensor(occupants), self.device))
 
     def rows_read(self, num_rows: int) -> int:
-        """How many rows a step reads to have these."""
+        """The number of rows that a step reads for these."""
         return _halved(num_rows, self.size.rows) if self.fixed else num_rows
 
     def extent(self, said: Sequence[int]) -> Extent:
-        """What the next step reads, where rows have said that many tokens, the new one included."""
+        """The part that the next step reads, if rows have these numbers of tokens, the new one included."""
         if self.fixed:
             rows, lanes = self.rows_read(len(said)), _halved(len(self.lens), self.size.lanes)
             return Extent(rows, lanes, self._num_seats, self.size.lane_len, True, self.size.row_len, True)
@@ -152,7 +150,7 @@ class GroupCache:
         return Extent(len(said), len(self.lens), self._num_seats, max(self.lens), ragged, max(said), uneven)
 
     def begin(self, extent: Extent, step: Tensor) -> None:
-        """Get ready for a step whose new tokens are these of their rows, counted from 0: [rows] int64."""
+        """Prepare a step; its new tokens have these places in their rows, [rows] int64."""
         self._extent, self._step = extent, step
         self._lane_hidden = self._own_hidden = None
         if extent.ragged:
@@ -163,7 +161,7 @@ class GroupCache:
             self._own_hidden = (token > step[:, None])[:, None, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """One new token a row: q [n, H, D], k and v [n, K, D]; returns [n, H, D]."""
+        """Attend from one new token a row: q [n, H, D], k and v [n, K, D]; returns [n, H, D]."""
         assert self.lanes is not None
         now = self._extent
         own_k, own_v = self.own[layer, :, : now.rows]
@@ -196,7 +194,7 @@ class GroupCache:
 def _part(
     q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A part's o, s and m, [.., queries, D or 1], float32 at least; nothing is seen where `hidden`."""
+    """A part's o, s and m, [.., queries, D or 1], float32 at least; `hidden` masks keys."""
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     if hidden is not None:
         scores.masked_fill_(hidden, -torch.inf)
@@ -213,7 +211,7 @@ def _halved(count: int, limit: int) -> int:
 
 
 def compact(items: list[Any], gone: Sequence[int]) -> list[tuple[int, int]]:
-    """Take out the items of these places; the last ones move in: (from, to) of each."""
+    """Remove the items at these places and move the last ones there; returns (from, to) of each move."""
     left_out, num_kept = set(gone), len(items) - len(gone)
     source = [i for i in range(num_kept, len(items)) if i not in left_out]
     moves = list(zip(source, sorted(i for i in left_out if i < num_kept), strict=True))

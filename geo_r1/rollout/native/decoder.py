@@ -1,4 +1,4 @@
-"""A step of sampling on the device: what was drawn through the text layers, then the next token."""
+"""A step of sampling on the device: drawn tokens go through the text layers, then the next are drawn."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from geo_r1.kernels import packed_attention
 from geo_r1.models import EncodedPrompt, PackedVLM, pack
 from geo_r1.models.packed import to_device
-from geo_r1.rollout.cache import Extent, GroupCache
+from geo_r1.rollout.native.cache import Extent, GroupCache
 from geo_r1.rollout.sampling import SamplingConfig
 
 
 class Decoder:
-    """What a step works on, on the device; rows in use stand first, as in the cache."""
+    """The state of a step, on the device; rows in use stand first, as in the cache."""
 
     def __init__(
         self, vlm: PackedVLM, sampling: SamplingConfig, ends: Sequence[int], cache: GroupCache
@@ -34,7 +34,7 @@ class Decoder:
         self.token_ids = torch.zeros(rows, row_len, dtype=torch.int64, device=device)
         self.logp = torch.zeros(rows, row_len, dtype=exact, device=device)
         self.start = torch.zeros(rows, dtype=torch.int64, device=device)  # position of the first token
-        self.step = torch.zeros_like(self.start)  # tokens said, up to the row's last place
+        self.step = torch.zeros_like(self.start)  # tokens drawn, up to the row's last place
         self.token = torch.zeros_like(self.start)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
 
@@ -50,7 +50,7 @@ class Decoder:
         return self.vlm.hidden_states(batch, attend)[batch.layout.cu_group[1:].long() - 1]
 
     def enter(self, first: int, hidden: Tensor, start: Sequence[int], names: Sequence[str]) -> None:
-        """Let completions begin, in the rows from `first` on."""
+        """Begin completions in the rows from `first` on."""
         rows = slice(first, first + len(names))
         uniform = np.stack([_uniform(name, self.cache.size.row_len) for name in names])
         self.hidden[rows] = hidden
@@ -59,7 +59,7 @@ class Decoder:
         self.step[rows] = 0
 
     def draw(self, rows: int) -> None:
-        """The next token of the first rows, and whether it ends them."""
+        """Draw the next token of the first rows, and note whether it ends them."""
         step = self.step[:rows, None]
         logits = (self.hidden[:rows] @ self.head).to(self.logp.dtype)
         logits.index_fill_(1, self.forbidden, -math.inf)
@@ -70,13 +70,13 @@ class Decoder:
         self.ended[:rows] = (token[:, None] == self.ends).any(1)
 
     def run(self, extent: Extent) -> None:
-        """What was drawn through the text layers."""
+        """Run the drawn tokens through the text layers."""
         rows = slice(extent.rows)
         step = self.step[rows]
         self.cache.begin(extent, step)
         position = (self.start[rows] + step).expand(3, -1)
         self.hidden[rows] = self.vlm.run_text(self.embed(self.token[rows]), position, self.cache.attend)
-        # A row that nobody uses is run on where shapes are fixed; it stays within its bounds.
+        # With fixed shapes unused rows are run as well; they stay within their bounds.
         self.step[rows] = (step + 1).clamp_(max=self.cache.size.row_len - 1)
 
     def read(self, rows: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
@@ -85,7 +85,7 @@ class Decoder:
         return self.token_ids[index].tolist(), self.logp[index].tolist()
 
     def move_rows(self, moves: Sequence[tuple[int, int]], own: int) -> None:
-        """Move rows, of at most `own` tokens in the cache, into others' places: (from, to) of each."""
+        """Move rows, of at most `own` tokens in the cache, to other places: (from, to) of each."""
         source, target = to_device(torch.tensor(moves), self.vlm.device).T
         for x in (self.uniform, self.token_ids, self.logp, self.start, self.step, self.token):
             x[target] = x[source]

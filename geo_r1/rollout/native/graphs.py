@@ -1,4 +1,4 @@
-"""A decoding step as CUDA graphs: launched as one, where launching its kernels takes longer than they do."""
+"""A decoding step as CUDA graphs: one launch, where launching each kernel takes longer than running it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class CudaGraphs:
-    """Calls functions of hashable arguments; from the second call with the same ones on, by a graph.
+    """Calls functions of hashable arguments; repeated calls with the same ones replay a graph.
 
     A function works on tensors that stay where they are, and launches the same work for the same arguments.
-    The first call runs as usual, on a stream beside, which is the warm-up that capturing asks for.
+    Its first call runs as usual, on a side stream: that is the warm-up that a capture needs.
     """
 
     def __init__(self) -> None:
@@ -34,5 +34,5 @@ class CudaGraphs:
 
 
 def run_eagerly(function: Callable[..., None], *args: Hashable) -> None:
-    """What `CudaGraphs` stands in for."""
+    """Call a function without a graph, as `CudaGraphs` does with one."""
     function(*args)

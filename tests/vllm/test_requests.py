@@ -1,4 +1,4 @@
-"""What vLLM is given is whole and says what is wrong with it; these tests need no vLLM."""
+"""Input for vLLM is whole, and mistakes in it are named; these tests need no vLLM."""
 
 import json
 
@@ -12,15 +12,14 @@ from vlm_cases import sample
 
 from geo_r1.data import PromptEncoder
 from geo_r1.rollout import Completion, SamplingConfig
-from geo_r1.rollout.vllm_input import (
+from geo_r1.rollout.vllm.requests import (
     FORBIDDEN,
-    CheckedWeights,
-    expected_weights,
     read_completions,
     sampling_params,
     seed_of,
     write_engine_folder,
 )
+from geo_r1.rollout.vllm.weights import CheckedWeights, expected_weights
 
 
 def test_a_folder_holds_all_but_weights_and_is_replaced_whole(lab):
@@ -74,16 +73,16 @@ def test_weights_that_fit_pass_and_the_others_are_named():
 
 
 def test_a_request_says_all_that_matters():
-    fields = sampling_params(SamplingConfig(0.7, 0.9, 20, 64), 8, 5, {7, END}, [4, 3])
-    assert fields["n"] == 8 and fields["seed"] == 5 and fields["max_tokens"] == 64
+    fields = sampling_params(SamplingConfig(0.7, 0.9, 20, 64), 8, "7/5", {7, END}, [4, 3])
+    assert fields["n"] == 8 and fields["seed"] == seed_of("7/5") and fields["max_tokens"] == 64
     assert (fields["temperature"], fields["top_p"], fields["top_k"]) == (0.7, 0.9, 20)
     assert fields["stop_token_ids"] == [END, 7] and fields["ignore_eos"]
     assert fields["logit_bias"] == {3: FORBIDDEN, 4: FORBIDDEN}
     assert json.loads(json.dumps(fields))["logit_bias"] == {"3": FORBIDDEN, "4": FORBIDDEN}
-    assert sampling_params(SamplingConfig(0.0), 8, 5, [END], [])["n"] == 1
+    assert sampling_params(SamplingConfig(0.0), 8, "7/5", [END], [])["n"] == 1
     for temperature in (0.001, 2.1):
         with pytest.raises(ValueError, match=rf"0 or 0\.01 to 2\.0, not {temperature}"):
-            sampling_params(SamplingConfig(temperature), 8, 5, [END], [])
+            sampling_params(SamplingConfig(temperature), 8, "7/5", [END], [])
 
 
 def test_seeds_leave_room_for_the_completions_index():
