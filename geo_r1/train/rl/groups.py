@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from geo_r1.rewards import RewardFunction
-from geo_r1.rollout import score_groups
+from geo_r1.rewards import RewardFunction, score_groups
 from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.context import RunContext
 from geo_r1.train.group import Group
