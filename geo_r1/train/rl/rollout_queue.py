@@ -181,12 +181,12 @@ class RolloutQueue:
         mine = [draw.positions[i] for i in ranks.share(len(draw.positions))]
         upcoming = [following + i for i in ranks.share(self.num_prompts)]
         with phases("data"):
-            for item in self.loader.load(mine, [upcoming]):
-                if item is None:
-                    continue
-                for option, most in self.budgets.items():
-                    item.prompt.check_budget(self.sampling.max_new_tokens, most, option)
-                draw.groups.append(Group(item.sample, item.prompt, position=item.position))
+            for position, item in zip(mine, self.loader.load(mine, [upcoming]), strict=True):
+                if item is not None:
+                    draw.groups.append(Group(*item, position=position))
+        for group in draw.groups:
+            for option, most in self.budgets.items():
+                group.prompt.check_budget(self.sampling.max_new_tokens, most, option)
 
     def _begin(self, draw: _Draw, phases: Phases) -> Future[list[list[Completion]]]:
         def answer() -> list[list[Completion]]:

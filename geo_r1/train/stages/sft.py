@@ -42,11 +42,12 @@ def run_sft(
     def step(updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
         progress = updater.progress
         with phases("data"):
-            drawn = loader.load(positions(progress.drawn), [positions(progress.drawn + config.batch_size)])
+            first = progress.drawn
             progress.drawn += config.batch_size
+            drawn = loader.load(positions(first), [positions(progress.drawn)])
             groups = [
-                Group(item.sample, item.prompt, [response_of(item.sample)], item.position)
-                for item in drawn
+                Group(*item, [response_of(item[0])], position)
+                for position, item in zip(positions(first), drawn, strict=True)
                 if item is not None
             ]
             option = f"{stage}.optim.max_tokens"
