@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
 
 from geo_r1.data.prompt import PromptEncoder
@@ -24,15 +23,6 @@ class LoaderOptions(Protocol):
 
     @property
     def cache_mib(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A sample, its place in the training order, and its prompt."""
-
-    position: int
-    sample: Sample
-    prompt: EncodedPrompt
 
 
 class PromptLoader:
@@ -86,7 +76,9 @@ class PromptLoader:
         if self._workers is not None:
             self._workers.close()
 
-    def load(self, positions: Sequence[int], upcoming: Sequence[Sequence[int]] = ()) -> list[Encoded | None]:
+    def load(
+        self, positions: Sequence[int], upcoming: Sequence[Sequence[int]] = ()
+    ) -> list[tuple[Sample, EncodedPrompt] | None]:
         """Samples and prompts at these positions; None where a prompt is too long and `on_overlong` is skip.
 
         Args:
@@ -112,7 +104,7 @@ class PromptLoader:
             prepared = [self._futures[position].result() for position in positions]
             self._futures = {position: self._futures[position] for position in ahead}
         return [
-            None if prompt is None else Encoded(position, sample or self._draw(position), prompt)
+            None if prompt is None else (sample or self._draw(position), prompt)
             for position, (sample, prompt) in zip(positions, prepared, strict=True)
         ]
 

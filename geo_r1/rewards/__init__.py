@@ -13,7 +13,14 @@ from geo_r1.rewards.builtin import (
     overlong,
     repetition,
 )
-from geo_r1.rewards.scoring import RewardError, RewardFunction, RewardTable, load_reward, score
+from geo_r1.rewards.scoring import (
+    RewardError,
+    RewardFunction,
+    RewardTable,
+    load_reward,
+    score,
+    score_groups,
+)
 
-__all__ = ["REWARDS", "RewardError", "RewardFunction", "RewardTable", "load_reward", "score"]
+__all__ = ["REWARDS", "RewardError", "RewardFunction", "RewardTable", "load_reward", "score", "score_groups"]
 __all__ += ["accuracy", "format_reward", "length", "length_published", "overlong", "repetition"]

@@ -127,6 +127,39 @@ def score(
     return RewardTable(per_function, total)
 
 
+def score_groups(
+    functions: Mapping[str, RewardFunction],
+    weights: Mapping[str, float],
+    tokenizer: Any,
+    samples: Sequence[Any],
+    groups: Sequence[Sequence[Any]],
+) -> RewardTable:
+    """Score every completion, group after group.
+
+    A sample's metadata, answer and prompt reach the functions by name.
+
+    Args:
+        functions, weights: as in `score`.
+        tokenizer: decodes completions into the texts that are scored, without special tokens.
+        samples: the `Sample` of each group.
+        groups: the completions of each sample, with their `token_ids`.
+
+    Raises:
+        UserError: as `score`; or the samples have a column named prompts.
+    """
+    owners = [sample for sample, group in zip(samples, groups, strict=True) for _ in group]
+    names = sorted({name for sample in samples for name in sample.metadata})
+    columns: dict[str, list[Any]] = {name: [owner.metadata.get(name) for owner in owners] for name in names}
+    if "prompts" in names:
+        raise UserError("column 'prompts' has the name of an argument of reward functions; rename it")
+    columns["answer"] = [owner.answer for owner in owners]
+    columns["prompts"] = [list(owner.messages) for owner in owners]
+    token_ids = [completion.token_ids for group in groups for completion in group]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in token_ids]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]  # as TRL passes them to chats
+    return score(functions, weights, completions, token_ids, columns)
+
+
 def _number_or_none(name: str, index: int, value: Any) -> float | None:
     if value is None:
         return None

@@ -1,15 +1,15 @@
-"""Run a recipe: a TOML file or a recipe of the package (`world` if none is named), and single keys on top.
+"""Run a recipe: a TOML file or the name of one in the package (default: `world`). Options set single keys.
 
---dry-run only says what it would train and what that takes, on the ranks that are there; --dry-run=8 on
-eight. --serve does not train either: it becomes the vLLM server that rollout.server_url names, for this
-machine alone, on port 8000 or, with --serve=9000, on another. Whoever reaches that port can run code there:
---serve=HOST:9000 takes the address of a private network.
+--dry-run prints what a recipe would train and what that takes, for the ranks that are there; --dry-run=8, for
+eight. --serve starts the vLLM server that rollout.server_url names instead of training. It listens to this
+machine alone, on port 8000, or on another with --serve=9000. Whoever reaches that port can run code there;
+--serve=HOST:9000 listens on the address of a private network.
 
-On several GPUs or machines: torchrun [its options] -m geo_r1.train, and the same arguments.
+On several GPUs or machines: torchrun [its options] -m geo_r1.train, with the same arguments.
 
-A mistake of yours (recipe, data, rewards) is one line on stderr and exit code 2; a lost rank or server is
-one line and exit code 1. A stage that is asked to stop writes a checkpoint and exits with 0; the same
-command goes on from there. torchrun turns any other exit code than 0 into 1, with a report of its own.
+A mistake of yours (recipe, data, rewards) is one line on stderr and exit code 2; a lost rank or server is one
+line and exit code 1. A stage that is asked to stop writes a checkpoint and exits with 0; the same command
+continues from there. torchrun turns every other exit code than 0 into 1 and adds a report of its own.
 """
 
 from __future__ import annotations

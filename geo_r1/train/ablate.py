@@ -1,6 +1,6 @@
 """Compare recipes that differ in one thing: `python -m geo_r1.train.ablate recipes/ablations_world.toml`.
 
-A TOML file names a recipe, what all runs change of it, and the variants:
+A TOML file names a recipe, changes for all runs, and the variants:
 
     recipe = "world.toml"                    # beside this file
     dir = "runs/ablations"
@@ -12,8 +12,9 @@ A TOML file names a recipe, what all runs change of it, and the variants:
     start = "Geo-R1/sft"                     # goes on from that variant's model instead of training one again
     set = { "rewards.weights" = { length = 0 } }
 
-Every variant is a run of the trainer in a folder of its own, one after the other; what is finished is not run
-again, what was stopped goes on. After each, the comparison so far is written: ablations.md, .json and .png.
+Each variant is a run of the trainer in a folder of its own, one after the other. A finished run is not
+repeated, and one that was stopped goes on. After each, the comparison so far is written: ablations.md, .json
+and .png.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,9 +35,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pydantic import Field, ValidationError, field_validator
 
+from geo_r1.errors import UserError, exit_code_of
 from geo_r1.files import write_text, written_beside
-from geo_r1.train.recipe.load import dump_recipe, find_recipe, first_difference, load_recipe
-from geo_r1.train.recipe.sections import STAGES, Recipe, Section, Stage
+from geo_r1.train.recipe.load import decisive, find_recipe, first_difference, load_recipe, read_toml
+from geo_r1.train.recipe.run_sections import STAGES, Section, Stage
+from geo_r1.train.recipe.sections import Recipe
 from geo_r1.train.report.plots import PALETTE
 
 TRAINER = "geo_r1.train"
@@ -45,14 +47,14 @@ COLUMNS = ("variant", "chance", "before GRPO", "after GRPO", "95 % interval", "m
 
 
 class Variant(Section):
-    """One run, and where it stands in the comparison."""
+    """One run, and its place in the comparison."""
 
     name: str
     group: str
     start: str | None = None
-    """`variant/stage`: a model of a variant that stands before this one; without it, the recipe's own."""
+    """`variant/stage`: a model of an earlier variant; by default, the recipe's own."""
     stages: tuple[Stage, ...] | None = None
-    """Without it the recipe's, of those behind `start`."""
+    """By default the recipe's stages after `start`."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys of the recipe, with dots, and their values."""
 
@@ -62,7 +64,7 @@ class Variant(Section):
 
 
 class Ablations(Section):
-    """A comparison: what its runs share, and what they are."""
+    """A comparison: what its runs share, and its variants."""
 
     recipe: Path
     dir: Path
@@ -94,26 +96,26 @@ class Planned:
         """Figures by model, once the run has ended.
 
         Raises:
-            ValueError: it is damaged, or of a run that had another recipe.
+            UserError: the file is damaged, or its run had another recipe.
         """
         path = self.recipe.run.dir / "summary.json"
         if not path.is_file():
             return None
         try:
-            made = Recipe(**tomllib.loads((path.parent / "recipe.toml").read_text(encoding="utf-8")))
+            made = Recipe(**read_toml(path.parent / "recipe.toml"))
             figures = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path.parent} is no whole run: {error}; delete it") from error
+            raise UserError(f"{path.parent} is no whole run: {error}; delete it") from error
         if changed := first_difference(_decisive(made), _decisive(self.recipe), ""):
-            raise ValueError(f"{path.parent} was made with {changed}; give another --dir, or delete it")
+            raise UserError(f"{path.parent} was made with {changed}; give another --dir, or delete it")
         return figures
 
 
 def _decisive(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe the figures of its run depend on."""
-    values = tomllib.loads(dump_recipe(recipe))
-    values["run"] = {"seed": values["run"]["seed"], "stages": values["run"]["stages"]}
-    return {name: section for name, section in values.items() if name not in ("parallel", "log")}
+    """The values that a run's figures depend on: those that decide its models, its stages, its evaluation."""
+    values = decisive(recipe)
+    values["run"]["stages"] = list(recipe.run.stages)
+    return values | {"eval": recipe.eval.model_dump(mode="json")}
 
 
 def plan(file: Path, folder: Path | None = None, more: Sequence[str] = ()) -> list[Planned]:
@@ -124,58 +126,50 @@ def plan(file: Path, folder: Path | None = None, more: Sequence[str] = ()) -> li
         more: arguments for all runs, such as `--run.threads 1`.
 
     Raises:
-        ValueError: the file is missing, malformed, or one of its recipes is wrong; names the variant.
+        UserError: the file is missing, malformed, or one of its recipes is wrong; names the variant.
     """
     try:
-        ablations = Ablations(**tomllib.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid TOML: {error}") from error
+        ablations = Ablations(**read_toml(file))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{file}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise UserError(f"{file}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
     folder = ablations.dir if folder is None else folder
     planned: dict[str, Planned] = {}
     for variant in ablations.variant:
         changes = {**ablations.set, **variant.set, "run.dir": str(folder / variant.folder)}
-        if variant.stages is not None:
-            changes["run.stages"] = list(variant.stages)
+        where = f"{file}: variant {variant.name!r}"
         if variant.start is not None:
             before, _, stage = variant.start.rpartition("/")
             if before not in planned or stage not in planned[before].recipe.run.stages[:-1]:
                 known = [f"{name}/{s}" for name, p in planned.items() for s in p.recipe.run.stages[:-1]]
-                raise ValueError(
-                    f"{file}: variant {variant.name!r} starts from {variant.start!r}; "
-                    f"before it there are {', '.join(known) or 'no models'}"
-                )
-            changes["model.path"] = str(planned[before].recipe.run.dir / "models" / stage)
-            if variant.stages is None:
-                later = STAGES[STAGES.index(stage) + 1 :]
-                changes["run.stages"] = [s for s in planned[before].recipe.run.stages if s in later]
-        arguments = [str(file.parent / ablations.recipe), *_options(changes), *more]
+                found = f"before it there are {', '.join(known) or 'no models'}"
+                raise UserError(f"{where} starts from {variant.start!r}; {found}")
+            made = planned[before].recipe.run
+            changes["model.path"] = str(made.dir / "models" / stage)
+            changes["run.stages"] = [s for s in made.stages if s in STAGES[STAGES.index(stage) + 1 :]]
+        if variant.stages is not None:
+            changes["run.stages"] = list(variant.stages)
+        texts = {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()
+        }
+        options = [f"--{key}={text}" for key, text in texts.items()]
+        arguments = [str(file.parent / ablations.recipe), *options, *more]
         try:
             recipe = load_recipe(arguments)
-        except ValueError as error:
-            raise ValueError(f"{file}: variant {variant.name!r}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         if recipe.run.stages[-1] != "eval":
-            raise ValueError(f"{file}: variant {variant.name!r} does not end with eval")
+            raise UserError(f"{where} does not end with eval")
         planned[variant.name] = Planned(variant, arguments, recipe)
     return list(planned.values())
-
-
-def _options(changes: dict[str, Any]) -> list[str]:
-    return [
-        f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()
-    ]
 
 
 def run_all(planned: Sequence[Planned], folder: Path, launch: Sequence[str]) -> None:
     """Run what has no summary yet; write the comparison after each.
 
     Raises:
-        ValueError: a run did not end well; the same command goes on with it.
+        UserError: a run did not finish; the same command goes on with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(planned, 1):
@@ -184,7 +178,7 @@ def run_all(planned: Sequence[Planned], folder: Path, launch: Sequence[str]) -> 
             print(f"geo_r1: {name} ({number} of {len(planned)})", flush=True)
             code = _run([*launch, TRAINER, *run.arguments])
             if code or run.summary is None:  # a run that was asked to stop has exit code 0
-                raise ValueError(
+                raise UserError(
                     f"the run of {name!r} ended before its evaluation (exit code {code}); "
                     "the same command goes on with it"
                 )
@@ -193,7 +187,7 @@ def run_all(planned: Sequence[Planned], folder: Path, launch: Sequence[str]) -> 
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run a command to its end; asked to stop, it is the command that stops, at its leisure."""
+    """Run a command to its end. A request to stop is passed on, and the command stops when it is ready."""
     with subprocess.Popen(command) as child:
         before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
         interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child, too
@@ -205,22 +199,24 @@ def _run(command: Sequence[str]) -> int:
 
 
 def rows_of(planned: Sequence[Planned]) -> list[dict[str, Any]]:
-    """One row a variant that has ended: figures of its last model, and accuracy before GRPO."""
+    """One row per finished variant: figures of its last model, and the accuracy before GRPO."""
     rows = []
     for run in planned:
         summary = run.summary
         assert summary is not None
         model = next(stage for stage in ("grpo", "sft", "base") if stage in summary)
-        before = next(
-            (summary[stage] for stage in ("sft", "base") if stage in summary and stage != model), None
-        )
-        if model == "sft":  # a variant without GRPO: what it has learned stands before it
-            before = None
-        rows.append(
-            {"variant": run.variant.name, "group": run.variant.group, "model": model}
-            | {"before": before and before["accuracy"], **summary[model]}
-        )
+        earlier = [stage for stage in ("sft", "base") if stage in summary and model == "grpo"]
+        before = summary[earlier[0]]["accuracy"] if earlier else None
+        own = {"variant": run.variant.name, "group": run.variant.group, "model": model, "before": before}
+        rows.append({**own, **summary[model]})
     return rows
+
+
+def _by_group(rows: Sequence[dict[str, Any]]) -> Iterator[str | dict[str, Any]]:
+    """Each group's name, then its rows."""
+    for group in dict.fromkeys(row["group"] for row in rows):
+        yield group
+        yield from (row for row in rows if row["group"] == group)
 
 
 def write_comparison(planned: Sequence[Planned], folder: Path) -> None:
@@ -233,33 +229,23 @@ def write_comparison(planned: Sequence[Planned], folder: Path) -> None:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The comparison as a table; a line of its own for each group."""
+    """The comparison as a table, with a line for each group's name."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join(['---'] * len(COLUMNS))} |"]
-    for group in dict.fromkeys(row["group"] for row in rows):
-        heading = group.replace("|", "\\|")
-        lines.append(f"| **{heading}** |" + " |" * (len(COLUMNS) - 1))
-        for row in rows:
-            if row["group"] != group:
-                continue
-            low, high = row["accuracy_interval"]
-            cells = [
-                row["variant"].replace("|", "\\|"),
-                f"{row['chance']:.1%}",
-                "" if row["before"] is None else f"{row['before']:.1%}",
-                f"{row['accuracy']:.1%}",
-                f"{low:.1%} to {high:.1%}",
-                f"{row['completion_length']:.1f}",
-                f"{row['well_formed']:.1%}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+    for row in _by_group(rows):
+        name = (row if isinstance(row, str) else row["variant"]).replace("|", "\\|")
+        if isinstance(row, str):
+            lines.append(f"| **{name}** |" + " |" * (len(COLUMNS) - 1))
+            continue
+        low, high = row["accuracy_interval"]
+        before = "" if row["before"] is None else f"{row['before']:.1%}"
+        shares = f"{row['chance']:.1%} | {before} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%}"
+        lines.append(f"| {name} | {shares} | {row['completion_length']:.1f} | {row['well_formed']:.1%} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A line a variant: accuracy with its interval, a ring for before GRPO, a tick for guessing."""
-    lines: list[dict[str, Any] | str] = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        lines += [group, *(row for row in rows if row["group"] == group)]
+    """A line per variant: its accuracy with the interval, a ring for before GRPO, a tick for guessing."""
+    lines = list(_by_group(rows))
     figure = Figure(figsize=(7.2, 0.7 + 0.26 * len(lines)), layout="constrained")
     axes = figure.add_subplot()
     ink, grey, color = "#20242b", "#8a9099", PALETTE[0]
@@ -272,9 +258,8 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.plot(100 * line["chance"], y, "|", color=grey, markersize=9)
         if line["before"] is not None:
             axes.plot(100 * line["before"], y, "o", color=color, markerfacecolor="white", markersize=5)
-    axes.set_yticks(
-        range(len(lines)), [x if isinstance(x, str) else x["variant"] for x in lines], fontsize=8.5
-    )
+    names = [line if isinstance(line, str) else line["variant"] for line in lines]
+    axes.set_yticks(range(len(lines)), names, fontsize=8.5)
     for label, line in zip(axes.get_yticklabels(), lines, strict=True):
         label.set_fontweight("bold" if isinstance(line, str) else "normal")
         label.set_color(ink)
@@ -309,16 +294,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--launch", default=f"{shlex.quote(sys.executable)} -m", metavar="COMMAND",
                         help="what starts a module: 'torchrun --nproc-per-node 8 -m'")  # fmt: skip
     options, more = parser.parse_known_args(argv)
-    try:
+
+    def compare() -> None:
         planned = plan(find_recipe(options.file), options.dir, more)
-        run_all(planned, planned[0].recipe.run.dir.parent, shlex.split(options.launch))
-    except ValueError as error:
-        print(f"geo_r1: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"geo_r1: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
+        try:
+            run_all(planned, planned[0].recipe.run.dir.parent, shlex.split(options.launch))
+        except OSError as error:  # a folder that cannot be written, a launcher that does not exist
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+
+    return exit_code_of(compare)
 
 
 if __name__ == "__main__":

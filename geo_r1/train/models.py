@@ -19,7 +19,8 @@ from geo_r1.models.tiny import build_tiny
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.parallel.strategy import shard_model, strategy_of
-from geo_r1.train.recipe.sections import GRPOConfig, ParallelConfig, Recipe, SFTConfig
+from geo_r1.train.recipe.run_sections import ParallelConfig
+from geo_r1.train.recipe.sections import GRPOConfig, Recipe, SFTConfig
 
 TINY = "tiny"
 # keys of the recipe's section `world` that are about its questions and answers, not about the world

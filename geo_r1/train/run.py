@@ -10,7 +10,6 @@ import shutil
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -22,8 +21,9 @@ from geo_r1.models import PackedVLM
 from geo_r1.train.context import RunContext
 from geo_r1.train.models import Models, check_model_exists, encoder_of, world_of
 from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.recipe.load import dump_recipe, first_difference
-from geo_r1.train.recipe.sections import STAGES, Recipe
+from geo_r1.train.recipe.load import decisive, dump_recipe, first_difference
+from geo_r1.train.recipe.run_sections import STAGES
+from geo_r1.train.recipe.sections import Recipe
 from geo_r1.train.report.log import Log
 from geo_r1.train.report.page import write_report
 from geo_r1.train.rl.rollout_engines import check_rollout_engine, look_for_server
@@ -33,25 +33,6 @@ from geo_r1.train.stages.evaluate import evaluate_model, validate, write_summary
 from geo_r1.train.stages.grpo import loss_config_of, run_grpo
 from geo_r1.train.stages.sft import run_sft
 from geo_r1.train.state.checkpoint import newest_checkpoint, prune
-
-# What may change when a run goes on in its folder: speed, memory, what is shown and which model is kept.
-# Of `run` all but the seed may, in the stages how often they save and how they pack.
-FREE_SECTIONS = ("parallel", "eval", "log")
-FREE_KEYS = {
-    "data": ("num_workers", "cache_mib"),
-    "model": ("checkpointing", "offload_activations", "compile", "liger"),
-    "rollout": (
-        "max_tokens",
-        "cuda_graphs",
-        "tensor_parallel_size",
-        "gpu_memory",
-        "max_model_len",
-        "server_url",
-        "timeout",
-        "patience",
-        "max_mismatch",
-    ),
-}
 
 
 def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
@@ -156,24 +137,8 @@ def _check_folder(recipe: Recipe, run_dir: Path) -> None:
         raise UserError(
             f"{file} is of another version of geo_r1; give another --run.dir, or --run.overwrite true"
         ) from error
-    before, now = _decisive(made), _decisive(recipe)
-    if changed := first_difference(before, now, ""):
+    if changed := first_difference(decisive(made), decisive(recipe), ""):
         raise UserError(f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true")
-
-
-def _decisive(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe decides a run's result, up to rounding."""
-    values = tomllib.loads(dump_recipe(recipe))
-    values["run"] = {"seed": values["run"]["seed"]}
-    for section in FREE_SECTIONS:
-        del values[section]
-    for section, keys in FREE_KEYS.items():
-        for key in keys:
-            values[section].pop(key, None)
-    for stage in STAGES[:-1]:
-        values[stage].pop("save_every", None)
-        values[stage]["optim"].pop("max_tokens", None)
-    return values
 
 
 def _check_later_stages(run_dir: Path, stage: str) -> None:

@@ -57,7 +57,7 @@ def killed_run():
     loader.load([0, 1], [[2, 3]])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.killpg(0, number)
-    ids = [item.sample.id for item in loader.load([2, 3, 4], [[5, 6]])]
+    ids = [sample.id for sample, _ in loader.load([2, 3, 4], [[5, 6]])]
     workers = [child.pid for child in active_children()]
     parents = [re.search(r"PPid:\s(\d+)", Path(f"/proc/{pid}/status").read_text())[1] for pid in workers]
     served = ["forkserver" in Path(f"/proc/{pid}/cmdline").read_text() for pid in parents]

@@ -44,12 +44,8 @@ def files(tmp_path):
 def same(got, expected):
     if got is None or expected is None:
         return got is expected
-    g, e = got.prompt, expected.prompt
-    assert (got.position, got.sample.id, got.sample.response) == (
-        expected.position,
-        expected.sample.id,
-        expected.sample.response,
-    )
+    (sample, g), (other, e) = got, expected
+    assert (sample.id, sample.response) == (other.id, other.response)
     assert [g.token_ids, g.image_rows, g.image_grids] == [e.token_ids, e.image_rows, e.image_grids]
     assert torch.equal(g.position_ids, e.position_ids)
     assert (g.pixel_values is None) == (e.pixel_values is None)
@@ -70,20 +66,20 @@ def test_the_same_bits_with_any_number_of_workers(tmp_path, num_workers, cache_b
             assert loader.load([]) == []
             assert all(same(g, e) for g, e in zip(got, expected, strict=True))
             if source is finite:
-                assert all(g.sample is e.sample for g, e in zip(got, expected, strict=True))
+                assert all(g[0] is e[0] for g, e in zip(got, expected, strict=True))
             assert len(got) == 12 and None not in got
         if source is finite:
-            assert {item.sample.id: len(item.prompt.image_grids) for item in got} == {
+            assert {sample.id: len(prompt.image_grids) for sample, prompt in got} == {
                 "a": 2, "b": 4, "many": 24, "large": 10, "text": 0,
             }  # fmt: skip
-            shared = [item.prompt.pixel_values.is_shared() for item in got if item.sample.id == "large"]
+            shared = [prompt.pixel_values.is_shared() for sample, prompt in got if sample.id == "large"]
             assert shared and all(shared)
 
 
 def test_a_position_may_be_asked_for_twice():
     with PromptLoader(WORLD, encoder(), seed=0, num_workers=1) as loader:
         first, again, other = loader.load([4, 4, 5], [[4]])
-        assert same(first, again) and first.sample.id == "train-104" and other.sample.id == "train-105"
+        assert same(first, again) and first[0].id == "train-104" and other[0].id == "train-105"
         assert same(loader.load([4])[0], first)
 
 
@@ -101,7 +97,7 @@ def test_shared_tiles_are_decoded_once(tmp_path):
     for num_workers in (0, 1):
         options = {"seed": 0, "num_workers": num_workers, "cache_bytes": 1 << 20}
         with PromptLoader(source, encoder(CountingEncoder), **options) as loader:
-            assert [item.prompt.sample_id for item in loader.load(range(3))][-1] == "5 hits, 4 misses"
+            assert [prompt.sample_id for _, prompt in loader.load(range(3))][-1] == "5 hits, 4 misses"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -113,7 +109,7 @@ def test_long_prompts_are_skipped(num_workers):
         source, encoder(on_overlong="skip", **options), seed=0, num_workers=num_workers
     ) as loader:
         first, none, last = loader.load([0, 1, 2])
-        assert none is None and (first.sample.id, last.sample.id) == ("0", "2")
+        assert none is None and (first[0].id, last[0].id) == ("0", "2")
     with (
         PromptLoader(source, encoder(**options), seed=0, num_workers=num_workers) as loader,
         pytest.raises(ValueError, match=r"^sample 1: the prompt has .* the budget is 60") as caught,
@@ -129,19 +125,19 @@ def test_a_broken_picture_is_the_same_line(tmp_path, num_workers):
     samples = [sample("good", whole), sample("bad", tmp_path / "cut.png"), sample("good", whole)]
     source = replace(Source.of(samples), difficulty=(0, 1, 2))
     with PromptLoader(source, encoder(), seed=0, num_workers=num_workers) as loader:
-        assert loader.load([0], [[1, 2]])[0].sample.id == "good"  # nobody has asked for the broken one yet
+        assert loader.load([0], [[1, 2]])[0][0].id == "good"  # nobody has asked for the broken one yet
         with pytest.raises(ValueError) as caught:
             loader.load([1, 2])
         found = f"sample bad: image {tmp_path}/cut.png cannot be read: image file is truncated"
         assert str(caught.value).startswith(found) and "\n" not in str(caught.value)
-        assert loader.load([2])[0].sample.id == "good"
+        assert loader.load([2])[0][0].id == "good"
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_killed_worker_is_an_error_that_says_what_to_do(num_workers):
     before = {child.pid for child in active_children()}
     with PromptLoader(deadly_source(3), encoder(), seed=0, num_workers=num_workers) as loader:
-        assert loader.load([0, 1], [[2]])[1].sample.id == "1"
+        assert loader.load([0, 1], [[2]])[1][0].id == "1"
         for _ in range(2):
             with pytest.raises(ValueError, match=r"exit code -9.*lower data\.num_workers") as caught:
                 loader.load([2, 3, 4], [[5, 6]])
@@ -203,9 +199,11 @@ def test_no_room_in_shared_memory_says_what_to_do(monkeypatch):
             "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
         )
 
-    [item] = PromptLoader(Source.of([sample("x", *[picture(224, 224)] * 9)]), encoder(), seed=0).load([0])
+    [(_, prompt)] = PromptLoader(Source.of([sample("x", *[picture(224, 224)] * 9)]), encoder(), seed=0).load(
+        [0]
+    )
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(
         ValueError, match=r"^sample x: no shared memory for 10 MiB of pixels; give /dev/shm more"
     ):
-        send(None, (None, item.prompt))
+        send(None, (None, prompt))

@@ -1,5 +1,6 @@
 """How weights reach a server's workers, whole or as adapters alone, and what is said when they do not."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client
 
@@ -69,7 +70,7 @@ def test_a_server_that_dies_while_it_loads(server, engine):
         arguments = body["kwargs"]
         key = bytes.fromhex(arguments["key"])
         with Client((arguments["host"], arguments["port"]), authkey=key) as connection:
-            assert connection.recv()[0] == "a"
+            assert json.loads(connection.recv_bytes())[0] == "a"
         # and the request gets no answer
 
     server.rpc = dies

@@ -6,9 +6,9 @@ import pytest
 import small_runs as runs
 from memory_cases import TEXTS
 
-import geo_r1.train.estimate.dry_run
 from geo_r1.models.cost import ModelCost
 from geo_r1.models.tiny import build_tiny
+from geo_r1.train.estimate import dry_run
 from geo_r1.train.estimate.dry_run import what_it_takes
 from geo_r1.train.estimate.memory import estimate
 from geo_r1.train.recipe.load import load_recipe
@@ -45,17 +45,11 @@ def test_a_run_on_the_world(tmp_path, no_weights):
 def test_a_file_gives_lengths_epochs_and_operations(tmp_path, no_weights):
     folder, config = no_weights
     data = runs.write_dataset(tmp_path, 6)
-    recipe = recipe_of(
-        tmp_path, "sft", model__path=folder, sft__data=data, sft__epochs=2, sft__freeze=["vision"]
-    )
-    text = what_it_takes(recipe, 1)
+    options = {"sft__data": data, "sft__epochs": 2, "sft__freeze": ["vision"]}
+    text = what_it_takes(recipe_of(tmp_path, "sft", model__path=folder, **options), 1)
     assert "== sft: 3 steps of 4 samples, 2.00 epochs of 6" in text
-    prompt, pictures, response = map(
-        int,
-        re.search(
-            r"a sample: (\d+) tokens of prompt, (\d+) of them of pictures, and (\d+) of the response", text
-        ).groups(),
-    )
+    sample = r"a sample: (\d+) tokens of prompt, (\d+) of them of pictures, and (\d+) of the response"
+    prompt, pictures, response = map(int, re.search(sample, text).groups())
     assert pictures == 2 + 4  # 56 x 28 and 56 x 56 pixels, 28 x 28 a token
     tokens = int(re.search(r"a step: (\d+) tokens", text)[1])
     assert tokens == pytest.approx(4 * (prompt + response), abs=4)
@@ -86,21 +80,16 @@ def test_what_does_not_fit_and_what_would_help(tmp_path, no_weights, monkeypatch
     folder, config = no_weights
     recipe = recipe_of(tmp_path, "grpo", model__path=folder, grpo__data="nowhere.jsonl")
     peak = estimate(recipe, config, 1, "grpo").peak
-    monkeypatch.setattr(geo_r1.train.estimate.dry_run.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(geo_r1.train.estimate.dry_run, "ASSUMED", peak)
+    monkeypatch.setattr(dry_run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dry_run, "ASSUMED", peak)
     assert "fits: " in what_it_takes(recipe, 1) and "Instead" not in what_it_takes(recipe, 1)
-    monkeypatch.setattr(geo_r1.train.estimate.dry_run, "ASSUMED", peak - 1)
+    monkeypatch.setattr(dry_run, "ASSUMED", peak - 1)
     text = what_it_takes(recipe, 1)
     assert "does not fit: " in text
     found = dict(re.findall(r"^    (.+?): ([\d.]+ [GM]iB(?:, fits)?)$", text, re.MULTILINE))
-    full = estimate(
-        recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": "full"})}),
-        config,
-        1,
-        "grpo",
-    ).peak
+    full = estimate(dry_run._changed(recipe, {"model.checkpointing": "full"}), config, 1, "grpo").peak
     assert full < peak
-    assert found["model.checkpointing = full"] == f"{geo_r1.train.estimate.dry_run._gib(full)}, fits"
+    assert found["model.checkpointing = full"] == f"{dry_run._gib(full)}, fits"
     assert {key.split(" = ")[0] for key in found} == {
         "model.checkpointing",
         "parallel.strategy",
@@ -123,20 +112,23 @@ def test_an_unknown_model_is_an_error(tmp_path):
 
 def test_what_vllm_takes(tmp_path, no_weights, monkeypatch):
     folder, config = no_weights
-    monkeypatch.setattr(geo_r1.train.estimate.dry_run, "_device", lambda: (64 << 20, "a small one"))
+    monkeypatch.setattr(dry_run, "_device", lambda: (64 << 20, "a small one"))
     weights = 4 * ModelCost.of(config).num_parameters / 2**20
-    changes = {"model__path": folder, "rollout__engine": "vllm"}
-    text = what_it_takes(recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.25), 2)
+
+    def said(**changes):
+        changes = {f"rollout__{key}": value for key, value in changes.items()} | {"rollout__engine": "vllm"}
+        return what_it_takes(recipe_of(tmp_path, "grpo", model__path=folder, **changes), 2)
+
+    def shares(text):
+        [line] = [line for line in text.splitlines() if line.startswith("vLLM")]
+        return line.split()[1:]
+
+    text = said(gpu_memory=0.25)
     assert f"sampled by vLLM, whose weights take {weights:.1f} MiB of its 16.0 MiB\n" in text + "\n"
-    [line] = [line for line in text.splitlines() if line.startswith("vLLM")]
-    first, *others = line.split()[1:]
+    first, *others = shares(text)
     assert first == "16.00" and {*others} == {"-"}  # it sleeps while the policy learns
-    small = what_it_takes(recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.001), 2)
+    small = said(gpu_memory=0.001)
     assert "too much; raise rollout.gpu_memory or rollout.tensor_parallel_size" in small
-    ahead = what_it_takes(
-        recipe_of(tmp_path, "grpo", **changes, rollout__gpu_memory=0.25, rollout__max_staleness=1), 2
-    )
-    [line] = [line for line in ahead.splitlines() if line.startswith("vLLM")]
-    assert {*line.split()[1:]} == {"16.00"}
-    served = what_it_takes(recipe_of(tmp_path, "grpo", **changes, rollout__server_url="http://here:1"), 2)
+    assert {*shares(said(gpu_memory=0.25, max_staleness=1))} == {"16.00"}
+    served = said(server_url="http://here:1")
     assert "sampled by vLLM at http://here:1, whose memory is its own" in served

@@ -20,6 +20,7 @@ NUM_KILLS = 10  # a stage
 STEPS = 30  # more than the runs get done before they are killed
 WHOLE = {".metadata", "__0_0.distcp", "__1_0.distcp", "trainer.json"}
 JOBS = {"sft": "fsdp2", "grpo": "ddp"}  # stage, strategy
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 UPDATES = {"sft": 1, "grpo": runs.SMALL["grpo.num_iterations"]}  # a step
 
 
@@ -41,7 +42,6 @@ def read_whole(checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("stage", JOBS)
 def test_a_killed_rank_ends_the_run_which_goes_on(stage, tmp_path):
     ranks, options = forked_ranks.STRATEGIES[JOBS[stage]]
@@ -75,7 +75,6 @@ def test_a_killed_rank_ends_the_run_which_goes_on(stage, tmp_path):
     assert runs.files_under(folder / "checkpoints") == set()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_stopped_rank_ends_the_run_with_its_name(victim, tmp_path):
     """A process after SIGSTOP lives, keeps its connections, and heeds no other signal than SIGKILL."""
@@ -85,10 +84,8 @@ def test_a_stopped_rank_ends_the_run_with_its_name(victim, tmp_path):
     assert HANG_TIMEOUT < ended.seconds < HANG_TIMEOUT + SOON
     assert ended.codes[victim] == -signal.SIGKILL
     assert 1 in ended.codes
-    hung = (
-        f"geo_r1: rank {victim} has not answered for 5 s (run.hang_timeout): stopped, or its machine is gone"
-    )
-    assert ended.said == [hung]
+    hung = "has not answered for 5 s (run.hang_timeout): stopped, or its machine is gone"
+    assert ended.said == [f"geo_r1: rank {victim} {hung}"]
 
 
 # Failure: exit code, and the line after "geo_r1: " and the rank.
@@ -99,7 +96,6 @@ FAILURES = {
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failure_has_its_exit_code_and_one_line(failure, ranks, tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from geo_r1.train.recipe.load import dump_recipe, load_recipe
-from geo_r1.train.recipe.sections import EvalConfig, GRPOConfig, OptimConfig, Recipe
+from geo_r1.train.recipe.load import decisive, dump_recipe, load_recipe
+from geo_r1.train.recipe.run_sections import EvalConfig
+from geo_r1.train.recipe.sections import GRPOConfig, OptimConfig, Recipe
 
 
 @pytest.fixture
@@ -187,3 +188,11 @@ def test_a_mistyped_option_is_told_the_nearest(load, option, meant):
     with pytest.raises(ValueError) as error:
         load("", f"--{option}")
     assert str(error.value) == f"unknown option --{option.split('=')[0]}; did you mean {meant}?"
+
+
+def test_what_decides_a_result_leaves_out_free_keys_and_sections():
+    values = decisive(Recipe())
+    assert values["run"] == {"seed": 0} and not values.keys() & {"parallel", "eval", "log"}
+    assert values["sft"].keys() == {"data", "steps", "epochs", "freeze", "batch_size", "optim"}
+    assert "max_tokens" not in values["grpo"]["optim"] and values["grpo"]["optim"]["lr"] == 1e-6
+    assert values["model"] == {"path": "tiny", "dtype": "float32"}

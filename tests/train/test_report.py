@@ -7,6 +7,7 @@ import re
 import pytest
 from PIL import Image
 
+from geo_r1.errors import UserError
 from geo_r1.train.report.embedded import split_completion
 from geo_r1.train.report.page import read_gallery, read_metrics, write_report
 from geo_r1.train.report.plots import draw_plots
@@ -132,11 +133,11 @@ def test_table_shows_the_numbers(run_dir):
 
 def test_gallery_sets_rows_side_by_side(run_dir):
     samples = read_gallery(run_dir, order=["base", "sft", "grpo"])
-    assert [sample.id for sample in samples] == ["sample-0", "sample-1"]
+    assert [sample["id"] for sample in samples] == ["sample-0", "sample-1"]
     for sample in samples:
-        assert [(attempt.row, attempt.prediction, attempt.correct) for attempt in sample.attempts] == [
-            ("base", None, False), ("sft", "B", False), ("grpo", "C", True)]  # fmt: skip
-        assert [picture.label for picture in sample.candidates] == ["A", "B", "C"]
+        attempts = [(made["row"], made["prediction"], made["correct"]) for made in sample["attempts"]]
+        assert attempts == [("base", None, False), ("sft", "B", False), ("grpo", "C", True)]
+        assert [picture.label for picture in sample["candidates"]] == ["A", "B", "C"]
     page = page_of(run_dir)
     assert page.count('<span class="vote">sft</span>') == 2
     assert page.count('<span class="vote correct">grpo</span>') == 2
@@ -246,13 +247,13 @@ def test_repeated_step_keeps_the_last(tmp_path):
 )
 def test_bad_files_are_named(run_dir, name, text, message):
     (run_dir / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{name.split('/')[-1]}.*{message}"):
+    with pytest.raises(UserError, match=f"{name.split('/')[-1]}.*{message}"):
         write_report(run_dir)
     assert not (run_dir / "report.html").exists()
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere: expected the folder of a run"):
+    with pytest.raises(UserError, match=r"nowhere: expected the folder of a run"):
         write_report(tmp_path / "nowhere")
 
 

@@ -11,7 +11,7 @@ import small_runs as runs
 from compared_runs import RATE, same_metrics, same_weights
 
 from geo_r1.train.__main__ import main
-from geo_r1.train.recipe.sections import LogConfig
+from geo_r1.train.recipe.run_sections import LogConfig
 from geo_r1.train.report.log import Log
 from geo_r1.train.state.checkpoint import newest_checkpoint
 

@@ -56,7 +56,7 @@ def page_of(run_dir):
 
 
 def only_prompt(run_dir):
-    ((prompt,),) = [step.prompts for step in read_training_gallery(run_dir).steps]
+    ((prompt,),) = [step["prompts"] for step in read_training_gallery(run_dir)["steps"]]
     return prompt
 
 
@@ -71,13 +71,18 @@ def test_no_rollouts_no_part(tmp_path):
 def test_best_and_worst_come_first(tmp_path):
     write_transcripts(tmp_path, "grpo", 3, [transcript(7)])
     prompt = only_prompt(tmp_path)
-    assert (prompt.id, prompt.position, prompt.answer, prompt.left_out) == ("q-7", 7, "B", 0)
-    best, worst = prompt.extremes
-    assert (best.name, best.reward, best.length, best.ended) == ("best: completion 2", 2.0, 2, False)
-    assert best.parts == [("think", "<think>t1</think>"), ("answer", "<answer>B</answer>")]
-    assert best.figures == {"accuracy": 1.0, "advantage": 0.25}
-    assert (worst.name, worst.rank, worst.reward) == ("worst: completion 4", "worst", -1.0)
-    assert [(other.name, other.reward) for other in prompt.others] == [
+    assert (prompt["id"], prompt["position"], prompt["answer"], prompt["left_out"]) == ("q-7", 7, "B", 0)
+    best, worst = prompt["extremes"]
+    assert (best["name"], best["reward"], best["length"], best["ended"]) == (
+        "best: completion 2",
+        2.0,
+        2,
+        False,
+    )
+    assert best["parts"] == [("think", "<think>t1</think>"), ("answer", "<answer>B</answer>")]
+    assert best["figures"] == {"accuracy": 1.0, "advantage": 0.25}
+    assert (worst["name"], worst["rank"], worst["reward"]) == ("worst: completion 4", "worst", -1.0)
+    assert [(other["name"], other["reward"]) for other in prompt["others"]] == [
         ("completion 1", 0.5), ("completion 3", None)]  # fmt: skip
     page = page_of(tmp_path)
     assert HEADING in page and "grpo step 3<" in page and "position 7<" in page
@@ -105,14 +110,14 @@ def test_best_and_worst_come_first(tmp_path):
 def test_groups_without_a_best(reward, names, others, tmp_path):
     write_transcripts(tmp_path, "grpo", 1, [transcript(reward=reward)])
     prompt = only_prompt(tmp_path)
-    assert [shown.name for shown in prompt.extremes] == names
-    assert [shown.name for shown in prompt.others] == others
+    assert [shown["name"] for shown in prompt["extremes"]] == names
+    assert [shown["name"] for shown in prompt["others"]] == others
     assert page_of(tmp_path).count("<details>") == bool(others)
 
 
 def test_pictures_have_the_names_of_the_prompt(tmp_path):
     write_transcripts(tmp_path, "grpo", 1, [transcript()])
-    assert [picture.label for picture in only_prompt(tmp_path).pictures] == ["image 1", "A", "B"]
+    assert [picture.label for picture in only_prompt(tmp_path)["pictures"]] == ["image 1", "A", "B"]
     page = page_of(tmp_path)
     (true,) = re.findall(r'class="candidate true">\s*(<img[^>]*>)', page)
     picture = base64.b64encode(png(Image.new("RGB", (20, 10), (0, 100, 7)))).decode()
@@ -130,7 +135,7 @@ def test_pictures_have_the_names_of_the_prompt(tmp_path):
 )
 def test_other_ways_to_name_pictures(names, labels, tmp_path):
     write_transcripts(tmp_path, "grpo", 1, [transcript(sample=question(names=names))])
-    assert [picture.label for picture in only_prompt(tmp_path).pictures] == labels
+    assert [picture.label for picture in only_prompt(tmp_path)["pictures"]] == labels
 
 
 def test_a_prompt_without_pictures_or_answer(tmp_path):
@@ -144,11 +149,11 @@ def test_steps_and_prompts_are_bounded(tmp_path):
     for step in steps:
         write_transcripts(tmp_path, "grpo", step, [transcript(i) for i in range(NUM_PROMPTS + 3)])
     gallery = read_training_gallery(tmp_path)
-    shown = [step.step for step in gallery.steps]
+    shown = [step["step"] for step in gallery["steps"]]
     assert len(shown) == NUM_STEPS and shown == sorted(shown) and (shown[0], shown[-1]) == (10, 990)
     assert max(b - a for a, b in pairwise(shown)) <= 200
-    assert gallery.left_out == len(steps) - NUM_STEPS
-    assert [len(step.prompts) for step in gallery.steps] == [NUM_PROMPTS] * NUM_STEPS
+    assert gallery["left_out"] == len(steps) - NUM_STEPS
+    assert [len(step["prompts"]) for step in gallery["steps"]] == [NUM_PROMPTS] * NUM_STEPS
     page = page_of(tmp_path)
     assert f"{NUM_STEPS} of {len(steps)} recorded steps" in page
     assert page.count("3 more prompts in rollouts/grpo-") == NUM_STEPS
@@ -162,12 +167,12 @@ def test_completions_pictures_and_text_are_bounded(tmp_path):
     reward = [float(i) for i in range(size)]
     write_transcripts(tmp_path, "grpo", 1, [transcript(sample=sample, reward=reward, texts=texts)])
     prompt = only_prompt(tmp_path)
-    assert (len(prompt.pictures), prompt.pictures_left_out) == (NUM_PICTURES, 2)
-    assert len(prompt.extremes + prompt.others) == NUM_COMPLETIONS
-    assert prompt.left_out == size - NUM_COMPLETIONS
-    assert prompt.extremes[0].parts == [("text", long)]
+    assert (len(prompt["pictures"]), prompt["pictures_left_out"]) == (NUM_PICTURES, 2)
+    assert len(prompt["extremes"] + prompt["others"]) == NUM_COMPLETIONS
+    assert prompt["left_out"] == size - NUM_COMPLETIONS
+    assert prompt["extremes"][0]["parts"] == [("text", long)]
     half = "a" * (NUM_CHARACTERS // 2)
-    assert prompt.extremes[1].parts == [("text", f"{half}\n[… 1 characters left out …]\n{half[1:]}b")]
+    assert prompt["extremes"][1]["parts"] == [("text", f"{half}\n[… 1 characters left out …]\n{half[1:]}b")]
     page = page_of(tmp_path)
     assert f"a further {size - NUM_COMPLETIONS} in rollouts/grpo-000001.parquet" in page
     assert "2 more pictures in rollouts/grpo-000001.parquet" in page

@@ -16,7 +16,8 @@ from geo_r1.train.group import Group
 from geo_r1.train.parallel.micro_batches import share_out
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.parallel.strategy import shard_model
-from geo_r1.train.recipe.sections import GRPOConfig, ParallelConfig
+from geo_r1.train.recipe.run_sections import ParallelConfig
+from geo_r1.train.recipe.sections import GRPOConfig
 from geo_r1.train.stages.grpo import _learn, _logp, _weights, contributing_parts, set_advantages
 
 context = SimpleNamespace(

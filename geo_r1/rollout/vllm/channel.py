@@ -1,9 +1,9 @@
 """How a trainer's weights reach the workers of its server: over TCP, tensor by tensor, never on a disk.
 
 The trainer listens, every worker connects, and both prove that they know the key of the transfer. A message
-of `multiprocessing.connection` has a tensor's name, dtype and shape, and its bare bytes follow; an empty one
-ends the stream. The bytes are not encrypted: the network between the two must be a private one. Every worker
-gets every tensor and keeps its part, so N workers cost N times the model's bytes of network.
+has a tensor's name, dtype and shape as JSON, and the tensor's bytes follow; an empty message ends the stream.
+The bytes are not encrypted, so the network between the two must be a private one. Every worker gets every
+tensor and keeps its part, so N workers cost N times the model's bytes of network.
 
 A model with adapters is sent whole once, and each worker keeps it in its host's memory. From then on adapters
 alone are sent and merged in the worker: any layer may have some, and sampling costs no more than without.
@@ -11,6 +11,7 @@ alone are sent and merged in the worker: any layer may have some, and sampling c
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import secrets
@@ -32,6 +33,7 @@ from geo_r1.rollout.vllm.weights import CheckedWeights, expected_weights, load_i
 
 GREETING = 5.0  # seconds that a connection has to prove that it comes from a worker
 LOOK = 0.1  # seconds between two looks at whether missing workers may still come
+LONGEST_HEADER = 1 << 16  # bytes
 SAMPLE = 1 << 16  # bytes of each tensor in a load's checksum: reading all takes longer than sending
 BROKEN = (OSError, EOFError, AuthenticationError)  # what a connection raises when the other side has gone
 VLLM_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
@@ -161,8 +163,9 @@ class _Stream:
         try:
             answer_challenge(self._connection, self._key)
             deliver_challenge(self._connection, self._key)
-            while header := self._connection.recv():
-                name, dtype, shape = header
+            while header := self._connection.recv_bytes(LONGEST_HEADER):  # not `recv`, which unpickles
+                name, kind, shape = json.loads(header)
+                dtype = getattr(torch, kind)
                 # Each tensor has memory of its own: vLLM holds tensors back until their layer is whole.
                 data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
                 rest = data.numpy().data
@@ -236,18 +239,18 @@ class WeightSender(ExitStack):
         """
         checksums = [0, 0]
         for name, tensor in tensors:
-            header = name, tensor.dtype, tuple(tensor.shape)
+            header = json.dumps([name, str(tensor.dtype).removeprefix("torch."), [*tensor.shape]]).encode()
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             part = name.endswith((DOWN, UP))
-            checksums[part] = zlib.crc32(data[:SAMPLE], zlib.crc32(repr(header).encode(), checksums[part]))
+            checksums[part] = zlib.crc32(data[:SAMPLE], zlib.crc32(header, checksums[part]))
             self._send_all(header, data)
-        self._send_all((), memoryview(b""))
+        self._send_all(b"", memoryview(b""))
         return checksums[0], checksums[1]
 
-    def _send_all(self, header: tuple[Any, ...], data: memoryview) -> None:
+    def _send_all(self, header: bytes, data: memoryview) -> None:
         try:
             for worker in self._workers:
-                worker.send(header)
+                worker.send_bytes(header)
                 rest = data
                 while rest:
                     rest = rest[os.write(worker.fileno(), rest) :]

@@ -1,51 +1,39 @@
-"""Makes docs/training.md, with `make docs`: words from a file, keys and their meanings from the classes."""
+"""Makes docs/training.md, with `make docs`: text from a file, keys and their meanings from the classes."""
 
 from __future__ import annotations
 
 import json
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
 from transformers import Qwen2_5_VLConfig
 
 from geo_r1.train.estimate.dry_run import memory_table
-from geo_r1.train.estimate.memory import Load, estimate
+from geo_r1.train.estimate.memory import ASSUMED, Load, estimate
 from geo_r1.train.recipe.sections import Recipe
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "training.md"
-WORDS = PAGE.with_name("training.md.in")  # with a line for each table
-KEYS, MEMORY, PARTS = "<!-- keys -->\n", "<!-- memory -->\n", "<!-- parts -->\n"
-
-FITS = 80 * 10**9  # bytes of the GPU that the table has in mind
+TEXT = PAGE.with_name("training.md.in")  # with a line for each table
 GPUS = (1, 8, 16)
-# Source: each model's public config.json; what is not named is as in 7B. Tables are tied in 3B alone.
-NAMES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-)
+# Source: each model's public config.json; other values are 7B's, transformers' defaults.
+NAMES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
 MODELS = {
     "3B": (2048, 36, 16, 2, 11008, 151936),
     "7B": (3584, 28, 28, 4, 18944, 152064),
     "32B": (5120, 64, 40, 8, 27648, 152064),
     "72B": (8192, 80, 64, 8, 29568, 152064),
 }
-VISION = {
+VISION: dict[str, Any] = {
     "depth": 32,
     "hidden_size": 1280,
     "num_heads": 16,
     "patch_size": 14,
     "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
 }
-VISION_INTERMEDIATE = {"3B": 3420, "7B": 3420, "32B": 3456, "72B": 3456}
+VISION |= {"fullatt_block_indexes": [7, 15, 23, 31]}
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": {"strategy": "ddp"}},
     "fsdp2": {"parallel": {"strategy": "fsdp2"}},
@@ -64,9 +52,9 @@ LOAD = Load(prompt_tokens=2048, picture_tokens=1536, response_tokens=8 * 512)
 
 def training_page() -> str:
     """The whole page."""
-    page = WORDS.read_text(encoding="utf-8")
-    tables = {KEYS: _keys(), MEMORY: _memory(), PARTS: _parts()}
-    for mark, lines in tables.items():
+    page = TEXT.read_text(encoding="utf-8")
+    for name, lines in {"keys": _keys(), "memory": _memory(), "parts": _parts()}.items():
+        mark = f"<!-- {name} -->\n"
         assert page.count(mark) == 1, mark
         page = page.replace(mark, "\n".join(lines) + "\n")
     return page
@@ -74,11 +62,9 @@ def training_page() -> str:
 
 def model_config(name: str) -> Qwen2_5_VLConfig:
     """The config of a Qwen2.5-VL by its size, as far as weights and memory depend on it."""
-    text = dict(zip(NAMES, MODELS[name], strict=True))
-    vision = VISION | {
-        "intermediate_size": VISION_INTERMEDIATE[name],
-        "out_hidden_size": text["hidden_size"],
-    }
+    text = dict(zip(NAMES.split(), MODELS[name], strict=True))
+    inner = 3420 if name in ("3B", "7B") else 3456
+    vision = VISION | {"intermediate_size": inner, "out_hidden_size": text["hidden_size"]}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=name == "3B")
 
 
@@ -93,7 +79,7 @@ def _memory() -> Iterator[str]:
                 found = estimate(Recipe(**SETTINGS, **options), config, num_ranks, "grpo", LOAD)
                 phase = max(found.totals, key=found.totals.__getitem__)
                 size = f"{found.peak / 2**30:,.0f} {phase}"
-                cells.append(f"**{size}**" if found.peak <= FITS else size)
+                cells.append(f"**{size}**" if found.peak <= ASSUMED else size)
             yield f"| {name} | {way} | {' | '.join(cells)} |"
 
 
@@ -104,61 +90,53 @@ def _parts() -> Iterator[str]:
 
 
 def _keys() -> Iterator[str]:
+    schema = Recipe.model_json_schema()
     sections: dict[str, tuple[list[str], BaseModel]] = {}
     for path, section in _sections(Recipe(), ""):  # pretrain and sft are the same
         same = f"{type(section).__name__} {section.model_dump_json()}"
         sections.setdefault(same, ([], section))[0].append(f"`[{path}]`")
     for paths, section in sections.values():
-        yield from ("", f"### {', '.join(paths)}", "", _one_line(type(section).__doc__), "")
+        own, defaults = schema["$defs"][type(section).__name__], section.model_dump(mode="json")
+        yield from ("", f"### {', '.join(paths)}", "", _one_line(own["description"]), "")
         yield from ("| key | type | default | meaning |", "| --- | --- | --- | --- |")
-        values = section.model_dump(mode="json")
-        for key, info in type(section).model_fields.items():
-            if isinstance(getattr(section, key), BaseModel):
-                continue  # a section of its own
-            kind: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
-            cells = (f"`{key}`", _kind(kind), _default(values[key]), _one_line(info.description))
-            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        for key, values in own["properties"].items():
+            if "$ref" not in values:  # a section of its own
+                default = "" if defaults[key] is None else f"`{json.dumps(defaults[key])}`"
+                free = values.get("free") or schema["properties"].get(paths[0].strip("`[]"), {}).get("free")
+                mark = " ↻" if free else ""
+                cells = (f"`{key}`{mark}", _kind(values), default, _one_line(values["description"]))
+                yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _sections(section: BaseModel, path: str) -> Iterator[tuple[str, BaseModel]]:
-    if path:
-        yield path, section
-    for name in type(section).model_fields:
-        value = getattr(section, name)
+    for name, value in section:
         if isinstance(value, BaseModel):
-            yield from _sections(value, f"{path}.{name}".lstrip("."))
+            inner = f"{path}.{name}".lstrip(".")
+            yield inner, value
+            yield from _sections(value, inner)
 
 
-def _kind(annotation: Any) -> str:
+def _kind(schema: dict[str, Any]) -> str:
     """A type in words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        limits = ""
-        for limit in (part for info in arguments[1:] for part in getattr(info, "metadata", [info])):
-            for sign, name in ((">", "gt"), (">=", "ge"), ("<", "lt"), ("<=", "le")):
-                if hasattr(limit, name):
-                    limits += f" {sign} {getattr(limit, name)}"
-            if hasattr(limit, "min_length"):
-                limits += f", at least {limit.min_length}"
-        return _kind(arguments[0]) + limits
-    if origin is Literal:
-        return " ".join(f"`{value}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
-    if origin is tuple:
-        own = _kind(arguments[0])
-        return f"list of {own}" if arguments[-1] is Ellipsis else f"{len(arguments)} of {own}"
-    if origin is dict:
-        return "table"
-    return {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}[annotation]
+    if "anyOf" in schema:
+        return " or ".join(_kind(option) for option in schema["anyOf"] if option.get("type") != "null")
+    if "enum" in schema:
+        return " ".join(f"`{value}`" for value in schema["enum"])
+    if "prefixItems" in schema:
+        return f"{len(schema['prefixItems'])} of {_kind(schema['prefixItems'][0])}"
+    words = {"boolean": "true or false", "string": schema.get("format", "text"), "object": "table"}
+    kind = (
+        f"list of {_kind(schema['items'])}"
+        if "items" in schema
+        else words.get(schema["type"], schema["type"])
+    )
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    kind += "".join(f" {sign} {schema[name]}" for name, sign in signs.items() if name in schema)
+    return kind + (f", at least {schema['minItems']}" if "minItems" in schema else "")
 
 
-def _default(value: Any) -> str:
-    return "" if value is None else f"`{json.dumps(value)}`"
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

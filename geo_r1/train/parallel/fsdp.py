@@ -18,7 +18,7 @@ from geo_r1.errors import UserError
 from geo_r1.models import PackedVLM
 from geo_r1.train.parallel.policy import Function, Policy, Runner, hand_out
 from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.recipe.sections import ParallelConfig
+from geo_r1.train.recipe.run_sections import ParallelConfig
 
 
 class ShardedPolicy(Policy):

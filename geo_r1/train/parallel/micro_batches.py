@@ -58,9 +58,6 @@ def share_out(policy: Policy, groups: Sequence[Group], max_tokens: int, weights_
         groups: this rank's, each with the completions that reach the gradient.
         max_tokens: the most tokens of a micro-batch.
         weights_of: completion lengths to the weight of each of their tokens [R].
-
-    Raises:
-        UserError: a prompt with one completion is over `max_tokens`; names the sample.
     """
     ranks, config = policy.ranks, policy.vlm.model.config
     cost = ModelCost.of(config)

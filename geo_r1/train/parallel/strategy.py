@@ -6,7 +6,7 @@ from geo_r1.models import PackedVLM
 from geo_r1.train.parallel.fsdp import ShardedPolicy
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.recipe.sections import ParallelConfig
+from geo_r1.train.recipe.run_sections import ParallelConfig
 
 
 def shard_model(

@@ -1,6 +1,6 @@
 """Reading a recipe: a TOML file, and `--section.key value` on top of it.
 
-Imports no torch, so a typing mistake is answered at once.
+Imports no torch, so that a typing mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
@@ -29,10 +30,10 @@ def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
     """Read `[recipe] [--section.key value ...]`; `--help` among them prints help and exits.
 
     Args:
-        description: what help says before it lists the keys.
+        description: text that help prints before the keys.
 
     Raises:
-        ValueError: the file is missing or malformed, a key is unknown, or a value has the wrong type. The
+        UserError: the file is missing or malformed, a key is unknown, or a value has the wrong type. The
             message names the key, says what was found, and suggests the nearest known key.
     """
     arguments = list(argv)
@@ -43,26 +44,31 @@ def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
         raise SystemExit(0)
     named = arguments and not arguments[0].startswith("-")
     path = find_recipe(arguments.pop(0) if named else "world")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not valid TOML: {error}") from error
+    values = read_toml(path, "recipe ")
     known = _keys(Recipe)
     for option in arguments:
         key = option.removeprefix("--").split("=")[0]
         if option.startswith("--") and key not in known:
             flags = [flag.removeprefix("--") for flag in (DRY_RUN, SERVE)]
-            raise ValueError(f"unknown option --{key}{_nearest(key, [*known, *flags])}")
+            raise UserError(f"unknown option --{key}{_nearest(key, [*known, *flags])}")
     try:
         overrides = source(args=arguments)()
     except SettingsError as error:
-        raise ValueError(str(error).removeprefix("error parsing CLI: ").splitlines()[0]) from error
+        raise UserError(str(error).removeprefix("error parsing CLI: ").splitlines()[0]) from error
     try:
         return Recipe(**_merge(values, overrides))
     except ValidationError as error:
-        raise ValueError(_explain(error, path, known)) from error
+        raise UserError(_explain(error, path, known)) from error
+
+
+def read_toml(path: Path, kind: str = "") -> dict[str, Any]:
+    """The tables of a TOML file; a UserError names the file, after its kind, if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{kind}{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{kind}{path} is not valid TOML: {error}") from error
 
 
 def find_recipe(name: str) -> Path:
@@ -83,12 +89,24 @@ def find_recipe(name: str) -> Path:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as TOML that `load_recipe` reads back to an equal one."""
-    return "\n".join(_toml_table(recipe.model_dump(mode="json"), ()))
+    """The recipe with all its defaults, as TOML that `load_recipe` reads back to an equal recipe."""
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def decisive(section: BaseModel) -> dict[str, Any]:
+    """The values that decide a run's result, up to rounding: those of all keys that are not `Free`."""
+    values = section.model_dump(mode="json")
+    for name, info in type(section).model_fields.items():
+        part, extra = getattr(section, name), info.json_schema_extra
+        if isinstance(extra, dict) and extra.get("free"):
+            del values[name]
+        elif isinstance(part, BaseModel):
+            values[name] = decisive(part)
+    return values
 
 
 def first_difference(before: Any, now: Any, key: str) -> str | None:
-    """The first key in which two tables differ, with both values; None where they are equal."""
+    """The first key in which two tables differ, with both values; None if they are equal."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):
             if found := first_difference(before.get(name), now.get(name), f"{key}.{name}".lstrip(".")):
@@ -134,31 +152,3 @@ def _explain(error: ValidationError, path: Path, known: Sequence[str]) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     return f"recipe {path}: {key + ': ' if key else ''}{reason}{found}"
-
-
-def _toml_table(values: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
-    plain = {k: v for k, v in values.items() if not isinstance(v, dict) and v is not None}
-    tables = {k: v for k, v in values.items() if isinstance(v, dict)}
-    lines = [f"[{'.'.join(map(_toml_key, path))}]"] if path else []
-    lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in plain.items()]
-    lines += [""] if lines else []
-    for key, table in tables.items():
-        lines += _toml_table(table, (*path, key))
-    return lines
-
-
-def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_value(key)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = "".join(
-            {"\\": "\\\\", '"': '\\"'}.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in value
-        )
-        return f'"{escaped}"'
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    return repr(value)

@@ -1,4 +1,4 @@
-"""Pieces of the report's page: pictures in data URIs, completions cut into what was thought and answered."""
+"""Pieces of the report's page: pictures as data URIs, completions cut into thought and answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from geo_r1.data import load_image
 TINY_PIXELS = 256  # pictures up to this side are embedded untouched and scaled without blur
 LARGE_PIXELS = 1024  # pictures beyond this side are shrunk to it: the page must stay mailable
 LARGE_BYTES = 2**19  # and larger files are encoded anew
-SHOWN_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")  # that every browser shows
+SHOWN_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")  # every browser shows them
 
 # A completion that opens inside its think block (the prompt ended with the tag) has only the closing tag.
 PARTS = re.compile(
@@ -32,7 +32,7 @@ class Picture:
 
 
 def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -> Picture:
-    """A picture as it lies on disk, or a JPEG of it where it is too large for a page.
+    """A picture as it is on disk, or a JPEG of it if it is too large for a page.
 
     Args:
         source: a file, or its bytes.
@@ -49,7 +49,7 @@ def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -
                 small.thumbnail((largest, largest))
                 small.save(jpeg, "JPEG", quality=85)
                 uri = data_uri("image/jpeg", jpeg.getvalue())
-    except (OSError, ValueError, Image.DecompressionBombError):  # missing, or no picture: the page says so
+    except (OSError, ValueError, Image.DecompressionBombError):  # missing or no picture: the page says so
         return Picture(label, None, tiny=False)
     return Picture(label, uri, tiny=side <= TINY_PIXELS)
 

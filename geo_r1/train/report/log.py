@@ -1,26 +1,31 @@
-"""Where a run's figures go: metrics.jsonl always, TensorBoard and W&B by choice, and a progress line."""
+"""A run's figures: metrics.jsonl, TensorBoard and W&B by choice, a progress line, seconds and memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from geo_r1.errors import UserError
 from geo_r1.files import write_text
-from geo_r1.train.recipe.sections import LogConfig
+from geo_r1.train.recipe.run_sections import LogConfig
 
 SECONDS_BETWEEN_LINES = 15.0  # where the output is no terminal
 
 
 class Log:
-    """Metrics and progress of the main rank; on the others it does nothing.
+    """Metrics and progress of the main rank; does nothing on the others.
 
     Args:
         run_dir: holds metrics.jsonl and tensorboard/.
@@ -44,16 +49,14 @@ class Log:
             try:
                 import wandb
             except ImportError:
-                raise ValueError("log.wandb needs the wandb package: pip install '.[wandb]'") from None
-            name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[
-                :16
-            ]  # the same when it goes on
+                raise UserError("log.wandb needs the wandb package: pip install '.[wandb]'") from None
+            digest = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()  # the same when it goes on
             self.wandb = wandb.init(
-                project=config.project, name=run_dir.name, id=name, config=recipe, resume="allow"
+                project=config.project, name=run_dir.name, id=digest[:16], config=recipe, resume="allow"
             )
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget a stage's figures after `step` steps, and a line that a killed run left half-written."""
+        """Delete a stage's figures after `step` steps, and a line that a killed run left half-written."""
         if not self.enabled or not self.path.exists():
             return
         kept = []
@@ -86,14 +89,14 @@ class Log:
         """Begin a progress line."""
         self.last_line = time.monotonic()
         if self.enabled and self.console.is_terminal:
-            self.progress = Progress(
+            figures = TextColumn("{task.fields[figures]}")
+            columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
-                console=self.console,
             )
+            self.progress = Progress(*columns, figures, console=self.console)
             self.progress.add_task(what, total=total, completed=done, figures="")
             self.progress.start()
 
@@ -107,7 +110,7 @@ class Log:
 
     @contextmanager
     def aside(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress line of its own; the one that was there comes back after it. Yields what moves it."""
+        """Show another progress line for a while. Yields a function that sets its number of done items."""
         before = self.progress
         if before is not None:
             before.stop()
@@ -133,3 +136,26 @@ class Log:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+@dataclass
+class Phases:
+    """Seconds that a step spends in each of its phases, including the device's work that they start."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":  # once per phase, which takes far longer than the wait
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far in MiB: of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

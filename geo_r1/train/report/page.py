@@ -4,24 +4,24 @@
                  rollouts/<stage>-<step>.parquet
     written:     report.html  plots/*.png
 
-Plots enter the page as SVG and pictures as they lie on disk, both in data URIs, so that the file can be
-mailed. Completions are text from a model nobody vetted: the template escapes everything, and a content
-security policy in its head forbids all but inline style and inline pictures.
+Plots enter the page as SVG and pictures as they are on disk, both as data URIs, so that the file can be
+mailed. Completions are untrusted text: the template escapes everything, and a content security policy in its
+head forbids everything but inline style and inline pictures.
 """
 
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import is_finite
 from geo_r1.files import written_beside
-from geo_r1.train.report.embedded import Picture, data_uri, embedded, split_completion
+from geo_r1.train.report.embedded import data_uri, embedded, split_completion
 from geo_r1.train.report.gallery import read_training_gallery
 from geo_r1.train.report.plots import Metrics, draw_plots
 
@@ -29,54 +29,37 @@ STAGE_ORDER = ("base", "pretrain", "sft", "grpo")
 GALLERY_FIELDS = ("id", "images", "labels", "answer", "correct", "completion")
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """What one row (base, sft, grpo) made of a sample."""
-
-    row: str
-    prediction: str | None
-    correct: bool
-    parts: list[tuple[str, str]]
-    rewards: dict[str, float]
-    length: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    id: str
-    city: str
-    answer: str
-    panorama: Picture | None
-    candidates: list[Picture]
-    attempts: list[Attempt] = field(default_factory=list)
-
-
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` and `plots/*.png` from whatever a run folder holds so far.
+    """Write `report.html` and `plots/*.png` from whatever a run folder holds so far; return its path.
 
     Every part is optional: a run that was killed or has not reached GRPO gets the parts it has data for.
-    A cut last line of a `.jsonl` file is ignored. Of a step logged twice (a resumed run) the last line
-    counts. Values that are not finite numbers are left out of the plots.
+    An incomplete last line of a `.jsonl` file is ignored. If a step was logged twice (a resumed run), the
+    last line counts. Values that are not finite numbers are left out of the plots.
 
     Args:
         run_dir: the run folder; its name is the title. The report is replaced in one move.
 
-    Returns:
-        The path of `report.html`.
-
     Raises:
-        ValueError: `run_dir` is no folder; a line other than the last is unreadable; a line lacks a field;
+        UserError: `run_dir` is no folder; a line other than the last is unreadable; a line lacks a field;
             `summary.json` is not a JSON object; a file of rollouts is broken. The message names the file and
             the line.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise ValueError(f"{run_dir}: expected the folder of a run, found no folder there")
+        raise UserError(f"{run_dir}: expected the folder of a run, found no folder there")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     summary = _read_summary(run_dir / "summary.json")
     chance = next((row["chance"] for row in summary.values() if "chance" in row), None)
     recipe = run_dir / "recipe.toml"
-    page = _template().render(
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda fraction: f"{100 * fraction:.1f} %"
+    page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         stages={stage: max(steps) for stage, steps in metrics.items()},
         rows=summary,
@@ -96,36 +79,45 @@ def write_report(run_dir: Path) -> Path:
 def read_metrics(path: Path) -> Metrics:
     """Read `metrics.jsonl` as stage -> step -> key -> value; stages in the order of training.
 
-    A missing file is an empty run. Raises ValueError as `write_report` does.
+    A missing file is an empty run. Raises UserError as `write_report` does.
     """
     metrics: Metrics = {}
     for number, record in _read_lines(path):
         stage, step = record.get("stage"), record.get("step")
         if not isinstance(stage, str) or not isinstance(step, int):
-            raise ValueError(f"{path}, line {number}: expected a string 'stage' and an integer 'step'")
+            raise UserError(f"{path}, line {number}: expected a string 'stage' and an integer 'step'")
         values = {key: float(value) for key, value in record.items() if key != "step" and is_finite(value)}
         metrics.setdefault(stage, {})[step] = values
     return dict(sorted(metrics.items(), key=lambda item: _rank(item[0], STAGE_ORDER)))
 
 
-def read_gallery(run_dir: Path, *, order: list[str]) -> list[Sample]:
-    """Join `eval/<row>/gallery.jsonl` of all rows: a sample's pictures once, one attempt a row.
+def read_gallery(run_dir: Path, *, order: list[str]) -> list[dict[str, Any]]:
+    """Join `eval/<row>/gallery.jsonl` of all rows: samples with their pictures, and an attempt per row.
 
-    `order` names the rows from first to last; others follow by name. Raises ValueError as `write_report`.
+    `order` names the rows from first to last; others follow by name. Raises UserError as `write_report`.
     """
-    samples: dict[str, Sample] = {}
+    samples: dict[str, dict[str, Any]] = {}
     galleries = (run_dir / "eval").glob("*/gallery.jsonl")
     for path in sorted(galleries, key=lambda path: _rank(path.parent.name, order)):
         for number, record in _read_lines(path):
-            missing = [name for name in GALLERY_FIELDS if name not in record]
+            missing = [field for field in GALLERY_FIELDS if field not in record]
             if missing:
-                raise ValueError(f"{path}, line {number}: the sample lacks {', '.join(missing)}")
+                raise UserError(f"{path}, line {number}: the sample lacks {', '.join(missing)}")
             if len(record["images"]) != len(record["labels"]):
                 found = f"{len(record['images'])} images, {len(record['labels'])} labels"
-                raise ValueError(f"{path}, line {number}: expected a label an image, found {found}")
-            if record["id"] not in samples:
-                samples[record["id"]] = _sample(run_dir, record)
-            samples[record["id"]].attempts.append(_attempt(path.parent.name, record))
+                raise UserError(f"{path}, line {number}: expected a label an image, found {found}")
+            if (name := record["id"]) not in samples:
+                files = zip(record["images"], record["labels"], strict=True)
+                pictures = [embedded(run_dir / file, label) for file, label in files]
+                samples[name] = {
+                    "id": name,
+                    "city": record.get("city") or "",
+                    "answer": record["answer"],
+                    "panorama": pictures[0] if pictures else None,
+                    "candidates": pictures[1:],
+                    "attempts": [],
+                }
+            samples[name]["attempts"].append(_attempt(path.parent.name, record))
     return list(samples.values())
 
 
@@ -141,17 +133,17 @@ def _save_plots(figures: dict[str, Figure], folder: Path) -> list[tuple[str, str
     return plots
 
 
-def _sample(run_dir: Path, record: dict[str, Any]) -> Sample:
-    files = zip(record["images"], record["labels"], strict=True)
-    pictures = [embedded(run_dir / path, label) for path, label in files]
-    panorama = pictures[0] if pictures else None
-    return Sample(record["id"], record.get("city") or "", record["answer"], panorama, pictures[1:])
-
-
-def _attempt(row: str, record: dict[str, Any]) -> Attempt:
-    rewards = {name: value for name, value in (record.get("rewards") or {}).items() if is_finite(value)}
-    parts, length = split_completion(record["completion"]), record.get("completion_length")
-    return Attempt(row, record.get("prediction"), bool(record["correct"]), parts, rewards, length)
+def _attempt(row: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The answer of one row (base, sft, grpo) to a sample."""
+    rewards = record.get("rewards") or {}
+    return {
+        "row": row,
+        "prediction": record.get("prediction"),
+        "correct": bool(record["correct"]),
+        "parts": split_completion(record["completion"]),
+        "rewards": {name: value for name, value in rewards.items() if is_finite(value)},
+        "length": record.get("completion_length"),
+    }
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -165,7 +157,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except ValueError as error:
             if number == len(lines):
                 return
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}") from error
+            raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}") from error
         if record:
             yield number, record
 
@@ -176,23 +168,11 @@ def _read_summary(path: Path) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON object, found unreadable JSON: {error}") from error
+        raise UserError(f"{path}: expected a JSON object, found unreadable JSON: {error}") from error
     if not isinstance(summary, dict) or not all(isinstance(row, dict) for row in summary.values()):
-        raise ValueError(f"{path}: expected a JSON object of rows, found {str(summary)[:80]}")
+        raise UserError(f"{path}: expected a JSON object of rows, found {str(summary)[:80]}")
     return summary
 
 
 def _rank(name: str, order: list[str] | tuple[str, ...]) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order), name)
-
-
-def _template():
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda fraction: f"{100 * fraction:.1f} %"
-    return environment.get_template("report.html.j2")

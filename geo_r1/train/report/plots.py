@@ -28,6 +28,8 @@ def draw_plots(metrics: Metrics, *, chance: float | None = None) -> dict[str, Fi
     rewards = {key.split("/")[1]: key for key in keys if re.fullmatch(r"rewards/[^/]+/mean", key)}
     accuracy = {name: key for name, key in rewards.items() if "accuracy" in name}
     phases = [key.removeprefix("time/") for key in keys if key.startswith("time/") and key != "time/step"]
+    by_phase = {phase: f"time/{phase}" for phase in sorted(phases, key=_phase_rank)}
+    mismatch = "sampling/logp_difference/mean"
     tuning = {stage: steps for stage, steps in metrics.items() if stage != "grpo"}
 
     def of_grpo(names: dict[str, str]) -> dict[str, Curve]:
@@ -42,16 +44,10 @@ def draw_plots(metrics: Metrics, *, chance: float | None = None) -> dict[str, Fi
         "length": _draw_lines("Completion length", "tokens", of_grpo({"": "completions/mean_length"})),
         "kl": _draw_lines("KL to the reference", "nats a token", of_grpo({"": "kl"})),
         "entropy": _draw_lines("Entropy", "nats a token", of_grpo({"": "entropy"})),
-        "mismatch": _draw_lines(
-            "Sampler against trainer", "nats a token", of_grpo({"": "sampling/logp_difference/mean"})
-        ),
+        "mismatch": _draw_lines("Rollout engine against trainer", "nats a token", of_grpo({"": mismatch})),
         "no_signal": _draw_lines("Groups of equal rewards", "%", of_grpo({"": "frac_reward_zero_std"}), 100),
         "loss": _draw_lines("Loss", "nats a token", of_stages(tuning, "loss")),
-        "time": _draw_stack(
-            "Time of a GRPO step",
-            "seconds",
-            of_grpo({phase: f"time/{phase}" for phase in sorted(phases, key=_phase_rank)}),
-        ),
+        "time": _draw_stack("Time of a GRPO step", "seconds", of_grpo(by_phase)),
         "throughput": _draw_lines("Throughput", "tokens / s", of_stages(metrics, "tokens_per_second")),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}

@@ -1,6 +1,6 @@
-"""What was asked and said in chosen steps: one parquet file a step, for notebooks and for the report.
+"""Prompts and completions of chosen steps: one parquet file per step, for notebooks and for the report.
 
-    rollouts/grpo-000100.parquet    a row a completion, a row group a prompt
+    rollouts/grpo-000100.parquet    a row per completion, a row group per prompt
 
 Any of these opens one, with the pictures in every row:
 
@@ -8,7 +8,7 @@ Any of these opens one, with the pictures in every row:
     pyarrow.parquet.read_table("rollouts/grpo-000100.parquet")
     datasets.load_dataset("parquet", data_files="rollouts/*.parquet")    # decodes the pictures
 
-In the file a picture lies once a prompt: its bytes are dictionary-encoded.
+The file holds a picture once per prompt: its bytes are dictionary-encoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import io
 import json
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from PIL import Image
 
 from geo_r1.data import Sample, load_image
 from geo_r1.data.sample import IMAGE_MARKER, ImageSource, read_image
+from geo_r1.errors import UserError, one_line
 from geo_r1.files import beside, written_beside
 from geo_r1.rollout import Completion
 
@@ -35,23 +36,24 @@ FOLDER = "rollouts"
 PART = "rewards/"  # of a column's name: the rewards of one function, as in metrics.jsonl
 MAX_DICTIONARY = 2**30  # bytes; with pyarrow's own 1 MiB, larger pictures would be stored once a completion
 
-# The same in every file, but for a column `rewards/<function>` each at the end; what follows may be null.
+# The columns of every file, before those named `rewards/<function>`, and whether they may be null.
 COLUMNS = pa.schema(
-    [
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("step", pa.int64(), nullable=False),  # from 1, as in metrics.jsonl
-        pa.field("position", pa.int64(), nullable=False),  # of the prompt in the order of training
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),  # with <image> where a picture stands
-        pa.field("answer", pa.string()),
-        pa.field("completion", pa.int32(), nullable=False),  # its number within the prompt's, from 0
-        pa.field("text", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),  # the end token included
-        pa.field("ended", pa.bool_(), nullable=False),  # False: cut off
-        pa.field("reward", pa.float64()),
-        pa.field("advantage", pa.float64()),
-        pa.field("logp_mean", pa.float64()),  # nats a token, as it was sampled
-    ]
+    pa.field(name, kind, nullable=nullable)
+    for name, kind, nullable in (
+        ("stage", pa.string(), False),
+        ("step", pa.int64(), False),  # from 1, as in metrics.jsonl
+        ("position", pa.int64(), False),  # the prompt's, in the order of training
+        ("sample_id", pa.string(), False),
+        ("prompt", pa.string(), False),  # with <image> in place of each picture
+        ("answer", pa.string(), True),
+        ("completion", pa.int32(), False),  # its number among the prompt's, from 0
+        ("text", pa.string(), False),
+        ("num_tokens", pa.int32(), False),  # including the end token
+        ("ended", pa.bool_(), False),  # False: cut off
+        ("reward", pa.float64(), True),
+        ("advantage", pa.float64(), True),
+        ("logp_mean", pa.float64(), True),  # nats per token, as sampled
+    )
 )
 # Dictionaries, so that a prompt's completions share its pictures in memory too; files hold plain bytes.
 PICTURES = pa.list_(pa.struct([("bytes", pa.dictionary(pa.int32(), pa.binary())), ("path", pa.string())]))
@@ -59,14 +61,14 @@ PICTURES = pa.list_(pa.struct([("bytes", pa.dictionary(pa.int32(), pa.binary()))
 
 @dataclass(frozen=True)
 class Transcript:
-    """A prompt and what was answered; N completions.
+    """A prompt and its N completions.
 
     Attributes:
         position: in the training order.
         texts: [N] the completions as text.
-        reward: [N] their totals, task units; None where nothing scored.
-        by_function: [N] the same of each reward function; the same functions in all of a step.
-        advantage: [N], no unit; None where dynamic sampling left the group out.
+        reward: [N] their totals, task units; None without a score.
+        by_function: [N] the rewards of each function; the functions are the same throughout a step.
+        advantage: [N], no unit; None if dynamic sampling left the group out.
     """
 
     position: int
@@ -79,25 +81,22 @@ class Transcript:
 
 
 def write_transcripts(run_dir: Path, stage: str, step: int, transcripts: Sequence[Transcript]) -> Path | None:
-    """Write the file of a step; one that is there already is replaced in one move.
+    """Write the file of a step, from 1, and return its path; without transcripts, write nothing.
 
-    A prompt is its text, with `<image>` for each picture; of several messages each begins with its role.
-    Pictures are the files' own bytes; those that were never encoded are PNG. What UTF-8 does not know, a lone
-    surrogate, becomes a question mark.
-
-    Args:
-        step: counts from 1.
-
-    Returns:
-        The file; None, and nothing is written, where there are no transcripts.
+    A file that exists is replaced in one move. A prompt is its text, with `<image>` for each picture; several
+    messages begin with their roles. Pictures are the files' own bytes, or PNG if they were
+    never encoded. A lone surrogate, which UTF-8 cannot encode, becomes a question mark.
 
     Raises:
-        ValueError: a picture cannot be read any more; names the sample and the file.
+        UserError: a picture can no longer be read; names the sample and the file.
     """
     if not transcripts:
         return None
     functions = list(transcripts[0].by_function)
-    schema = _schema(functions)
+    fields = [*COLUMNS, *(pa.field(_utf8(PART + name), pa.float64()) for name in functions)]
+    # `datasets` accepts pictures only in a column that may be null
+    fields.insert(COLUMNS.get_field_index("completion"), pa.field("images", PICTURES))
+    schema = pa.schema(fields)
     path = run_dir / FOLDER / f"{stage}-{step:06d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -119,16 +118,10 @@ def write_transcripts(run_dir: Path, stage: str, step: int, transcripts: Sequenc
 
 
 def read_transcripts(path: Path, most: int) -> tuple[list[list[dict[str, Any]]], int]:
-    """The first prompts of a file, and how many it holds.
-
-    Args:
-        most: prompts to read.
-
-    Returns:
-        The rows of each prompt; `images` in the first of them alone.
+    """The rows of a file's first prompts, and its number of prompts; only a prompt's first row has `images`.
 
     Raises:
-        ValueError: the file is broken or lacks a column; names it.
+        UserError: the file is broken or lacks a column; names it.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -141,12 +134,12 @@ def read_transcripts(path: Path, most: int) -> tuple[list[list[dict[str, Any]]],
             prompts = [_rows(file, i, wanted) for i in range(min(most, file.num_row_groups))]
             return prompts, file.num_row_groups
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: expected the transcripts of a step, found: {reason:.200}") from error
+        reason = one_line(error)
+        raise UserError(f"{path}: expected the transcripts of a step, found: {reason:.200}") from error
 
 
 def transcript_files(run_dir: Path) -> list[tuple[str, int, Path]]:
-    """Stage, step and path of every file of a run, in this order. Other names are left alone."""
+    """Stage, step and path of every file of a run, in this order. Files with other names are ignored."""
     found = []
     for path in (run_dir / FOLDER).glob("*.parquet"):
         match = re.fullmatch(r"(.+)-(\d+)", path.stem)
@@ -156,19 +149,12 @@ def transcript_files(run_dir: Path) -> list[tuple[str, int, Path]]:
 
 
 def forget_after(run_dir: Path, stage: str, step: int) -> None:
-    """Delete a stage's files of the steps after the first `step`, and what a killed run left half-written."""
+    """Delete a stage's files of steps after `step`, and files that a killed run left half-written."""
     for name, number, path in transcript_files(run_dir):
         if name == stage and number > step:
             path.unlink()
     for path in (run_dir / FOLDER).glob(beside(Path(f"{stage}-*.parquet")).name):
         path.unlink()
-
-
-def _schema(functions: Iterable[str]) -> pa.Schema:
-    fields = list(COLUMNS)
-    # `datasets` takes only what may be null for pictures
-    fields.insert(COLUMNS.get_field_index("completion"), pa.field("images", PICTURES))
-    return pa.schema([*fields, *(pa.field(_utf8(PART + name), pa.float64()) for name in functions)])
 
 
 def _features(schema: pa.Schema) -> str:

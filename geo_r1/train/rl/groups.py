@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from geo_r1.rewards import RewardFunction
-from geo_r1.rollout import score_groups
+from geo_r1.rewards import RewardFunction, score_groups
 from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.context import RunContext
 from geo_r1.train.group import Group
 from geo_r1.train.recipe.sections import GRPOConfig
-from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.log import Phases
 from geo_r1.train.report.transcripts import Transcript
 from geo_r1.train.rl.rollout_queue import RolloutQueue
 from geo_r1.train.rl.scoring import load_rewards

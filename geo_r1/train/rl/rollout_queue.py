@@ -26,7 +26,7 @@ from geo_r1.rollout.engine import EngineLost, RolloutEngine, WeightsLost
 from geo_r1.train.group import Group
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import GRPOConfig, RolloutConfig
-from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.log import Phases
 from geo_r1.train.updater import Progress
 
 RELOADS = 5  # in a row, for a server that keeps losing its weights
@@ -181,12 +181,12 @@ class RolloutQueue:
         mine = [draw.positions[i] for i in ranks.share(len(draw.positions))]
         upcoming = [following + i for i in ranks.share(self.num_prompts)]
         with phases("data"):
-            for item in self.loader.load(mine, [upcoming]):
-                if item is None:
-                    continue
-                for option, most in self.budgets.items():
-                    item.prompt.check_budget(self.sampling.max_new_tokens, most, option)
-                draw.groups.append(Group(item.sample, item.prompt, position=item.position))
+            for position, item in zip(mine, self.loader.load(mine, [upcoming]), strict=True):
+                if item is not None:
+                    draw.groups.append(Group(*item, position=position))
+        for group in draw.groups:
+            for option, most in self.budgets.items():
+                group.prompt.check_budget(self.sampling.max_new_tokens, most, option)
 
     def _begin(self, draw: _Draw, phases: Phases) -> Future[list[list[Completion]]]:
         def answer() -> list[list[Completion]]:

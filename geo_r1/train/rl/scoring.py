@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from geo_r1.errors import UserError
 from geo_r1.rewards import RewardFunction, load_reward
-from geo_r1.train.recipe.sections import RewardConfig
+from geo_r1.train.recipe.run_sections import RewardConfig
 
 
 def load_rewards(config: RewardConfig) -> dict[str, RewardFunction]:

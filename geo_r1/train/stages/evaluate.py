@@ -15,7 +15,7 @@ from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import Prediction, predict, summarise
 from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
-from geo_r1.rollout import score_groups
+from geo_r1.rewards import score_groups
 from geo_r1.train.context import RunContext
 from geo_r1.train.rl.scoring import load_rewards
 

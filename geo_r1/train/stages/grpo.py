@@ -30,7 +30,7 @@ from geo_r1.train.parallel.micro_batches import StepBatches, share_out
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe
-from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.log import Phases
 from geo_r1.train.report.transcripts import write_transcripts
 from geo_r1.train.rl.groups import GroupCollector, transcripts
 from geo_r1.train.rl.metrics import TokenSums, reward_metrics, staleness, token_metrics

@@ -18,7 +18,7 @@ from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.context import RunContext
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import Duration, OptimConfig
-from geo_r1.train.report.phases import Phases, peak_memory_mib
+from geo_r1.train.report.log import Phases, peak_memory_mib
 from geo_r1.train.report.transcripts import forget_after
 from geo_r1.train.state.checkpoint import Checkpoints
 from geo_r1.train.state.shards import State

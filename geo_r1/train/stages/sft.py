@@ -16,7 +16,7 @@ from geo_r1.train.group import Group
 from geo_r1.train.parallel.micro_batches import share_out
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import SFTConfig
-from geo_r1.train.report.phases import Phases
+from geo_r1.train.report.log import Phases
 from geo_r1.train.stages.loop import Validate, run_stage
 from geo_r1.train.updater import Updater
 
@@ -42,11 +42,12 @@ def run_sft(
     def step(updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
         progress = updater.progress
         with phases("data"):
-            drawn = loader.load(positions(progress.drawn), [positions(progress.drawn + config.batch_size)])
+            first = progress.drawn
             progress.drawn += config.batch_size
+            drawn = loader.load(positions(first), [positions(progress.drawn)])
             groups = [
-                Group(item.sample, item.prompt, [response_of(item.sample)], item.position)
-                for item in drawn
+                Group(*item, [response_of(item[0])], position)
+                for position, item in zip(positions(first), drawn, strict=True)
                 if item is not None
             ]
             option = f"{stage}.optim.max_tokens"

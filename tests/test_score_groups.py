@@ -3,7 +3,8 @@
 import pytest
 
 from geo_r1.data import Sample
-from geo_r1.rollout import Completion, score_groups
+from geo_r1.rewards import score_groups
+from geo_r1.rollout import Completion
 
 
 class Tokenizer:
