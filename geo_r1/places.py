@@ -175,7 +175,7 @@ class Gazetteer:
         found: dict[str, list[int]] = {}
         for i, row in enumerate(
             self._source.get_cities().values()
-        ):  # read again: kept names would take memory
+        ):  # read again, since keeping all names would take memory
             others = (name for name in row["alternatenames"] if not _is_code(name))
             for name in dict.fromkeys([own[i], *map(fold, others)]):
                 found.setdefault(name, []).append(i)

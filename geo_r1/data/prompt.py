@@ -1,4 +1,4 @@
-"""From a sample to token ids, pixels and rotary positions."""
+"""Encode a sample as token ids, pixels and rotary positions."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class Chat(Format):
         if self.alternates and not (spoken and spoken == by_turns):
             raise UserError(f"{self.name} has a system turn, then user and assistant by turns; got {roles}")
         if sample.response is None and (self.alternates or self.response == "completion"):
-            raise UserError(f"it has no response, without which a row of {self.name} teaches nothing")
+            raise UserError(f"it has no response, which a row of {self.name} needs")
         row: Columns = {self.key: [self._turn(**turn) for turn in turns], "images": images}
         row[self.answer] = sample.answer
         if self.response == "column" or sample.response is None:
@@ -219,7 +219,7 @@ class Problem(Format):
     def _row(self, turns: list[Turn], images: list[Any], sample: Sample, flatten: bool) -> Columns:
         roles = [turn["role"] for turn in turns]
         if sample.answer is None:
-            raise UserError(f"it has no answer, without which {self.name} does not take a row")
+            raise UserError(f"it has no answer, which a row of {self.name} needs")
         if roles == ["system", "user"] and flatten:
             turns = [{"role": "user", "content": system_first(turns[0]["content"], turns[1]["content"])}]
         elif roles != ["user"]:

@@ -1,4 +1,4 @@
-"""The choice of wrong tiles for each question.
+"""Choose the wrong tiles of each question.
 
 There are many sites, and the bounds are mostly wide, so tiles are drawn uniformly for all sites of a city at
 once, and those that do not fit are rejected. If a site still has too few tiles, or wants the nearest ones, a
@@ -23,7 +23,7 @@ FEW = 8  # with at most this many places per draw, they are listed instead
 WIDTHS = (8, 64, 512)  # neighbours tried per site, beyond those too near; after that, all are listed
 ENTRIES = 1 << 20  # pairs of a site and a tile checked at once
 EARTH_RADIUS_M = 1000 * EARTH_RADIUS_KM
-LEAF = 8  # places: breadth first, 12 neighbours of 16 K take 45 us a site; 190 with the tree's defaults
+LEAF = 8  # places: breadth first, 12 neighbours of 16 K take 45 us per site; 190 with the tree's defaults
 SLACK = 1e-9  # radians, 6 mm: allows for rounding in the tree and here
 FAR = 3.14  # radians; from here on the tree misses antipodes
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -1,4 +1,4 @@
-"""Sources of pairs: CV-Cities, VIGOR, CVUSA or a plain table, read into columns of sites.
+"""Read sources of pairs (CV-Cities, VIGOR, CVUSA or a plain table) into columns of sites.
 
 A site is a picture from the ground and the satellite tile of the same place. Rows without a usable site are
 left out and counted by reason; a file without any site is an error.
@@ -34,7 +34,7 @@ class Sites:
     """A table of sites; all columns have the same length.
 
     Attributes:
-        root: the folder that all pictures are in.
+        root: the folder with all pictures.
         id, city: names; ids are unique.
         ground, satellite: normalised paths of the pictures below `root`, with /.
         semi_positives: for each site, the paths of other tiles that show it off their centre.

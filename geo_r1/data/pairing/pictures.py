@@ -194,7 +194,7 @@ def open_picture(path: Path) -> Image.Image:
     """Decode a picture as `load_image` does; Pillow's warning of a decompression bomb becomes an error.
 
     Raises:
-        UserError: the picture is missing, broken, too large, or has more than 8 bits a channel; names it.
+        UserError: the picture is missing, broken, too large, or has more than 8 bits per channel; names it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

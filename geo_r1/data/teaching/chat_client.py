@@ -50,7 +50,7 @@ class ChatClient:
                 http_client=self._http,
             )
         except httpx.InvalidURL as error:
-            raise UserError(f"--url {config.url} is no address: {error}") from None
+            raise UserError(f"--url {config.url} is not a valid address: {error}") from None
 
     async def ask(self, messages: Messages) -> Reply | Failure:
         """Send one request, with retries if they may help.

@@ -69,7 +69,7 @@ class EndpointConfig:
         """The endpoint that the options of `add_endpoint_arguments` describe.
 
         Args:
-            prefix: as given there.
+            prefix: as in `add_endpoint_arguments`.
             given: fields that override the options.
 
         Raises:

@@ -82,7 +82,7 @@ def _judged(passed: Mapping[str, Sample], config: EndpointConfig, path: Path) ->
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
+    """Add the command's arguments."""
     parser.add_argument("--data", type=Path, help="JSONL or parquet of samples with responses")
     parser.add_argument("--out", type=Path, help="folder for the samples kept, asked for again and rejected")
     parser.add_argument("--images", type=Path, help="folder of relative image paths; default: that of --data")
