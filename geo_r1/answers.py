@@ -2,15 +2,15 @@
 
 import re
 
-Mention = tuple[int, bool, bool]  # a choice's number from 1, asserted, rejected
+Mention = tuple[int, bool, bool]  # number of the choice, from 1; asserted; rejected
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 DEFAULT_NUM_CHOICES = 5
-MOST_READ = 4096  # characters: of a longer answer only the end is read, where the conclusion is
+MOST_READ = 4096  # characters; of a longer answer only the end, with the conclusion, is read
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
-# The words that extract_choice knows. Text is lower-cased before they are looked for.
+# The words that extract_choice knows. Text is lower-cased before the search.
 _NOUN = r"(?:options?|choices?|candidates?|images?|pictures?|photos?|views?|tiles?|letters?)"
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _MARKED = re.compile(r"""(?<![\w*`"$'])[*_`"$']+\s*(\w)\s*[*_`"$']+(?!\w)""")  # **c**, `c`, "c"
@@ -38,7 +38,7 @@ _NEGATED_AFTER = re.compile(
     r"[\s)\]]*(?:cannot|(?:is|was|are|does|do|did|can|could|would|has|looks?|seems?)"
     r"(?:n't|\s+(?:not|too|wrong|incorrect|ruled|excluded|eliminated|unlikely|impossible)))\b"
 )
-# The text after the letter A (and I) where it is a choice and not the English word.
+# The text after the letter A (or I) if it is a choice and not the English word.
 _AFTER_A = re.compile(
     r"\s*(?:$|[^\w\s]|[a-z]\b|(?:is|isn't|was|or|and|nor|but|as|does|doesn't|matches|fits|shows|rather|instead)\b)"
 )
@@ -46,7 +46,7 @@ _AFTER_I = re.compile(r"\s*(?:$|[.:;!?)\]/]|is\b)")
 
 
 def well_formed(text: str) -> bool:
-    """Whether a text is a think block, optional white space and a non-empty answer block, and no more."""
+    """Whether a text is only a think block, optional white space and a non-empty answer block."""
     if any(text.count(tag) != 1 for tag in TAGS):
         return False
     before, _, rest = text.partition("<think>")
@@ -64,9 +64,9 @@ def extract_answer(text: str) -> str | None:
 
 
 def said(text: str) -> str:
-    """The answer of a completion: its answer block, else the text after the last thought, else all of it.
+    """A completion's answer: its answer block, else the text after the last thought, else the whole text.
 
-    Empty where a block or a thought is left open: a completion that was cut off is no answer.
+    Empty if a block or a thought is left open: a completion that was cut off is not an answer.
     """
     if "<answer>" in text:
         return extract_answer(text) or ""
@@ -76,14 +76,14 @@ def said(text: str) -> str:
 
 
 def extract_choice(text: str, num_choices: int = DEFAULT_NUM_CHOICES) -> str | None:
-    """The choice letter, upper case, that a person would read from an answer; None where in doubt.
+    """The choice letter, upper case, that a person would read from an answer; None if in doubt.
 
-    Only the last answer block counts; a text with tags but no such block has no answer, one without tags is
-    read whole. Each letter, number ("image 3") or ordinal ("the third image") that can be a choice is found
-    and judged by the words around it: rejected ("not D", "A is too far"), asserted (named, bracketed, or at a
-    place where an answer stands), or in passing. The answer is the one asserted choice; a second choice that
-    is not rejected, in range or not, is doubt. Clauses of reason ("because A ...") are not read, nor the text
-    before a last "answer is". "a" and "I" are choices only where they cannot be English words.
+    Only the last answer block counts. A text with tags but no such block has no answer; a text without tags
+    is read whole. Each letter, number ("image 3") or ordinal ("the third image") that can be a choice is
+    judged by the words around it: rejected ("not D", "A is too far"), asserted (named, bracketed, or placed
+    like an answer), or mentioned in passing. The answer is the one asserted choice; a second choice that is
+    not rejected, in range or not, is doubt. Clauses of reason ("because A ...") and the text before the last
+    "answer is" are not read. "a" and "I" are choices only if they cannot be English words.
 
     Args:
         text: a completion, or only its answer.
@@ -107,7 +107,7 @@ def extract_choice(text: str, num_choices: int = DEFAULT_NUM_CHOICES) -> str | N
 def _judge(text: str, num_choices: int) -> list[Mention]:
     """List the choices in a text as (number from 1, asserted, rejected), in order."""
     mentions: list[Mention] = []
-    end = 0  # of the mention before
+    end = 0  # of the previous mention
     for token in _TOKEN.finditer(text):
         start, gap = token.start(), text[end : token.start()]
         before, after = text[max(0, start - 40) : start], text[token.end() :][:40]  # keeps long texts linear
@@ -124,11 +124,11 @@ def _judge(text: str, num_choices: int) -> list[Mention]:
 
 
 def _is_asserted(token: re.Match[str], before: str, after: str, joined: bool) -> bool | None:
-    """Whether a token is in the place of an answer (True) or in passing (False); None if it is no choice."""
+    """True for a token placed like an answer, False for one in passing, None for one that is no choice."""
     if token["ordinal"]:
         return token["named"] is not None
     word = token["plain"]
-    if word.isdigit():  # a bare number counts things unless it is named, a label or all there is
+    if word.isdigit():  # a bare number is a count unless it is named, a label or the whole text
         label = not before.strip("([ ") and re.match(r"[,.:;)\]]+(?!\S)|\s*$", after)
         return True if _NAMED.search(before) or label or joined else None
     bracketed = re.search(r"[(\[]\s*$", before) and re.match(r"\s*[)\]]", after)

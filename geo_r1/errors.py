@@ -1,7 +1,7 @@
-"""Whose fault an error is, and what a command line makes of it.
+"""Kinds of errors, and how command lines report them.
 
-A user's mistake is one line and exit code 2. An outage is one line and exit code 1: the same command can be
-tried again. Anything else is a defect: a traceback and exit code 1.
+A user's mistake prints one line, with exit code 2. An outage prints one line, with exit code 1: the user can
+run the same command again. Anything else is a defect: a traceback, with exit code 1.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ MISTAKE, OUTAGE, INTERRUPTED = 2, 1, 130
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the message says what was wrong, where, and what would work."""
+    """A mistake that the user can fix; the message says what was wrong, where, and what would work."""
 
 
 class OutageError(RuntimeError):
-    """A server, an engine or another rank has gone; the same command can be tried again."""
+    """A server, an engine or another rank has gone; the user can run the same command again."""
 
 
 def one_line(message: object) -> str:
@@ -37,7 +37,7 @@ def exit_code_of(
 
     Args:
         interrupted: what to say after Ctrl-C.
-        tell: prints the one line.
+        tell: prints the line.
     """
     try:
         command()

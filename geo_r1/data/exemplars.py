@@ -1,8 +1,8 @@
 """Samples of the procedural world: questions, chains of thought, captions, direct answers.
 
 A chain of thought has the four steps of Geo-R1: visual cues, knowledge association, evidence corroboration,
-conclusion. The teacher can be made to err in two ways that real teachers do: to be *careless*, which is to go
-through the motions and call every side the same, and to *slip*, which is to misname what a tile shows.
+conclusion. The teacher can make two mistakes that real teachers make: if *careless*, it calls every side the
+same without comparing them; if it *slips*, it misnames a side of a tile.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CAPTION = "Describe the panorama and the tiles {labels}."
 
 @dataclass(frozen=True)
 class Numbered:
-    """Samples of a split by number, for a `Source`.
+    """A split's samples by index, for a `Source`.
 
     Attributes:
         make: (world, split, number, **options) -> sample.
-        first: the number that index 0 stands for.
+        first: the number of the sample at index 0.
     """
 
     make: Callable[..., Sample]
@@ -44,15 +44,15 @@ class Numbered:
 
 @dataclass(frozen=True)
 class RisingQuestions:
-    """Questions whose difficulty rises evenly from `start` to the world's own, then stays.
+    """Questions whose difficulty rises linearly from `start` to the world's own, then stays there.
 
     Args:
         first: the number of the first question of the split.
-        start: difficulty of the first one, 0 to 1.
-        num_rising: questions until the world's own difficulty is reached.
+        start: difficulty of the first question, 0 to 1.
+        num_rising: number of questions until the difficulty is the world's own.
 
     Raises:
-        UserError: `start` is not from 0 to the world's difficulty.
+        UserError: `start` is not between 0 and the world's difficulty.
     """
 
     world: World
@@ -77,10 +77,10 @@ class RisingQuestions:
 
 
 def question(world: World, split: str, index: int, difficulty: float | None = None) -> Sample:
-    """A cross-view pairing as a prompt with an answer, no response: pictures, tiles labelled, then text.
+    """A cross-view question without a response: the panorama, labelled tiles, then text.
 
     Args:
-        difficulty: of the confusers, in place of the world's own.
+        difficulty: replaces the world's own difficulty, 0 to 1.
     """
     pairing = world.pairing(split, index, difficulty)
     return _sample(world, pairing, QUESTION, None)
@@ -92,7 +92,7 @@ def chain_of_thought(
     """A question with a teacher's chain of thought as its response.
 
     Args:
-        careless: probability that this chain of thought calls every side it compares the same.
+        careless: probability that the teacher calls every side it compares the same.
         slip: probability of misnaming a side of a tile.
     """
     pairing = world.pairing(split, index)
@@ -105,16 +105,16 @@ def chain_of_thought(
 
 
 def direct_answer(world: World, split: str, index: int, describe: bool = False) -> Sample:
-    """A question whose response is the answer alone, or after a thought that only describes the panorama."""
+    """A question answered without reasoning; with `describe`, after a description of the panorama."""
     pairing = world.pairing(split, index)
     thought = f"<think>Cues: {' '.join(pairing.place.covers)}.</think>" if describe else ""
     return _sample(world, pairing, QUESTION, f"{thought}<answer>{pairing.answer}</answer>")
 
 
 def pretraining(world: World, split: str, index: int) -> Sample:
-    """Data in place of pretraining: three captions, then a direct answer; every fourth answer describes.
+    """A substitute for pretraining: three captions per direct answer; every fourth answer has a description.
 
-    It teaches the model to see and to answer in the right form, but not to find an answer.
+    It teaches the model to see and to answer in the right form, but not to find the answer.
     """
     if index % 4:
         return caption(world, split, index)
@@ -122,7 +122,7 @@ def pretraining(world: World, split: str, index: int) -> Sample:
 
 
 def caption(world: World, split: str, index: int) -> Sample:
-    """The same pictures with a description of each of them as the response."""
+    """A question's pictures, with a description of each as the response."""
     pairing = world.pairing(split, index)
     named = zip(("panorama", *LETTERS), (pairing.place, *pairing.candidates), strict=False)
     views = [f"{name} {' '.join(place.covers)}." for name, place in named]
@@ -130,7 +130,7 @@ def caption(world: World, split: str, index: int) -> Sample:
 
 
 def association(covers: Sequence[str]) -> str:
-    """The kind of place that has these sides: the knowledge step, from general to particular."""
+    """The kind of place that has these land covers, for the knowledge step."""
     for cover, kind in (("water", "coast"), ("sand", "desert"), ("rock", "mountain"), ("roofs", "town")):
         if cover in covers:
             return kind
@@ -138,14 +138,14 @@ def association(covers: Sequence[str]) -> str:
 
 
 def _named(covers: Sequence[str], slip: float, rng: random.Random) -> list[str]:
-    """The teacher's names for a tile's sides."""
+    """The names that the teacher gives to a tile's sides."""
     return [
         rng.choice([c for c in COVERS if c != cover]) if rng.random() < slip else cover for cover in covers
     ]
 
 
 def _compare(cues: Sequence[str], tiles: Sequence[Sequence[str]], careless: bool) -> tuple[str, str]:
-    """Compare every tile, side by side until one differs; the careless teacher stops at the first tile."""
+    """Compare each tile's sides until one differs; a careless teacher stops after the first tile."""
     lines, chosen = [], None
     for letter, tile in zip(LETTERS, tiles, strict=False):
         words, verdict = [letter], "yes."

@@ -1,4 +1,4 @@
-"""Pictures at the size that the model takes, and a cache so that none is decoded twice."""
+"""Pictures resized for the model, and a cache of decoded pictures."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from geo_r1.data.sample import ImageSource, load_image, read_image
 
 Size = tuple[int, int]  # height and width in pixels
-SHRINK_STEPS = 4096  # steps in which pictures shrink: less than one token apart
+SHRINK_STEPS = 4096  # possible scales when pictures shrink; neighbours differ by less than one token
 
 
 class PictureCache:
-    """Decoded and resized pictures, found again by their content; the least recently used go first.
+    """Decoded and resized pictures, keyed by their content; the least recently used are dropped first.
 
     Args:
-        max_bytes: the most bytes of pixels to keep; 0 keeps nothing.
+        max_bytes: limit on the bytes of pixels; 0 keeps nothing.
 
     Attributes:
-        num_bytes: bytes of pixels that are kept now.
-        hits, misses: how many pictures were found, and how many were not.
+        num_bytes: bytes of pixels in the cache.
+        hits, misses: how many lookups found a picture, and how many did not.
     """
 
     def __init__(self, max_bytes: int = 0) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = self.hits = self.misses = 0
         self._pixels: OrderedDict[tuple[bytes, Size], np.ndarray] = OrderedDict()
-        self._sizes: dict[bytes, Size] = {}  # of the whole pictures, kept as long as their pixels
+        self._sizes: dict[bytes, Size] = {}  # full sizes, kept as long as the pixels
 
     def __len__(self) -> int:
         return len(self._pixels)
 
     def whole_size(self, digest: bytes) -> Size | None:
-        """The size of the picture itself, if any size of it is kept."""
+        """The picture's full size, if it is in the cache at any size."""
         return self._sizes.get(digest)
 
     def find(self, digest: bytes, target: Size) -> np.ndarray | None:
@@ -69,13 +69,13 @@ class Picture:
 
     Args:
         source: a picture, a path, or encoded bytes.
-        owner: the sample's name, for errors.
+        owner: the sample's id, for errors.
 
     Attributes:
         size: height and width in pixels, upright.
 
     Raises:
-        UserError: it is missing or broken; see `load_image`.
+        UserError: the picture is missing or broken; see `load_image`.
     """
 
     def __init__(self, source: ImageSource, owner: str, cache: PictureCache) -> None:
@@ -86,7 +86,7 @@ class Picture:
         size = None
         if not cache.max_bytes or isinstance(source, Image.Image):
             self._image = load_image(source, owner)
-            if cache.max_bytes:  # by its upright RGB pixels: modes, palettes and orientation are done with
+            if cache.max_bytes:  # hash upright RGB pixels, after modes, palettes and orientation
                 shape = repr(self._image.size).encode()
                 self._digest = blake2b(
                     shape + self._image.tobytes(), digest_size=32, person=b"pixels"
@@ -101,7 +101,7 @@ class Picture:
         self.size: Size = size
 
     def resized(self, target: Size, resample: int) -> np.ndarray:
-        """[height, width, 3] uint8, read-only; the same bits whether it was kept or not."""
+        """[height, width, 3] uint8, read-only; the same bits with or without the cache."""
         if self._cache.max_bytes and (kept := self._cache.find(self._digest, target)) is not None:
             return kept
         height, width = target
@@ -117,10 +117,10 @@ class Picture:
 
 
 def fitted(whole: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
-    """The size at which a picture reaches the model: multiples of `factor`, within the limits on pixels.
+    """The size at which the model sees a picture: multiples of `factor`, within the pixel limits.
 
     Raises:
-        UserError: it is more than 200 times as long as wide.
+        ValueError: the picture is more than 200 times as long as wide.
     """
     height, width = smart_resize(*whole, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
     return height, width
@@ -131,23 +131,23 @@ def num_tokens(target: Size, factor: int) -> int:
 
 
 def shrunk(whole: Sequence[Size], targets: Sequence[Size], factor: int, max_tokens: int) -> list[Size] | None:
-    """Shrink the pictures of a prompt by one common share of their pixels until their tokens fit.
+    """Scale all pictures of a prompt by the same factor until their tokens fit.
 
     Args:
-        whole: sizes of the pictures themselves.
-        targets: their sizes without a limit; no picture grows beyond its own.
-        factor: pixels on a side of one token; sides of the results are multiples of it.
-        max_tokens: the most tokens of all pictures together.
+        whole: full sizes of the pictures.
+        targets: their sizes without a token limit; no picture gets larger than this.
+        factor: side of one token in pixels; the returned sides are multiples of it.
+        max_tokens: limit on the tokens of all pictures together.
 
     Returns:
-        The largest sizes that fit; None if one token each is too much.
+        The largest sizes that fit; None if even one token per picture is too much.
     """
 
     def side(length: int, scale: float, most: int) -> int:
         return min(most, max(factor, int(length * scale / factor) * factor))
 
     def sizes(step: int) -> list[Size]:
-        # As `smart_resize` shrinks, but that makes narrow pictures longer while it makes them smaller.
+        # Like `smart_resize`, except that it lengthens narrow pictures when it shrinks them.
         found = []
         for (height, width), (most_high, most_wide) in zip(whole, targets, strict=True):
             scale = math.sqrt(most_high * most_wide * step / SHRINK_STEPS / (height * width))

@@ -1,4 +1,4 @@
-"""JSON lines that survive a kill: records are appended whole, and the length of a line is limited."""
+"""JSON lines that survive a kill: each record is appended in one piece, and its length is limited."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from geo_r1.data.paths import naming
 from geo_r1.errors import UserError, one_line
 
-MAX_LINE = 16 * 2**20  # bytes: room for ten pictures in a record, but not enough to fill the memory
+MAX_LINE = 16 * 2**20  # bytes: enough for a record with ten pictures, too little to exhaust the memory
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields each line's number, from 1, and its JSON value; blank lines are skipped.
 
     Raises:
-        UserError: the file is missing, a line is longer than `MAX_LINE` or is not JSON; names file and line.
+        UserError: the file is missing, or a line is longer than `MAX_LINE` or not JSON; names file and line.
     """
     with naming(path, "read"), path.open("rb") as file:
         for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
@@ -32,25 +32,25 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     value = json.loads(line.rstrip())
-                except (ValueError, RecursionError) as error:  # the latter from deeply nested brackets
+                except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
                     raise UserError(f"{where}: broken JSON: {one_line(error)}") from error
                 yield number, value
 
 
 class Journal:
-    """Records by id, appended as they come; a process that was killed finds its records at the next start.
+    """Records by id, appended as they come; after a kill, the next start finds them again.
 
-    A last line that was cut by a kill is dropped, with a later one of the same id the first one stands. One
-    process at a time may use the file (it holds a lock), and one thread at a time may call `append`.
+    A last line that a kill cut off is dropped. If two lines have the same id, the first counts. One process
+    at a time may use the file (it holds a lock), and one thread at a time may call `append`.
 
     Args:
         path: JSONL; each record has a string "id".
 
     Attributes:
-        records: by id, in the order in which they came.
+        records: by id, in the order of arrival.
 
     Raises:
-        UserError: a line other than the last is broken, or has no id; names it. Or another process has it.
+        UserError: a line before the last is broken or has no id; names it. Or another process has the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,11 +78,11 @@ class Journal:
                 self.records.setdefault(record["id"], record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a record; when this returns, it survives the end of this process.
+        """Write a record; once this returns, the record survives the end of this process.
 
         Raises:
-            ValueError: its id has been written before.
-            UserError: it is too long for a line, or the disk is full.
+            ValueError: the id has already been written.
+            UserError: the record is too long for a line, or the disk is full.
         """
         key = record["id"]
         if key in self.records:
@@ -111,7 +111,7 @@ class Journal:
     def _drop_cut_line(self) -> None:
         with self.path.open("rb+") as file:
             end = size = file.seek(0, os.SEEK_END)
-            while end:  # back to the last line's end, a block at a time
+            while end:  # search backwards for the last line end, block by block
                 start = max(0, end - 65536)
                 file.seek(start)
                 found = file.read(end - start).rfind(b"\n")

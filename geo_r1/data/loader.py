@@ -1,4 +1,4 @@
-"""Prompts of a training order, encoded in this process or ahead of time in others."""
+"""Prompts in training order, encoded in this process or ahead of time by worker processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from geo_r1.data.source import Source
 from geo_r1.data.workers import Prepared, Task, Workers
 from geo_r1.models.packed import EncodedPrompt
 
-PREFETCH = 2  # upcoming calls that are prepared ahead
+PREFETCH = 2  # number of upcoming calls that workers prepare
 
 
 class LoaderOptions(Protocol):
-    """The settings of a recipe that a loader needs."""
+    """The recipe's settings that a loader needs."""
 
     @property
     def num_workers(self) -> int: ...
@@ -28,15 +28,15 @@ class LoaderOptions(Protocol):
 class PromptLoader:
     """Draws samples by position and encodes their prompts; the same bits with any number of workers.
 
-    Use it in a `with` statement, or close it.
+    Use it in a `with` statement, or call `close`.
 
     Args:
-        source: of the samples. Workers draw from a source without end, so it must pickle; from a source with
-            an end, the main process draws and sends them the samples.
-        encoder: its `on_overlong` is the rule for prompts that are too long.
-        seed: of the training order.
-        num_workers: processes; with 0, `load` does the work itself.
-        cache_bytes: of decoded pictures, for all workers together.
+        source: provides the samples. Workers draw from an endless source, so it must pickle; from a finite
+            one, the main process draws and sends the samples to the workers.
+        encoder: encodes the prompts; its `on_overlong` is the rule for prompts that are too long.
+        seed: determines the training order.
+        num_workers: number of worker processes; with 0, `load` does the work itself.
+        cache_bytes: limit on the decoded pictures in the caches of all workers together.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PromptLoader:
 
     @classmethod
     def of(cls, options: LoaderOptions, source: Source, encoder: PromptEncoder, seed: int) -> PromptLoader:
-        """A loader with the settings of a recipe's section `data`."""
+        """A loader with the settings in a recipe's section `data`."""
         return cls(
             source,
             encoder,
@@ -71,7 +71,7 @@ class PromptLoader:
         self.close()
 
     def close(self) -> None:
-        """End the workers, even in the middle of their work."""
+        """Stop the workers, even in the middle of their work."""
         self._futures.clear()
         if self._workers is not None:
             self._workers.close()
@@ -79,15 +79,15 @@ class PromptLoader:
     def load(
         self, positions: Sequence[int], upcoming: Sequence[Sequence[int]] = ()
     ) -> list[tuple[Sample, EncodedPrompt] | None]:
-        """Samples and prompts at these positions; None where a prompt is too long and `on_overlong` is skip.
+        """Samples and prompts at these positions; None if a prompt is too long and `on_overlong` is "skip".
 
         Args:
-            upcoming: positions of the next calls, the next one first. Workers prepare those of PREFETCH calls
-                from now on; what was announced before and is not any more is dropped. A wrong guess only
-                costs time.
+            upcoming: positions of the next calls, the next one first. Workers start on those of the first
+                PREFETCH calls; prompts that an earlier call announced and this one does not are dropped.
+                A wrong guess only costs time.
 
         Raises:
-            UserError: a sample or a prompt is wrong, or a worker was killed; one line that says what to do.
+            UserError: a sample or a prompt is wrong, or a worker was killed; the message says what to do.
         """
         if self._workers is None:
             prepared: list[Prepared] = [self._task.prepare(position) for position in positions]

@@ -1,4 +1,4 @@
-"""Paths of the user's files: named in errors, and still right in rows that move to another file."""
+"""Paths of the user's files: errors name them, and rows that move to another file keep them valid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from geo_r1.errors import UserError
 
 @contextmanager
 def naming(path: Path | str, failed: str = "written") -> Iterator[None]:
-    """Turn an OSError on a user's file into a UserError of one line."""
+    """Turn an OSError on a user's file into a one-line UserError."""
     try:
         yield
     except OSError as error:
@@ -22,7 +22,7 @@ def naming(path: Path | str, failed: str = "written") -> Iterator[None]:
 
 
 def moved_row(row: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any]:
-    """A row in our own columns with its pictures' paths as seen from a folder; see `moved`."""
+    """A row in our own columns, with its pictures' paths as seen from `folder`; see `moved`."""
     images = row.get("images")
     return (
         {**row, "images": [moved(i, root, folder) for i in images]} if isinstance(images, list) else {**row}
@@ -30,15 +30,15 @@ def moved_row(row: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any
 
 
 def moved(image: Any, root: Path, folder: Path) -> Any:
-    """A picture's path as seen from a folder: relative where it is in it, absolute elsewhere.
+    """A picture's path as seen from `folder`: relative if the picture is in it, absolute otherwise.
 
     Args:
-        image: a path, {"path", "bytes"} or bytes; anything else is returned as it is.
-        root: the folder that a relative path starts from now.
+        image: a path, {"path", "bytes"} or bytes; anything else is returned unchanged.
+        root: the folder that relative paths start from now.
         folder: the folder of the file that the row moves to.
 
     Raises:
-        UserError: it is a web address and not a path.
+        UserError: the image is a web address, not a path.
     """
     if isinstance(image, bytes):
         return {"bytes": image, "path": None}
@@ -54,9 +54,9 @@ def moved(image: Any, root: Path, folder: Path) -> Any:
 
 @lru_cache(65536)
 def _seen_from(folder: Path, root: Path, parent: str) -> str:
-    """The prefix of the names of a folder's files; "" for `folder` itself."""
+    """The path of a picture's parent folder as seen from `folder`; "" for `folder` itself."""
     path = root / parent
-    if ".." in path.parts:  # of a link, it is the parent of where that leads
+    if ".." in path.parts:  # after a link, .. is the parent of its target
         path = Path(os.path.realpath(path))
     for base in (folder, Path(os.path.realpath(folder))):
         if path.is_relative_to(base):

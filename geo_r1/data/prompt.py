@@ -1,4 +1,4 @@
-"""From a sample to token ids, pixels and rotary positions."""
+"""Encode a sample as token ids, pixels and rotary positions."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ OnOverlong = Literal["error", "skip", "resize"]
 
 
 class OverlongPromptError(UserError):
-    """A prompt has more tokens than allowed; `on_overlong` decides whether that ends a run."""
+    """A prompt has too many tokens; `on_overlong` decides whether that ends the run."""
 
 
 class PromptEncoder:
-    """Encodes prompts for a Qwen2-VL, Qwen2.5-VL or Qwen3-VL. It pickles, so workers can use it.
+    """Encodes prompts for Qwen2-VL, Qwen2.5-VL or Qwen3-VL. It pickles, so workers can use it.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         image_processor: a transformers `Qwen2VLImageProcessorPil`.
         image_token_id: the token that stands for one merged patch of a picture.
-        max_pixels: pictures with more pixels are shrunk to it; None keeps the processor's own limit.
-        max_prompt_tokens: the most tokens of a prompt; prompts are never cut, since that could cut a picture.
+        max_pixels: larger pictures are shrunk to this many pixels; None keeps the processor's own limit.
+        max_prompt_tokens: limit per prompt; prompts are never cut, since that could cut a picture.
         on_overlong: the rule for longer prompts. "error" and "skip" both raise `OverlongPromptError`, which
-            `PromptLoader` passes on or takes for an answer; "resize" shrinks its pictures until it fits.
-        keep_pictures: a prompt also carries its resized pictures, for a rollout engine that encodes them.
+            `PromptLoader` raises again or turns into None; "resize" shrinks its pictures until they fit.
+        keep_pictures: prompts also carry their resized pictures, for a rollout engine that encodes them.
 
     Attributes:
         cache: decoded pictures; see `with_cache`.
@@ -62,19 +62,19 @@ class PromptEncoder:
             image_processor.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
 
     def with_cache(self, max_bytes: int) -> PromptEncoder:
-        """The same encoder with a cache of its own for decoded pictures."""
+        """A copy of this encoder with its own cache of decoded pictures."""
         encoder = copy.copy(self)
         encoder.cache = PictureCache(max_bytes)
         return encoder
 
     def encode(self, sample: Sample) -> EncodedPrompt:
-        """Encode a sample's prompt up to where the assistant's answer begins.
+        """Encode a sample's prompt, up to the start of the assistant's answer.
 
         Raises:
-            OverlongPromptError: the prompt is over `max_prompt_tokens`, and its pictures may not be shrunk or
-                cannot be shrunk enough.
-            UserError: a picture is missing or broken, or the text contains image tokens of its own. All
-                errors name the sample.
+            OverlongPromptError: the prompt is longer than `max_prompt_tokens`, and its pictures must not be
+                shrunk or cannot be shrunk enough.
+            UserError: a picture is missing or broken, or the text itself contains image tokens. All errors
+                name the sample.
         """
         pictures = [Picture(image, sample.id, self.cache) for image in sample.images]
         targets = self._targets(sample, [picture.size for picture in pictures])
@@ -87,7 +87,7 @@ class PromptEncoder:
                 picture.resized(target, self.image_processor.resample)
                 for picture, target in zip(pictures, targets, strict=True)
             ]
-            features = self.image_processor(  # a second resize could round its sizes anew
+            features = self.image_processor(  # a second resize could round the sizes again
                 resized, do_resize=False, input_data_format="channels_last", return_tensors="pt"
             )
             pixel_values = features["pixel_values"]
@@ -100,7 +100,7 @@ class PromptEncoder:
 
     @property
     def _factor(self) -> int:
-        """Pixels on a side of one token's square."""
+        """Side of one token's square in pixels."""
         return self.image_processor.patch_size * self.image_processor.merge_size
 
     def _targets(self, sample: Sample, sizes: Sequence[Size]) -> list[Size]:
@@ -131,7 +131,7 @@ class PromptEncoder:
     def _within_budget(
         self, sample: Sample, token_ids: list[int], sizes: Sequence[Size], targets: list[Size]
     ) -> list[Size]:
-        """Sizes of the pictures with which the prompt fits its budget."""
+        """Sizes of the pictures at which the prompt fits its budget."""
         num_text = len(token_ids) - len(sizes)
         num_image = sum(num_tokens(target, self._factor) for target in targets)
         budget = self.max_prompt_tokens
@@ -155,14 +155,14 @@ class PromptEncoder:
         return smaller
 
     def encode_response(self, text: str) -> list[int]:
-        """Token ids of an assistant's answer, the end token included."""
+        """Token ids of an assistant's answer, including the end token."""
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
 
 def expand_images(
     token_ids: Sequence[int], image_token_id: int, grids: Sequence[tuple[int, int, int]], merge: int
 ) -> tuple[list[int], list[int]]:
-    """Repeat each image token once per merged patch; returns the tokens and the rows of the image tokens."""
+    """Repeat each image token once per merged patch; returns the tokens and the image tokens' positions."""
     remaining = iter(grids)
     tokens: list[int] = []
     rows: list[int] = []
@@ -183,7 +183,7 @@ def mrope_positions(
     """[3, P] int64 positions (time, height, width) of an expanded prompt with still pictures.
 
     Text counts up on all three axes. A picture that starts at position s puts its merged patch (t, y, x) at
-    (s + t, s + y, s + x), and the text after it goes on at s + max(rows, columns).
+    (s + t, s + y, s + x), and the text after it continues at s + max(rows, columns).
 
     Source: multimodal rotary embedding of Qwen2-VL, arXiv:2409.12191.
     """

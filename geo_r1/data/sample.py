@@ -1,4 +1,4 @@
-"""One sample: a prompt with its images in order and its answer; and the files that samples are read from."""
+"""Samples (prompts with images and answers), and reading them from files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from geo_r1.data.journal import read_lines
 from geo_r1.errors import UserError, one_line
 
 IMAGE_MARKER = "<image>"
-MAX_JSON = 2 * 2**30  # bytes of a .json file, which is parsed whole
+MAX_JSON = 2 * 2**30  # bytes of a .json file, which is parsed in one piece
 ImageSource = Image.Image | Path | bytes
 
 
@@ -27,16 +27,16 @@ class Sample:
     """A prompt that a model answers.
 
     Attributes:
-        id: names the sample in errors, reports and random streams; unique in its data set.
+        id: unique in the data set; names the sample in errors, reports and random streams.
         messages: chat messages, each {"role", "content"}; content is a list of parts, {"type": "text",
             "text"} or {"type": "image"}; the n-th image part stands for the n-th of `images`.
         images: pictures, paths, or encoded bytes, in order.
-        response: the text that supervised fine-tuning learns; None where there is none.
-        answer: the truth that rewards compare with; None where there is none.
-        metadata: further columns; they reach reward functions by name.
+        response: the text that supervised fine-tuning learns, if any.
+        answer: the truth that rewards compare with, if any.
+        metadata: the other columns; reward functions get them by name.
 
     Raises:
-        UserError: the number of image parts is not the number of images, or there is no message.
+        UserError: the numbers of image parts and images differ, or there is no message.
     """
 
     id: str
@@ -57,14 +57,14 @@ class Sample:
 
 
 def load_image(source: ImageSource, owner: str, encoded: bytes | None = None) -> Image.Image:
-    """Decode a picture to RGB, upright as its EXIF orientation says, on white where it is transparent.
+    """Decode a picture to RGB, rotated upright by its EXIF orientation, transparent pixels over white.
 
     Args:
-        owner: the sample's name, for errors.
-        encoded: the bytes of this source, if `read_image` has read them before.
+        owner: the sample's id, for errors.
+        encoded: the bytes of this source, if `read_image` has already read them.
 
     Raises:
-        UserError: the file is missing, is not a whole picture, or has more than 8 bits a channel; names
+        UserError: the file is missing, is not a complete picture, or has more than 8 bits per channel; names
             `owner` and the file.
     """
     with _naming(source, owner):
@@ -77,14 +77,14 @@ def load_image(source: ImageSource, owner: str, encoded: bytes | None = None) ->
 
 
 def read_image(source: Path | bytes, owner: str) -> bytes:
-    """The encoded bytes of a picture; raises UserError, with `owner` and the file, if it cannot be read."""
+    """The encoded bytes of a picture; raises a UserError that names `owner` and the file if it cannot."""
     with _naming(source, owner):
         return source.read_bytes() if isinstance(source, Path) else source
 
 
 @contextmanager
 def _naming(source: ImageSource, owner: str) -> Iterator[None]:
-    """Turn an error of a picture into one line that names its sample."""
+    """Turn an error about a picture into one line that names its sample."""
     if isinstance(source, Image.Image):
         name = "in memory"
     else:
@@ -103,14 +103,14 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":  # Pillow would clip these to 0..255: a 16-bit satellite tile would turn white
         raise UserError(f"it has more than 8 bits a channel (mode {image.mode}); convert it to 8")
     image = ImageOps.exif_transpose(image)
-    if "A" in image.getbands() or "transparency" in image.info:  # the pixels below are arbitrary
+    if "A" in image.getbands() or "transparency" in image.info:  # transparent pixels have arbitrary colours
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
-    """A smaller picture of about the same shape with at most so many pixels."""
+    """A smaller copy of a picture, of about the same shape, with at most `max_pixels` pixels."""
     scale = math.sqrt(max_pixels / (image.width * image.height))
     height = min(max(1, int(image.height * scale)), max_pixels)
     width = min(max(1, int(image.width * scale)), max_pixels // height)
@@ -118,16 +118,16 @@ def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
 
 
 def read_samples(path: Path | str, image_root: Path | str | None = None) -> list[Sample]:
-    """Read a JSONL or parquet file of samples; a .json file holds one list of them.
+    """Read the samples in a JSONL or parquet file, or in a .json file with one list of them.
 
     Columns: `prompt` (text with `<image>` markers, or chat messages), `images` (a list of paths, relative to
     `image_root` or else to the file; or of {"path", "bytes"} as Hugging Face datasets store them),
-    `response`, `answer`, `id`. All others become metadata; null counts as absent. A prompt that marks no
-    image gets all of them before its first user text.
+    `response`, `answer`, `id`. Other columns become metadata; null counts as absent. If a prompt marks no
+    image, all images go before its first user text.
 
     Raises:
-        UserError: the file is missing, empty, of another type, or a row is malformed; names file and row,
-            which in JSONL is the line.
+        UserError: the file is missing, empty or of another type, or a row is malformed; names file and row
+            (the line in JSONL).
     """
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
@@ -143,7 +143,7 @@ def read_samples(path: Path | str, image_root: Path | str | None = None) -> list
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields the rows of a JSONL, JSON or parquet file, numbered from 1; JSONL by the line, as it is read.
+    """Yields the rows of a JSONL, JSON or parquet file, numbered from 1; in JSONL, row numbers are lines.
 
     The `datasets` package is not used: it writes a cache and wants one type per column.
 
@@ -174,10 +174,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_parquet(path: Path, columns: Callable[[list[str]], list[str]] = list) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a parquet file, a few in memory at a time, since they may hold pictures.
+    """Yields the rows of a parquet file, with few in memory at a time, since they may hold pictures.
 
     Args:
-        columns: chooses the columns to read from the names of all.
+        columns: given all column names, returns the ones to read.
 
     Raises:
         UserError: the file cannot be read; names it.
@@ -190,19 +190,19 @@ def read_parquet(path: Path, columns: Callable[[list[str]], list[str]] = list) -
                 yield from batch.to_pylist()
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow's are among them
+    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses
         raise UserError(f"data file {path} cannot be read: {one_line(error)}") from error
 
 
 def sample_of(row: Any, where: str, root: Path) -> Sample:
-    """Make a sample of a row as `read_samples` does.
+    """Make a sample from a row, as `read_samples` does.
 
     Args:
-        where: names the row in errors, and the sample if it has no id.
+        where: names the row in errors; also the sample's id if the row has none.
         root: the folder that relative paths start from.
 
     Raises:
-        UserError: the row is malformed; begins with `where`.
+        UserError: the row is malformed; the message begins with `where`.
     """
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a sample must be a mapping of columns, got {shown(row)}")
@@ -228,7 +228,7 @@ def sample_of(row: Any, where: str, root: Path) -> Sample:
 
 
 def _text_of(columns: dict[str, Any], name: str, where: str) -> str | None:
-    """Take a column of text; numbers become text."""
+    """Remove and return a column of text; numbers become text."""
     value = columns.pop(name, None)
     if value is not None and not isinstance(value, str | int | float):
         raise UserError(f"{where}: {name!r} must be text or a number, got {shown(value)}")
@@ -270,7 +270,7 @@ def _parts(content: Any, where: str) -> list[dict[str, str]]:
         return parts
     if not isinstance(content, list):
         raise UserError(f"{where}: content must be text or a list of parts, got {shown(content)}")
-    for part in content:  # a part may have further keys: tables fill the ones that other parts use with null
+    for part in content:  # parts may have more keys: tables fill keys that only other parts use with null
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image":
             parts.append({"type": "image"})
@@ -282,5 +282,5 @@ def _parts(content: Any, where: str) -> list[dict[str, str]]:
 
 
 def shown(value: Any) -> str:
-    """A value's type and its beginning, for an error."""
+    """A value's type and its first characters, for an error."""
     return f"{type(value).__name__} {value!r:.80}"

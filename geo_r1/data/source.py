@@ -1,4 +1,4 @@
-"""Sources of samples, by number: a file with an end, or the world without one."""
+"""Sources of samples by index: a finite file, or the endless procedural world."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Source:
     """Samples by index.
 
     Attributes:
-        sample: index -> sample, the same at every call. In a source without end it must pickle, as
-            functions of modules, their partials and `exemplars.Numbered` do.
-        size: the number of samples; None if there is no end.
-        difficulty: of each sample, any unit; with it the first epoch goes from easy to hard.
+        sample: index -> sample, the same at every call. For an endless source it must pickle, as module
+            functions, their partials and `exemplars.Numbered` do.
+        size: the number of samples; None for an endless source.
+        difficulty: one number per sample, in any unit; if given, the first epoch goes from easy to hard.
     """
 
     sample: Callable[[int], Sample]
@@ -32,10 +32,10 @@ class Source:
         """A source with these samples.
 
         Args:
-            curriculum: start with the easy ones, by their column `difficulty`.
+            curriculum: go from easy to hard in the first epoch, by the column `difficulty`.
 
         Raises:
-            UserError: a sample has no such column, or no number in it; names it.
+            UserError: a sample's `difficulty` is missing or not a number; names the sample.
         """
         difficulty = tuple(map(_difficulty, samples)) if curriculum else None
         return cls(samples.__getitem__, len(samples), difficulty)
@@ -43,9 +43,9 @@ class Source:
     def draw(self, position: int, seed: int) -> Sample:
         """The sample at a position of the training order.
 
-        Every epoch of a file is shuffled anew, but for the first one where there are difficulties: that goes
-        from easy to hard, and only equally hard samples are shuffled. The order is a function of the seed
-        alone, so a resumed run and any number of ranks see the same one.
+        Every epoch of a file has its own shuffle. With difficulties, the first epoch goes from easy to hard,
+        and only equally hard samples are shuffled. The order depends on the seed alone, so a resumed run
+        and any number of ranks see the same one.
         """
         if self.size is None:
             return self.sample(position)
@@ -55,7 +55,7 @@ class Source:
         return self.sample(_shuffled(self.size, seed, epoch)[offset])
 
     def num_steps(self, steps: int | None, epochs: float | None, per_step: int) -> int:
-        """A duration in steps of `per_step` samples; at least one."""
+        """A duration in steps of `per_step` samples; at least one step."""
         if steps is not None:
             return steps
         assert epochs is not None and self.size is not None

@@ -1,8 +1,8 @@
 """Processes that encode prompts.
 
-They come from a fork server that never saw a GPU. A worker and the main process hold the two ends of a pipe
-that no other process has, so each notices the other's death. NOTES.md says what torch's DataLoader and the
-standard library's executor lack.
+A fork server that has never touched a GPU starts them. Only a worker and the main process hold the ends of
+their pipe, so each notices if the other dies. NOTES.md says why torch's DataLoader and the standard library's
+executor do not suffice.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from geo_r1.data.source import Source
 from geo_r1.errors import UserError
 from geo_r1.models.packed import EncodedPrompt
 
-# Sent to all processes of a job at once, and meant for the main one, which may yet need its workers.
+# These reach all processes of a job, but are meant for the main one, which may still need its workers.
 NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SHARED_BYTES = 1 << 20  # larger pixels come through shared memory, which takes a file descriptor each
+SHARED_BYTES = 1 << 20  # larger pixels go through shared memory, one file descriptor each
 
-Prepared = tuple[Sample | None, EncodedPrompt | None]  # no sample where the worker was given it
+Prepared = tuple[Sample | None, EncodedPrompt | None]  # no sample if the main process sent it
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Worker:
             self.connection.send((position, sample))
             answer: Prepared | UserError = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
-            self.process.join(5)  # it ends shortly after its pipe
+            self.process.join(5)  # the process ends shortly after its pipe closes
             code = self.process.exitcode
             if code is None or code >= 0:
                 raise RuntimeError("a process that prepares prompts failed; see its own traceback") from error
@@ -78,23 +78,23 @@ class _Worker:
 
 
 class Workers:
-    """Processes, and a thread for each to wait for its answers; work goes to whichever is idle.
+    """Worker processes, with one thread each to wait for the answers; work goes to an idle worker.
 
     Args:
-        task: their work. A source without end must pickle; of one with an end, only samples are sent.
+        task: the work. An endless source must pickle; of a finite one, only samples are sent.
     """
 
     def __init__(self, task: Task, num_workers: int) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once, not by each worker
-        util.get_temp_dir()  # made here it is shared, and removed though workers are killed in the end
+        util.get_temp_dir()  # created here: all share it, and it is removed although workers get killed
         if task.source.size is not None:
             task = replace(task, source=Source(_not_here, task.source.size))  # samples come with the work
         self._workers: list[_Worker] = []
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(num_workers, "prompts")
-        resource_tracker.ensure_running()  # when it starts it unblocks signals, which are blocked below
-        atexit.register(self.close)  # before multiprocessing's own, which would wait for the workers
+        resource_tracker.ensure_running()  # starting it later would unblock the signals blocked below
+        atexit.register(self.close)  # runs before multiprocessing's handler, which would wait for the workers
         for _ in range(num_workers):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(task, there), daemon=True)
@@ -111,13 +111,13 @@ class Workers:
         try:
             return worker.ask(position, sample)
         finally:
-            self._idle.put(worker)  # one that has died answers so every time
+            self._idle.put(worker)  # a dead worker gives the same error every time
 
     def close(self) -> None:
         atexit.unregister(self.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.process.kill()  # it holds nothing that would need tidying up
+            worker.process.kill()  # it has nothing to clean up
         self._threads.shutdown()
         for worker in self._workers:
             worker.process.join()
@@ -126,7 +126,7 @@ class Workers:
 
 @contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """A process that starts in here never gets these signals; this one gets them afterwards."""
+    """A process started inside never gets these signals; this process gets them afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
     try:
         yield
@@ -135,7 +135,7 @@ def _blocked_signals() -> Iterator[None]:
 
 
 def _serve(task: Task, connection: Connection) -> None:
-    """A worker's life: it answers until the main process is gone."""
+    """A worker's main loop: it answers until the main process is gone."""
     for number in NOT_FOR_WORKERS:  # the fork server may be older than our mask
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -145,15 +145,15 @@ def _serve(task: Task, connection: Connection) -> None:
             try:
                 sample, prompt = task.prepare(position, given)
                 send(connection, (None if given else sample, prompt))
-            except UserError as error:  # raised again where the prompt is asked for
+            except UserError as error:  # the main process raises it again
                 connection.send(error)
 
 
 def send(connection: Connection, prepared: Prepared) -> None:
-    """Send a prompt, its pixels through shared memory if they are large.
+    """Send a prompt, with large pixels through shared memory.
 
     Raises:
-        UserError: there is no room in shared memory.
+        UserError: shared memory is full.
     """
     prompt = prepared[1]
     if prompt is None or prompt.pixel_values is None or prompt.pixel_values.nbytes < SHARED_BYTES:

@@ -1,11 +1,10 @@
 """A procedural world of cities: ground panoramas and satellite tiles of the same places.
 
-A place has a land cover on each of its four sides. The panorama shows them from the ground, turning clockwise
-from the north-west; the satellite tile shows them from above, one quadrant each. Every city has its own
-palette and texture, so a model that has only seen the training cities must recognise land covers and not
-colours.
+A place has a land cover on each of its four sides. The panorama shows them from the ground, clockwise from
+the north-west; the satellite tile shows them from above, one per quadrant. Every city has its own palette and
+texture, so on test cities a model must recognise land covers, not colours.
 
-Everything is integer arithmetic on streams seeded by name: the same on every platform.
+Everything is integer arithmetic on named, seeded random streams, so it is the same on every platform.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Pairing:
-    """One cross-view question: which of the candidates is the tile of `place`?"""
+    """One cross-view question: which candidate is the tile of `place`?"""
 
     id: str
     place: Place
@@ -72,15 +71,15 @@ class Pairing:
 
 
 class World:
-    """Cities, split into training and held-out ones, and questions about them.
+    """Training and test cities, and questions about them.
 
     Args:
-        seed: another seed is another world.
+        seed: determines the whole world.
         num_train_cities, num_test_cities: the two splits share no city; at most 1728 together.
         num_candidates: tiles to choose from, 3 to 10.
-        confusers: "same_city" takes wrong tiles from the city of the panorama, "anywhere" from the split.
-        difficulty: 0 to 1, the share of three of its four sides that a confuser has in common with the truth,
-            rounded up or down at random so that the mean holds (within 2 %: confusers never repeat).
+        confusers: "same_city" takes wrong tiles from the panorama's city, "anywhere" from the whole split.
+        difficulty: 0 to 1. A confuser shares 3 * difficulty of its four sides with the truth, rounded up
+            or down at random so that the mean holds (within 2 %, since confusers never repeat).
 
     Raises:
         UserError: an argument is out of range.
@@ -123,7 +122,7 @@ class World:
         """The index-th question of a split ("train" or "test"); the same at every call.
 
         Args:
-            difficulty: 0 to 1, in place of the world's own.
+            difficulty: 0 to 1; replaces the world's own.
         """
         difficulty = self.difficulty if difficulty is None else difficulty
         rng = random.Random(f"{self.seed}/{split}/{index}")
@@ -168,12 +167,12 @@ def _other(cover: str, rng: random.Random) -> str:
 
 
 def render_panorama(place: Place, rng: random.Random) -> Image.Image:
-    """What is seen from the ground: the four sides next to each other, clockwise from the north-west."""
+    """The view from the ground: the four sides next to each other, clockwise from the north-west."""
     return _picture([[_ground_cell(place.city, cover, rng) for cover in place.covers]], rng)
 
 
 def render_tile(place: Place, rng: random.Random) -> Image.Image:
-    """What is seen from above: one quadrant a side, north up."""
+    """The view from above: one quadrant per side, north up."""
     nw, ne, se, sw = (_aerial_cell(place.city, cover, rng) for cover in place.covers)
     return _picture([[nw, ne], [sw, se]], rng)
 
@@ -211,7 +210,7 @@ def _make_city(name: str, rng: random.Random) -> City:
     )
 
 
-# Textures: boolean [28, 28] masks of the darker and the lighter pixels, from row y, column x, and a phase.
+# Textures: boolean [28, 28] masks of dark and light pixels, given row y, column x, period and phase.
 _Mask = Callable[[np.ndarray, np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
 _ROW, _COLUMN = np.mgrid[0:CELL, 0:CELL]
 _FROM_ABOVE: dict[str, _Mask] = {
@@ -233,7 +232,7 @@ def _aerial_cell(city: City, cover: str, rng: random.Random) -> np.ndarray:
 
 
 def _ground_cell(city: City, cover: str, rng: random.Random) -> np.ndarray:
-    """Sky, then the land cover seen from its edge: what stands on it rises above the horizon."""
+    """Sky above the land cover, seen from its edge; trees, houses and peaks rise above the horizon."""
     phase, top = rng.randrange(CELL), city.horizon
     y, x = _ROW, (_COLUMN + phase) % CELL
     ground = y >= top

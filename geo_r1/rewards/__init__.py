@@ -1,7 +1,7 @@
-"""Rewards of completions: those of Geo-R1, and a user's own. Standard library only.
+"""Rewards for completions: Geo-R1's and users' own. Standard library only.
 
-A reward function has TRL's signature: completions first, each dataset column as a keyword list, and one value
-back for each completion.
+A reward function has TRL's signature: it takes completions and each dataset column as a keyword list, and
+returns one value per completion.
 """
 
 from geo_r1.rewards.builtin import (

@@ -1,6 +1,6 @@
-"""The rewards of Geo-R1 (arXiv:2510.00072), and DAPO's punishment of long answers.
+"""The rewards of Geo-R1 (arXiv:2510.00072), and DAPO's penalty on long answers.
 
-Where the dataset has answers, a sample without one gets None from every function.
+If the dataset has answers, every function returns None for a sample without one.
 """
 
 import math
@@ -22,35 +22,35 @@ def accuracy(
     wrong_score: float = 0.0,
     **kwargs: Any,
 ) -> Values:
-    """1 for a right answer block, `wrong_score` for a wrong or missing one, None where the answer is None.
+    """1 for a right answer block, `wrong_score` for a wrong or missing one, None if the answer is None.
 
-    A one-letter answer is compared with the choice that `extract_choice` reads in the block; any other with
-    the block's text, ignoring case and runs of white space.
+    A one-letter answer is compared with the choice that `extract_choice` reads in the block; any other is
+    compared with the block's text, ignoring case and amounts of white space.
 
     Args:
-        completions: N texts, or N lists of TRL messages of which the last counts.
+        completions: N texts, or N lists of TRL messages; the last message counts.
         answer: N true answers.
-        num_choices: N numbers of choices; 5 where None.
+        num_choices: N numbers of choices; None means 5.
         wrong_score: task units; the paper's versions have 0, -0.8 and -1.
 
     Raises:
         UserError: an answer is not among its choices.
-        ValueError: a column has another length.
+        ValueError: a column does not have N values.
     """
     judged = _judge_answers(completions, answer, num_choices)
     return [None if right is None else 1.0 if right else float(wrong_score) for right in judged]
 
 
 def format_reward(completions: Sequence[Any], answer: Column = None, **kwargs: Any) -> Values:
-    """1 where the whole text is a think block, optional white space and a non-empty answer block, else 0.
+    """1 if the whole text is a think block, optional white space and a non-empty answer block, else 0.
 
-    Each of the four tags stands exactly once; white space around the text is allowed.
+    Each of the four tags must occur exactly once; white space around the text is allowed.
     """
     return _each(lambda text: float(well_formed(text)), _texts(completions, answer))
 
 
 def repetition(completions: Sequence[Any], answer: Column = None, *, n: int = 6, **kwargs: Any) -> Values:
-    """-(1 - unique / total) over the n-grams of lower-cased words; 0 under n words.
+    """-(1 - unique / total) over the n-grams of lower-cased words; 0 for fewer than n words.
 
     Raises:
         UserError: n is below 1.
@@ -78,18 +78,18 @@ def length(
     wrong_end: float = 0.0,
     **kwargs: Any,
 ) -> Values:
-    """Cosine of the length: a right answer earns less the longer it is, a wrong one loses less.
+    """Cosine of the length: a longer right answer earns less, a longer wrong one loses less.
 
         value = end + (start - end) / 2 * (1 + cos(pi * min(length, max_length) / max_length))
 
     Args:
         completions, answer, num_choices: as in `accuracy`, which decides what is right.
-        completion_ids: N lists of token ids; without them a length is a number of words.
-        max_length: tokens; from there on the value is `end`.
-        right_start, right_end, wrong_start, wrong_end: task units, at length 0 and at max_length.
+        completion_ids: N lists of token ids; without them, length is the number of words.
+        max_length: tokens; from this length on, the value is `end`.
+        right_start, right_end, wrong_start, wrong_end: values at length 0 and at max_length, in task units.
 
     Raises:
-        UserError: max_length is below 1, or as in `accuracy`.
+        UserError: max_length is below 1; also as in `accuracy`.
     """
     judged = _judge_answers(completions, answer, num_choices)
     ends = {True: (right_start, right_end), False: (wrong_start, wrong_end)}
@@ -105,10 +105,10 @@ def length_published(
     max_length: int = 1024,
     **kwargs: Any,
 ) -> Values:
-    """The flawed length reward of the published code; it exists only to reproduce that code's runs.
+    """The flawed length reward of the published code; use it only to reproduce that code's runs.
 
-    Wrong answers earn the curve of right ones, and it is not clamped: 0.5 at max_length rises to 1 again at
-    twice that.
+    Wrong answers earn as much as right ones, and the curve is not clamped: it rises from 0.5 at max_length
+    to 1 again at twice that.
     """
     fractions = _length_fractions(completions, completion_ids, max_length)
     return _each(lambda text, x: _cosine(1.0, 0.5, x), _texts(completions, answer), fractions)
@@ -123,7 +123,7 @@ def overlong(
     cache: int = 256,
     **kwargs: Any,
 ) -> Values:
-    """Soft punishment of the length: 0, but over the last `cache` tokens up to max_length it falls to -1.
+    """Soft penalty on length: 0, falling to -1 over the last `cache` tokens before max_length.
 
         value = min(0, max(-1, (max_length - cache - length) / cache))
 
@@ -131,11 +131,11 @@ def overlong(
 
     Args:
         completion_ids: as in `length`.
-        max_length: tokens; from there on the value is -1.
+        max_length: tokens; from this length on, the value is -1.
         cache: tokens, 1 to max_length.
 
     Raises:
-        UserError: max_length is below 1, or cache out of its range.
+        UserError: max_length is below 1, or cache is out of range.
 
     Source: DAPO, arXiv:2503.14476, section 3.4.
     """
@@ -160,10 +160,10 @@ REWARDS: dict[str, Callable[..., Values]] = {
 
 
 def column(name: str, values: Column, count: int) -> Sequence[Any]:
-    """The values of a dataset column, Nones where there is no such column.
+    """The values of a dataset column; `count` Nones if there is no such column.
 
     Raises:
-        ValueError: it does not have `count` values.
+        ValueError: the column does not have `count` values.
     """
     if values is None:
         return [None] * count
@@ -173,7 +173,7 @@ def column(name: str, values: Column, count: int) -> Sequence[Any]:
 
 
 def _each(value: Callable[..., float], first: Sequence[Any], *others: Sequence[Any]) -> Values:
-    """The values of rows of columns; None where the first column has None."""
+    """Apply `value` to each row of the columns; None if the first column has None."""
     return [None if x is None else value(x, *rest) for x, *rest in zip(first, *others, strict=True)]
 
 
@@ -192,14 +192,14 @@ def _length_fractions(completions: Sequence[Any], completion_ids: Column, max_le
 
 
 def _lengths(completions: Sequence[Any], completion_ids: Column) -> list[int]:
-    """Numbers of tokens; of words where there are no token ids."""
+    """Numbers of tokens, or of words without token ids."""
     if completion_ids is None:
         return [len(_text(completion).split()) for completion in completions]
     return [len(ids) for ids in column("completion_ids", completion_ids, len(completions))]
 
 
 def _judge_answers(completions: Sequence[Any], answer: Column, num_choices: Column) -> list[bool | None]:
-    """Whether each completion is right; None where there is no answer to compare it with."""
+    """Whether each completion is right; None if there is no answer to compare it with."""
     answers = column("answer", answer, len(completions))
     counts = column("num_choices", num_choices, len(completions))
     judged: list[bool | None] = []
@@ -219,13 +219,13 @@ def _judge_answers(completions: Sequence[Any], answer: Column, num_choices: Colu
 
 
 def _texts(completions: Sequence[Any], answer: Column) -> list[str | None]:
-    """The texts to score; None where the answer column is given and None."""
+    """The texts to score; None if the dataset has answers, but not for this sample."""
     answers = column("answer", [""] * len(completions) if answer is None else answer, len(completions))
     return [None if true is None else _text(x) for x, true in zip(completions, answers, strict=True)]
 
 
 def _text(completion: Any) -> str:
-    """A completion's text: itself, or the last message's content, which may come in parts."""
+    """A completion's text: itself, or the content of its last message, which may be in parts."""
     if isinstance(completion, str):
         return completion
     try:

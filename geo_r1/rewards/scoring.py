@@ -1,4 +1,4 @@
-"""Find reward functions, built in or a user's own, call them and add up their values."""
+"""Find reward functions, built in or users' own, call them and add up their values."""
 
 import difflib
 import functools
@@ -16,16 +16,16 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 class RewardError(UserError):
-    """A reward function raised, or returned something other than one finite number or None a completion."""
+    """A reward function raised, or did not return one finite number or None per completion."""
 
 
 @dataclass(frozen=True)
 class RewardTable:
-    """Rewards of N completions, in task units; None where no function scored the completion.
+    """Rewards of N completions, in task units.
 
     Attributes:
-        per_function: for each function its N values, before weighting.
-        total: N weighted sums over the functions that gave a number.
+        per_function: each function's N values, before weighting; None if it did not score the completion.
+        total: N weighted sums over the functions that returned a number; None if none did.
     """
 
     per_function: dict[str, Values]
@@ -37,11 +37,11 @@ def load_reward(spec: str, **options: Any) -> RewardFunction:
 
     Args:
         spec: a key of REWARDS, or `module:function`.
-        options: keyword-only parameters of a function of REWARDS; of another function any that it takes by
+        options: for a function in REWARDS, its keyword-only parameters; for others, any that they take by
             keyword, except completions.
 
     Raises:
-        UserError: no such key, module or function; not callable; an option that it does not take.
+        UserError: no such key, module or function; not callable; or it does not take an option.
     """
     function = _import_function(spec) if ":" in spec else REWARDS.get(spec)
     if function is None:
@@ -69,7 +69,7 @@ def _import_function(spec: str) -> RewardFunction:
         raise UserError(f"reward {spec!r}: expected module:function")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs a user's code, which may raise anything
+    except Exception as error:  # importing runs the user's code, which may raise anything
         raise UserError(f"reward {spec!r}: cannot import {module_name!r}: {_described(error)}") from error
     if not hasattr(module, name):
         raise UserError(f"reward {spec!r}: module {module_name!r} has no {name!r}")
@@ -89,16 +89,16 @@ def score(
     """Call every function on N completions and add up what they return.
 
     Args:
-        functions: by the name that weights, errors and the table use.
-        weights: by name; 1 where a name is missing or weights is None.
+        functions: by name, as used in weights, errors and the table.
+        weights: by name; 1 if a name is missing or weights is None.
         completions: N texts or N lists of messages.
         completion_ids: N lists of token ids, or None.
-        columns: dataset columns of N values; each reaches every function as a keyword.
+        columns: dataset columns of N values; every function gets each as a keyword.
 
     Raises:
         UserError: a weight is not finite or has no function, or a column has the name of an argument.
-        RewardError: a function raised, or returned other than N finite numbers or Nones.
-        ValueError: a column has another length.
+        RewardError: a function raised, or did not return N finite numbers or Nones.
+        ValueError: a column does not have N values.
     """
     weights = {name: 1.0 for name in functions} | dict(weights or {})
     for name, weight in weights.items():
@@ -115,7 +115,7 @@ def score(
     for name, function in functions.items():
         try:
             returned = list(function(completions=completions, completion_ids=completion_ids, **columns))
-        except Exception as error:  # a user's function may raise anything; the name must reach the reader
+        except Exception as error:  # a user's function may raise anything; the error must name it
             raise RewardError(f"reward {name!r} raised {_described(error)}") from error
         if len(returned) != len(completions):
             raise RewardError(f"reward {name!r} returned {len(returned)} values, expected {len(completions)}")

@@ -1,4 +1,4 @@
-"""Rows of other trainers, read and written."""
+"""Read and write the rows of other trainers."""
 
 from geo_r1.data.formats.known import FORMATS, detect
 

@@ -1,4 +1,4 @@
-"""Rewrite a file of samples for another trainer: its columns, and image paths as seen from the new file."""
+"""Rewrite a file of samples for another trainer, with its columns and valid image paths."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from geo_r1.files import beside, write_text, written_beside
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where, row
 Writer = Callable[[Callable[[], Rows], Path], int]  # returns the number of rows
-BATCH = 256  # rows of a parquet row group; they may hold pictures
+BATCH = 256  # rows per parquet row group; they may hold pictures
 
-# LLaMA-Factory's entries for files. It resets a column or tag that an entry leaves out.
+# LLaMA-Factory's entries for files. It resets every column or tag that an entry leaves out.
 DATASET_INFO: dict[str, dict[str, Any]] = {
     "llama-factory": {
         "formatting": "sharegpt",
@@ -44,24 +44,24 @@ DATASET_INFO: dict[str, dict[str, Any]] = {
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--from", dest="source", default="auto", choices=["auto", *FORMATS],
-                        help="format of --in; auto, the default, goes by its first row")  # fmt: skip
+                        help="format of --in; auto, the default, goes by the first row")  # fmt: skip
     parser.add_argument("--to", dest="target", required=True, choices=[*FORMATS], help="format of --out")
     parser.add_argument("--in", dest="input", type=Path, required=True, metavar="FILE",
                         help=".jsonl, .json (one list) or .parquet")  # fmt: skip
     parser.add_argument("--out", dest="output", type=Path, required=True, metavar="FILE",
-                        help="of the same kinds; replaced if it exists")  # fmt: skip
+                        help="the same types as --in; replaced if it exists")  # fmt: skip
     parser.add_argument("--image-root", type=Path, metavar="DIR",
-                        help="what relative image paths start from; default: the folder of --in")  # fmt: skip
+                        help="folder of relative image paths; default: the folder of --in")  # fmt: skip
     parser.add_argument("--flatten", action="store_true",
-                        help="if the format cannot hold them: pictures first, named by number in the text; "
-                        "a system turn begins the text")  # fmt: skip
+                        help="if the format needs it, put pictures first, name them by number in the text, "
+                        "and begin the text with the system turn")  # fmt: skip
 
 
 def command(options: argparse.Namespace) -> None:
-    """Convert a file and say how many rows there were.
+    """Convert a file and print the number of rows.
 
     Raises:
-        UserError: the format is unclear, a row is malformed or cannot be held; names file and row.
+        UserError: the format is unclear, or a row is malformed or does not fit it; names file and row.
     """
     source, why = options.source, ""
     if source == "auto":
@@ -82,25 +82,25 @@ def command(options: argparse.Namespace) -> None:
 def convert_file(
     path: Path, out: Path, *, source: str, target: str, image_root: Path | None = None, flatten: bool = False
 ) -> int:
-    """Convert a file, and enter it in `dataset_info.json` beside it where LLaMA-Factory wants that.
+    """Convert a file, and list it in `dataset_info.json` beside it if LLaMA-Factory needs that.
 
     Args:
-        path, out: .jsonl, .json or .parquet; JSONL and parquet are never in memory as a whole.
+        path, out: .jsonl, .json or .parquet; JSONL and parquet are streamed.
         source, target: names of `FORMATS`.
-        image_root: what relative image paths start from; the folder of `path` if None.
+        image_root: the folder that relative image paths start from; None: the folder of `path`.
         flatten: see `Format.write`.
 
     Returns:
         The number of rows.
 
     Raises:
-        UserError: a file cannot be read or written so, or there is no row; names file and row.
+        UserError: a file cannot be read or written in its format, or has no row; names file and row.
     """
     if out.suffix not in WRITERS:
         raise UserError(f"{out}: expected {', '.join(WRITERS)}")
     info = out.with_name("dataset_info.json")
     if out == info and target in DATASET_INFO:
-        raise UserError(f"{out}: LLaMA-Factory lists its data sets there; name the file otherwise")
+        raise UserError(f"{out}: LLaMA-Factory lists its data sets there; choose another name")
     known = _known_sets(info) if target in DATASET_INFO else {}
     root = (path.parent if image_root is None else image_root).absolute()
     folder = out.parent.absolute()
@@ -126,7 +126,7 @@ def convert_file(
                 if not count:
                     raise UserError(f"{path} holds no samples")
     finally:
-        with suppress(OSError):  # there is none if all went well
+        with suppress(OSError):  # the file is gone if all went well
             beside(out).unlink()
     if target in DATASET_INFO:
         known[out.stem] = {"file_name": out.name} | DATASET_INFO[target]
@@ -150,7 +150,7 @@ def _known_sets(info: Path) -> dict[str, Any]:
 def _json(where: str, row: dict[str, Any]) -> bytes:
     try:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:  # bytes or dates; NaN, halves of characters
+    except (TypeError, ValueError, RecursionError) as error:  # bytes, dates, NaN, lone surrogates
         raise UserError(f"{where}: not to be written as JSON: {error}") from error
     if len(line) >= MAX_LINE:
         raise UserError(f"{where}: it takes {len(line)} bytes as JSON, more than {MAX_LINE >> 20} MiB")
@@ -175,7 +175,7 @@ def _batches(rows: Rows) -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
 
 def _write_parquet(rows: Callable[[], Rows], path: Path) -> int:
-    """Twice through the rows: their types, which differ by what is absent, then their values."""
+    """Read the rows twice: first for their types, since columns may be absent, then for their values."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 

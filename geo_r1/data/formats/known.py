@@ -1,6 +1,6 @@
-"""Rows as other trainers have them: TRL, LLaMA-Factory, VLM-R1, EasyR1 and ms-swift, read and written.
+"""The row formats of other trainers: TRL, LLaMA-Factory, VLM-R1, EasyR1 and ms-swift.
 
-Content that a format cannot hold is an error; nothing is left out, and further columns stay as they are.
+Content that does not fit a format is an error. Nothing is left out, and other columns stay unchanged.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 def detect(row: Any) -> str | None:
-    """The format of a row; None if it is of no format, or of several that would read it differently."""
+    """The format of a row; None if no format fits, or several do that would read it differently."""
     if not isinstance(row, Mapping):
         return None
     has = {key for key, value in row.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Kinds of rows: our own, a chat, a question with its answer. Each is converted from and to our columns."""
+"""Kinds of rows: our own, a chat, a question with its answer. Each converts from and to our columns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Format(ABC):
     """Rows of one kind.
 
     Attributes:
-        name: on the command line.
+        name: its name on the command line.
         reserved: columns with a meaning in the format; metadata must not have these names.
     """
 
@@ -42,13 +42,13 @@ class Format(ABC):
     reserved: frozenset[str] = frozenset()
 
     def read(self, row: Any, where: str) -> Columns:
-        """Return a row in our own columns, which `sample_of` checks further.
+        """Return a row in our own columns; `sample_of` checks them further.
 
         Args:
             where: names the row in errors.
 
         Raises:
-            UserError: the row is not of this format, or our columns cannot hold it; begins with `where`.
+            UserError: the row is not in this format or does not fit our columns; begins with `where`.
         """
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: a row must be a mapping of columns, got {shown(row)}")
@@ -71,11 +71,11 @@ class Format(ABC):
 
         Args:
             columns: our own, as `read` returns them.
-            flatten: where pictures cannot stand within the text, put them first and say "image 2" in their
-                places; where there is no system turn, let its text begin the prompt.
+            flatten: if the format has no pictures within the text, put them first and say "image 2" in
+                their places; if it has no system turn, begin the prompt with its text.
 
         Raises:
-            UserError: the columns are malformed, or hold what the format cannot; names the sample.
+            UserError: the columns are malformed or do not fit the format; names the sample.
         """
         named = columns.get("id") not in (None, "")
         where = f"sample {columns['id']!s:.80}" if named else "a sample without id"
@@ -92,16 +92,16 @@ class Format(ABC):
 
     @abstractmethod
     def _own(self, columns: Columns) -> Columns:
-        """Take the format's columns out of `columns`; nulls count as absent."""
+        """Remove the format's columns from `columns` and return ours; nulls count as absent."""
 
     @abstractmethod
     def _row(self, turns: list[Turn], images: list[Any], sample: Sample, flatten: bool) -> Columns:
-        """The row without id and metadata; nulls are left out."""
+        """The row without id and metadata; the caller drops nulls."""
 
 
 @dataclass(frozen=True)
 class Own(Format):
-    """Our rows, always with messages of parts, so that all rows of a table are of one type."""
+    """Our rows; every prompt becomes messages of parts, so all rows of a table have one type."""
 
     def _own(self, columns: Columns) -> Columns:
         prompt = columns.pop("prompt", None)
@@ -118,11 +118,11 @@ class Chat(Format):
     Attributes:
         key: the column of messages.
         role, content: names of these keys in a message.
-        names: the format's names of roles, by ours; there are no others.
-        markers: pictures are `<image>` in the text, and no parts of the content.
-        answer: the column of the truth.
-        response: its place: a column, the last turn, or turns in a column `completion`.
-        alternates: LLaMA-Factory's order of turns; its rows teach, and have a response.
+        names: our role name -> the format's; other roles are errors.
+        markers: pictures are `<image>` in the text, not parts of the content.
+        answer: the column of the true answer.
+        response: where it is: in a column, the last turn, or turns in a column `completion`.
+        alternates: user and assistant turns alternate, as in LLaMA-Factory; a response is required.
     """
 
     key: str = "messages"
@@ -176,7 +176,7 @@ class Chat(Format):
         if self.alternates and not (spoken and spoken == by_turns):
             raise UserError(f"{self.name} has a system turn, then user and assistant by turns; got {roles}")
         if sample.response is None and (self.alternates or self.response == "completion"):
-            raise UserError(f"it has no response, without which a row of {self.name} teaches nothing")
+            raise UserError(f"it has no response, which a row of {self.name} needs")
         row: Columns = {self.key: [self._turn(**turn) for turn in turns], "images": images}
         row[self.answer] = sample.answer
         if self.response == "column" or sample.response is None:
@@ -192,7 +192,7 @@ class Chat(Format):
 
 @dataclass(frozen=True)
 class Problem(Format):
-    """Rows of a question and its true answer: EasyR1's, and VLM-R1's with two turns."""
+    """Rows with a question and its true answer: EasyR1's, and VLM-R1's with two turns."""
 
     two_turns: bool = False
 
@@ -209,7 +209,7 @@ class Problem(Format):
             text, answer = _taken(columns, "problem"), columns.pop("answer", None)
         if not isinstance(text, str):
             raise UserError(f"the question must be text, got {shown(text)}")
-        if self.two_turns:  # its loader deletes the markers, and shows the pictures first
+        if self.two_turns:  # VLM-R1's loader deletes the markers and puts the pictures first
             num_images = len(images) if isinstance(images, list) else 0
             text = IMAGE_MARKER * num_images + text.replace(IMAGE_MARKER, "")
         elif images and IMAGE_MARKER not in text:
@@ -219,7 +219,7 @@ class Problem(Format):
     def _row(self, turns: list[Turn], images: list[Any], sample: Sample, flatten: bool) -> Columns:
         roles = [turn["role"] for turn in turns]
         if sample.answer is None:
-            raise UserError(f"it has no answer, without which {self.name} does not take a row")
+            raise UserError(f"it has no answer, which a row of {self.name} needs")
         if roles == ["system", "user"] and flatten:
             turns = [{"role": "user", "content": system_first(turns[0]["content"], turns[1]["content"])}]
         elif roles != ["user"]:
@@ -250,7 +250,7 @@ def _taken(columns: Columns, name: str) -> Any:
 
 
 def _images(columns: Columns, single: bool) -> Any:
-    """Take the pictures; one may stand alone, and with `single` in a column `image`."""
+    """Remove and return the pictures; one need not be in a list, and with `single` may be in `image`."""
     images = columns.pop("images", None)
     if single and "image" in columns:
         if images is not None:

@@ -1,4 +1,4 @@
-"""Turns of a chat in other trainers' formats: read into parts, written with markers, reordered."""
+"""Read, write and reorder chat turns in other trainers' formats."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PICTURE = {"type": "image"}
 def read_turns(
     value: Any, role: str = "role", content: str = "content", names: Mapping[str, str] | None = None
 ) -> list[Turn]:
-    """Return messages with our names; anything that would be lost is an error.
+    """Rename a message's keys and roles to ours; anything that would be lost is an error.
 
     Args:
         value: a list of messages.
-        role, content: names of these keys in it.
-        names: the format's names of roles, by ours; None if they are the same.
+        role, content: names of these keys in a message.
+        names: our role name -> the format's; None if they are the same.
 
     Raises:
-        UserError: it is malformed, or our prompts cannot hold a message.
+        UserError: `value` is malformed, or a message does not fit our prompts.
     """
     if not isinstance(value, list):
         raise UserError(f"its messages must be a list, got {shown(value)}")
@@ -46,7 +46,7 @@ def read_turns(
 
 
 def unmarked(turns: list[Turn]) -> list[Turn]:
-    """Turns of a format without markers, where `<image>` is an ordinary word."""
+    """Keep `<image>` as an ordinary word, for formats without markers."""
     for turn in turns:
         if isinstance(turn["content"], str):
             turn["content"] = [{"type": "text", "text": turn["content"]}] if turn["content"] else []
@@ -54,7 +54,7 @@ def unmarked(turns: list[Turn]) -> list[Turn]:
 
 
 def text_of(content: Any) -> str:
-    """The text of a response, which has no pictures; raises UserError if it has."""
+    """The text of a response; raises UserError if it holds anything else."""
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
@@ -63,7 +63,7 @@ def text_of(content: Any) -> str:
 
 
 def merged(parts: Iterable[Mapping[str, Any]]) -> Parts:
-    """Parts with neighbouring texts joined and empty ones left out."""
+    """Parts, with neighbouring texts joined and empty ones left out."""
     out: Parts = []
     for part in parts:
         if part["type"] == "text" and out and out[-1]["type"] == "text":
@@ -81,7 +81,7 @@ def marked(parts: Parts) -> str:
 
 
 def system_first(system: Parts, user: Parts) -> Parts:
-    """One turn from two: the system's text comes first, after the pictures at the beginning."""
+    """Merge two turns: the system's text comes first, but after any pictures at the beginning."""
     lead = 0
     while PICTURE not in system and lead < len(user) and user[lead] == PICTURE:
         lead += 1
@@ -89,7 +89,7 @@ def system_first(system: Parts, user: Parts) -> Parts:
 
 
 def pictures_first(parts: Parts) -> Parts:
-    """Pictures before all text; a picture within the text is named there by its number."""
+    """Move pictures before all text; text names each picture that stood in it by its number."""
     text, number = "", 0
     for part in parts:
         if part["type"] == "image":

@@ -1,8 +1,8 @@
-"""The choice of wrong tiles for each question.
+"""Choose the wrong tiles of each question.
 
-Sites are many and bounds are mostly wide, so uniform draws that do not fit are thrown away, for all sites
-of a city at once. Sites that are left with too few tiles, and all that want the nearest tiles, use a ball
-tree. The choice depends only on the seed and the site's id.
+There are many sites, and the bounds are mostly wide, so tiles are drawn uniformly for all sites of a city at
+once, and those that do not fit are rejected. If a site still has too few tiles, or wants the nearest ones, a
+ball tree finds them. The choice depends only on the seed and the site's id.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from geo_r1.errors import UserError
 from geo_r1.places import EARTH_RADIUS_KM
 
 KINDS = ("same_city", "nearest", "global")
-DRAWS = (16, 128, 1024)  # a site: most need the first; after the last, fewer than one place in 100 fits
-FEW = 8  # times as many places as draws: then they are listed instead
-WIDTHS = (8, 64, 512)  # neighbours of a site that are tried beyond those too near; after that, all are listed
-ENTRIES = 1 << 20  # pairs of a site and a tile that are judged at once
+DRAWS = (16, 128, 1024)  # per site; most need only the first; after the last, under one place in 100 fits
+FEW = 8  # with at most this many places per draw, they are listed instead
+WIDTHS = (8, 64, 512)  # neighbours tried per site, beyond those too near; after that, all are listed
+ENTRIES = 1 << 20  # pairs of a site and a tile checked at once
 EARTH_RADIUS_M = 1000 * EARTH_RADIUS_KM
-LEAF = 8  # places: breadth first, 12 neighbours of 16 K take 45 us a site; 190 with the tree's defaults
-SLACK = 1e-9  # radians, 6 mm: between the tree's arithmetic and ours
-FAR = 3.14  # radians; so far off the tree misses antipodes
+LEAF = 8  # places: breadth first, 12 neighbours of 16 K take 45 us per site; 190 with the tree's defaults
+SLACK = 1e-9  # radians, 6 mm: allows for rounding in the tree and here
+FAR = 3.14  # radians; from here on the tree misses antipodes
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Places:
-    """Where tiles are: tiles at the same coordinates, to a tenth of a metre, are one place.
+    """The tiles' locations: tiles with the same coordinates, to a tenth of a metre, are one place.
 
-    A tile whose rows give several coordinates is at those of the first.
+    If rows disagree about a tile's coordinates, the first row counts.
 
     Attributes:
-        of_site: [N] place of each site's own tile.
+        of_site: [N] the place of each site's own tile.
         row: [P] the site whose tile shows the place.
         latitude, longitude: [P] degrees.
-        reach: [P] metres to the farthest coordinates that a row gives for the place.
-        of_tile: place by satellite path.
+        reach: [P] metres from the place to the farthest coordinates that a row gives for it.
+        of_tile: the place of each satellite path.
     """
 
     def __init__(self, sites: Sites) -> None:
@@ -48,7 +48,7 @@ class Places:
         latitude, longitude = sites.tile_latitude[first_N], sites.tile_longitude[first_N]
         north = np.rint(latitude * 1e6).astype(np.int64)
         east = np.rint(longitude * 1e6).astype(np.int64) % 360_000_000
-        east[np.abs(north) == 90_000_000] = 0  # every longitude is the pole
+        east[np.abs(north) == 90_000_000] = 0  # all longitudes meet at a pole
         _, index, self.of_site = np.unique(north * 400_000_000 + east, return_index=True, return_inverse=True)
         self.row = first_N[index]
         self.latitude, self.longitude = sites.tile_latitude[self.row], sites.tile_longitude[self.row]
@@ -60,19 +60,19 @@ class Places:
 
 
 class Chooser:
-    """Chooses wrong tiles for sites, among the tiles of these sites.
+    """Chooses wrong tiles for sites from the tiles of all sites.
 
     A wrong tile is at least `min_distance` and at most `max_distance` metres from the site on the great
-    circle, is not the site's own nor a semi-positive of it, and no two of a site are at the same place.
+    circle, and is neither the site's own nor its semi-positive. No two tiles of a site are at one place.
 
     Args:
-        num_wrong: [N] how many each site wants, 2 to 9.
-        max_distance: None is no bound.
+        num_wrong: [N] number of wrong tiles per site, 2 to 9.
+        max_distance: None for no bound.
 
     Attributes:
-        row: [N, most wanted] the sites whose tiles were chosen; -1 past the number wanted, and everywhere
-            where a site has too few.
-        distance: of them from the site, in metres; NaN where there is none.
+        row: [N, max of num_wrong] the sites whose tiles were chosen; -1 past a site's number, and in its
+            whole row if it has too few.
+        distance: [N, max of num_wrong] metres from the site to each; NaN for -1.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Chooser:
         self.row, self.distance = np.full(shape, -1), np.full(shape, np.nan)
 
     def choose(self, kind: str, members: np.ndarray, progress: Callable[[int], None] | None = None) -> None:
-        """Choose for these sites among their tiles.
+        """Choose wrong tiles for these sites from these sites' tiles.
 
         Args:
-            kind: "nearest" takes the closest ones that fit; any other draws uniformly from those that fit.
-            members: positions of sites: a city's, or a whole split's.
-            progress: called with the number of sites that are done.
+            kind: "nearest" takes the closest tiles that fit; any other draws uniformly from those that fit.
+            members: positions of the sites of a city or of a whole split.
+            progress: called with the number of sites just finished.
         """
         candidates = np.unique(self.places.of_site[members])
         group = _Group(candidates, self.place[candidates])
@@ -128,14 +128,14 @@ class Chooser:
         self._shuffle(members)
 
     def _drawn(self, group: _Group, members: np.ndarray, draws: int) -> np.ndarray:
-        """Take the first draws that fit; returns the sites that still have too few."""
+        """Take the first draws that fit; return the sites that still have too few."""
         for chunk in _chunks(members, np.full(len(members), draws)):
             index = self._indices(chunk, draws, len(group.candidates))
             self._settle(np.repeat(chunk, draws), group.candidates[index].ravel())
         return self._short(members)
 
     def _nearest(self, group: _Group, members: np.ndarray, width: int) -> np.ndarray:
-        """Try the nearest places, later beyond those too near; returns the sites that still have too few."""
+        """Try the nearest places (if wide, beyond those too near); return the sites with too few."""
         wanted = self.num_wrong[members] + width
         if width > WIDTHS[0]:
             wanted += group.count(self.site[members], self.least, -SLACK)
@@ -148,13 +148,13 @@ class Chooser:
         return self._short(members)
 
     def _possible(self, group: _Group, members: np.ndarray) -> np.ndarray:
-        """Leave out sites that cannot have enough, going by counts alone."""
+        """Drop sites that cannot have enough tiles, by counts alone."""
         inside = group.count(self.site[members], self.most, SLACK)
         near = group.count(self.site[members], self.least, -SLACK)
         return members[inside - near >= self.num_wrong[members]]
 
     def _enumerated(self, group: _Group, members: np.ndarray, by_distance: bool) -> None:
-        """List every place within the upper bound; draw from the list, and go through it where that fails."""
+        """List every place within the upper bound; draw from the list, and go through it if that fails."""
         members = self._possible(group, members)
         for chunk in _chunks(members, group.count(self.site[members], self.most, SLACK)):
             found = group.within(self.site[chunk], self.most)
@@ -174,12 +174,12 @@ class Chooser:
             self._settle(owner[order], candidate[order])
 
     def _indices(self, members: np.ndarray, draws: int, below: Any) -> np.ndarray:
-        """[members, draws] random numbers from 0 to one less than `below`."""
+        """[members, draws] random integers from 0 to `below` - 1."""
         numbers = _mixed(self.key[members][:, None], np.arange(draws, dtype=np.uint64))
         return ((numbers >> np.uint64(11)) * 2.0**-53 * below).astype(np.int64)
 
     def _settle(self, owner: np.ndarray, candidate: np.ndarray) -> None:
-        """Give each owner the first of its candidates that fit, if they are enough; owners stand together."""
+        """Give each owner its first candidates that fit, if there are enough; equal owners are adjacent."""
         distance = _metres(self.site[owner], self.place[candidate])
         pair = self._pair(owner, candidate)
         fits = (distance >= self.least + self.places.reach[candidate]) & (distance <= self.most)
@@ -215,7 +215,7 @@ class Chooser:
 
 
 class _Group:
-    """Places that some sites choose from, and a tree of them."""
+    """Places to choose from, and their ball tree."""
 
     def __init__(self, candidates: np.ndarray, place: np.ndarray) -> None:
         self.candidates = candidates
@@ -233,7 +233,7 @@ class _Group:
         return self._tree
 
     def count(self, sites: np.ndarray, metres: float, slack: float) -> np.ndarray:
-        """How many places are this near to each site."""
+        """The number of places within this distance of each site."""
         radius = metres / EARTH_RADIUS_M + slack
         if radius < 0 or not len(sites):
             return np.zeros(len(sites), np.int64)
@@ -242,7 +242,7 @@ class _Group:
         return self.tree.query_radius(sites, r=radius, count_only=True)
 
     def within(self, sites: np.ndarray, metres: float) -> list[np.ndarray]:
-        """The places that are this near to each site, and maybe some farther off."""
+        """The places within this distance of each site, and maybe some beyond."""
         radius = metres / EARTH_RADIUS_M + SLACK
         if radius > FAR:
             return [np.arange(len(self.candidates))] * len(sites)
@@ -254,7 +254,7 @@ def _chunks(members: np.ndarray, size: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _chunks_of(members: np.ndarray, size: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut where the sizes add up to `ENTRIES`."""
+    """Cut into chunks whose sizes add up to about `ENTRIES`."""
     cuts = np.flatnonzero(np.diff(np.cumsum(size) // ENTRIES)) + 1
     if len(members):
         yield from zip(np.split(members, cuts), np.split(size, cuts), strict=True)
@@ -265,14 +265,14 @@ def _radians(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
 
 
 def _metres(here: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Great-circle distances between [n, 2] points in radians, as `places.distance_km` in kilometres."""
+    """Great-circle metres between [n, 2] points in radians; the formula of `places.distance_km`."""
     turn = np.sin((there - here) / 2) ** 2
     half = turn[:, 0] + np.cos(here[:, 0]) * np.cos(there[:, 0]) * turn[:, 1]
     return 2 * EARTH_RADIUS_M * np.arcsin(np.sqrt(np.clip(half, 0, 1)))
 
 
 def keys(names: Sequence[str], stream: str) -> np.ndarray:
-    """64 random bits for each name, the same at every call; another stream is other bits."""
+    """64 random bits per name and stream, the same at every call."""
     prefix = blake2b(f"{stream}/".encode(), digest_size=8)
     digests = []
     for name in names:

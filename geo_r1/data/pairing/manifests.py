@@ -1,7 +1,7 @@
-"""Sources of pairs: CV-Cities, VIGOR, CVUSA or a plain table, read into columns of sites.
+"""Read sources of pairs (CV-Cities, VIGOR, CVUSA or a plain table) into columns of sites.
 
-A site is a picture from the ground and the satellite tile of the same place. A row that is none is
-left out and counted by reason; a file without any is an error.
+A site is a picture from the ground and the satellite tile of the same place. Rows without a usable site are
+left out and counted by reason; a file without any site is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from geo_r1.errors import UserError
 from geo_r1.places import is_coordinate
 
 SOURCES = ("cv-cities", "vigor", "cvusa", "manifest")
-COLUMNS = ("id", "lat", "lon", "ground", "satellite")  # of a plain table; it may have a city, too
+COLUMNS = ("id", "lat", "lon", "ground", "satellite")  # of a plain table; it may also have a city
 SEMI_POSITIVES = "semi_positives"
 VIGOR_SPLIT = "same_area_balanced_train"
 CVUSA_SPLITS = ("splits/train-19zl.csv", "splits/val-19zl.csv")
@@ -31,15 +31,15 @@ Semi = tuple[str, ...]
 
 @dataclass
 class Sites:
-    """Sites by column; all columns have the same length.
+    """A table of sites; all columns have the same length.
 
     Attributes:
-        root: the folder that all pictures are in.
+        root: the folder with all pictures.
         id, city: names; ids are unique.
-        ground, satellite: paths of the pictures below `root`, with / and without a detour.
-        semi_positives: for each site the paths of further tiles that show it, away from their middle.
-        latitude, longitude: of the site, in degrees.
-        tile_latitude, tile_longitude: of the tile's centre, or of the site where that is not known.
+        ground, satellite: normalised paths of the pictures below `root`, with /.
+        semi_positives: for each site, the paths of other tiles that show it off their centre.
+        latitude, longitude: the site's, in degrees.
+        tile_latitude, tile_longitude: those of the tile's centre; the site's if unknown.
     """
 
     root: Path
@@ -69,16 +69,16 @@ class Sites:
 def read_sites(
     source: str, root: Path | None, manifest: Path | None = None, vigor_split: str = VIGOR_SPLIT
 ) -> tuple[Sites, Drops]:
-    """Read a data set's sites; no picture is opened.
+    """Read a data set's sites without opening a picture.
 
     Args:
         source: one of `SOURCES`.
-        root: the data set's folder; for a plain table the folder of its paths, by default its own.
+        root: the data set's folder; for a plain table, the folder of its paths (default: its own).
         manifest: the plain table, .csv or .parquet; or the one CVUSA split to read.
-        vigor_split: the list of VIGOR to read, for each city.
+        vigor_split: the VIGOR list to read for each city.
 
     Raises:
-        UserError: a file is missing, is malformed as a whole, or has no usable row; names it.
+        UserError: a file is missing, malformed, or without a usable row; names it.
     """
     if source == "manifest":
         if manifest is None:
@@ -101,7 +101,7 @@ def read_sites(
 
 
 class _Row(NamedTuple):
-    """A site; the fields are the columns of `Sites`, in their order."""
+    """A site; the fields are the columns of `Sites`, in the same order."""
 
     id: str
     city: str
@@ -138,12 +138,12 @@ class _Reader:
         semi: Semi = (),
         tile: Sequence[Any] | None = None,
     ) -> None:
-        """Take a row, or drop it.
+        """Keep a row, or drop it with a reason.
 
         Args:
             where: file and row.
-            place, tile: latitude and longitude as text; a tile without coordinates is at `place`.
-            city: without one, the square degree takes its place.
+            place, tile: latitude and longitude as text; the tile's default is `place`.
+            city: None names the square degree instead.
         """
         points = [_degrees(point) for point in (place, place if tile is None else tile)]
         paths = [_inside(path) for path in (ground, satellite)]
@@ -172,14 +172,14 @@ class _Reader:
         self.drops.add(fault, f"{where} ({id!r:.80})")
 
     def used(self, path: Path, before: int) -> None:
-        """Raise UserError if a file had no usable row."""
+        """Raise UserError if a file has no usable row."""
         if len(self.rows) == before:
             raise UserError(f"{path} has no usable row: {str(self.drops) or 'it is empty'}")
 
     def sized(
         self, path: Path, rows: Iterable[tuple[int, list[str]]], size: int
     ) -> Iterator[tuple[int, str, list[str]]]:
-        """Yields number, place in words and columns of the rows of this size; the others are dropped."""
+        """Yields number, location for errors, and columns of the rows of this size; drops the others."""
         for number, row in rows:
             where = f"{path}, row {number}"
             if len(row) == size:
@@ -188,7 +188,7 @@ class _Reader:
                 self.drops.add("a wrong number of columns", where)
 
     def table(self, path: Path) -> None:
-        """A plain table; its semi-positives are satellite paths, or ids of rows."""
+        """Read a plain table; its semi-positives are satellite paths or ids of rows."""
         before, named = len(self.rows), {}
         for number, row in table_rows(path, COLUMNS, ("city", SEMI_POSITIVES)):
             where = f"{path}, row {number}"
@@ -208,7 +208,7 @@ class _Reader:
                 self.rows[i] = self.rows[i]._replace(semi_positives=semi)
 
     def cv_cities(self) -> None:
-        """Folders of cities with img_info.csv: name, longitude, latitude, city, satellite, panorama."""
+        """Read city folders with img_info.csv: name, longitude, latitude, city, satellite, panorama."""
         folder = self.root.resolve()
         indexes = [folder / "img_info.csv"] if (folder / "img_info.csv").is_file() else []
         indexes = indexes or sorted(folder.glob("*/img_info.csv")) or sorted(folder.glob("*/*/img_info.csv"))
@@ -218,7 +218,7 @@ class _Reader:
             city, before, at_root, below = path.parent.name, len(self.rows), None, ""
             for number, where, row in self.sized(path, csv_rows(path), 6):
                 _, longitude, latitude, _, satellite, ground = row
-                if at_root is None:  # else they are below the city's folder
+                if at_root is None:  # paths start at the root or at the city's folder
                     at_root = not satellite.startswith(f"{city}/") and isfile(folder / satellite.strip())
                     below = "" if at_root else f"{path.parent.relative_to(folder).as_posix()}/"
                 ground, satellite = (
@@ -230,14 +230,14 @@ class _Reader:
             self.used(path, before)
 
     def vigor(self, split: str) -> None:
-        """Lists of panorama, positive and three semi-positives, each tile with its offset in pixels."""
+        """Read lists of panorama, positive and three semi-positives, each tile with its offset in pixels."""
         if "/" in split or not split:
             raise UserError(f"--vigor-split must be the name of a list such as {VIGOR_SPLIT}, got {split!r}")
         lists = [folder / f"{split}.txt" for folder in sorted(self.root.glob("splits*/*"))]
         lists = [path for path in lists if path.is_file()]
         if not lists:
             raise UserError(f"{self.root}/splits/<city>/{split}.txt does not exist for any city")
-        by_kind = (self.root / "satellite").is_dir()  # and not by city, as the archives are
+        by_kind = (self.root / "satellite").is_dir()  # the archives are sorted by city instead
         for path in lists:
             city, before = path.parent.name, len(self.rows)
             panoramas = f"ground/{city}/" if by_kind else f"{city}/panorama/"
@@ -258,7 +258,7 @@ class _Reader:
             self.used(path, before)
 
     def cvusa(self, manifest: Path | None) -> None:
-        """Lists of satellite, panorama and annotation; line N of all.csv has the coordinates of image N."""
+        """Read lists of satellite, panorama, annotation; line N of all.csv has the coordinates of image N."""
         lists = [manifest] if manifest else [self.root / name for name in CVUSA_SPLITS]
         lists = [path for path in lists if path.is_file()]
         if not lists:
@@ -268,7 +268,7 @@ class _Reader:
             raise UserError(f"{self.root / CVUSA_PLACES[0]}, with the coordinates, does not exist")
         rows = [row for path in lists for row in self.sized(path, csv_rows(path), 3)]
         wanted = {_image_number(row[0]) for _, _, row in rows}
-        known = {n: row[:2] for n, row in csv_rows(places) if n in wanted}  # the satellite tile's
+        known = {n: row[:2] for n, row in csv_rows(places) if n in wanted}  # N of the satellite tile
         for _, where, row in rows:
             satellite, ground = row[0].strip(), row[1].strip()
             name = posixpath.splitext(posixpath.basename(satellite))[0]
@@ -282,7 +282,7 @@ def _text(value: Any) -> str:
 
 
 def _names(value: Any) -> Semi:
-    """A list in a cell: separated by ; or, without one, by white space."""
+    """Split a list in a cell at ; or, without any, at white space."""
     if isinstance(value, list):
         return tuple(_text(name) for name in value)
     text = _text(value)
@@ -291,7 +291,7 @@ def _names(value: Any) -> Semi:
 
 
 def _degrees(point: Sequence[Any]) -> tuple[float, float] | None:
-    """Latitude and longitude; None where they are no coordinates."""
+    """Latitude and longitude; None if they are not valid coordinates."""
     try:
         latitude, longitude = map(float, point)
     except (TypeError, ValueError):
@@ -300,7 +300,7 @@ def _degrees(point: Sequence[Any]) -> tuple[float, float] | None:
 
 
 def _inside(path: str) -> str | None:
-    """The path without a detour; None if it is absolute or leads out of its root."""
+    """The normalised path; None if it is absolute or leads out of its root."""
     if path.startswith("/") or "\0" in path:
         return None
     path = posixpath.normpath(path)
@@ -308,12 +308,12 @@ def _inside(path: str) -> str | None:
 
 
 def _square(latitude: float, longitude: float) -> str:
-    """The square degree around a point by its corner nearest to 0, 0: "37N122W"."""
+    """The square degree around a point, named by its corner nearest to 0, 0: "37N122W"."""
     north, east = "NS"[latitude < 0], "EW"[longitude < 0]
     return f"{int(abs(latitude))}{north}{int(abs(longitude))}{east}"
 
 
 def _image_number(path: str) -> int:
-    """N of an image called 000N.jpg; 0 if it is called otherwise."""
+    """N if the image's name is like 000N.jpg, else 0."""
     name = posixpath.splitext(posixpath.basename(path.strip()))[0]
     return int(name) if name.isascii() and name.isdigit() and len(name) < 10 else 0

@@ -1,8 +1,8 @@
 """Cross-view questions from raw imagery: `python -m geo_r1.data pairs`.
 
-A question shows a place from the ground and k satellite tiles, one of them of the same place. Writes
-train.jsonl and test.jsonl, which share no city, and card.json with counts of what they hold and of rows that
-were left out.
+A question shows a place from the ground and k satellite tiles, one of them of the same place. The command
+writes train.jsonl and test.jsonl, which share no city, and card.json, which counts the questions and the rows
+that were left out.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
     add("--source", required=True, choices=SOURCES, help="layout of the data")
-    add("--root", type=Path, help="folder of the data set, or of a manifest's paths (its own by default)")
+    add("--root", type=Path, help="folder of the data set, or of a manifest's paths (default: its own)")
     add("--manifest", type=Path, help="CSV or parquet: id, lat, lon, city, ground, satellite, semi_positives")
     add("--vigor-split", default=VIGOR_SPLIT, help="VIGOR's list of pairs (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder to write to")
     add("-k", type=int, default=5, help="tiles to choose from, 3 to 10 (default: %(default)s)")
     add("--k-range", type=int, nargs=2, metavar=("LEAST", "MOST"), help="draw k for each question instead")
     add("--confusers", choices=KINDS, default=KINDS[0], help="wrong tiles (default: %(default)s)")
-    add("--min-distance", type=float, default=50.0, help="of wrong tiles, in metres (default: %(default)s)")
-    add("--max-distance", type=float, help="of wrong tiles, in metres (default: no bound)")
+    add("--min-distance", type=float, default=50.0, help="to wrong tiles, in metres (default: %(default)s)")
+    add("--max-distance", type=float, help="to wrong tiles, in metres (default: no bound)")
     add("--test-cities", nargs="+", metavar="CITY", help="cities of test.jsonl")
     add("--test-share", type=float, default=0.2, help="or this share of all cities (default: %(default)s)")
     add("--limit", type=int, help="at most this many questions per split, drawn from all")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--check-images", action="store_true", help="decode every picture; drop sites where that fails")
-    add("--max-pixels", type=int, help="shrink larger pictures to this, or the stitched one; checks them all")
-    add("--stitch", action="store_true", help="one picture a question, tiles labelled; checks them all")
+    add("--check-images", action="store_true", help="decode every picture; drop sites if that fails")
+    add("--max-pixels", type=int, help="shrink larger pictures, or stitched ones, to this; checks them all")
+    add("--stitch", action="store_true", help="one picture per question, tiles labelled; checks them all")
     add(
         "--num-workers",
         type=int,
@@ -82,7 +82,7 @@ def command(options: argparse.Namespace) -> None:
         counts: dict[str, Any] = {}
         with naming(out), ExitStack() as whole:
             out.mkdir(parents=True, exist_ok=True)
-            # the files get their names together, so that no city is in two of them
+            # the files are renamed together, so that no city is in two of them
             for split in SPLITS:
                 rows = np.flatnonzero([split_of[city] == split for city in sites.city])
                 if len(rows):
@@ -117,7 +117,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
-    """Yields a function that starts a bar and returns what moves it."""
+    """Yields a function that starts a progress bar and returns a function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
 
@@ -131,7 +131,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, int | None], Callable
 def _checked(
     sites: Sites, drops: Drops, pictures: Pictures, options: argparse.Namespace, out: Path, step: Any
 ) -> Sites:
-    """The sites whose pictures can be used."""
+    """The sites with usable pictures."""
     paths = list(dict.fromkeys([*sites.ground, *sites.satellite]))
     shrunk = out / "images"
     shrinks = options.max_pixels is not None and not options.stitch
@@ -159,7 +159,7 @@ def _checked(
 
 
 def _at_home(sites: Sites, drops: Drops) -> Sites:
-    """Leave out sites whose tile is another city's, so that splits by city share no tile."""
+    """Drop sites whose tile belongs to another city, so that splits by city share no tile."""
     places = Places(sites)
     homes = [sites.city[row] for row in places.row[places.of_site].tolist()]
     good = np.array([home == city for home, city in zip(homes, sites.city, strict=True)])

@@ -1,4 +1,4 @@
-"""Pictures of a data set, checked, shrunk and stitched in processes of their own."""
+"""Check, shrink and stitch a data set's pictures in worker processes."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from geo_r1.data.sample import load_image, shrink
 from geo_r1.errors import UserError
 from geo_r1.files import written_beside
 
-CHUNK = 16  # pictures or questions that a process is given at a time
-AHEAD = 8  # chunks that wait for each process
-STITCHED_PIXELS = 1 << 20  # of one picture with all candidates, if nothing else is said
-NARROWEST, WIDEST = 448, 2048  # pixels; of a stitched picture
+CHUNK = 16  # pictures or questions sent to a process at a time
+AHEAD = 8  # chunks queued for each process
+STITCHED_PIXELS = 1 << 20  # default size of one picture with all candidates
+NARROWEST, WIDEST = 448, 2048  # width of a stitched picture in pixels
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Pictures:
-    """The files that a data set's paths stand for.
+    """Maps a data set's paths to files.
 
     Args:
-        root: the folder that the paths start from; an absolute path.
+        root: absolute path of the folder that the paths start from.
     """
 
     def __init__(self, root: Path) -> None:
@@ -47,7 +47,7 @@ class Pictures:
         self._moved: dict[str, str] = {}
 
     def move(self, path: str, where: str) -> None:
-        """Let a path stand for another file."""
+        """Map a path to another file."""
         if where != self[path]:
             self._moved[path] = where
 
@@ -60,8 +60,8 @@ class Check:
     """Checks a data set's pictures and shrinks large ones.
 
     Attributes:
-        root: the folder that they must be in, an absolute path; a link must not lead out of it.
-        shrunk: where pictures of more than `max_pixels` are written, shrunk to it.
+        root: absolute path of the folder that holds them; a link must not lead out of it.
+        shrunk: folder for the shrunk copies of pictures over `max_pixels`.
         max_pixels: None allows every size below Pillow's own limit.
     """
 
@@ -76,7 +76,7 @@ class Check:
             path: below `root`.
 
         Returns:
-            Where the picture is that can be used, and None; or where it was looked for, and what is wrong.
+            The path of the usable picture and None; or the path that was tried and what is wrong.
 
         Raises:
             UserError: a shrunk picture cannot be written.
@@ -96,7 +96,7 @@ class Check:
             return where, None
         kind = "JPEG" if full.suffix.lower() in (".jpg", ".jpeg") else "PNG"
         target = self.shrunk / path
-        if kind == "PNG" and target.suffix.lower() != ".png":  # beside one of that name, if there is one
+        if kind == "PNG" and target.suffix.lower() != ".png":  # so that it cannot replace x.png
             target = target.with_name(f"{target.name}.png")
         _save(shrink(image, self.max_pixels), target, kind)
         return str(target), None
@@ -104,18 +104,18 @@ class Check:
 
 @dataclass(frozen=True)
 class Stitch:
-    """Make one picture of a question: the view from the ground, the labelled tiles in a grid below.
+    """Makes one picture of a question: the view from the ground, with the labelled tiles in a grid below.
 
     Attributes:
-        folder: where it is written, under a name that stands for what it shows.
-        max_pixels: of the whole picture.
+        folder: where the picture is written; its name is a hash of its sources.
+        max_pixels: limit on the whole picture.
     """
 
     folder: Path
     max_pixels: int = STITCHED_PIXELS
 
     def __call__(self, images: Sequence[str]) -> str:
-        """Stitch a ground picture and the candidates in order; returns the path of the result.
+        """Stitch a ground picture and the candidates in order; return the path of the result.
 
         Raises:
             UserError: a picture cannot be read, or the result cannot be written; names it.
@@ -136,14 +136,14 @@ def in_processes(
     num_workers: int,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Result]:
-    """Do work on each item in processes; yields the results in order.
+    """Call `work` on each item in worker processes; yields the results in order.
 
     Args:
-        num_workers: processes; 0 does it here.
-        progress: called with the number of items that are done.
+        num_workers: number of processes; with 0, this process does the work.
+        progress: called with the number of items just finished.
 
     Raises:
-        UserError: a process ended; or what the work raises.
+        UserError: a process ended unexpectedly. Errors of `work` are passed on.
     """
     stream = iter(items)
     chunks = iter(lambda: list(islice(stream, CHUNK)), [])
@@ -175,7 +175,7 @@ def _results(work: Callable[[Any], Any], chunks: Iterator[Any], num_workers: int
 
 
 def _follow_parent() -> None:
-    """Have a worker end with its parent, however that ends."""
+    """End this worker when its parent ends, for whatever reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -191,10 +191,10 @@ def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Decode a picture as `load_image` does; where Pillow would warn of a bomb, that is an error.
+    """Decode a picture as `load_image` does; Pillow's warning of a decompression bomb becomes an error.
 
     Raises:
-        UserError: the picture is missing, broken, too large, or has more than 8 bits a channel; names it.
+        UserError: the picture is missing, broken, too large, or has more than 8 bits per channel; names it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -206,7 +206,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def _fault(message: str, prefix: str) -> str:
-    """The fault of a picture, in the same words for all pictures that have it."""
+    """A picture's fault without its name, so that equal faults can be counted."""
     message = message.removeprefix(prefix)
     if "decompression bomb" in message:
         return "an image has more pixels than Pillow's limit"
@@ -216,10 +216,10 @@ def _fault(message: str, prefix: str) -> str:
 
 
 def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image.Image:
-    """The ground picture above the tiles, labelled A, B, ... row by row, on white."""
+    """The ground picture above the tiles, which are labelled A, B, ... row by row, on white."""
     columns = len(tiles) if len(tiles) <= 3 else math.ceil(len(tiles) / 2)
     rows = math.ceil(len(tiles) / columns)
-    tall = min(1.0, ground.height / ground.width)  # in widths; a taller picture is fitted into a square
+    tall = min(1.0, ground.height / ground.width)  # height / width; a taller picture is fitted into a square
     label = 0.15 / columns
     own = max(ground.width, columns * max(tile.width for tile in tiles))
     most = math.sqrt(max_pixels / (tall + rows * (1 / columns + label)))
@@ -239,7 +239,7 @@ def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image
 
 
 def _place(page: Image.Image, image: Image.Image, box: tuple[int, int, int, int]) -> None:
-    """Paste a picture into the middle of a box (left, top, width, height), as large as it fits."""
+    """Paste a picture into the middle of a box (left, top, width, height), as large as possible."""
     left, top, width, height = box
     scale = min(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))

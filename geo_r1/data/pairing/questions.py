@@ -1,4 +1,4 @@
-"""Cross-view questions of one split: their wrong tiles, their letters, and their rows."""
+"""The cross-view questions of one split: wrong tiles, letters and rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Questions:
     """The questions of a split: their sites, wrong tiles, and letters of the right tiles.
 
     Raises:
-        UserError: not one question can be made.
+        UserError: no question can be made.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Questions:
                 f"{options.min_distance:g} m to {chooser.most:g} m away; lower -k or "
                 "--min-distance, raise --max-distance, or use --confusers global"
             )
-        # shuffled, so that the first n of a file are from all its cities
+        # shuffled, so that the first n rows of a file come from all its cities
         rows = generator(options.seed, f"{split}/order").permutation(rows)[: options.limit]
         self.sites, self.all_satellites = sites.take(rows), sites.satellite
         self.k, self.wrong, self.distance = k[rows], chooser.row[rows], chooser.distance[rows]
@@ -86,12 +86,12 @@ class Questions:
         for choices in np.unique(self.k).tolist():
             here = np.flatnonzero(self.k == choices)
             chance = generator(options.seed, f"{split}/answers/{choices}")
-            # each letter as often, give or take one
+            # letters are equally frequent, give or take one
             letters = (np.arange(len(here)) + chance.integers(choices)) % choices
             self.truth[here] = chance.permutation(letters)
 
     def write(self, path: Path, out: Path, step: Any) -> dict[str, Any]:
-        """Write one row per question; returns their entries in the card."""
+        """Write one row per question; return the split's entry in the card."""
         progress = step(f"writing {self.split}", len(self.k))
         folder = f"{out}/"
         images: Iterator[list[str]] = (self._images(i) for i in range(len(self.k)))
@@ -122,7 +122,7 @@ class Questions:
         }
 
     def _images(self, i: int) -> list[str]:
-        """The ground picture and the tiles in order."""
+        """Paths of the ground picture and of the tiles in order."""
         tiles = [self.all_satellites[row] for row in self.wrong[i, : self.k[i] - 1].tolist()]
         tiles.insert(int(self.truth[i]), self.sites.satellite[i])
         return [self.pictures[path] for path in (self.sites.ground[i], *tiles)]
@@ -146,7 +146,7 @@ class Questions:
 
 
 def prompt(k: int, stitch: bool = False) -> str:
-    """The text of a question with k tiles, pictures marked."""
+    """The text of a question with k tiles, with markers for the pictures."""
     letters = ascii_uppercase[:k]
     labels = f"{letters[0]} to {letters[-1]}"
     if stitch:
@@ -164,5 +164,5 @@ def difficulty(distances: Sequence[float]) -> float:
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
-    """A stream of random numbers, another one for each name."""
+    """A random generator with its own stream for each seed and name."""
     return np.random.default_rng([*f"{seed}/{name}".encode()])

@@ -1,4 +1,4 @@
-"""Users' tables, CSV or parquet, read row by row; and a count of the rows that were left out."""
+"""Read users' CSV and parquet tables row by row, and count the rows that were left out."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from geo_r1.data.paths import naming
 from geo_r1.data.sample import read_parquet
 from geo_r1.errors import UserError
 
-NAMED = 5  # rows that are named for each reason
+NAMED = 5  # rows named per reason
 
 
 @dataclass
 class Drops:
-    """Rows that were left out: counts by reason, and the first few by name."""
+    """Rows that were left out: counts by reason, and the names of the first few."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, list[str]] = field(default_factory=dict)
@@ -41,11 +41,11 @@ class Drops:
 def table_rows(
     path: Path, needed: Sequence[str], more: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields the number of each row of a .csv (its line) or .parquet and its columns by name.
+    """Yields each row's number (in .csv its line) and its columns by name, from .csv or .parquet.
 
     Args:
         needed: columns that the header must have.
-        more: columns that it may have; others are not read from parquet.
+        more: columns that it may have; no others are read from parquet.
 
     Returns:
         The columns; None for a row that is longer or shorter than the header.
@@ -80,7 +80,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows of a CSV file with their line numbers, from 1; blank lines are skipped.
 
     Raises:
-        UserError: as `lines_of`; or a field is longer than the csv module allows.
+        UserError: as in `lines_of`; or a field is longer than the csv module allows.
     """
     rows = csv.reader(line for _, line in lines_of(path))
     try:

@@ -1,1 +1,1 @@
-"""Chains of thought: a teacher that writes them, and the check of what they say."""
+"""Chains of thought: a teacher writes them, and a fact check sorts them."""

@@ -1,4 +1,4 @@
-"""Messages of a sample for a chat endpoint, and the reply in a response."""
+"""Write a sample as messages for a chat endpoint, and read the reply in a response."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 from geo_r1.data.sample import ImageSource, Sample, load_image, read_image, shrink
 
 MAX_REPLY = 2**20  # bytes of a response: a chain of thought takes some kilobytes
-SMALL_PICTURE = 2**20  # bytes up to which a picture's file is sent unchanged
-LOSSLESS_PIXELS = 2**16  # pictures encoded here are PNG up to this size, and JPEG beyond
-HARMLESS = frozenset(  # metadata that a file may hold and still be sent unchanged
+SMALL_PICTURE = 2**20  # bytes; a smaller picture file may be sent unchanged
+LOSSLESS_PIXELS = 2**16  # pictures encoded here are PNG up to this size, then JPEG
+HARMLESS = frozenset(  # a file with only this metadata may be sent unchanged
     {"adobe", "adobe_transform", "background", "dpi", "duration", "gamma", "interlace", "jfif"}
     | {"jfif_density", "jfif_unit", "jfif_version", "loop", "progression", "progressive", "srgb", "timestamp"}
 )
@@ -25,7 +25,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's reply; tokens are 0 if the endpoint does not count them."""
+    """A model's reply; token counts are 0 if the endpoint does not report them."""
 
     text: str
     input_tokens: int
@@ -35,7 +35,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no reply to a request; `again` where another try may go better."""
+    """Why a request got no reply; `again` if another try may succeed."""
 
     reason: str
     again: bool = False
@@ -48,8 +48,8 @@ def chat_messages(
 
     Args:
         system: a system message to begin with.
-        text: follows the sample's own prompt, in the same message if that is the user's.
-        max_pixels: larger pictures are shrunk to it.
+        text: added after the sample's prompt, in its last message if that is the user's.
+        max_pixels: larger pictures are shrunk to this.
 
     Raises:
         UserError: a picture is missing or broken; names the sample and the file.
@@ -68,7 +68,7 @@ def chat_messages(
         if messages[-1]["role"] != "user":
             messages.append({"role": "user", "content": []})
         messages[-1]["content"].append(_text(text))
-    for message in messages:  # some servers refuse lists of parts in messages that are text alone
+    for message in messages:  # some servers refuse lists of parts in text-only messages
         if all(part["type"] == "text" for part in message["content"]):
             message["content"] = "\n\n".join(part["text"] for part in message["content"])
     return messages
@@ -90,9 +90,9 @@ def _data_uri(source: ImageSource, owner: str, max_pixels: int | None) -> str:
 
 
 def _as_it_is(encoded: bytes) -> str | None:
-    """The kind of a picture whose file can be sent unchanged; None if it cannot.
+    """The image type if the file can be sent unchanged, else None.
 
-    Other metadata is never sent: it may hold the coordinates in question, or a rotation that servers ignore.
+    Other metadata is never sent: it may give away the coordinates, or hold a rotation that servers ignore.
     """
     with Image.open(io.BytesIO(encoded)) as image:
         plain = image.mode in ("RGB", "L") and image.info.keys() <= HARMLESS and not image.getexif()
@@ -126,7 +126,7 @@ def reply_of(body: bytes) -> Reply | Failure:
     if not isinstance(text, str) or not text.strip():
         return Failure(f"the reply is empty (finish reason {finish})", again=finish != "length")
     usage = value.get("usage")
-    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written as UTF-8
+    text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written as UTF-8
     return Reply(text, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), finish)
 
 

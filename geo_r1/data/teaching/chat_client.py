@@ -1,8 +1,8 @@
-"""One request to an OpenAI-compatible endpoint; needs the openai package, which does the retries.
+"""Requests to an OpenAI-compatible endpoint; needs the openai package, which does the retries.
 
-The package waits and retries after lost connections, timeouts, and the statuses 408, 409, 429 and from 500.
-This module limits the bytes of a response and the time for all of it. It reports a malformed reply as a lost
-connection, so that the package retries it.
+The package waits and retries after lost connections, timeouts, and statuses 408, 409, 429 and 500 or above.
+This module limits a response's bytes and total time. It reports a malformed reply as a lost connection, so
+that the package retries it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from geo_r1.data.teaching.endpoint_options import EndpointConfig
 from geo_r1.errors import OutageError, UserError, one_line
 
 try:
-    import httpx2 as httpx  # of the openai package since its version 3
+    import httpx2 as httpx  # the openai package uses it since version 3
 except ImportError:
     import httpx  # type: ignore[no-redef]
 
-MAX_ERROR = 2**16  # bytes that are read of an error's page
-MAX_WAIT = 120.0  # seconds that a server may ask for; the openai package gives up beyond that
-SHORTEST_SECRET = 8  # shorter keys are stand-ins ("none", "EMPTY") that may well be words of a reply
-FOR_ALL_STATUS = (401, 402, 403, 404, 405)  # all requests would fail; so they would after a redirection
+MAX_ERROR = 2**16  # bytes read from an error response
+MAX_WAIT = 120.0  # seconds; if a server asks for a longer wait, the openai package gives up
+SHORTEST_SECRET = 8  # shorter keys are placeholders ("none", "EMPTY") that a reply may contain as words
+FOR_ALL_STATUS = (401, 402, 403, 404, 405)  # all requests would fail, as they would after a redirect
 FOR_ALL_CODES = ("model_not_found", "insufficient_quota", "unsupported_parameter")
 
 
 class ChatClient:
-    """Sends requests to an endpoint, and describes failures of every kind in the same way.
+    """Sends requests to an endpoint and describes all kinds of failures in the same way.
 
     Raises:
         UserError: the key or the address cannot be used.
@@ -50,17 +50,17 @@ class ChatClient:
                 http_client=self._http,
             )
         except httpx.InvalidURL as error:
-            raise UserError(f"--url {config.url} is no address: {error}") from None
+            raise UserError(f"--url {config.url} is not a valid address: {error}") from None
 
     async def ask(self, messages: Messages) -> Reply | Failure:
-        """Send one request, and send it again if that may help.
+        """Send one request, with retries if they may help.
 
         Raises:
-            UserError: no request can succeed: the endpoint is not there, or refuses the key or the model.
-            OutageError: the endpoint has answered before, and is gone.
+            UserError: no request can succeed: the endpoint is unreachable, or refuses the key or the model.
+            OutageError: the endpoint answered before and has gone.
         """
         config, responses = self._config, self._http.responses
-        # OpenAI's own models know only the new name, many local servers only the old one
+        # OpenAI's own models know only the new name, and many local servers only the old one
         limit = "max_completion_tokens" if ".openai.com/" in config.base_url else "max_tokens"
         settings = {limit: config.max_tokens, "temperature": config.temperature}
         create: Any = self._api.chat.completions.with_raw_response.create
@@ -71,7 +71,7 @@ class ChatClient:
             return Failure(f"the messages cannot be written as UTF-8: {error.reason}")
         except openai.APIConnectionError as error:
             unreached = isinstance(error.__cause__, httpx.ConnectError)
-            if unreached and responses == self._http.responses:  # nobody else was answered meanwhile
+            if unreached and responses == self._http.responses:  # no other request was answered meanwhile
                 kind = OutageError if responses else UserError
                 raise kind(self.shown(f"{config.base_url} cannot be reached: {error.__cause__}")) from None
             return Failure(self.shown(f"{error.__cause__}{_tries(error)}"))
@@ -94,7 +94,7 @@ class ChatClient:
         await self._api.close()
 
     def shown(self, message: object) -> str:
-        """One line for people: what an endpoint says may hold the key, line ends and terminal codes."""
+        """One printable line; an endpoint's words may contain the key, line breaks and terminal codes."""
         return one_line(self._without_key(str(message)))[:400]
 
     def _without_key(self, text: str) -> str:
@@ -107,10 +107,10 @@ def _tries(error: openai.APIConnectionError | openai.APIStatusError) -> str:
 
 
 class _BoundedClient(openai.DefaultAsyncHttpxClient):
-    """Reads each response whole, up to a limit, and within a time from the request to the last byte.
+    """Reads each whole response, within limits on its bytes and on the time from request to last byte.
 
     Attributes:
-        responses: number of responses of any status; if it grows, the endpoint is there.
+        responses: number of responses with any status; if it grows, the endpoint is up.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -120,7 +120,7 @@ class _BoundedClient(openai.DefaultAsyncHttpxClient):
 
     async def send(self, request: Any, **options: Any) -> Any:
         try:
-            async with asyncio.timeout(self._seconds):  # the client's own begins anew with every byte
+            async with asyncio.timeout(self._seconds):  # the client's own timeout restarts with every byte
                 response = await super().send(request, **{**options, "stream": True})
                 self.responses += 1
                 body = await _first_bytes(response, MAX_REPLY if response.is_success else MAX_ERROR)
@@ -137,7 +137,7 @@ class _BoundedClient(openai.DefaultAsyncHttpxClient):
         else:
             body = body[:MAX_ERROR]
             headers = {name: value for name, value in response.headers.items() if "retry" in name}
-            with suppress(KeyError, ValueError):  # there is none, or it is a date
+            with suppress(KeyError, ValueError):  # the header is missing, or is a date
                 headers["retry-after"] = str(min(float(headers["retry-after"]), MAX_WAIT))
             if b'"insufficient_quota"' in body:
                 headers["x-should-retry"] = "false"
@@ -145,7 +145,7 @@ class _BoundedClient(openai.DefaultAsyncHttpxClient):
 
 
 async def _first_bytes(response: Any, limit: int) -> bytes:
-    """The body of a response, or of a longer one a little more than `limit` bytes."""
+    """A response's body; if it is longer than `limit` bytes, a little more than its first `limit`."""
     body = bytearray()
     try:
         async for chunk in response.aiter_bytes():

@@ -1,9 +1,9 @@
-"""Claims of a text about a place: cities, countries, continents, coordinates, hemispheres, side of traffic.
+"""A text's claims about a place: city, country, continent, coordinates, hemisphere, side of traffic.
 
-A chain of thought names many places that it does not claim: it compares with them, rules them out, reads
-them on a sign. So a name counts only where it identifies the place: behind words that do so ("this is",
-"located in", "so", "suggests"), behind another such name, or in the conclusion; not after words that set it
-aside ("unlike", "could be"). Of several places of a kind in one list, one has to be right.
+A chain of thought names many places without claiming to be there: it compares with them, rules them out,
+reads them on a sign. So a name counts only if it identifies the place: after words that do so ("this is",
+"located in", "so", "suggests"), after another such name, or in the conclusion; never after words that reject
+it ("unlike", "could be"). If a list names several places of one kind, one must be right.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from geo_r1.data.teaching import phrases
 from geo_r1.places import City, Gazetteer, distance_km, fold, parse_coordinates
 
-LONGEST_SPAN = 5  # words of a name
+LONGEST_SPAN = 5  # words in a name
 PARTICLE = 4  # letters of a small word within a name: "de", "das", "upon"
 NEAR = 120  # characters before a name that decide whether it is a claim
-EQUATOR = 0.1  # degrees: nearer to the equator, or to 0 or 180 east, no hemisphere is wrong
-KNOWN = 100_000  # inhabitants of a city that a sentence may be about
-LARGE = 500_000  # inhabitants of a city that a sentence may begin with
-SHORT_NAMES = {"US", "USA", "UK", "UAE", "DRC"}  # most other capitals are no countries: TV, AC, NO
-TWO_CONTINENTS = {"RU", "TR", "KZ", "GE", "AZ", "AM", "CY"}  # partly or by custom in Europe and in Asia
+EQUATOR = 0.1  # degrees; this near to the equator or to 0 or 180 east, either hemisphere is right
+KNOWN = 100_000  # inhabitants; the name of a smaller city needs a cue
+LARGE = 500_000  # inhabitants; a name that begins a sentence needs a cue if its city is smaller
+SHORT_NAMES = {"US", "USA", "UK", "UAE", "DRC"}  # most other upper-case words are not countries: TV, AC, NO
+TWO_CONTINENTS = {"RU", "TR", "KZ", "GE", "AZ", "AM", "CY"}  # in Europe and Asia, in part or by custom
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Contradiction:
 
     Attributes:
         kind: city, country, continent, coordinates, hemisphere or driving_side.
-        said: the words.
-        known: the metadata's value.
+        said: the words of the text.
+        known: the value in the metadata.
     """
 
     kind: str
@@ -49,13 +49,13 @@ def contradictions(
     coordinate_km: float,
     conclusion: str = "",
 ) -> Iterator[Contradiction]:
-    """Claims of a text that contradict a sample's metadata; without metadata a claim is not judged.
+    """Claims in a text that contradict a sample's metadata; a claim without metadata is not judged.
 
     Args:
         metadata: any of city, country, continent, latitude and longitude in degrees, driving_side.
-        city_km: a named city farther from the place is another one.
-        coordinate_km: coordinates farther from the place are wrong.
-        conclusion: the part of the text in which every name counts that is not set aside.
+        city_km: a named city farther away than this is wrong.
+        coordinate_km: coordinates farther away than this are wrong.
+        conclusion: the part of the text in which every name counts unless it is rejected.
     """
     truth = _Truth(metadata, gazetteer, city_km, coordinate_km)
     before, found, after = text.partition(conclusion) if conclusion else (text, "", "")
@@ -67,7 +67,7 @@ def contradictions(
 
 
 class _Truth:
-    """The known facts of a place, and whether a claim agrees with them."""
+    """The known facts about a place, and checks of claims against them."""
 
     def __init__(
         self, metadata: Mapping[str, Any], gazetteer: Gazetteer, city_km: float, coordinate_km: float
@@ -107,7 +107,7 @@ class _Truth:
 
 @dataclass(frozen=True)
 class _Mention:
-    """A name of a place in a sentence, and whether it is the truth's."""
+    """A place name in a sentence, and whether it agrees with the truth."""
 
     kind: str
     words: str
@@ -117,7 +117,7 @@ class _Mention:
 
 
 def _of_numbers(sentence: str, truth: _Truth, mentions: Sequence[_Mention]) -> Iterator[Contradiction]:
-    """Coordinates, hemispheres and the side of traffic in a sentence; not those of another place in it."""
+    """Check coordinates, hemispheres and the side of traffic, unless they belong to another place."""
 
     def meant(start: int) -> bool:
         begin = sentence.rfind(";", 0, start)
@@ -147,7 +147,7 @@ def _of_numbers(sentence: str, truth: _Truth, mentions: Sequence[_Mention]) -> I
 def _of_names(
     sentence: str, truth: _Truth, mentions: Sequence[_Mention], concludes: bool
 ) -> Iterator[Contradiction]:
-    """Cities, countries and continents that a sentence claims."""
+    """Check the cities, countries and continents that a sentence claims."""
     known = {
         "city": truth.city or truth.shown,
         "country": truth.country and truth.country.name,
@@ -166,7 +166,7 @@ def _of_names(
 
 
 def _listed(sentence: str, mention: _Mention, mentions: Sequence[_Mention]) -> list[_Mention]:
-    """A name and those of its kind that stand in one list with it: "Peru, Chile and Bolivia"."""
+    """A name and the names of its kind in the same list: "Peru, Chile and Bolivia"."""
     alike = [m for m in mentions if m.kind == mention.kind]
     first = last = alike.index(mention)
     while first and phrases.LIST.fullmatch(_between(sentence, alike[first - 1], alike[first])):
@@ -194,7 +194,7 @@ def _claimed(sentence: str, mention: _Mention, concludes: bool) -> bool:
 
 
 def _clause_before(sentence: str, start: int) -> str:
-    """The words before a position that are in the same clause."""
+    """The words before a position in the same clause."""
     return phrases.CLAUSE.split(sentence[max(0, start - NEAR) : start])[-1]
 
 
@@ -204,7 +204,7 @@ def _between(sentence: str, one: _Mention, other: _Mention) -> str:
 
 
 def _mentions(sentence: str, truth: _Truth, gazetteer: Gazetteer) -> Iterator[_Mention]:
-    """Names of places in a sentence, the longest at each spot."""
+    """Place names in a sentence; the longest one at each position."""
     words = list(phrases.WORD.finditer(sentence))
     i = 0
     while i < len(words):
@@ -228,7 +228,7 @@ def _is_name(word: str) -> bool:
 
 
 def _connected(words: Sequence[re.Match[str]], span: str) -> bool:
-    """Whether a span could be one name: capitalised words, with small ones and numbers after the first."""
+    """Whether a span could be one name: capitalised words, or small ones and numbers after the first."""
     names = all(_is_name(word[0]) or len(word[0]) <= PARTICLE or word[0].isdigit() for word in words)
     ends = _is_name(words[-1][0]) or words[-1][0].isdigit()
     return names and ends and not set(',;:()[]/"') & set(span)
@@ -237,7 +237,7 @@ def _connected(words: Sequence[re.Match[str]], span: str) -> bool:
 def _place(
     sentence: str, start: int, end: int, after: re.Match[str] | None, truth: _Truth, gazetteer: Gazetteer
 ) -> tuple[str, bool] | None:
-    """The kind of place that a span names, empty if it is not judged, and whether it agrees."""
+    """The kind of place that a span names ("" if it is not judged), and whether it agrees."""
     name = sentence[start:end].rstrip(".").removesuffix("'s").removesuffix("’s")
     if name in phrases.CONTINENT_OF and phrases.KIND_OF_PLACE.match(sentence, end):
         name = phrases.CONTINENT_OF[name]
@@ -246,7 +246,7 @@ def _place(
     tail = phrases.TAIL.match(sentence, end)
     placed = tail is not None and gazetteer.country(tail[1].strip()) is not None  # "Reading, England"
     if gazetteer.is_region(name) and not placed:
-        return "", True  # Georgia, Ontario, Victoria: states and provinces have namesakes everywhere
+        return "", True  # not judged: states and provinces have namesakes everywhere (Georgia, Victoria)
     country = gazetteer.country(name) if not name.isupper() or name.replace(".", "") in SHORT_NAMES else None
     if country:
         namesake = truth.city is not None and fold(name) == fold(truth.city)  # Armenia in Colombia
@@ -264,5 +264,5 @@ def _place(
         placed or (begins and cities[0].population >= LARGE) or phrases.CITY_CUE.search(before) is not None
     )
     if not judged and cities[0].population < KNOWN:
-        return None  # most words at the beginning of a sentence are a village somewhere
+        return None  # most words that begin a sentence are also a village somewhere
     return "city" if judged else "", truth.is_city(name, cities)

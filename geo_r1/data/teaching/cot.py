@@ -1,7 +1,7 @@
-"""Chains of thought: a teacher that knows the answer writes how to find it.
+"""Write chains of thought: a teacher that knows the answer explains how to find it.
 
-The teacher is a model behind an OpenAI-compatible endpoint, or the procedural world's own. Samples are
-written one per line as they come: the same command continues after a stop, and asks for none twice.
+The teacher is a model behind an OpenAI-compatible endpoint, or the procedural world's own. Each sample is
+written as it comes. After a stop, the same command continues and does not repeat a request.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ Conclusion: ...
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("--teacher", choices=("endpoint", "world"), default="endpoint", help="the author (%(default)s)")
-    add("--out", type=Path, required=True, help="JSONL to write or to continue")
+    add("--teacher", choices=("endpoint", "world"), default="endpoint", help="the writer (%(default)s)")
+    add("--out", type=Path, required=True, help="JSONL to write or continue")
     add("--data", type=Path, help="samples with answers: JSONL, JSON or parquet")
-    add("--limit", type=int, help="use only this many samples of --data, the first ones")
+    add("--limit", type=int, help="use only this many samples from the start of --data")
     add("--prompt", type=Path, help="text in place of our prompt; {answer} and {metadata} are filled in")
     add("--retry-failed", action="store_true", help="ask again for the samples that failed")
-    add("--max-pixels", type=int, help="larger pictures are shrunk to it")
-    add("--price-in", type=float, default=0.0, help="USD for a million tokens of prompts")
-    add("--price-out", type=float, default=0.0, help="USD for a million tokens of replies")
-    add("--num", type=int, default=2000, help="samples of --teacher world (%(default)s)")
-    add("--seed", type=int, default=0, help="of the world (%(default)s)")
+    add("--max-pixels", type=int, help="shrink larger pictures to this size")
+    add("--price-in", type=float, default=0.0, help="USD per million tokens of prompts")
+    add("--price-out", type=float, default=0.0, help="USD per million tokens of replies")
+    add("--num", type=int, default=2000, help="number of samples from --teacher world (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the world (%(default)s)")
     add_endpoint_arguments(parser)
 
 
@@ -78,7 +78,7 @@ def command(options: argparse.Namespace) -> None:
 
     Raises:
         UserError: an option or a sample is wrong, or no request can succeed.
-        KeyboardInterrupt: by Ctrl-C; all replies that came are written.
+        KeyboardInterrupt: by Ctrl-C; all replies so far are written.
     """
     for name in ("limit", "num", "max_pixels"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -155,7 +155,7 @@ def _ask(sample: Sample, prompt: str, max_pixels: int | None) -> Messages:
 
 
 def fill(prompt: str, sample: Sample) -> str:
-    """Fill in a sample's answer and the known facts of its place; other braces stay as they are."""
+    """Fill in a sample's answer and the known facts about its place; other braces stay unchanged."""
     known = {key: sample.metadata[key] for key in KNOWN if sample.metadata.get(key) not in (None, "")}
     lines = [
         f"- {key.replace('_', ' ')}: {' '.join(str(value).split())[:200]}" for key, value in known.items()

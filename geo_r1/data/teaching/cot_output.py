@@ -1,4 +1,4 @@
-"""The files that `cot` writes: whole samples, failures, and a card with figures of both."""
+"""The files that `cot` writes: samples, failures, and a card with counts of both."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from geo_r1.files import write_text, written_beside
 
 
 class CotOutput:
-    """The output so far. A sample is in one of the files, with its training row or with a reason.
+    """The output so far. OUT.jsonl has training rows, and OUT.failed.jsonl the reasons of the other samples.
 
-    Beside OUT.jsonl stand OUT.failed.jsonl, OUT.card.json, and OUT_images/ for pictures without a file.
+    OUT.card.json has counts, and OUT_images/ the pictures that have no file of their own.
     """
 
     def __init__(self, out: Path, written: Journal, failed: Journal, prices: Mapping[str, float]) -> None:
@@ -48,12 +48,12 @@ class CotOutput:
         settings: Mapping[str, Any],
         asked: Iterable[str],
     ) -> Iterator[CotOutput]:
-        """Continue the files of --out, or begin them; the card is written first and last.
+        """Open the files of --out, new or to be continued; the card is written at the start and at the end.
 
         Args:
             decisive: settings that must not change between calls.
-            settings: further entries of the card.
-            asked: samples whose failures --retry-failed forgets.
+            settings: other entries of the card.
+            asked: samples whose failures --retry-failed removes.
         """
         out: Path = options.out
         failed, card = out.with_suffix(".failed.jsonl"), out.with_suffix(".card.json")
@@ -81,7 +81,7 @@ class CotOutput:
         return name in self.written.records or name in self.failed.records
 
     def check_same(self, sample: Sample) -> None:
-        """Raise UserError where another question of a sample's id has been answered."""
+        """Raise UserError if another question with the sample's id has been answered."""
         row = self.written.records.get(sample.id)
         if row and (row.get("prompt"), row.get("answer")) != (list(sample.messages), sample.answer):
             raise UserError(
@@ -107,13 +107,13 @@ class CotOutput:
                 except UserError as error:
                     if isinstance(error.__cause__, OSError):
                         raise
-                    reason = str(error)  # it does not fit into a line
+                    reason = str(error)  # the record does not fit in a line
         if reason is not None:
             self.failed.append({"id": sample.id, "error": reason} | ({"usage": usage} if usage else {}))
         self._count(usage)
 
     def write(self, sample: Sample, columns: Mapping[str, Any]) -> None:
-        """Append a sample's training row, its pictures named as seen from the output's folder."""
+        """Append a sample's training row, with picture paths relative to the output's folder."""
         home = self.out.parent.resolve()
         images = [
             os.path.relpath(
@@ -148,7 +148,7 @@ class CotOutput:
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
-        """A bar; yields advance(total=None, done=0), to be called first with a total, then once a sample."""
+        """A progress bar; yields advance(total=None, done=0). Call it with the total, then once a sample."""
         columns = (TextColumn("chains of thought"), BarColumn(), MofNCompleteColumn())
         figures = TextColumn("{task.fields[told]}", markup=False)
         with Progress(*columns, figures, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
@@ -195,7 +195,7 @@ def _check_card(card: Path, out: Path, decisive: Mapping[str, Any]) -> None:
 
 
 def _forget(failed: Path, names: set[str]) -> None:
-    """Take these samples out of the file of failures, all at once."""
+    """Remove these samples from the file of failures, all at once."""
     with Journal(failed) as journal:
         kept = [record for name, record in journal.records.items() if name not in names]
     with naming(failed):

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint: many requests at once, and each ends once, as a reply or a failure."""
+"""Many concurrent requests to an OpenAI-compatible endpoint; each ends as one reply or one failure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class Endpoint:
-    """Sends many requests at once; use it in a `with` statement, in a thread without an event loop.
+    """Sends many requests at once. Use it in a `with` statement, in a thread without an event loop.
 
     Raises:
         UserError: the openai package is missing, or the key or the address cannot be used.
@@ -47,11 +47,11 @@ class Endpoint:
     def run(
         self, requests: Iterable[tuple[str, Callable[[], Messages]]]
     ) -> Iterator[tuple[str, Reply | Failure]]:
-        """Send all requests, and yield results as they come.
+        """Send all requests; yields results as they come.
 
         Args:
-            requests: a name, and a function that makes the messages; called only when they are about to be
-                sent. A UserError of this function is the failure of its request.
+            requests: names, and functions that make the messages just before they are sent. If one raises a
+                UserError, its request fails.
 
         Raises:
             UserError, OutageError: no request can succeed; see `ChatClient.ask`.
@@ -72,12 +72,12 @@ class Endpoint:
                 if errors:
                     raise errors[0]
         finally:
-            if left := [task for task in flying if not task.done()]:  # none once the endpoint is closed
+            if left := [task for task in flying if not task.done()]:  # empty once the endpoint is closed
                 self._runner.run(_cancel(left))
 
     async def _answer(self, name: str, make: Callable[[], Messages]) -> tuple[str, Reply | Failure]:
         try:
-            messages = await asyncio.to_thread(make)  # pictures are decoded there
+            messages = await asyncio.to_thread(make)  # decodes pictures
         except UserError as error:
             return name, Failure(self._client.shown(error))
         return name, await self._client.ask(messages)

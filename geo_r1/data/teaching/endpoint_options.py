@@ -1,4 +1,4 @@
-"""Settings of an endpoint, and a command's options for them."""
+"""Settings of an endpoint, and command-line options for them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class EndpointConfig:
     """Settings of an endpoint. The key itself stays in the environment.
 
     Attributes:
-        url: where the API begins, such as http://localhost:8000/v1; /v1 is added where there is no path.
-        model: its name at the endpoint.
-        key_variable: the environment variable with the key; unset for local servers, which need none.
-        concurrency: requests in flight.
+        url: base address of the API, such as http://localhost:8000/v1; /v1 is added if it has no path.
+        model: the model's name at the endpoint.
+        key_variable: the environment variable with the key; leave it unset for servers without keys.
+        concurrency: number of requests in flight.
         timeout: seconds for one try, from the request to the last byte.
-        retries: further tries of a request.
-        temperature, max_tokens: of the reply; None leaves them to the endpoint.
+        retries: how often a request is tried again.
+        temperature, max_tokens: for the reply; None leaves them to the endpoint.
 
     Raises:
         UserError: a value is out of range; names the option.
@@ -45,7 +45,7 @@ class EndpointConfig:
         except ValueError:
             sound = False
         if not sound or parts.username or parts.password or parts.query or parts.fragment:
-            # not shown: a key may stand in it
+            # not shown, since it may contain a key
             raise UserError(f"--url must be http(s)://host[:port]/path; a key belongs in {self.key_variable}")
         if not self.model:
             raise UserError("--model must name the endpoint's model")
@@ -66,11 +66,11 @@ class EndpointConfig:
 
     @classmethod
     def of(cls, options: argparse.Namespace, prefix: str = "", **given: Any) -> EndpointConfig:
-        """The endpoint in the options of `add_endpoint_arguments`.
+        """The endpoint that the options of `add_endpoint_arguments` describe.
 
         Args:
-            prefix: as given there.
-            given: fields that do not come from the options.
+            prefix: as in `add_endpoint_arguments`.
+            given: fields that override the options.
 
         Raises:
             UserError: the address or the model is missing, or a value is out of range.
@@ -83,10 +83,10 @@ class EndpointConfig:
         return cls(**{name: value for name, value in found.items() if value is not None})
 
     def key(self) -> str:
-        """The key, "none" where the variable is unset.
+        """The key, or "none" if the variable is unset.
 
         Raises:
-            UserError: it cannot be sent.
+            UserError: the key cannot be sent.
         """
         key = os.environ.get(self.key_variable, "").strip() or "none"
         if not key.isascii() or not key.isprintable() or " " in key:
@@ -100,8 +100,8 @@ def add_endpoint_arguments(
     """Add the options that `EndpointConfig.of` reads.
 
     Args:
-        prefix: "judge" makes them --judge-url and so on.
-        sampling: False leaves out --model, --temperature and --max-tokens, for commands that have their own.
+        prefix: "judge" gives --judge-url and so on.
+        sampling: False leaves out --model, --temperature and --max-tokens, for commands with their own.
     """
     flag, default = f"--{prefix}-" if prefix else "--", EndpointConfig("http://localhost", "any")
     parser.add_argument(f"{flag}url", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
@@ -109,16 +109,16 @@ def add_endpoint_arguments(
         f"{flag}key-variable",
         default=default.key_variable,
         metavar="NAME",
-        help="environment variable with the key, which goes to the url; unset for none (%(default)s)",
+        help="environment variable with the key for the url; leave it unset for no key (%(default)s)",
     )
     numbers: list[tuple[str, type, Any, str]] = [
         ("concurrency", int, default.concurrency, "requests at once"),
         ("timeout", float, default.timeout, "seconds for one try"),
-        ("retries", int, default.retries, "further tries of a request"),
+        ("retries", int, default.retries, "how often a request is tried again"),
     ]
     if sampling:
         parser.add_argument(f"{flag}model", help="the model's name at the endpoint")
-        numbers.append(("max-tokens", int, default.max_tokens, "tokens of a reply"))
+        numbers.append(("max-tokens", int, default.max_tokens, "limit on the tokens of a reply"))
         numbers.append(("temperature", float, None, "of the reply"))
     for name, kind, value, what in numbers:
         told = "the endpoint's own" if value is None else "%(default)s"

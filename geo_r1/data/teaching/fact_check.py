@@ -1,9 +1,9 @@
-"""Sort chains of thought by whether they hold: `python -m geo_r1.data fact-check`.
+"""Check and sort chains of thought: `python -m geo_r1.data fact-check`.
 
 Rules check the form, the four steps, the answer and the conclusion, length and repetition, and compare claims
 about the place with the sample's metadata (see `claims`). A judge, a model behind an endpoint, may check the
-samples that pass the rules. A sample is kept, or asked for again (its form is wrong, and another try may mend
-it), or rejected (it contradicts known facts), each with its reasons.
+samples that pass the rules. A sample is kept, asked for again (its form is wrong, and another try may help)
+or rejected (it contradicts known facts), with the reasons.
 
     <out>/kept.jsonl  again.jsonl  rejected.jsonl  card.json
 """
@@ -42,14 +42,14 @@ JUDGE = (
 
 
 def judge_messages(sample: Sample) -> list[dict[str, Any]]:
-    """Messages for a judge of a sample; it sees no pictures."""
+    """Messages that ask a judge about a sample; the judge sees no pictures."""
     facts = {key: value for key, value in sample.metadata.items() if isinstance(value, str | int | float)}
     asked = f"Known: {json.dumps(facts | {'answer': sample.answer})}\n\nChain of thought:\n{sample.response}"
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": asked}]
 
 
 def read_verdict(text: str) -> list[Finding] | None:
-    """The findings of a judge; None if its answer cannot be read."""
+    """A judge's findings; None if its answer cannot be read."""
     start, end = text.find("{"), text.rfind("}")
     try:
         listed = json.loads(text[start : end + 1])["contradictions"]
@@ -59,7 +59,7 @@ def read_verdict(text: str) -> list[Finding] | None:
 
 
 def _judged(passed: Mapping[str, Sample], config: EndpointConfig, path: Path) -> dict[str, list[Finding]]:
-    """A judge's findings for samples that pass the rules; none is judged twice."""
+    """A judge's findings for samples that pass the rules; no sample is judged twice."""
     findings: dict[str, list[Finding]] = {}
     with Journal(path) as verdicts, Endpoint(config) as endpoint:
         asked: dict[str, str] = {}
@@ -82,20 +82,18 @@ def _judged(passed: Mapping[str, Sample], config: EndpointConfig, path: Path) ->
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
+    """Add the command's arguments."""
     parser.add_argument("--data", type=Path, help="JSONL or parquet of samples with responses")
-    parser.add_argument(
-        "--out", type=Path, help="folder for samples that are kept, asked for again and rejected"
-    )
-    parser.add_argument("--images", type=Path, help="image paths are relative to it, not to the file")
+    parser.add_argument("--out", type=Path, help="folder for the samples kept, asked for again and rejected")
+    parser.add_argument("--images", type=Path, help="folder of relative image paths; default: that of --data")
     for name, value in asdict(Limits()).items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(value), default=value, help=f"default {value}")
-    add_endpoint_arguments(parser.add_argument_group("a judge, where its url is given"), "judge")
+    add_endpoint_arguments(parser.add_argument_group("a judge, if its url is given"), "judge")
 
 
 def command(options: argparse.Namespace) -> None:
-    """Check a file."""
+    """Check the samples of a file and sort them."""
     limits = Limits(**{name: getattr(options, name) for name in asdict(Limits())})
     console = Console(stderr=True)
     if options.data is None or options.out is None:
@@ -124,7 +122,7 @@ def command(options: argparse.Namespace) -> None:
     card = _card(found, arguments)
     with naming(options.out, "written or read"), ExitStack() as whole:
         options.out.mkdir(parents=True, exist_ok=True)
-        # the files get their names together, so that no sample is in two of them
+        # the files are renamed together, so that no sample is in two of them
         for name in (KEPT, AGAIN, REJECTED):
             partial_path = whole.enter_context(written_beside(options.out / f"{name}.jsonl"))
             partial_path.write_text("".join(_lines(rows, found, name)), encoding="utf-8")
@@ -133,7 +131,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def _check_folder(data: Path, out: Path) -> None:
-    """Keep one file's samples from replacing another's."""
+    """Refuse an output folder in which this check would replace another file's samples."""
     if data.resolve().parent == out.resolve():
         raise UserError(f"--data {data} is in --out, where files are replaced: choose another --out")
     if (out / "card.json").exists():
@@ -148,10 +146,10 @@ def _check_folder(data: Path, out: Path) -> None:
 def _lines(
     rows: Mapping[str, Mapping[str, Any]], found: Mapping[str, list[Finding]], name: str
 ) -> Iterator[str]:
-    """The rows of one outcome, with the reasons of this check and no other."""
+    """The rows with one outcome, with only this check's reasons."""
     for key, row in rows.items():
         if outcome(found[key]) == name:
-            # a sample to be asked for again has no answer left, so that `cot` takes it as it is
+            # `cot` writes the response anew, so a sample to be asked for again must not have one
             left_out = {"fact_check", *(("response", "teacher", "usage") if name == AGAIN else ())}
             reasons = {"fact_check": [asdict(finding) for finding in found[key]]} if found[key] else {}
             row = {column: value for column, value in row.items() if column not in left_out}

@@ -1,4 +1,4 @@
-"""Patterns of words that identify a place or set one aside, and of traffic; all take linear time."""
+"""Patterns for words that identify or reject a place, and for traffic; all take linear time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SENTENCE = re.compile(r"(?<!\bSt\.)(?<!\bMt\.)(?<!\bFt\.)(?<!\b[A-Z]\.)(?<=[.!?;
 CLAUSE = re.compile(r",\s|\s[–—-]\s|:\s|;|\b(?:but|while|whereas|although|though)\b")
 WORD = re.compile(r"[^\W_](?:[\w'’-]|\.(?=\w))*\.?")
 
-# A subject and a verb, or a word of inference, identifies a place; then come small words up to the name.
+# A subject and a verb, or a word of inference, identifies a place; small words may precede the name.
 SUBJECT = (
     r"(?:this|it|that|which|we|here|place|city|town|country|continent|scene|location|photo|photograph|picture|"
     r"image|panorama|view|street|camera|capital|coordinates|area|region|site|spot)"
@@ -35,7 +35,7 @@ IDENTIFIED = re.compile(
 )
 _KNOWN = rf"(?:\s+|,|{SMALL}\b|[-+]?\d[\d.]*°?|[°NSEW(){{}}′″'\"]|:)*"
 GAP = re.compile(
-    rf"{_KNOWN}(?:(?!(?:from|between|beyond)\b)[a-z-]+\b{_KNOWN})?",  # and one word more: "so sunny Spain"
+    rf"{_KNOWN}(?:(?!(?:from|between|beyond)\b)[a-z-]+\b{_KNOWN})?",  # and one other word: "so sunny Spain"
     re.IGNORECASE,
 )
 BEHIND = re.compile(
@@ -64,13 +64,13 @@ CITY_CUE = re.compile(
 )
 LIST = re.compile(r"(?:[,/]|\s|and\b|or\b|the\b)+")
 PAIRED = re.compile(r",? (?:in |the )?")  # "Lyon, France", "Okara in Pakistan"
-# "an Asian city" says where, "Asian food" does not
+# "an Asian city" is a claim, "Asian food" is not
 CONTINENT_OF = {"African": "Africa", "Asian": "Asia", "European": "Europe", "North American": "North America"}
 CONTINENT_OF |= {"South American": "South America", "Oceanian": "Oceania"}
 KIND_OF_PLACE = re.compile(r"\s+(?:continent|city|town|country|nation|capital|metropolis|port)\b")
 PEOPLE = re.compile(r"\w\W+[A-Z]\w+\s+$")  # "while Italians" (drive on the right)
 TAIL = re.compile(r",? (?:in )?([A-Z][\w'’ -]{2,40})")
-# Names of cities that mean something else in prose: words, months, makes of cars, styles, parts of names.
+# City names that mean something else in prose: words, months, makes of cars, styles, parts of names.
 COMMON = """
 a an the this that these those here there it he she we you they both same most many other others such
 all some tile tiles image images panorama picture photo view views visual cues knowledge evidence

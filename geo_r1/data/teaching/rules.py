@@ -1,4 +1,4 @@
-"""The rules of the fact check: form, steps, answer, conclusion, length, repetition, claims of the place."""
+"""Rules of the fact check: form, steps, answer, conclusion, length, repetition, claims about the place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from geo_r1.data.teaching.claims import contradictions
 from geo_r1.errors import UserError
 from geo_r1.places import Gazetteer
 
-FORM = ("structure", "steps", "conclusion", "length", "repetition", "unjudged")  # another try may mend it
+FORM = ("structure", "steps", "conclusion", "length", "repetition", "unjudged")  # another try may help
 KEPT, AGAIN, REJECTED = "kept", "again", "rejected"
 STEPS = ("visual cues", "knowledge", "evidence", "conclusion")
 _STEP = re.compile(
@@ -23,7 +23,7 @@ _STEP = re.compile(
     r"[\s*_]{0,4}(?::|\n)",
     re.IGNORECASE,
 )
-_LETTER = re.compile(  # A and I are words, E and the like may belong to a coordinate or an abbreviation
+_LETTER = re.compile(  # A and I are words; E and others may be part of a coordinate or an abbreviation
     r"(?<![\w.'’°-])([B-HJ-Z])(?![\w'’-]|\.\w)(?<!\d [NESW])"
     r"|(?i:tiles?|images?|options?|candidates?|answer|labelled|pick|choose)(?: is)?:? ?\(?([A-Z])(?![\w'’-])"
     r"|(?<![\w.'’-])(A)(?=[.,;)]|$)"
@@ -32,12 +32,12 @@ _LETTER = re.compile(  # A and I are words, E and the like may belong to a coord
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a chain of thought.
+    """Limits on a chain of thought.
 
     Attributes:
         min_words, max_words: of the whole response.
-        max_repetition: share of its 6-grams of words that occurred before.
-        city_km, coordinate_km: how far from the place a named city and coordinates may be.
+        max_repetition: share of the 6-grams of words that repeat earlier ones.
+        city_km, coordinate_km: how far a named city and coordinates may be from the place.
     """
 
     min_words: int = 20
@@ -59,11 +59,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault of a chain of thought.
+    """A fault in a chain of thought.
 
     Attributes:
         kind: one of `FORM`, "answer", "judge", or a kind of `claims.Contradiction`.
-        reason: in words.
+        reason: the fault in words.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Finding:
 
 
 def check(sample: Sample, gazetteer: Gazetteer, limits: Limits) -> list[Finding]:
-    """Everything that the rules find wrong with a sample's response."""
+    """All faults that the rules find in a sample's response."""
     text = sample.response or ""
     words = text.split()
     findings = []
@@ -81,9 +81,9 @@ def check(sample: Sample, gazetteer: Gazetteer, limits: Limits) -> list[Finding]
         )
     if not limits.min_words <= len(words) <= limits.max_words:
         allowed = f"{limits.min_words} to {limits.max_words}"
-        findings.append(Finding("length", f"{len(words)} words, allowed are {allowed}"))
+        findings.append(Finding("length", f"{len(words)} words; {allowed} are allowed"))
     if (repeated := _repetition(words)) > limits.max_repetition:
-        findings.append(Finding("repetition", f"{repeated:.0%} of its 6-grams stood before"))
+        findings.append(Finding("repetition", f"{repeated:.0%} of its 6-grams repeat earlier ones"))
     steps = _steps(text)
     if missing := [name for name in STEPS if not steps.get(name, "").strip()]:
         findings.append(Finding("steps", f"missing, empty or out of order: {', '.join(missing)}"))
@@ -101,7 +101,7 @@ def _repetition(words: list[str], n: int = 6) -> float:
 
 
 def _steps(text: str) -> dict[str, str]:
-    """The text of each step, as long as they are in order."""
+    """The text of each step that is in order."""
     thought = text.partition("</think>")[0].removeprefix("<think>")
     found = [(STEPS[match.lastindex - 1], match) for match in _STEP.finditer(thought) if match.lastindex]
     steps: dict[str, str] = {}
@@ -138,7 +138,7 @@ def _of_answer(sample: Sample, text: str, conclusion: str) -> Iterator[Finding]:
 
 
 def outcome(findings: list[Finding]) -> str:
-    """The file for a sample with these findings."""
+    """The name of the file for a sample with these findings."""
     if not findings:
         return KEPT
     return AGAIN if all(finding.kind in FORM for finding in findings) else REJECTED

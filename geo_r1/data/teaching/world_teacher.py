@@ -1,8 +1,8 @@
-"""A teacher for the procedural world that reasons as Geo-R1's does: four steps of prose that name a place.
+"""A teacher for the procedural world that reasons like Geo-R1's: four steps of prose that name a place.
 
-The world's cities are made up, and so is where they lie. Here each stands for a real city of the gazetteer,
-so that what a chain of thought says of its place (city, country, continent, coordinates, hemispheres, side of
-traffic) can be checked against metadata as it is with real photographs.
+The world's cities and their coordinates are made up. Here each stands for a real city of the gazetteer, so
+that claims in a chain of thought (city, country, continent, coordinates, hemisphere, side of traffic) can be
+checked against metadata, as with real photographs.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from geo_r1.data.sample import Sample
 from geo_r1.data.world import LETTERS, SIDES, Pairing, World
 from geo_r1.places import City, Country, open_gazetteer
 
-LARGE = 300_000  # inhabitants of a city that a world's city may stand for
+LARGE = 300_000  # inhabitants; smaller real cities are not used
 _SIDE_NAMES = dict(zip(SIDES, ("north-west", "north-east", "south-east", "south-west"), strict=True))
 
 
 def world_samples(num: int, seed: int = 0) -> Iterator[Sample]:
-    """Training questions of a world with a response in four steps, and the place's metadata.
+    """Training questions of a world, with responses in four steps and the places' metadata.
 
     Args:
-        num: how many.
-        seed: of the world, and of what the teacher says.
+        num: number of samples.
+        seed: determines the world and the teacher's wording.
     """
     world, gazetteer = World(seed=seed), open_gazetteer()
     twins = [city for city in gazetteer.all_cities if city.population >= LARGE]
