@@ -68,7 +68,7 @@ def _tile_rows(short: bool) -> int:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x, or a copy that bulk copies can read: steps of 16 bytes, and no two numbers at one address."""
+    """x, or a copy that bulk copies can read: strides in multiples of 16 bytes, none of them 0."""
     return loadable(x if all(x.stride()) else x.contiguous())
 
 

@@ -27,7 +27,7 @@ def attend(
 
 
 def _kernels(impl: str) -> ModuleType:
-    """Import on first use, since triton or the extension may be missing where the other runs."""
+    """Import on first use, since a machine may have only Triton or only the extension."""
     if impl == "cuda":
         from geo_r1.kernels.attention import cuda
 
