@@ -32,7 +32,7 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Qwen2.5-VL, with patches of 14 and vision windows of 112 pixels; `tied`: the head is the embedding."""
+    """A Qwen2.5-VL with patches of 14 and vision windows of 112 pixels; `tied`: the head is the embedding."""
 
     text: TextShape
     vision: VisionShape
