@@ -6,8 +6,9 @@
     completions/s = completions / seconds
     MFU           = operations / seconds / the matrix products' ceiling of this run
 
-Both count the operations of the packed step: repeated and recomputed ones are not work. Errors are measured
-on the loss and three gradients against the padded step in the same dtype: a float64 copy of 7B would not fit.
+Both steps count the operations of the packed one: repeated and recomputed ones are not work. Errors are
+measured on the loss and three gradients against the padded step in the same dtype: a float64 copy of 7B would
+not fit.
 
 On a GPU the model is a 7B and the group the paper's: a prompt of 4.4 K tokens, completions of 400. Both
 checkpoint every layer unless a name says otherwise. On a CPU it is the same group at a tenth of its lengths,

@@ -131,7 +131,7 @@ def logp_of(logits_RV: Tensor, target_R: Tensor) -> Tensor:
 
 
 def gradients(*leaves: Tensor) -> Callable[[Tensor], Tensors]:
-    """Makes the function from a loss to results: the loss and its gradients."""
+    """A function that turns a loss into results: the loss and its gradients."""
     return lambda loss: (loss.detach(), *torch.autograd.grad(loss, leaves))
 
 

@@ -152,8 +152,8 @@ def judge_source(source: str, text: str, archs: tuple[str, ...], kernels: list[K
     bounded = re.search(r"static_assert\([^;]*\bkSharedLimit\b", text)
     if "extern __shared__" in text and not bounded and "cudaDevAttrMaxSharedMemoryPerBlockOptin" not in text:
         faults.append(
-            "extern __shared__, and its size is checked against no limit: neither by a static_assert on "
-            "kSharedLimit nor by cudaDevAttrMaxSharedMemoryPerBlockOptin"
+            "extern __shared__, and its size is not checked against a limit: needs a static_assert on "
+            "kSharedLimit or cudaDevAttrMaxSharedMemoryPerBlockOptin"
         )
     shares = {what: int(count) for what, count in _REGISTERS.findall(text)}
     changing = [kernel for kernel in kernels if (kernel.instructions or {}).get("USETMAXREG")]
@@ -165,7 +165,7 @@ def judge_source(source: str, text: str, archs: tuple[str, ...], kernels: list[K
         if kernel.report and kernel.report.registers < needed:
             faults.append(
                 f"{kernel.name} starts with {kernel.report.registers} registers: with fewer than {needed} "
-                "its warpgroups wait for each other's for ever"
+                "its warpgroups wait forever for each other's"
             )
     return [f"{source}: {fault}" for fault in faults]
 

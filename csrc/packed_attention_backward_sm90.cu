@@ -126,7 +126,7 @@ struct Memory {
   }
 };
 
-// Starts the products of tile a (scores) and of tile b with a block, each in a group of its own.
+// Starts the products of tile a (scores) and of tile b with a block, each in its own group.
 template <typename T, int D, int num_consumers>
 __device__ __forceinline__ void start_products(const Memory<D, num_consumers>& memory, int i, int group_row,
                                                float (&s)[Shape<D, num_consumers>::block / 2],
@@ -141,7 +141,7 @@ __device__ __forceinline__ void start_products(const Memory<D, num_consumers>& m
   product_commit();
 }
 
-// Starts sum += left x, for block x, in a group of its own.
+// Starts sum += left x, for block x, in its own group.
 template <typename T, int D, int steps>
 __device__ __forceinline__ void start_sum(Sums<D>& sum, std::uint32_t (&left)[steps][4], const unsigned char* x) {
   sum.pin_all(), pin_all(left);

@@ -5,8 +5,8 @@
 // A block has one tile of queries and one head, and walks the same blocks of keys as the Triton kernel: first those of
 // the prefix and of its own segment that need no mask, see `KeyBlocks`. One warp fetches keys and values with bulk
 // copies, some blocks ahead; warpgroups of 64 queries each consume them. While a warpgroup computes the probabilities
-// of a block, it still multiplies those of the previous block by the values. Two warpgroups take turns, so that the
-// tensor cores work for one while the other computes exponentials.
+// of a block, it still multiplies those of the previous block by their values. Two warpgroups take turns, so that
+// the tensor cores work for one while the other computes exponentials.
 //
 // Operations: 4 D per visible pair and head. Bytes: q and out once, k and v once per tile of queries, from L2 if
 // neighbouring blocks (heads that share keys) have read them. Nothing was measured.

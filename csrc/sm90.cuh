@@ -80,7 +80,7 @@ struct HeadMaps {
   CUtensorMap whole, rest;
 };
 
-// Describes boxes of `rows` tokens of one head and `columns` columns. Throws if the driver refuses.
+// Describes boxes of `rows` tokens and `columns` columns of one head. Throws if the driver refuses.
 inline CUtensorMap box_map(const char* launcher, DType dtype, void* address, std::int64_t num_tokens,
                            std::int64_t num_heads, std::int64_t head_size, std::int64_t stride_t,
                            std::int64_t stride_h, int columns, int rows) {

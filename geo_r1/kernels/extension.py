@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_BUILD = "pip install . builds it where nvcc of CUDA 12.8 or later is"
+_BUILD = "pip install . builds it if it finds nvcc of CUDA 12.8 or later"
 _LEAST = (8, 0)  # compute capability
 
 

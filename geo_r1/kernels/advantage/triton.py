@@ -24,13 +24,13 @@ from geo_r1.kernels.launch import Launch
 # around the float64 divisions to fit more programs on an SM (seen on both chips with 2, 4 and 8 warps). Not
 # measured.
 _GROUP = Launch("a group, of 8 to 64 members in practice", num_warps=1, BLOCK=64)
-_WIDE = Launch("the batch, or hundreds of tokens a member", num_warps=1, BLOCK=256)
+_WIDE = Launch("the batch, or hundreds of tokens per member", num_warps=1, BLOCK=256)
 LAUNCHES: tuple[Launch, ...] = (_GROUP, _WIDE)
 
 
 @triton.jit
 def _members(reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, o_member, stop):
-    """Rewards of some members, 0 where not valid, and which are valid."""
+    """Rewards of some members, 0 for invalid ones, and the mask of valid ones."""
     m_valid = o_member < stop
     b_reward = tl.load(reward_ptr + o_member * stride_reward_n, mask=m_valid, other=0.0).to(tl.float64)
     if valid_ptr is not None:

@@ -39,7 +39,7 @@ from geo_r1.kernels.launch import Launch
 D_QUERY = {
     ("long", 64): Launch("127/187", BM=128, BN=64, SPLIT=0, num_warps=8, num_stages=2),
     ("long", 128): Launch(
-        "177/198; 128 queries a program read half the keys of 64",
+        "177/198; 128 queries per program read half as many keys as 64",
         BM=128,
         BN=32,
         SPLIT=1,

@@ -38,7 +38,7 @@ FORWARD = {
     ("long", 128): Launch("225/222, 128 KiB", BM=128, BN=64, SPLIT=1, num_warps=8, num_stages=3),
     ("short", 32): Launch("92/127; two stages spill on sm_80", BM=64, BN=64, SPLIT=0, num_warps=4),
     ("short", 80): Launch(
-        "155/240; three windows an SM on sm_90, two with two stages", BM=64, BN=64, SPLIT=0, num_warps=4
+        "155/240; three windows per SM on sm_90, two with two stages", BM=64, BN=64, SPLIT=0, num_warps=4
     ),
     ("short", 128): Launch(
         "203/255; fetches k and v of the one block together", BM=64, BN=64, SPLIT=0, num_warps=4, num_stages=2

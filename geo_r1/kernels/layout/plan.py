@@ -51,7 +51,7 @@ def plan_batches(
             longest = f" with a completion of {max(lengths)}" if lengths else ""
             raise ValueError(
                 f"group {group}: a prompt of {prompt} tokens{longest} is over the budget of {max_tokens} "
-                "tokens a batch"
+                "tokens per batch"
             )
         if prompt + sum(lengths) <= max_tokens:  # the usual case
             pieces.append((group, tuple(range(len(lengths)))))
