@@ -1,1 +1,1 @@
-"""How the ops and the training step compare with their peers, on the machine at hand: `pytest benchmarks`."""
+"""Compares the ops and the training step with their peers on this machine: `pytest benchmarks`."""

@@ -1,10 +1,10 @@
 """Attention over packed batches, forward and backward and forward alone, against library kernels.
 
-Operations: 4 H D for each visible (query, key) pair forward, 2.5 times that backward. A library kernel has no
-shared prompt: it is given every completion with its own copy of the prompt, as trainers do today, while
-operations are counted once a shared prompt. Errors are of the output and the gradients of q, k and v.
-Forward alone, nothing is kept for a backward pass where a library can do without; flex_attention is left
-out, which would be compiled for a second time.
+Operations: 4 H D for each visible (query, key) pair forward, 2.5 times that backward. A library kernel cannot
+share a prompt: it gets every completion with its own copy of the prompt, as in today's trainers, while
+operations count a shared prompt once. Errors are measured on the output and the gradients of q, k and v.
+Forward alone keeps nothing for a backward pass if the library allows it, and leaves out flex_attention, which
+would need a second compilation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PEERS = [*FORWARD_PEERS, "flex_attention, compiled"]
 
 # Makes the output.
 Attend = Callable[[], Tensor]
-# Makes the function that is timed, given the inputs that gradients are of.
+# Makes the timed function from the attention and the inputs that need gradients.
 Timed = Callable[[Attend, Tensors], Callable[[], Tensors]]
 
 
@@ -129,7 +129,7 @@ FORWARD_SIZES = [size for size in SIZES if size.causal]  # text: prompts are sco
 
 @dataclass(frozen=True)
 class Inputs:
-    """Packed leaves and the gradient of the output; and the same with prompts repeated."""
+    """Packed leaves and the output's gradient, and the same with prompts repeated."""
 
     size: AttentionSize
     device: torch.device
@@ -145,7 +145,7 @@ class Inputs:
 
     @cached_property
     def source(self) -> Tensor:
-        """The packed row behind each row with prompts repeated."""
+        """For each row with prompts repeated, its packed row."""
         rows = [row for prompt, own in self.size.sequences for row in (*prompt, *own)]
         return torch.tensor(rows, device=self.device)
 
@@ -165,7 +165,7 @@ class Inputs:
         return (*leaves, d_repeated)
 
     def merge(self, results: Tensors) -> list[Tensor]:
-        """Results of the repeated rows as those of the packed rows."""
+        """Turns results of the repeated rows into results of the packed rows."""
         out, *grads = results
         merged = [out.index_select(0, self.first)]
         for grad in grads:
@@ -194,7 +194,7 @@ def forward_alone(attend: Attend, inputs: Tensors) -> Callable[[], Tensors]:
 
 
 def truth(inputs: Inputs, layout: PackedLayout) -> list[Tensor]:
-    """The reference in float64, a query head at a time; tests hold it to the definition."""
+    """The reference in float64, one query head at a time; tests compare it with the definition."""
     q, k, v, d_out = (x.detach().double() for x in inputs.packed)
     out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
     shared = inputs.size.heads // inputs.size.kv_heads
@@ -228,7 +228,7 @@ def flash(inputs: Inputs, module: str | None = None) -> Attend:
 
 
 def sdpa(inputs: Inputs, *backends: SDPBackend) -> Attend:
-    """Sequences of one length as a dense batch."""
+    """Sequences of equal length as a dense batch."""
     q, k, v, _ = inputs.repeated
     length = inputs.size.lengths[0]
 
@@ -243,7 +243,7 @@ def sdpa(inputs: Inputs, *backends: SDPBackend) -> Attend:
 
 
 def flex(inputs: Inputs) -> Attend:
-    """flex_attention on the packed rows themselves: its block mask knows shared prompts."""
+    """flex_attention on the packed rows themselves: its block mask can share prompts."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     size, T = inputs.size, inputs.size.num_tokens
@@ -294,7 +294,7 @@ def peers(inputs: Inputs, timed: Timed) -> dict[str, Provider]:
 
 
 def attention_case(op: str, size: AttentionSize, timed: Timed, forwards: float, device: torch.device) -> Case:
-    """A case whose operations are those of `forwards` forward passes."""
+    """A case with the operations of `forwards` forward passes."""
     inputs = Inputs(size, device)
     layout = PackedLayout.from_lengths(size.prompts, size.completions, device)
     q, k, v, _ = inputs.packed

@@ -1,7 +1,7 @@
 """Advantages of a step's groups: so little work that launches and Python take most of the time.
 
-Bytes: rewards read once and advantages written once. Groups are of equal size, as plain torch, as in TRL,
-needs them; the floor is a copy of the rewards.
+Bytes: rewards read once and advantages written once. Groups have equal sizes, because plain torch, as in TRL,
+needs that; the floor is a copy of the rewards.
 """
 
 import pytest

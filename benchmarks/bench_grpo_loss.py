@@ -1,13 +1,13 @@
 """The GRPO loss on full logits, forward and backward, and the work of the linear losses on a chunk's rows.
 
 Bytes: the logits read once and their gradient written once; the floor is a copy of the logits, which moves as
-many. Errors are of the loss and the gradient, of all rows.
+many. Errors are measured on the loss and the gradient, over all rows.
 
-Rows alone, by the kernels themselves: loss and gradient in one launch, into a buffer and over the logits, as
-the linear losses use it; and the statistics. Logits that were written over are put back before each
-repetition, untimed: a gradient of a gradient soon overflows, and its bits are not those of logits. Statistics
-read the logits once and write next to nothing; their share is of the copy's bandwidth too, for lack of a
-ceiling of reading alone.
+Rows alone call the kernels directly: loss and gradient in one launch, into a buffer or, as in the linear
+losses, over the logits; and the statistics. Overwritten logits are restored before each repetition, untimed:
+a gradient of a gradient soon overflows, and its bits are unlike those of logits. Statistics read the logits
+once and write almost nothing; their share, too, is of the copy's bandwidth, since no ceiling is measured for
+reads alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def nbytes(logits_RV: Tensor) -> float:
 
 
 def liger(logits_RV: Tensor, inputs: LossInputs, size: LossSize) -> Callable[[], Tensors]:
-    """Liger takes [B, L + 1, V] and drops the last; not in place, so that logits can be used again."""
+    """Liger takes [B, L + 1, V] and drops the last; not in place, so that logits can be reused."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     logits = logits_RV.detach().view(size.sequences, -1, size.vocab)
@@ -95,10 +95,10 @@ def grpo_case(size: LossSize, device: torch.device) -> Case:
 
 
 def loss_rows(size: LossSize, dtype: torch.dtype, impls: Sequence[str], device: torch.device) -> Case:
-    """Loss and gradient of rows, by each module of row kernels and in each place."""
+    """Loss and gradient of rows, with each module of row kernels, in place and out of place."""
     inputs = loss_inputs(size, dtype, device)
     logits_RV = make_logits(inputs)
-    out_RV = torch.empty_like(logits_RV)  # made here: no provider's memory, and no result of its own
+    out_RV = torch.empty_like(logits_RV)  # made here, so that no provider's memory or results include it
     given = inputs.rows()
     target_R = given.pop("target_R")
     rows_R = LossRows(**given, importance_weight_R=None, sequence_R=None)

@@ -1,7 +1,7 @@
 """The losses and log-probabilities through the language head, forward and backward.
 
-Operations: 2 R C V a matrix product, three of them with gradients (logits, hidden states, head). The floor is
-the bare products, by torch, in the same run. Errors are of the loss and both gradients, of all rows.
+Operations: 2 R C V per matrix product, three of them with gradients (logits, hidden states, head). The floor
+is torch's bare products in the same run. Errors are measured on the loss and both gradients, over all rows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def work(size: LossSize, products: int) -> dict[str, float]:
 
 
 def bare_products(inputs: LossInputs, count: int) -> Provider:
-    """The matrix products alone: logits, and for three of them both gradients; no provider can do less."""
+    """The matrix products alone: logits, and if `count` is 3 both gradients; no provider can do less."""
     hidden_RC, head_VC = inputs.hidden_RC.detach(), inputs.head_VC.detach()
 
     def products() -> Tensors:
@@ -68,7 +68,7 @@ def bare_products(inputs: LossInputs, count: int) -> Provider:
 
 
 def liger_grpo(inputs: LossInputs, size: LossSize) -> Callable[[], Tensors]:
-    """Liger's fused-linear GRPO, one completion a chunk (its default), its loss math compiled (likewise)."""
+    """Liger's fused-linear GRPO with its defaults: one completion per chunk, and compiled loss math."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss_fn = LigerFusedLinearGRPOLoss(
@@ -135,7 +135,7 @@ def cross_entropy_case(size: LossSize, device: torch.device) -> Case:
 
 
 def logprob_case(size: LossSize, device: torch.device) -> Case:
-    """No gradient; log-probabilities are compared, which ours give with the entropy."""
+    """No gradient. Only log-probabilities are compared; ours also compute the entropy."""
     inputs = loss_inputs(size, DTYPE, device)
     hidden_RC, head_VC, target_R = inputs.hidden_RC.detach(), inputs.head_VC.detach(), inputs.target_R
 

@@ -1,15 +1,15 @@
 """Sampling completions of prompts with images: `geo_r1.rollout.generate` against transformers' `generate`.
 
-Same model, same prompts of six images, 8 completions each of the same greatest length, temperature 1, in one
+Same model, same prompts of six images, 8 completions each with the same maximum length, temperature 1, in one
 process. transformers gets one batch of all prompts, padded on the left, with `num_return_sequences=8`, its
-default cache and attention ("sdpa"): it repeats each prompt and its images for every completion, and goes on
+default cache and attention ("sdpa"): it repeats each prompt and its images for every completion, and runs
 until the last one has ended. Ours computes prompts once, and runs only the completions that have not ended.
 
-    completions/s = completions / seconds;   tokens/s = tokens of completions, padding not / seconds
+    completions/s = completions / seconds;   tokens/s = tokens of completions, without padding / seconds
 
-Completions end at random: one token in forty ends them, or none, which leaves all at full length. The two
-draw different random numbers, so only their times are compared; `tests/rollout` holds both to the same tokens
-when sampling is greedy.
+Completions end at random: one token in forty ends them, or none does and all reach full length. The two draw
+different random numbers, so only their times are compared; `tests/rollout` checks that both give the same
+tokens when sampling is greedy.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class SamplingSize:
     """Prompts and their completions.
 
     Attributes:
-        name: in tables.
+        name: shown in tables.
         model: shape of the model.
-        images: height and width of each of a prompt's, in merged patches.
-        prompts: how many; the text of each is a token longer than that of the one before.
-        length: tokens of a completion at most.
-        ends: whether a token can end one.
+        images: height and width of each image of a prompt, in merged patches.
+        prompts: number of prompts; the text of each is one token longer than the one before.
+        length: the most tokens of a completion.
+        ends: True if a token can end a completion.
     """
 
     name: str
@@ -83,11 +83,11 @@ class Samplers:
         steps = [Step(replace(step_size, text=6 + i), device, DTYPE) for i in range(size.prompts)]
         self.vlm, self.prompts = steps[0].vlm, [step.prompt for step in steps]
         self.model = self.vlm.model
-        self.pad = size.model.text.vocab - 5  # no text, no image
+        self.pad = size.model.text.vocab - 5  # neither text nor image
         self.ends = list(range(0, size.model.text.vocab - 5, ENDS_ONE_IN)) if size.ends else []
 
     def provider(self, name: str, sample: Callable[[], Tensor]) -> Provider:
-        """A way to sample, whose rates are those of its last run."""
+        """A way to sample; its rates are those of its last run."""
         facts: dict[str, float] = {}
 
         def run() -> Tensors:

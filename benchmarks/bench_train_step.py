@@ -2,19 +2,19 @@
 
 `steps.py` describes the two. One group: a prompt with six images and completions of different lengths.
 
-    tokens/s      = tokens of prompts and completions, repeated prompts included, padding not / seconds
+    tokens/s      = tokens of prompts and completions, with repeated prompts, without padding / seconds
     completions/s = completions / seconds
     MFU           = operations / seconds / the matrix products' ceiling of this run
 
-Operations are those of the packed step, for both: repeated and recomputed ones do not count as work.
-Errors are of the loss and three gradients against the padded step in the same dtype: a float64 copy of 7B
-would not fit.
+Both steps count the operations of the packed one: repeated and recomputed ones are not work. Errors are
+measured on the loss and three gradients against the padded step in the same dtype: a float64 copy of 7B would
+not fit.
 
 On a GPU the model is a 7B and the group the paper's: a prompt of 4.4 K tokens, completions of 400. Both
-checkpoint every layer unless said otherwise. On a CPU it is the same group at a tenth of its lengths, for a
-model of 100 million parameters and one of 11; then, for the small one, with prompts that are three times as
-long as a completion and as long as one, where sharing saves less. There neither side checkpoints, which is
-faster for both.
+checkpoint every layer unless a name says otherwise. On a CPU it is the same group at a tenth of its lengths,
+for models of 100 million and 11 million parameters. The small one also gets prompts three times as long as a
+completion and just as long, where sharing saves less. On a CPU neither side checkpoints, which is faster for
+both.
 
 `test_scaling` varies the number of completions, the number of images, and the length of a completion.
 """
@@ -35,11 +35,11 @@ for package in ("transformers", "tokenizers", "PIL"):
     pytest.importorskip(package)
 
 TOLERANCE = {torch.bfloat16: 1e-1, torch.float32: 1e-3}
-# Gigabytes in bfloat16, weights with gradients: a text layer, and what does not depend on their number. The
-# padded step holds about 37 more, and 0.27 a layer; without checkpoints the packed one holds about 77.
+# Gigabytes in bfloat16, weights with gradients: one text layer, and all but the text layers. The padded step
+# holds about 37 more, and 0.27 per layer; without checkpoints the packed one holds about 77.
 LAYER_GB, REST_GB, PADDED_GB, UNCHECKPOINTED_GB = 0.93 + 0.27, 7.0, 37.0, 77.0
 TORCH_FLASH = "benchmark_torch_flash"
-# Lengths of a group's completions over their mean.
+# Lengths of a group's completions, relative to their mean.
 SPREAD = (0.625, 0.75, 0.875, 1.0, 1.0, 1.125, 1.25, 1.375)
 
 
@@ -81,7 +81,7 @@ else:
 
 
 def scaling_sizes() -> list[StepSize]:
-    """One group, and variants in which one of its three numbers differs."""
+    """One group, and variants that change one of its three numbers."""
     base_len = round(sum(BASE.completions) / len(BASE.completions))
     points = [
         *((count, len(BASE.images), base_len) for count in (1, 2, 4, 8, 16)),
@@ -100,7 +100,7 @@ def scaling_sizes() -> list[StepSize]:
 
 
 def register_torch_flash() -> None:
-    """The vision tower's packed path on the flash kernels inside torch, for those without flash-attn."""
+    """Run the vision tower's packed path on torch's own flash kernels, for machines without flash-attn."""
     from transformers import AttentionInterface
 
     def attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q, **_):

@@ -42,7 +42,7 @@ def ceilings(device) -> dict[str, float]:
 
 @pytest.fixture(scope="session")
 def cases() -> dict[tuple[Hashable, ...], Case]:
-    """The last test's case; the next provider's test uses its inputs and truth again."""
+    """The last test's case; the next provider's test reuses its inputs and truth."""
     return {}
 
 
@@ -62,7 +62,7 @@ def measure(request, device, ceilings, cases, record_property):
     def measure_one(make_case: Callable[..., Case], *args: Hashable) -> None:
         if (make_case, *args) not in cases:
             cases.clear()
-        gc.collect()  # memory that a failed provider's traceback holds
+        gc.collect()  # frees memory that a failed provider's traceback holds
         if device.type == "cuda":
             torch.cuda.empty_cache()  # a provider starts from unbroken memory
         if not cases:
@@ -87,7 +87,7 @@ def measure(request, device, ceilings, cases, record_property):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Put a provider's error, of memory or otherwise, into its row; a peer that fails is a skipped test."""
+    """Put a provider's error, out of memory or other, into its row; a failed peer is a skipped test."""
     report = yield
     row = item.stash.get(ROW, None)
     if call.when != "call" or row is None or not report.failed or row.get("status") == "wrong":

@@ -1,4 +1,4 @@
-"""What the benchmarks run on, and how fast it is at the two things that every kernel is made of.
+"""The device that the benchmarks run on, and its speed at matrix products and copies.
 
 `python3 -m benchmarks.device RECORD` writes a JSON line; exit code 2 means that there is no GPU.
 """
@@ -50,7 +50,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of each installed package that takes part."""
+    """Versions of Python and of each installed package that matters."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,6 +1,6 @@
-"""Builds the CUDA kernels of csrc/ for the GPU at hand, in place: `python3 -m benchmarks.extension RECORD`.
+"""Builds the CUDA kernels of csrc/ for this GPU, in place: `python3 -m benchmarks.extension RECORD`.
 
-A record is about its commit: an earlier build is brought up to date, or removed if that fails.
+A record describes its commit, so an earlier build is brought up to date, or removed if that fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except nvcc.BuildError as error:
         print(error, file=sys.stderr)
         return 1
-    from geo_r1.kernels import extension  # not before it is there
+    from geo_r1.kernels import extension  # only once it is built
 
     archs, _ = extension.built()
     write_line(options.record, device={"extension": archs, "versions": versions})

@@ -1,17 +1,17 @@
 """Measures everything on a machine with a GPU, in ten minutes: `make gpu`, or `python3 -m benchmarks.gpu`.
 
-Tests of the kernels, every benchmark, compute-sanitizer and a run of the trainer, each in processes of its
-own, write one record `benchmarks/results/<device>-<commit>.json`, or into the folder that `--out` names. It
-runs from the checkout, with nothing installed but torch, triton, pytest and pytest-benchmark; a stage that
-needs more is skipped, and the record names what it lacks. With nvcc and pybind11, the CUDA kernels are first
-built into the checkout, for the GPU at hand.
+Tests of the kernels, every benchmark, compute-sanitizer and a run of the trainer, each in its own processes,
+write one record, `benchmarks/results/<device>-<commit>.json`; `--out` names another folder. It runs from the
+checkout, with nothing installed but torch, triton, pytest and pytest-benchmark; a stage that needs more is
+skipped, and the record names the missing packages. With nvcc and pybind11, the CUDA kernels are first built
+into the checkout, for this machine's GPU.
 
-The targets' stages come first; peers that take long to start come last, with the time that is left. The
-record is written anew after each stage, so nothing is lost if a later one fails or is killed. `--stages` runs
-some stages alone, within `--limit` seconds, and adds to the record of this commit if there is one. A stage
-that fails or outlasts its time is recorded with the reason, and the exit code is then 1. A test that kills
-its process or leaves the GPU unusable is recorded as failed, and another process goes on behind it. Without a
-GPU the exit code is 2.
+The targets' stages come first; peers that take long to start come last, in the remaining time. The record is
+rewritten after each stage, so nothing is lost if a later one fails or is killed. `--stages` runs only some
+stages, within `--limit` seconds, and adds to the record of this commit if there is one. A stage that fails or
+outlasts its time is recorded with the reason, and the exit code is then 1. A test that kills its process or
+leaves the GPU unusable is recorded as failed, and another process continues after it. Without a GPU the exit
+code is 2.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from geo_r1.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-GRACE_SECONDS = 8.0  # between asking a stage to stop and killing it; within its time
+GRACE_SECONDS = 8.0  # between asking a stage to stop and killing it; part of its time
 TAIL_LINES = 20  # of a failed stage's output, kept in the record
-CPU_PATIENCE = 4.0  # a rehearsal on a CPU, in Triton's interpreter, has that many times the time
-NO_TESTS = 5  # pytest's exit code, also if those before it ran them all
+CPU_PATIENCE = 4.0  # a rehearsal on a CPU, in Triton's interpreter, gets this many times the time
+NO_TESTS = 5  # pytest's exit code, also if earlier processes ran all tests
 Record = dict[str, Any]
 
 
@@ -52,14 +52,14 @@ def main(argv: Sequence[str] | None = None, stages: Mapping[str, Stage] = STAGES
     """Run the stages and write the record; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of the record (%(default)s); made if not there"
+        "--out", type=Path, default=RESULTS, help="folder of the record (%(default)s); created if missing"
     )
     parser.add_argument("--commit", help="name of the commit, for a checkout without .git")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny sizes"
     )
     parser.add_argument("--stages", help=f"run only these, of {','.join(stages)}; default: all")
-    parser.add_argument("--limit", type=float, help="seconds for all stages that are run, shared out")
+    parser.add_argument("--limit", type=float, help="seconds, shared among all stages that run")
     options = parser.parse_args(argv)
     try:
         return run_stages(options, stages)
@@ -140,7 +140,7 @@ def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Rec
         )
         for i, code in zip(left, ended, strict=True):
             codes[i] = 0 if code == NO_TESTS and done_before >= 0 else code
-        # A test that killed its process is in the lines as begun: another process goes on after it.
+        # The lines show a test that killed its process as begun, so another process continues after it.
         left = [i for i in left if (code := codes[i]) is not None and (code < 0 or code == LOST)]
         done_before = done
     result: dict[str, Any] = {"status": "ok"}
@@ -156,7 +156,7 @@ def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Rec
     result |= read_results(lines, record)
     if metrics := read_lines(Path(f"{files[0]}.run") / "metrics.jsonl"):  # of a run of the trainer
         result["metrics"] = {line["stage"]: line for line in metrics if "stage" in line}
-    if result["status"] == "ok" and "failures" in result:  # one process died, and another went on
+    if result["status"] == "ok" and "failures" in result:  # one process died, and another continued
         result |= {"status": "failed", "reason": "a process died"}
     outputs = [log.read_text(encoding="utf-8", errors="replace").splitlines() for log in logs]
     if result["status"] in ("failed", "out of time"):
@@ -167,7 +167,7 @@ def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Rec
 
 
 def environment(device: str, processes: int) -> dict[str, str]:
-    """A rehearsal on a CPU sees no GPU; processes that run side by side share the cores."""
+    """Hides the GPU from a rehearsal on a CPU; processes that run side by side share the cores."""
     found = dict(os.environ)
     if device == "cpu":
         found["CUDA_VISIBLE_DEVICES"] = ""
@@ -243,7 +243,7 @@ def git_state() -> tuple[str, bool | None]:
         return result.stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != ROOT:  # a copy within some other repository
+        if Path(git("rev-parse", "--show-toplevel")) != ROOT:  # a copy inside another repository
             return "unknown", None
         commit = git("rev-parse", "--short", "HEAD")
         return commit, bool(git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}"))
@@ -260,7 +260,7 @@ def record_name(record: Record) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder if it is not there.
+    """Create a folder if it is missing.
 
     Raises:
         UserError: no file can be written into it.

@@ -1,4 +1,4 @@
-"""The lines that a stage writes and `gpu.py` reads; imports nothing that has to be installed."""
+"""The lines that a stage writes and `gpu.py` reads; imports only the standard library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def begun(lines: list[dict]) -> set[str]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The JSON lines of a file; the last one may have been cut off, and the file may not be there."""
+    """The JSON lines of a file; the last one may have been cut off, and the file may be missing."""
     if not path.exists():
         return []
     found = []

@@ -1,4 +1,4 @@
-"""Inputs of the loss benchmarks, the loss as TRL writes it, its float64 truth, and the cases made of them.
+"""Inputs of the loss benchmarks, the loss as TRL writes it, its float64 truth, and cases made from them.
 
 Logits have a standard deviation of 3 and targets are drawn from them, so that distributions are as peaked as
 a language model's. Old log-probabilities keep every ratio clear of the clip bounds, so that a rounding error
@@ -103,7 +103,7 @@ def loss_inputs(size: LossSize, dtype: torch.dtype, device: torch.device) -> Los
     logp_R = torch.cat(logps).squeeze(1)
     shifts = torch.tensor([-0.5, -0.05, 0.05, 0.4], device=device)
     draw_R = torch.randint(0, 4, (size.rows,), generator=g, device=device)
-    # One advantage a completion, on average above 0: a loss near 0 would have a meaningless relative error.
+    # One advantage per completion, above 0 on average: near 0 a loss's relative error would mean nothing.
     advantage_R = (normal(size.sequences) + 0.5).repeat_interleave(size.rows // size.sequences)
     return LossInputs(
         hidden_RC.requires_grad_(),
@@ -131,17 +131,17 @@ def logp_of(logits_RV: Tensor, target_R: Tensor) -> Tensor:
 
 
 def gradients(*leaves: Tensor) -> Callable[[Tensor], Tensors]:
-    """Turns a loss into results: the loss and its gradients."""
+    """A function that turns a loss into results: the loss and its gradients."""
     return lambda loss: (loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
 def logits_of(*leaves: Tensor) -> Tensor:
-    """Logits themselves, or of hidden states and head."""
+    """The logits themselves, or the product of hidden states and head."""
     return leaves[0] if len(leaves) == 1 else leaves[0] @ leaves[1].T
 
 
 def truth(inputs: LossInputs, token_loss: TokenLoss, leaves: Tensors) -> Tensors:
-    """Loss and gradients of the leaves, of all rows, in float64, a chunk of rows at a time."""
+    """Loss and gradients of the leaves over all rows, in float64, a chunk of rows at a time."""
     first, *head = (leaf.detach().double().requires_grad_() for leaf in leaves)
     loss = torch.zeros((), dtype=torch.float64, device=first.device)
     for rows in chunks(len(first), len(inputs.head_VC)):
@@ -162,7 +162,7 @@ def loss_case(
     peers: Mapping[str, Provider],
     **work: float,
 ) -> Case:
-    """A loss and its gradients, by our implementations, plain torch with all logits at once, and peers.
+    """A loss and its gradients: our implementations, plain torch with all logits at once, and peers.
 
     Args:
         leaves: hidden states and head, or logits.

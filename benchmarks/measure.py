@@ -2,11 +2,11 @@
 
     TFLOP/s = operations / seconds / 1e12;  GB/s = bytes / seconds / 1e9;  share = rate / ceiling of this run
 
-Operations and bytes are those that the work needs (each input read once), the same for every provider, so a
-provider that recomputes is slower, not busier. A provider is first run once and compared with a float64
-truth: a wrong one is not timed. pytest-benchmark then repeats it, and the median counts. On a GPU its timer
-is a pair of CUDA events: before each repetition the L2 cache is overwritten, and the stream is held back for
-as long as the host needs to enqueue the work.
+Only the operations and bytes that the work needs are counted (each input read once), the same for every
+provider, so a provider that recomputes is slower, not busier. A provider is first run once and compared with
+a float64 truth: a wrong one is not timed. pytest-benchmark then repeats it, and the median counts. On a GPU
+its timer is a pair of CUDA events: before each repetition the L2 cache is overwritten, and the stream is held
+back for as long as the host needs to enqueue the work.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_HOLD_MS = 20.0  # a step that enqueues for a second hides nothing
 CYCLES_PER_MS = 2_000_000  # of a GPU at 2 GHz; a slower one holds the stream back for longer
 MIB = 2**20
 PHASES = ("vision", "text", "loss", "backward")  # of a training step; see `steps.PhaseClock`
-STEP, SCALING = "training step", "training step, scaling"  # the ops that `results.py` treats on their own
+STEP, SCALING = "training step", "training step, scaling"  # the ops that `results.py` treats separately
 
 Tensors = tuple[Tensor, ...]
 Row = dict[str, Any]  # a measurement, as a record holds it
@@ -42,7 +42,7 @@ Repeat = Callable[..., list[float]]  # repeat(function, setup, rounds): seconds 
 
 
 def nothing() -> None:
-    """For a function that finds its inputs as it left them."""
+    """The `prepare` of functions that leave their inputs unchanged."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Provider:
     """One way to do a case's work.
 
     Attributes:
-        build: makes the function that is measured; imports what it needs. The function returns its results.
+        build: makes the measured function, with the imports it needs. The function returns its results.
         kind: "ours", "peer", or "floor": a part of the work that no provider can do without, whose results
             are not compared.
         missing: why it cannot run here, None if it can.
-        unpack: turns results into what the truth holds; not timed. They may be fewer than the truth's.
-        prepare: called before each repetition, not timed: puts back inputs that are written over.
-        facts: further figures, asked for once the provider was timed.
+        unpack: brings results into the truth's form, untimed. There may be fewer than in the truth.
+        prepare: called before each repetition, untimed, to restore overwritten inputs.
+        facts: further figures, read once the provider has been timed.
     """
 
     build: Callable[[], Callable[[], Tensors]]
@@ -77,11 +77,11 @@ class Case:
         dtype: of the inputs.
         tolerance: the largest relative error, by norm, of any result.
         providers: by name.
-        truth: makes the float64 results, from inputs of the same values; None compares nothing.
+        truth: makes the float64 results from the same input values; None compares nothing.
         flops: operations the work needs, 0 if it is bound by bytes.
         bytes: each input and result counted once.
         hold: hold the stream back while the host enqueues; False for a step, whose host time counts.
-        rounds: repetitions of each provider; None for as many as fit ROUNDS_SECONDS.
+        rounds: repetitions of each provider; None: as many as fit ROUNDS_SECONDS.
         facts: further figures of the work, carried into every row.
     """
 
@@ -102,7 +102,7 @@ class Case:
         return None if self.truth is None else self.truth()
 
     def row(self, name: str) -> Row:
-        """A provider's row before anything is known of it."""
+        """A provider's row before it has run."""
         dtype = str(self.dtype).removeprefix("torch.")
         row = {"op": self.op, "size": self.size, "dtype": dtype, "provider": name}
         return {**row, "kind": self.providers[name].kind, "facts": dict(self.facts)}
@@ -126,7 +126,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_lost() -> bool:
-    """Whether an error, an illegal address say, has left the GPU unusable for this process."""
+    """True if an error, such as an illegal address, has left the GPU unusable for this process."""
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -162,15 +162,15 @@ def measure_provider(
 
 
 def check(case: Case, name: str, row: Row, device: torch.device) -> Callable[[], Tensors] | None:
-    """Run a provider for its errors and its peak of memory, above inputs and results.
+    """Run a provider to find its errors and its peak memory, above inputs and results.
 
     Returns:
-        The function to be timed; None if its results are wrong.
+        The function to time; None if its results are wrong.
     """
     provider = case.providers[name]
     expected = None if provider.kind == "floor" else case.expected
     function = provider.build()
-    if case.rounds is None:  # the first run compiles, and asks for memory that later ones do not
+    if case.rounds is None:  # the first run compiles, and takes memory that later ones do not
         provider.prepare()
         function()
     provider.prepare()
@@ -213,7 +213,7 @@ def time_provider(
 
 
 def for_json(value: Any) -> Any:
-    """Floats of six digits; NaN, which JSON has not, as text; no empty entries."""
+    """Floats with six digits; NaN, which JSON lacks, as text; no empty entries."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     if isinstance(value, list):
@@ -240,7 +240,7 @@ def relative_errors(results: Sequence[Tensor], expected: Sequence[Tensor]) -> li
 
 
 def run_for_peak(function: Callable[[], Tensors], device: torch.device) -> tuple[Tensors, int]:
-    """Results, and bytes allocated at the peak, above what was there before and what is returned."""
+    """Results, and peak bytes allocated, less the bytes from before and those of the results."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -248,7 +248,7 @@ def run_for_peak(function: Callable[[], Tensors], device: torch.device) -> tuple
         results = function()
         torch.cuda.synchronize(device)
         return results, torch.cuda.max_memory_allocated(device) - before - bytes_of(results)
-    # acc_events: torch 2.11 warns where it is not set
+    # acc_events: torch 2.11 warns if it is not set
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         results = function()
     live = peak = 0
@@ -265,14 +265,14 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 
 def why_missing(package: str) -> str | None:
-    """None if a peer's package can be imported and run here, else the reason why not."""
+    """None if a peer's package can be imported and run here, else the reason."""
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
     return None if ON_GPU else f"{package} needs a GPU"
 
 
 def why_not_compiled() -> str | None:
-    """None if torch.compile is timed here: for a CPU it takes longer than the small sizes are worth."""
+    """None if torch.compile is timed here; on a CPU compiling takes too long for such small sizes."""
     return None if ON_GPU else "torch.compile is timed on a GPU only"
 
 
@@ -283,7 +283,7 @@ def floor(run: Callable[[], Tensors]) -> Provider:
 def torch_ways(
     function: Callable[..., Any], args: Tensors, finish: Callable[[Any], Tensors]
 ) -> dict[str, Provider]:
-    """Plain torch, as it is and compiled: `finish(function(*args))` gives the results."""
+    """Plain torch, eager and compiled: `finish(function(*args))` gives the results."""
 
     def build(function: Callable[..., Any]) -> Callable[[], Tensors]:
         return lambda: finish(function(*args))
@@ -297,13 +297,13 @@ def torch_ways(
 
 
 def ours(op: str, build: Callable[[str], Callable[[], Tensors]], **options: Any) -> dict[str, Provider]:
-    """A provider for each implementation of an op of ours; `build` makes its function, given its name."""
+    """A provider for each of our implementations of an op; `build` makes its function from its name."""
     return {
         name: Provider(partial(build, impl), kind="ours", **options) for name, impl in our_names(op).items()
     }
 
 
 def our_names(op: str) -> dict[str, str]:
-    """Our implementations by provider's name; on a CPU the reference alone, since the others are emulated."""
+    """Our implementations by provider's name; on a CPU only the reference, since the others are emulated."""
     impls = available_impls()[op]
     return {f"geo_r1 {i}": i for i in impls if ON_GPU or i == "reference"}

@@ -14,7 +14,7 @@ Curves = dict[str, list[tuple[float, float]]]  # (x, milliseconds) by provider
 
 
 def figure_of(rows: int, columns: int, height: float):
-    """A figure that is drawn without a screen, and its panels."""
+    """A figure drawn without a screen, and its panels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +32,7 @@ def save(figure, path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Bars of milliseconds, a panel a case: ours, peers, and the floor."""
+    """Bars of milliseconds, one panel per case: ours, peers, and the floor."""
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if "ms" in row and row["op"] != SCALING:
@@ -59,7 +59,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def curves(rows: Sequence[Row]) -> dict[str, Curves]:
-    """How the cost of a training step grows: for each axis the points that differ in it alone, in order.
+    """How the cost of a training step grows: for each axis, the points that differ only in it, in order.
 
     Args:
         rows: measurements as a record holds them, of any ops; those without a time are left out.

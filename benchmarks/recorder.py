@@ -1,8 +1,8 @@
-"""A pytest plugin, `-p benchmarks.recorder --record FILE`: one JSON line a test, written as soon as it ends.
+"""A pytest plugin, `-p benchmarks.recorder --record FILE`: one JSON line per test, written when it ends.
 
-So a run that is killed loses only its last test. Given a file that has lines, a run goes on after them: it
-leaves out every test that was begun. A run whose GPU has become unusable ends at once, with exit code LOST.
-`--share 2/8` takes every eighth test, from the third on.
+So a run that is killed loses only its last test. If the file already has lines, a run continues after them
+and leaves out every test that was begun. A run whose GPU has become unusable ends at once, with exit code
+LOST. `--share 2/8` takes every eighth test, from the third on.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from benchmarks.lines import LOST, begun, read_lines, write_line
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", type=Path, required=True, help="append a JSON line a test to this file")
-    parser.addoption(
-        "--share", default="0/1", help="i/n: of n processes that share the tests, this is the i-th"
-    )
+    parser.addoption("--record", type=Path, required=True, help="append a JSON line per test to this file")
+    parser.addoption("--share", default="0/1", help="i/n: n processes share the tests, and this is the i-th")
 
 
 def pytest_configure(config):
@@ -62,7 +60,7 @@ class Recorder:
 
 
 def lost() -> bool:
-    from benchmarks import measure  # late: it imports torch
+    from benchmarks import measure  # imported late, since it imports torch
 
     return measure.device_lost()
 

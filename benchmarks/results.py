@@ -1,4 +1,4 @@
-"""From the records in benchmarks/results/ to the tables of docs/results.md and its plots: `make results`.
+"""Turns the records in benchmarks/results/ into the tables and plots of docs/results.md: `make results`.
 
 The newest record of each device counts. Every table and plot names its device and commit; a target without a
 record is "not measured". Nothing here needs a GPU.
@@ -37,7 +37,7 @@ def write_page(folder: Path, page: Path) -> None:
     """Put the tables between the page's markers, and the plots beside it.
 
     Raises:
-        UserError: the page cannot be read or has not its markers, or a file is no record.
+        UserError: the page cannot be read or lacks its markers, or a file is not a record.
     """
     records = newest_records(folder)
     try:
@@ -57,7 +57,7 @@ def newest_records(folder: Path) -> list[Record]:
     """The newest record of each device, GPUs first.
 
     Raises:
-        UserError: a file is not a record; names it.
+        UserError: a file is not a record; the message names it.
     """
     newest: dict[str, Record] = {}
     for path in sorted(folder.glob("*.json")):
@@ -75,7 +75,7 @@ def replace_section(page: str, section: str) -> str:
     """Put a section between the markers.
 
     Raises:
-        UserError: the markers are not there, once each and in order.
+        UserError: the markers are missing, repeated or out of order.
     """
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise UserError(f"the page needs one {BEGIN} and after it one {END}")
@@ -161,7 +161,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def target_table(targets: Sequence[Target], rows: Sequence[Row]) -> str:
-    """One row a target: work, target, measured, met or not."""
+    """One row per target: work, target, measured, met or not."""
     found = []
     for target in targets:
         findings = target.findings(rows)
@@ -171,7 +171,7 @@ def target_table(targets: Sequence[Target], rows: Sequence[Row]) -> str:
 
 
 def peer_table(rows: Sequence[Row]) -> str:
-    """One row a case: the fastest of ours beside the fastest peer. How a step scales is a plot of its own."""
+    """One row per case: our fastest beside the fastest peer. Scaling of a step has its own plot."""
     rows = [row for row in rows if row["op"] != SCALING]
     header = ("op", "size", "ours", "ms", "of ceiling", "peak MiB", "error", "fastest peer", "ms")
     found = []
@@ -189,7 +189,7 @@ def peer_table(rows: Sequence[Row]) -> str:
 
 
 def rate_table(rows: Sequence[Row]) -> list[str]:
-    """Rates, memory and shares of time, a line for each timed way to do a training step."""
+    """Rates, memory and shares of time, one line for each timed way to do a training step."""
     found = []
     for row in rows:
         facts: dict[str, Any] = row.get("facts", {})

@@ -1,8 +1,8 @@
 """The CUDA kernels of csrc/ under NVIDIA's compute-sanitizer: `python3 -m benchmarks.sanitizer RECORD`.
 
-memcheck finds reads and writes out of bounds, racecheck threads that race in shared memory. Each watches
-`work`: every kernel on small inputs of awkward sizes. Only our kernels are watched; the tests check their
-results. Torch's memory cache is off, so that each tensor has memory of its own, with a margin behind it that
+memcheck finds reads and writes out of bounds, racecheck finds races between threads in shared memory. Each
+watches `work`: every kernel on small inputs of awkward sizes. Only our kernels are watched; the tests check
+their results. Torch's memory cache is off, so that each tensor has its own memory, followed by a margin that
 nothing may touch.
 """
 
@@ -32,9 +32,9 @@ from geo_r1.kernels import (
 
 HOMES = ("CUDA_HOME", "CUDA_PATH")
 TOOLS = {"memcheck": ("--padding", "256", "--report-api-errors", "no"), "racecheck": ()}
-# Kernels whose mangled name holds our namespace; one finding, since others tend to follow from it.
+# Only kernels whose mangled name holds our namespace; one finding, since others tend to follow from it.
 OPTIONS = ("--kernel-name", "kns=geo_r1", "--print-limit", "1", "--error-exitcode", "1")
-REFUSED = "Device not supported"  # its message on a virtual machine, say, that keeps it from the GPU
+REFUSED = "Device not supported"  # its message if, say, a virtual machine keeps it from the GPU
 ALL = GRPOLossConfig(beta=0.1, entropy_coef=0.1, delta=2.0, temperature=0.9)
 
 
@@ -84,7 +84,7 @@ def watch(program: str, record: Path) -> int:
 
 
 def finding(said: str) -> str | None:
-    """The first line that the tool reports, after the one that names it."""
+    """The first line of the tool's report, after the one that names the tool."""
     lines = [line.lstrip("= ") for line in said.splitlines() if line.startswith("=========")]
     return next((line for line in lines if line and line != "COMPUTE-SANITIZER"), None)
 
@@ -102,7 +102,7 @@ def work(device: str) -> None:
 
 
 def advantages(device: torch.device) -> None:
-    """Ragged groups: one empty, one alone, one wider than a block of 64; members and their tokens."""
+    """Ragged groups: one empty, one of a single member, one wider than a block of 64; members and tokens."""
     lengths = (3, 0, 1, 130)
     num = sum(lengths)
     tokens = [i % 4 for i in range(num)]

@@ -32,7 +32,7 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Qwen2.5-VL, with its patches of 14 and vision windows of 112 pixels; `tied`: the head embeds."""
+    """A Qwen2.5-VL with patches of 14 and vision windows of 112 pixels; `tied`: the head is the embedding."""
 
     text: TextShape
     vision: VisionShape
@@ -40,7 +40,7 @@ class ModelShape:
 
     @property
     def num_text_ids(self) -> int:
-        """Ids below are drawn as text; the four special ones are the last."""
+        """Ids below this are drawn as text; the last four are special."""
         return min(1000, self.text.vocab - 4)
 
     def config(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class ModelShape:
         }
 
     def cut(self, layers: int, vision_layers: int | None = None) -> ModelShape:
-        """The first layers alone; all vision layers if their number is not given."""
+        """Only the first layers; all vision layers if their number is not given."""
         text = replace(self.text, layers=layers)
         if vision_layers is None:
             return replace(self, text=text)

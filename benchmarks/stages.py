@@ -1,10 +1,10 @@
-"""What `make gpu` runs, in which order, and for how long: the times are a GPU's and fit ten minutes."""
+"""The stages of `make gpu`, in order, with their times, which are for a GPU and fit ten minutes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_PROCESSES = 12  # for a stage's tests: they wait for Triton's compiler, a core each, not for the GPU
+MAX_PROCESSES = 12  # for a stage's tests: they wait for Triton's compiler, one core each, not for the GPU
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Stage:
         name: in the record.
         arguments: after the interpreter; $record is the file it writes, $device cuda or cpu, $share the
             process's number and the number of processes.
-        seconds: its time, to which the time that earlier stages left over is added.
+        seconds: its time; time left over from earlier stages is added.
         needs: packages without which it is skipped. If it lacks anything else, it writes a line
             {"skipped": reason} itself.
-        processes: how many share it, at most one a core.
+        processes: how many share it, at most one per core.
     """
 
     name: str
@@ -35,8 +35,8 @@ def module(name: str, file: str, seconds: float, *needs: str) -> Stage:
 def pytest_stage(
     name: str, seconds: float, *arguments: str, needs: tuple[str, ...] = (), processes: int = 1
 ) -> Stage:
-    # Warnings are errors with the pinned versions only; this machine has its own.
-    # --record=FILE in one word: else pytest takes FILE for a test path, and looks for its root there.
+    # Warnings are errors only with the pinned versions; this machine has its own.
+    # --record=FILE in one word: else pytest takes FILE for a test path and looks for its root there.
     plugin = ("-m", "pytest", "-p", "benchmarks.recorder", "--record=$record", "--share=$share")
     # If a file cannot be imported, the others still run.
     options = ("-p", "no:cacheprovider", "-W", "default", "--continue-on-collection-errors")

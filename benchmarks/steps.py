@@ -30,7 +30,7 @@ from benchmarks.measure import PHASES, Moment, Tensors
 from benchmarks.shapes import ModelShape
 from geo_r1.kernels import GRPOLossConfig, linear_grpo_loss, token_weights
 
-if TYPE_CHECKING:  # they need transformers, which may not be there
+if TYPE_CHECKING:  # they need transformers, which may be missing
     from geo_r1.models import PackedVLM
     from geo_r1.models.cost import ModelCost
 
@@ -39,7 +39,7 @@ PATCH_SIZE = 3 * 2 * 14 * 14  # values of a patch: colours, two frames, 14 x 14 
 
 
 class PhaseClock:
-    """Notes when each phase of each step ends: on a GPU events in its stream, without waiting for them."""
+    """Records when each phase of each step ends; on a GPU with events in its stream, without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self.now: type[Moment] | Callable[[], float] = Moment if device.type == "cuda" else time.perf_counter
@@ -52,7 +52,7 @@ class PhaseClock:
         self.steps[-1][phase] = self.now()
 
     def shares(self, num_steps: int) -> dict[str, float]:
-        """Each phase's share of the time of the last steps; 0 for one that they did not have."""
+        """Each phase's share of the last steps' time; 0 for a phase that they lack."""
         spent = dict.fromkeys(PHASES, 0.0)
         for step in self.steps[-num_steps:]:
             begin = step["start"]
@@ -69,9 +69,9 @@ class StepSize:
     """One group.
 
     Attributes:
-        name: in tables.
+        name: shown in tables.
         model: shape of the model.
-        images: height and width of each, in merged patches: the image tokens.
+        images: height and width of each, in merged patches, which are the image tokens.
         text: tokens of the prompt's text.
         completions: tokens of each.
     """
@@ -87,12 +87,12 @@ class StepSize:
 
     @property
     def prompt_len(self) -> int:
-        """Image tokens, the two around each image, and text."""
+        """Image tokens, the two tokens around each image, and text."""
         return sum(height * width + 2 for height, width in self.images) + self.text
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompts and completions; the prompt counts once a completion, padding does not."""
+        """Tokens of prompts and completions: the prompt once per completion, and no padding."""
         return len(self.completions) * self.prompt_len + sum(self.completions)
 
     @property
@@ -101,7 +101,7 @@ class StepSize:
         return tuple((1, 2 * height, 2 * width) for height, width in self.images)
 
 
-@lru_cache(maxsize=1)  # cases that follow one another mostly share it
+@lru_cache(maxsize=1)  # successive cases mostly share it
 def build_vlm(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> PackedVLM:
     """Random weights, the same for the same arguments."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -169,7 +169,7 @@ class Step:
         """Rows of prompt and completion, padded to the longest, as TRL's trainer feeds them.
 
         Returns:
-            What the model is called with, the completions' tokens and their mask, [N, longest] both.
+            The model's arguments, the completions' tokens and their mask, [N, longest] both.
         """
         count, rows = len(self.completions), [torch.tensor(tokens) for tokens in self.completions]
         completion_NL = pad_sequence(rows, batch_first=True)
@@ -214,7 +214,7 @@ class Step:
     def _set(self, text: str, vision: str, checkpointed: bool, clock: PhaseClock) -> Iterator[None]:
         """The model with these attentions; its two parts tell the clock when they are done."""
         model = self.model.model
-        self.model.zero_grad(set_to_none=True)  # of a step that ran out of memory half way
+        self.model.zero_grad(set_to_none=True)  # left by a step that ran out of memory half way
         attend_by(self.model, text, vision)
         if checkpointed:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -251,6 +251,6 @@ class Step:
         return ModelCost.of(self.model.config)
 
     def flops(self) -> float:
-        """Operations of the packed step, forward and backward; nothing recomputed counts."""
+        """Operations of the packed step, forward and backward; recomputed ones do not count."""
         size = self.size
         return self.cost.flops(size.prompt_len, size.completions, size.grids, backward=True)

@@ -1,7 +1,7 @@
-"""The numbers to reach, and whether a record reaches them. All are ratios within one run.
+"""The targets, and whether a record reaches them. All are ratios within one run.
 
-The fastest implementation of ours is judged, and its name stands before the figures: it is what `impl=None`
-takes on that device once the table of `geo_r1/kernels/impls.py` names the record.
+Our fastest implementation is judged, and its name stands before the figures: `impl=None` takes it on that
+device once the table in `geo_r1/kernels/impls.py` names the record.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from benchmarks.measure import Row
 
 @dataclass(frozen=True)
 class Finding:
-    """One condition of a target: what was measured, and whether that reaches it; None if it could not be."""
+    """One condition of a target: the measurement, and whether it reaches the target; None if not measured."""
 
     text: str
     met: bool | None
 
 
-# Findings about a case, given the fastest of ours and all rows of the case.
+# Findings about a case, given our fastest row and all rows of the case.
 Judge = Callable[[Row, Sequence[Row]], list[Finding]]
 
 
@@ -32,7 +32,7 @@ class Target:
     Attributes:
         work, reach: in words.
         device: "cuda" or "cpu".
-        ways: ends of our providers' names; those of each are judged on their own.
+        ways: ends of our providers' names; each is judged separately.
     """
 
     work: str
@@ -44,7 +44,7 @@ class Target:
     ways: tuple[str, ...] = ("",)
 
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
-        """Of each case and way, about the fastest of ours, which the first finding names."""
+        """Findings about our fastest in each case and way; the first finding names it."""
         found = []
         for size, way in product(self.sizes, self.ways):
             case = [row for row in rows if (row["op"], row["size"]) == (self.op, size)]
@@ -62,7 +62,7 @@ class Target:
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """yes, no, or what is missing for a yes."""
+    """yes, no, or that measurements are missing."""
     if any(finding.met is False for finding in findings):
         return "no"
     if all(finding.met for finding in findings):
@@ -76,7 +76,7 @@ def fastest(rows: Sequence[Row], *kinds: str) -> Row | None:
 
 
 def best(rows: Sequence[Row]) -> Row | None:
-    """The fastest implementation of ours; if none has a time, the one that users get by default."""
+    """Our fastest implementation; if none has a time, the one that users get by default."""
     ours = next((row for row in rows if row["kind"] == "ours"), None)  # measured in the order of preference
     return fastest(rows, "ours") or ours
 
@@ -90,7 +90,7 @@ def short(ours: Row) -> str:
 
 
 def compare(ours: Row, other: Row | None, what: str, judge: Callable[[float, float], Finding]) -> Finding:
-    """The finding about two times, ours and another's; if the other has none, the reason."""
+    """The finding about our time and another provider's; the reason if the other has no time."""
     if other is None or "ms" not in other:
         return Finding(f"{what}: {(other or {}).get('reason', 'not measured')}", None)
     return judge(ours["ms"], other["ms"])
@@ -106,7 +106,7 @@ def times_as_long(most: float, provider: str, what: str) -> Judge:
 
 
 def times_as_fast(ours: Row, other: Row | None, least: float, what: str = "library kernels") -> Finding:
-    """Ours has to be at least `least` times as fast as another."""
+    """Ours must be at least `least` times as fast as another."""
     name = "" if other is None else other["provider"]
 
     def finding(ms: float, other_ms: float) -> Finding:
@@ -130,7 +130,7 @@ def library(least: float) -> Judge:
 
 
 def shared_prompt(ours: Row, rows: Sequence[Row]) -> list[Finding]:
-    """flex_attention is left out: its mask knows the shared prompt, so it repeats nothing."""
+    """flex_attention is left out: its mask shares the prompt, so it repeats nothing."""
     repeating = fastest([row for row in rows if not row["provider"].startswith("flex")], "peer")
     if repeating is None:
         return [Finding("library kernels: not measured", None)]
@@ -141,7 +141,7 @@ def shared_prompt(ours: Row, rows: Sequence[Row]) -> list[Finding]:
 
 
 def bandwidth(ours: Row, rows: Sequence[Row]) -> list[Finding]:
-    """A share is of the copy's bandwidth, which the process that timed the rows measured itself."""
+    """Shares are of the copy's bandwidth, measured by the process that timed the rows."""
     return [Finding(f"{ours['share']:.1%}", ours["share"] >= 0.85)]
 
 
@@ -149,7 +149,7 @@ def training_step(least: float, least_mfu: float = 0.0, layers: int | None = Non
     """Speed against the fastest peer, MFU, and a peak of memory below the peer's.
 
     Args:
-        layers: text layers of the whole model; a step with fewer, for lack of memory, is not the target's.
+        layers: text layers of the whole model; a step with fewer, for lack of memory, does not count.
     """
 
     def judge(ours: Row, rows: Sequence[Row]) -> list[Finding]:

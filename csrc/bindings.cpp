@@ -1,5 +1,5 @@
-// The Python module geo_r1._C: the launchers of ops.h, called with keyword arguments. Addresses are ints or None,
-// dtypes their names in torch.
+// The Python module geo_r1._C: the launchers of ops.h, called with keyword arguments. Addresses are ints or None;
+// dtypes are torch's names.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

@@ -23,7 +23,7 @@ inline void check(cudaError_t error, const char* launcher) {
 }
 
 // Makes a device the current one until the end of the scope. It is set even if it is current already: this gives
-// the thread a context, which a thread of autograd may lack and which the driver's own functions need.
+// the thread a context, which an autograd thread may lack and which the driver's own functions need.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* launcher) {
@@ -55,7 +55,7 @@ void launch(const char* launcher, Queue queue, void (*kernel)(Parameters...), st
   if (blocks < 1 || blocks > 0x7fffffff) {
     throw std::runtime_error(std::string(launcher) + ": a grid of " + std::to_string(blocks) + " blocks");
   }
-  if (shared_bytes > 48 * 1024) {  // more than this needs the kernel's consent
+  if (shared_bytes > 48 * 1024) {  // more than this must be allowed for each kernel
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           launcher);
   }
@@ -102,7 +102,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { re
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Combines the values of `width` lanes by a function of two values, in pairs at a distance of width / 2, ..., 2, 1.
+// Combines the values of `width` lanes with a binary function, in pairs at a distance of width / 2, ..., 2, 1.
 // Every lane gets the same result.
 template <int width = kWarp, typename T, typename Function>
 __device__ __forceinline__ T warp_reduce(T value, Function&& combine) {

@@ -1,11 +1,11 @@
-"""Builds the CUDA kernels of csrc/ and judges each, for each chip, on a machine that need not have a GPU.
+"""Builds the CUDA kernels of csrc/ for each chip and judges each kernel; needs no GPU.
 
     python -m csrc.gate [--json PATH]
 
-nvcc.py first brings the extension up to date. The gate then reads two things of every kernel: what ptxas
-reported when it compiled the kernel (`-Xptxas -v`), and the machine code. `judge` and `judge_source` say what
-must hold; any fault is exit code 1. Where nothing can be built, the gate says so in one line and judges
-nothing.
+nvcc.py first brings the extension up to date. The gate then reads two things for every kernel: the report
+that ptxas wrote when it compiled the kernel (`-Xptxas -v`), and the machine code. `judge` and `judge_source`
+state the rules; the exit code is 1 if any is broken. If nothing can be built, the gate prints the reason in
+one line and judges nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from geo_r1.kernels import aot
 _HOPPER = ("HGMMA", "UTMALDG", "USETMAXREG")
 _MATRIX = ("HMMA", "IMMA", "DMMA")
 _LOCAL = ("STL", "LDL")
-# An exponential between a wait that leaves products under way and the next wait: it runs beside them.
+# An exponential between a wait that leaves products under way and the next wait runs beside them.
 _BESIDE = "MUFU.EX2 beside HGMMA"
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
@@ -43,7 +43,7 @@ _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ +)?([A-Z]\w*)")
 
 @dataclass(frozen=True)
 class Report:
-    """What ptxas reports of a kernel: bytes per thread; `shared` is bytes per block, static only."""
+    """ptxas's report on a kernel, in bytes per thread; `shared` is static bytes per block."""
 
     registers: int
     stack: int
@@ -84,7 +84,7 @@ def read_report(text: str) -> tuple[dict[tuple[str, str], Report], list[str]]:
         stack, stores, loads = map(int, properties.groups())
         kernels[entry[1], entry[2]] = Report(
             registers=int(used[1]),
-            stack=max(stack, sizes.get("cumulative stack size", 0)),  # functions that it calls included
+            stack=max(stack, sizes.get("cumulative stack size", 0)),  # including functions that it calls
             spill_stores=stores,
             spill_loads=loads,
             shared=sizes.get("smem", 0),
@@ -119,7 +119,7 @@ def judge(kernel: Kernel) -> list[str]:
 
     It must be in ptxas's report and in the object, and use no local memory: no stack, no spill, no
     instruction for it. A kernel of a file for sm_90 must multiply by warpgroups (HGMMA), copy tensors in
-    bulk (UTMALDG), and have exponentials beside its products, which ptxas may move behind all of them.
+    bulk (UTMALDG), and run exponentials beside its products: ptxas may move them behind all products.
     """
     faults = []
     if kernel.report is None:
@@ -140,7 +140,7 @@ def judge(kernel: Kernel) -> list[str]:
 
 
 def judge_source(source: str, text: str, archs: tuple[str, ...], kernels: list[Kernel]) -> list[str]:
-    """List the faults of a file: of its text, and of its kernels together."""
+    """List the faults of a file: those of its text, and those of its kernels together."""
     faults = []
     for arch in archs:
         if kernels and arch not in {kernel.arch for kernel in kernels}:
@@ -152,8 +152,8 @@ def judge_source(source: str, text: str, archs: tuple[str, ...], kernels: list[K
     bounded = re.search(r"static_assert\([^;]*\bkSharedLimit\b", text)
     if "extern __shared__" in text and not bounded and "cudaDevAttrMaxSharedMemoryPerBlockOptin" not in text:
         faults.append(
-            "extern __shared__, and its size is checked against no limit: neither by a static_assert on "
-            "kSharedLimit nor by cudaDevAttrMaxSharedMemoryPerBlockOptin"
+            "extern __shared__, and its size is not checked against a limit: needs a static_assert on "
+            "kSharedLimit or cudaDevAttrMaxSharedMemoryPerBlockOptin"
         )
     shares = {what: int(count) for what, count in _REGISTERS.findall(text)}
     changing = [kernel for kernel in kernels if (kernel.instructions or {}).get("USETMAXREG")]
@@ -165,13 +165,13 @@ def judge_source(source: str, text: str, archs: tuple[str, ...], kernels: list[K
         if kernel.report and kernel.report.registers < needed:
             faults.append(
                 f"{kernel.name} starts with {kernel.report.registers} registers: with fewer than {needed} "
-                "its warpgroups wait for each other's for ever"
+                "its warpgroups wait forever for each other's"
             )
     return [f"{source}: {fault}" for fault in faults]
 
 
 def inspect(unit: nvcc.Unit, root: Path) -> tuple[list[Kernel], list[str]]:
-    """The kernels of one source, and the faults of the kernels and of the source."""
+    """The kernels of one source, and the faults of both."""
     reports, advice = read_report(unit.output(root, ".log").read_text(encoding="utf-8"))
     code = read_code(_disassemble(unit.output(root, ".o")))
     keys = sorted(reports.keys() | code.keys())
@@ -185,7 +185,7 @@ def inspect(unit: nvcc.Unit, root: Path) -> tuple[list[Kernel], list[str]]:
 
 
 def demangle(texts: list[str]) -> list[str]:
-    """Replace mangled symbols in lines by their C++ names, without namespaces and parameters."""
+    """Replace mangled symbols in lines with their C++ names, without namespaces and parameters."""
     done = subprocess.run(
         ["c++filt", "--no-params"], input="\n".join(texts), capture_output=True, text=True, check=True
     )

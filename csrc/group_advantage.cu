@@ -1,4 +1,4 @@
-// Group-relative advantages in one launch, a warp for each group.
+// Group-relative advantages in one launch, one warp per group.
 //
 //     advantage[i] = (reward[i] - baseline_i) / scale_i
 //
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kWarps = 8;  // groups that a block works on at once; not measured
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kBlocks = 2;  // at least, per SM; without this, ptxas takes 48 registers on sm_90a and spills
+constexpr int kBlocks = 2;  // per SM, at least; without this, ptxas takes 48 registers on sm_90a and spills
 
 enum class Scale { group, batch, none };
 
@@ -87,15 +87,15 @@ struct BlockTeam {
   __device__ __forceinline__ static double reduce(double x, Function combine) {
     double* const part = parts();
     x = warp_reduce(x, combine);
-    __syncthreads();  // the parts of an earlier sum have been read
+    __syncthreads();  // until the parts of an earlier sum have been read
     if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
     __syncthreads();
     return warp_reduce<kWarps>(part[threadIdx.x % kWarps], combine);
   }
 };
 
-// Of the valid members: their number, the smallest and largest reward, the mean above the smallest, and the sum of
-// squares about the mean.
+// Statistics of the valid members: their number, the smallest and largest reward, the mean above the smallest, and
+// the sum of squares about the mean.
 struct Statistics {
   double count, low, high, mean, squares;
 };
@@ -117,9 +117,9 @@ __device__ Statistics statistics(const Members<T>& members, std::int64_t start, 
   s.high = Team::reduce(s.high, [](double a, double b) { return fmax(a, b); });
   s.low = Team::reduce(s.low, [](double a, double b) { return fmin(a, b); });
   if (s.count == 0) s.low = 0;
-  s.low += Team::reduce(spoilt, add);  // NaN spoils all further results, and never equals the largest reward
+  s.low += Team::reduce(spoilt, add);  // NaN spoils all further results and never equals the largest reward
 
-  // Measured from the smallest reward, so that a common offset costs no digits.
+  // Measured from the smallest reward, so that a common offset costs no accuracy.
   for (std::int64_t i = start + Team::rank(); i < stop; i += Team::size) {
     if (members.is_valid(i)) s.mean += members[i] - s.low;
   }

@@ -4,14 +4,14 @@
 //     dlogits = (dlogp (onehot - p) - dH p (log p + H)) / temperature
 //
 // Bytes moved for R rows of V logits of b bytes: statistics R V b; the gradient alone 2 R V b; loss and
-// gradient 2 R V b if a row fits on a multiprocessor, else the rest of it is read twice. All arithmetic is in
-// float32, and exponents are in base 2.
+// gradient 2 R V b if a row fits on a multiprocessor; if not, the rest of it is read twice. All arithmetic is
+// in float32, and exponents are in base 2.
 //
 // For the loss a block works on one row at a time and keeps it, see rows.cuh: with 8 vectors in registers and
 // 18 slots, 768 threads keep 312 KiB on an H200 (252 KiB on an A100), and 152064 logits in bfloat16 are 297
 // KiB. After the last use of a vector, the next row's vector replaces it at once, and the next row is summed as
-// it arrives. So reads, writes and the arithmetic of two rows overlap. A row has one barrier. No speed was
-// measured.
+// it arrives. So reads, writes and the arithmetic of two rows overlap. Each row takes one barrier. Speed was
+// not measured.
 //
 // Source: online softmax, arXiv:1805.02867; the loss, arXiv:2402.03300, see kernels/loss/reference.py.
 #include <algorithm>
@@ -25,14 +25,14 @@
 namespace geo_r1 {
 namespace {
 
-// The largest block occupies a multiprocessor alone. With 1024 threads there are 64 registers, and ptxas
+// The largest block occupies a multiprocessor alone. With 1024 threads each has 64 registers, and ptxas
 // spilled on sm_80 and sm_100; 512 would hide less of the latency of exponentials and shared memory. Speed not
 // measured.
 constexpr int kMostThreads = 768;
 // If threads would have at most this many vectors, blocks get smaller and a multiprocessor works on more rows
 // at once. Not measured.
 constexpr int kVectorsPerThread = 2 * kHeld;
-// The gradient alone keeps nothing; a thread has this many vectors in flight. Not measured.
+// The gradient alone keeps nothing; each thread has this many vectors in flight. Not measured.
 constexpr int kStreamThreads = 256;
 constexpr int kStreamLoads = 4;
 
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kStreamThreads)
   const T* const p_row = in.row(i_r);
   T* const p_out = out.row(i_r);
 
-  // All inputs of the row at once: one latency, not four.
+  // Load all inputs of the row at once: one latency, not four.
   float d_logp = rows.d_logp[i_r], d_entropy = rows.d_entropy != nullptr ? rows.d_entropy[i_r] : 0.0f;
   const Lse lse = rows.lse[i_r];
   const float entropy = rows.entropy[i_r];
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kStreamThreads)
   d_entropy *= d_loss;
   const Slope slope(in.scale, lse.top, expf(lse.log_total), (lse.log_total - entropy) * (1 / kLn2), d_logp, d_entropy,
                     in.inv_temperature);
-  // Read before the logits may be overwritten, by the thread that overwrites this one.
+  // Read by the thread that overwrites this logit, before it does.
   const bool has_target = target >= begin && target < end && writes<T>(target, begin, vectors_end);
   const float drawn = has_target ? to_float(p_row[target * in.stride_v]) : 0.0f;
 
@@ -235,7 +235,7 @@ void launch_rows(const char* launcher, Queue queue, const Logits& in, Pointer d_
       threads *= 2;
     }
     const std::int64_t most_blocks = std::int64_t{kMostThreads / threads} * processors;
-    const int slot_bytes = threads * 16;  // a slot of every thread
+    const int slot_bytes = threads * 16;  // one slot per thread
     const int wanted = (logits.num_vectors + threads - 1) / threads - kHeld;
     const int num_slots = std::max(0, std::min(wanted, (shared_limit - kSumsBytes) / slot_bytes));
     launch(launcher, queue, rows_kernel<T, has_loss, has_gradient>, std::min(in.num_rows, most_blocks),

@@ -1,16 +1,16 @@
-"""Builds geo_r1._C, the extension of csrc/, wherever nvcc is found: without a GPU, without torch.
+"""Builds geo_r1._C, the extension of csrc/, if nvcc is found; needs neither a GPU nor torch.
 
     python -m csrc.nvcc      # in a checkout: compiles what has changed and installs it into geo_r1/
 
-setup.py builds by the same functions. They read these environment variables:
+setup.py builds with the same functions. They read these environment variables:
 
     GEO_R1_BUILD_CUDA    0: build nothing and keep any earlier build; 1: fail without nvcc; unset: build if
                          nvcc is found.
     GEO_R1_CUDA_ARCHS    compute capabilities as nvcc writes them, "80;90a"; unset: 80, 90a and 100.
     CUDA_HOME, CUDA_PATH the toolkit; if neither is set: nvcc on PATH, else in /usr/local/cuda.
 
-build/csrc/ keeps the objects, and beside each what ptxas printed, which gate.py judges. A source is compiled
-again when its content, that of a header it includes, the command or nvcc has changed.
+build/csrc/ keeps the objects and, beside each, the output of ptxas, which gate.py judges. A source is
+compiled again if it, a header that it includes, the command or nvcc has changed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class UnavailableError(Exception):
 
 
 class BuildError(Exception):
-    """The reason why a build that was asked for fails."""
+    """The reason why a requested build fails."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def find_nvcc(environ: Mapping[str, str]) -> Path:
 
 
 def read_release(version: str) -> tuple[int, int]:
-    """(13, 0) from what `nvcc --version` prints."""
+    """(13, 0) from the output of `nvcc --version`."""
     found = re.search(r"release (\d+)\.(\d+)", version)
     if not found:
         raise BuildError(f"nvcc --version names no release: {version.strip()!r}")
@@ -113,7 +113,7 @@ def read_release(version: str) -> tuple[int, int]:
 
 
 def parse_archs(text: str, known: list[str]) -> tuple[str, ...]:
-    """The compute capabilities asked for, each once; by default those of 80, 90a and 100 that nvcc knows.
+    """The requested compute capabilities, each once; by default those of 80, 90a and 100 that nvcc knows.
 
     Args:
         text: "80;90a", separated by semicolons or commas.
@@ -164,7 +164,7 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def with_headers(source: Path, include_dirs: Sequence[Path]) -> list[Path]:
-    """A source and every header in its own or the given folders that it includes, sorted."""
+    """A source and every header that it includes from its own or the given folders, sorted."""
     seen: set[Path] = set()
     todo = [source.resolve()]
     while todo:
@@ -214,7 +214,7 @@ def _unit(source: Path, root: Path, toolchain: Toolchain) -> Unit:
 
 
 def is_stale(unit: Unit, root: Path) -> bool:
-    """Whether a source must be compiled."""
+    """True if a source must be compiled."""
     if not all(unit.output(root, suffix).exists() for suffix in (".o", ".log", ".stamp")):
         return True
     return unit.output(root, ".stamp").read_text(encoding="utf-8") != unit.key
@@ -252,7 +252,7 @@ def _compile(unit: Unit, root: Path) -> float:
     start = time.monotonic()
     log = _make(unit.output(root, ".o"), (*unit.command, "-c", str(unit.source)), root)
     _write(unit.output(root, ".log"), log)
-    # The key is older than the compiler's run: after an edit meanwhile, the source is still stale.
+    # The key was made before the compiler ran: a source that was edited meanwhile is still stale.
     _write(unit.output(root, ".stamp"), unit.key)
     return time.monotonic() - start
 
@@ -260,8 +260,8 @@ def _compile(unit: Unit, root: Path) -> float:
 def _link(toolchain: Toolchain, units: list[Unit], root: Path, built: Path) -> None:
     units = sorted(units, key=lambda unit: unit.source)
     objects = [str(unit.output(root, ".o").relative_to(root)) for unit in units]
-    # torch shows its own CUDA runtime to every library, and the one linked in here must not be taken for it:
-    # so its symbols are hidden. -s drops the table of the others.
+    # torch exposes its own CUDA runtime to every library. The one linked in here must not be mistaken for
+    # it, so its symbols are hidden. -s drops the table of the others.
     command: tuple[str, ...] = (str(toolchain.nvcc), "-shared", "-cudart", "static", "-nodlink")
     command += ("-Xlinker", "--exclude-libs=ALL,-s", *objects)
     key = digest([toolchain.version, *command, *(unit.key for unit in units)])
@@ -273,7 +273,7 @@ def _link(toolchain: Toolchain, units: list[Unit], root: Path, built: Path) -> N
 
 def _make(out: Path, command: tuple[str, ...], root: Path) -> str:
     """Run a command that makes one file, whole or not at all; returns what the command printed."""
-    out.with_suffix(".stamp").unlink(missing_ok=True)  # until everything is there
+    out.with_suffix(".stamp").unlink(missing_ok=True)  # until everything is written
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
         made = Path(folder, out.name)
         done = subprocess.run(
@@ -285,7 +285,7 @@ def _make(out: Path, command: tuple[str, ...], root: Path) -> str:
             check=False,
         )
         if done.returncode:
-            # Without the reports of ptxas on kernels that compiled.
+            # Leave out the reports of ptxas on kernels that compiled.
             report = re.compile(r"ptxas info\s*:(?! \()|\s+\d+ bytes stack frame")
             words = [line for line in done.stdout.splitlines() if not report.match(line)]
             after = "nvcc fails; GEO_R1_BUILD_CUDA=0 installs without CUDA kernels"
@@ -305,7 +305,7 @@ def _say(line: str) -> None:
 
 
 def install(built: Path, target: Path) -> None:
-    """Put the extension in its place by renaming, so a process that uses the old file keeps it."""
+    """Put the extension in place by renaming, so a process that uses the old file keeps it."""
     if target.exists() and target.read_bytes() == built.read_bytes():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

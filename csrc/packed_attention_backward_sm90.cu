@@ -3,14 +3,14 @@
 //     p_ij = 2^(s_ij log2 e - lse_i),   delta_i = dout_i . out_i,   ds_ij = p_ij (dout_i . v_j - delta_i)
 //     dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i p_ij dout_i
 //
-// Both kernels have one structure: a block holds a tile in shared memory, one warp fetches the other side's tokens by
-// bulk copies, a block at a time, and warpgroups of 64 rows each consume them. One range of queries sees a tile of
-// keys, so a prompt's gradients are summed over its completions in registers, in a fixed order, without atomics. If
-// several query heads share a key head, each writes its own dk and dv, which the caller sums. The kernel of dq runs
-// first and stores delta.
+// Both kernels have the same structure: a block holds a tile in shared memory, one warp fetches the other side's
+// tokens with bulk copies, a block at a time, and warpgroups of 64 rows each consume them. One range of queries sees
+// a tile of keys, so a prompt's gradients are summed over its completions in registers, in a fixed order, without
+// atomics. If several query heads share a key head, each writes its own dk and dv, which the caller sums. The dq
+// kernel runs first and stores delta.
 //
-// For dk and dv scores are computed transposed. So in both kernels probabilities and their derivatives are left
-// operands directly from the registers in which they were computed.
+// The kernel of dk and dv computes scores transposed. So in both kernels probabilities and their derivatives serve
+// as left operands straight from the registers that they were computed in.
 //
 // Operations: 14 D per visible pair and head; scores and dout . v are computed twice. Bytes: as in
 // attention/triton_backward.py. Nothing was measured.
@@ -51,7 +51,7 @@ struct Shape {
   static constexpr int tile = kProductRows * num_consumers;
   static constexpr int block = 32 * num_consumers;  // tokens fetched at a time
   static constexpr int stages = 2;
-  static constexpr int producers = num_consumers == 1 ? kWarp : kWarpgroup;  // only a warpgroup can give registers
+  static constexpr int producers = num_consumers == 1 ? kWarp : kWarpgroup;  // only a warpgroup can give up registers
   static constexpr int threads = kWarpgroup * num_consumers + producers;
   static constexpr int blocks_sm = num_consumers == 2 || D > 96 ? 1 : D > 32 ? 2 : 3;
   static constexpr int tile_size = tile_bytes<D>(tile);
@@ -126,7 +126,7 @@ struct Memory {
   }
 };
 
-// Starts the products of tile a (scores) and of tile b with a block, each in a group of its own.
+// Starts the products of tile a (scores) and of tile b with a block, each in its own group.
 template <typename T, int D, int num_consumers>
 __device__ __forceinline__ void start_products(const Memory<D, num_consumers>& memory, int i, int group_row,
                                                float (&s)[Shape<D, num_consumers>::block / 2],
@@ -141,7 +141,7 @@ __device__ __forceinline__ void start_products(const Memory<D, num_consumers>& m
   product_commit();
 }
 
-// Starts sum += left x, for block x, in a group of its own.
+// Starts sum += left x, for block x, in its own group.
 template <typename T, int D, int steps>
 __device__ __forceinline__ void start_sum(Sums<D>& sum, std::uint32_t (&left)[steps][4], const unsigned char* x) {
   sum.pin_all(), pin_all(left);
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
   Memory<D, num_consumers> memory(shared_memory);
   const int i_tile = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
   const KeyBlocks<S::tile, S::block> blocks(p.tiles + 5 * static_cast<std::int64_t>(i_tile), p.causal);
-  // Warpgroups whose rows are all behind the segment's end have nothing to do.
+  // Warpgroups whose rows are all past the segment's end have nothing to do.
   const int num_active = min(num_consumers, (blocks.end - blocks.first + kProductRows - 1) / kProductRows);
   memory.init_barriers(1, num_active);
 
@@ -284,7 +284,7 @@ __device__ void consume_queries(const Parameters& p, const Queries<Shape<D, num_
   for (int i = 0; i < queries.count; ++i) {
     const int query = queries.start + i * S::block, stage = i % S::stages;
     memory.wait_full(i, queries.stop - query, num_active);
-    product_wait<1>();  // dv of the previous block: registers do not suffice to keep its operand
+    product_wait<1>();  // dv of the previous block: there are too few registers to keep its operand
     dv.pin_all(), pin_all(probability);
     start_products<T>(memory, i, group_row, s, dp);
     product_wait<2>();  // dk of the previous block
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
     for (int i = 0; i < queries.count; ++i) {
       const int stage = i % S::stages, query = queries.start + i * S::block;
       memory.wait_empty(i);
-      for (int j = lane; j < S::block; j += kWarp) {  // infinity behind the last query: a probability of 2^-inf
+      for (int j = lane; j < S::block; j += kWarp) {  // infinity past the last query: a probability of 2^-inf
         const bool valid = query + j < queries.stop;
         const std::int64_t at = head * p.num_tokens + query + j;
         memory.lse[stage * S::block + j] = valid ? p.lse[at] : INFINITY;

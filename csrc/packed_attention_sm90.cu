@@ -3,10 +3,10 @@
 //     s_ij = scale q_i . k_j,   lse_i = log2 sum_j 2^(s_ij log2 e),   out_i = sum_j 2^(s_ij log2 e - lse_i) v_j
 //
 // A block has one tile of queries and one head, and walks the same blocks of keys as the Triton kernel: first those of
-// the prefix and of its own segment that need no mask, see `KeyBlocks`. One warp fetches keys and values by bulk
+// the prefix and of its own segment that need no mask, see `KeyBlocks`. One warp fetches keys and values with bulk
 // copies, some blocks ahead; warpgroups of 64 queries each consume them. While a warpgroup computes the probabilities
-// of a block, its product of the previous block with the values is under way. Two warpgroups take turns, so that the
-// tensor cores work for one while the other computes exponentials.
+// of a block, it still multiplies those of the previous block by their values. Two warpgroups take turns, so that
+// the tensor cores work for one while the other computes exponentials.
 //
 // Operations: 4 D per visible pair and head. Bytes: q and out once, k and v once per tile of queries, from L2 if
 // neighbouring blocks (heads that share keys) have read them. Nothing was measured.
@@ -45,7 +45,7 @@ struct Shape {
   static constexpr int tile = kProductRows * num_consumers;
   static constexpr int block = tile;
   static constexpr int stages = 2;
-  static constexpr int producers = num_consumers == 1 ? kWarp : kWarpgroup;  // only a warpgroup can give registers
+  static constexpr int producers = num_consumers == 1 ? kWarp : kWarpgroup;  // only a warpgroup can give up registers
   static constexpr int threads = kWarpgroup * num_consumers + producers;
   static constexpr int blocks_sm = num_consumers == 2 ? 1 : D == 128 ? 2 : 3;
   static constexpr int q_bytes = tile_bytes<D>(tile);
@@ -179,8 +179,8 @@ __device__ void consume(const Parameters& p, const KeyBlocks<Shape<D, num_consum
   float2 keep = softmax.step(s, p.scale_log2);
 
   // Waits for the product with the values of block i, if i is not negative, then rescales the sum and rounds the new
-  // probabilities. It is called one turn of the loop after the exponentials: ptxas moves exponentials behind a wait in
-  // the same basic block, and then nothing would run beside the products.
+  // probabilities. It is called one iteration after the exponentials: ptxas moves exponentials behind a wait in the
+  // same basic block, and then nothing would run beside the products.
   const auto finish_values = [&](int i) {
     product_wait<0>();
     sum.pin_all(), pin_all(probability);
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(Shape<D, num_consumers>::threads, Shape<D, num
 
   const int i_tile = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
   const KeyBlocks<S::tile, S::block> blocks(p.tiles + 5 * static_cast<std::int64_t>(i_tile), p.causal);
-  // Warpgroups whose rows are all behind the segment's end have nothing to do.
+  // Warpgroups whose rows are all past the segment's end have nothing to do.
   const int num_active = min(num_consumers, (blocks.end - blocks.first + kProductRows - 1) / kProductRows);
 
   if (threadIdx.x == 0) {

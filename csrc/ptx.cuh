@@ -1,5 +1,5 @@
 // Instructions that C++ cannot express, one function each. Everything else in csrc/ is plain CUDA C++, so a machine
-// without a GPU needs substitutes for this file and the runtime's headers only.
+// without a GPU needs substitutes only for this file and the runtime's headers.
 //
 // Shared memory is addressed by pointers here and by 32-bit offsets in the instructions. Functions from `Barrier`
 // on need compute capability 9.0, the products (wgmma) and register counts exactly 9.0 ("sm_90a").
@@ -176,7 +176,7 @@ __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Keeps the compiler from moving uses of registers across; placed before products start and after they end.
+// Keeps the compiler from moving uses of registers across it; placed before products start and after they end.
 template <int count>
 __device__ __forceinline__ void pin(float (&x)[count]) {
 #pragma unroll

@@ -46,7 +46,7 @@ __device__ inline float expm1_less(float d) {
 
 struct Term {
   float value, d_logp;
-  bool clipped;  // whether a bound removed the gradient
+  bool clipped;  // a bound removed the gradient
 };
 
 // reference._policy_term. Bounds are written so that a NaN ratio stays NaN.

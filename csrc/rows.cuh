@@ -16,7 +16,7 @@ namespace geo_r1 {
 
 // Vectors that a thread keeps in registers: 32 of the 80 that 768 threads can have.
 constexpr int kHeld = 8;
-// With more slots than this, a wait for a thread's oldest copy leaves this many under way: 96 KiB of a block. An
+// With more slots than this, a wait for a thread's oldest copy leaves this many under way: 96 KiB per block. An
 // exact wait for the oldest of 18 would take a branch for each count. Not measured.
 constexpr int kPending = 8;
 // Vectors of the next row in flight while this row's are written, see `exchange`. Not measured.
@@ -29,8 +29,8 @@ constexpr float kFar = -1000.0f;
 template <typename T>
 constexpr int kWidth = 16 / static_cast<int>(sizeof(T));  // numbers in a vector
 
-// Logits [R, V]. The first `num_vectors` vectors of a row are 16-byte aligned. Columns behind them are read one by
-// one; if rows are strided or not aligned, these are all columns.
+// Logits [R, V]. The first `num_vectors` vectors of a row are 16-byte aligned. Columns after them are read one by
+// one, as are all columns if rows are strided or not aligned.
 template <typename T>
 struct Matrix {
   const T* logits;
@@ -56,7 +56,7 @@ struct Output {
 
 template <typename T>
 __device__ __forceinline__ void unpack(const uint4& bits, float (&x)[kWidth<T>]) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float32, and one instruction
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float32: one instruction
     const std::uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -110,14 +110,14 @@ __device__ __forceinline__ void each_column(const T* row, std::int64_t stride_v,
   }
 }
 
-// Whether this thread writes a column of a row whose vectors begin at column `begin`.
+// True if this thread writes a column of a row whose vectors begin at column `begin`.
 template <typename T>
 __device__ __forceinline__ bool writes(std::int64_t column, std::int64_t begin, std::int64_t vectors_end) {
   const std::int64_t place = column < vectors_end ? (column - begin) / kWidth<T> : column - vectors_end;
   return static_cast<unsigned>(place) % blockDim.x == threadIdx.x;
 }
 
-// copy_wait with a count known at run time; counts above `most` wait as `most`.
+// copy_wait with a count known only at run time; counts above `most` wait like `most`.
 template <int most, int least = 0>
 __device__ __forceinline__ void copy_wait_upto(int pending) {
   if constexpr (most == least) {
@@ -146,10 +146,10 @@ class Vectors {
     depth_ = num_slots < in_ring_ ? num_slots : in_ring_;
   }
 
-  // Whether a whole row is kept.
+  // True if a whole row is kept.
   __device__ bool fits() const { return depth_ == in_ring_; }
 
-  // The first of the vectors that are in the slots after a walk that begins at 0 and has no next row.
+  // The first vector that is left in the slots by a walk that begins at 0 and has no next row.
   __device__ int last() const { return in_ring_ - depth_; }
 
   // The first row's copies.
@@ -162,7 +162,7 @@ class Vectors {
     load(row);
   }
 
-  // Calls visit(bits, number) for each vector of the row, those of the ring in turn from `first` on. At the start
+  // Calls visit(bits, number) for each vector of the row, the ring's in turn from `first` on. At the start
   // the ring holds the next vectors, at the end the first ones of the next row or, if `next` is null, the last
   // ones of this row.
   template <typename Visit>
@@ -223,7 +223,7 @@ class Vectors {
   // The ring's part of a walk. If the whole row is kept, the ring turns once, and there is less to count.
   template <bool all, typename Visit>
   __device__ __forceinline__ void turn(const T* row, int first, const T* next, Visit&& visit) {
-    // Copied are the row's vectors behind those in the ring, then, from visit `here` on, the next row's first ones.
+    // Copies the row's vectors after those in the ring, then, from visit `here` on, the next row's first ones.
     const int here = in_ring_ - depth_, stop = next != nullptr ? in_ring_ : here;
     const uint4* from = all ? vector_at(next != nullptr ? next : row, number(kHeld))
                             : vector_at(row, number(kHeld + (first < here ? first + depth_ : first - here)));
@@ -263,8 +263,8 @@ class Vectors {
 // ---- log-sum-exp and entropy
 
 // For some logits x and z = (x - top) scale: the largest x, and the sums of 2^z and 2^z z, from which the
-// entropy follows without cancelling. The difference is taken before the product: if logits are masked by -1e30,
-// the rounding error of a product would be a large exponent.
+// entropy follows without cancelling. Subtraction comes before scaling: for logits masked with -1e30, the
+// rounding error of a product would be a large exponent.
 struct Sums {
   float top = -FLT_MAX;
   float total = 0.0f;

@@ -36,7 +36,7 @@ struct Head {
   static_assert(rest == 0 || rest == 16 || rest == 32, "a panel is 16, 32 or 64 columns wide");
 };
 
-// The warpgroup of this thread, in a way that tells the compiler that it is the same for a whole warp.
+// The warpgroup of this thread, computed so that the compiler knows it is the same for a whole warp.
 __device__ __forceinline__ int warpgroup() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
 }
@@ -80,7 +80,7 @@ struct HeadMaps {
   CUtensorMap whole, rest;
 };
 
-// Describes boxes of `rows` tokens of one head and `columns` columns. Throws if the driver refuses.
+// Describes boxes of `rows` tokens and `columns` columns of one head. Throws if the driver refuses.
 inline CUtensorMap box_map(const char* launcher, DType dtype, void* address, std::int64_t num_tokens,
                            std::int64_t num_heads, std::int64_t head_size, std::int64_t stride_t,
                            std::int64_t stride_h, int columns, int rows) {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void prefetch_maps(const HeadMaps& maps) {
   if constexpr (Head<D>::rest != 0) prefetch_map(&maps.rest);
 }
 
-// Called by one thread: copies tokens [token, token + rows) of a head, zeros behind the tensor's last token.
+// Called by one thread: copies tokens [token, token + rows) of a head, with zeros past the tensor's last token.
 template <int D, int rows>
 __device__ __forceinline__ void copy_tile(unsigned char* tile, const HeadMaps& maps, Barrier* full, int head,
                                           int token) {
@@ -167,8 +167,8 @@ __device__ __forceinline__ void zero_rows(unsigned char* tile, int first, int i_
 
 // ---- products
 
-// The descriptor of an operand in a panel of `columns`. `group_bytes` is the step between groups of 8 tokens,
-// `panel_bytes` that between panels, for operands with columns in more than one. The operand n bytes further on is
+// The descriptor of an operand in a panel of `columns`. `group_bytes` is the step between groups of 8 tokens, and
+// `panel_bytes` the step between panels, for operands with columns in several. The operand n bytes further on is
 // the descriptor + n / 16; making a new one would cost more than the product.
 template <int columns>
 __device__ __forceinline__ std::uint64_t operand(const unsigned char* start, int panel_bytes) {

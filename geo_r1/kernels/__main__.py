@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def built() -> list[tuple[str, str]]:
-    """What the implementations need, and whether it is installed."""
+    """Each thing that the implementations need, and whether it is installed."""
     archs, place = extension.built()
     packaged = isinstance(flash_kernels(), PackageKernels)
     return [
@@ -61,7 +61,7 @@ def report(device: torch.device) -> list[str]:
 
 
 def because(op: str, device: torch.device, default: str) -> str:
-    """Why an implementation is the default."""
+    """The reason why an implementation is the default."""
     name, record = impls.fastest_on(op, device) or ("", "")
     if name == default:
         return f"fastest in benchmarks/results/{record}"

@@ -1,11 +1,11 @@
-"""Builds every Triton kernel ahead of time, for each chip, on a machine that need not have a GPU.
+"""Builds every Triton kernel ahead of time for each chip; needs no GPU.
 
     python -m geo_r1.kernels.aot [family ...] [--arch 80 --arch 90] [--jobs N] [--json PATH]
 
-The module `triton` of every family lists its launch tables in `LAUNCHES`. Its `aot_cases()` yields labelled
-calls of the real launchers on small CPU tensors, which together choose every row. Here a stand-in for
-Triton's driver only names the chip, and a launch compiles without running. So the result is what the same
-call builds on that chip. `judge` then reads each cubin; any fault is exit code 1.
+Each family's `triton` module lists its launch tables in `LAUNCHES`. Its `aot_cases()` yields labelled calls
+of the real launchers on small CPU tensors, which together choose every row. A stand-in for Triton's driver
+names the chip, and a launch compiles without running, so it builds what the same call would build on that
+chip. `judge` then reads each cubin. The exit code is 1 if anything is at fault.
 
 Limits and granules: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
@@ -40,10 +40,10 @@ from triton.runtime.jit import JITFunction
 
 from geo_r1.kernels.launch import Launch
 
-# Compute capability -> shared memory in bytes: the most that a program may ask for, and what an SM holds.
+# Shared memory in bytes by compute capability: the limit for one program, and the total of an SM.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 _SHARED_SM = {80: 164 * 1024, 90: 228 * 1024}
-_SHARED_RESERVED = 1024  # bytes that an SM keeps for itself, for each program
+_SHARED_RESERVED = 1024  # bytes that an SM reserves for each program
 
 # A product in Triton's IR: precision of float32 (none: exact), type of the operands, rows.
 _DOT = re.compile(
@@ -57,7 +57,7 @@ class Built:
     """One kernel, built for one chip.
 
     Attributes:
-        family: of ops, "attention".
+        family: the family of ops, such as "attention".
         case: label of the first case that launched it.
         arch: compute capability, 90 for an H200.
         registers: per thread.
@@ -86,7 +86,7 @@ class Built:
     def programs_per_sm(self) -> int:
         """How many programs fit on an SM at once, by warps, registers and shared memory."""
         registers_warp = -(-self.registers * 32 // 256) * 256
-        by_registers = 65536 // registers_warp // 4 * 4 // self.num_warps  # an SM's four parts hold the same
+        by_registers = 65536 // registers_warp // 4 * 4 // self.num_warps  # even over an SM's four parts
         shared = -(-self.shared // 128) * 128 + _SHARED_RESERVED
         return min(32, 64 // self.num_warps, by_registers, _SHARED_SM[self.arch] // shared)
 
@@ -96,8 +96,8 @@ def judge(built: Built) -> list[str]:
 
     A kernel must not spill, must fit the chip's shared memory, and must use the chip's matrix instructions
     where it multiplies matrices. On sm_90 that is HGMMA if a product of 16-bit operands has at least 64 rows
-    and the program at least four warps. A smaller product cannot be an HGMMA, and other types may lack the
-    layout for it.
+    and the program has at least four warps. A smaller product cannot be an HGMMA, and other types may lack
+    the layout for it.
     """
     faults = []
     if built.stack or built.spills:
@@ -115,7 +115,7 @@ def judge(built: Built) -> list[str]:
 
 @contextmanager
 def compile_only(arch: int) -> Iterator[tuple[list[CompiledKernel], list[Launch]]]:
-    """Make launches compile for `arch` and not run; yields the kernels built and the rows chosen."""
+    """Compile launches for `arch` without running them; yields the kernels built and the rows chosen."""
     kernels: list[CompiledKernel] = []
     rows: list[Launch] = []
     run, options = JITFunction.run, Launch.__dict__["options"].fget
@@ -128,7 +128,7 @@ def compile_only(arch: int) -> Iterator[tuple[list[CompiledKernel], list[Launch]
         rows.append(self)
         return options(self)
 
-    # All that a launch asks a driver for before it runs. Triton keeps one kernel per device; here per chip.
+    # All that a launch asks of the driver. Triton caches kernels by device, so each chip is its own device.
     chip = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: arch,
@@ -184,13 +184,13 @@ def _inspect(kernel: CompiledKernel, family: str, case: str, arch: int) -> Built
 def find_dots(ttir: str) -> tuple[tuple[str, int], ...]:
     """Find the products of a kernel in Triton's IR, as `Built.dots` holds them."""
     found = _DOT.findall(ttir)
-    assert len(found) == ttir.count("tt.dot "), "a product is written as no Triton writes it that we know"
+    assert len(found) == ttir.count("tt.dot "), "the IR writes a product in a way that we do not know"
     return tuple(sorted({(kind, int(rows)) for precision, kind, rows in found if kind != "f32" or precision}))
 
 
 @cache
 def _disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code of a cubin, by the tool that comes with Triton."""
+    """Resource usage and machine code of a cubin, read by the cuobjdump that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -208,7 +208,7 @@ def _load(family: str) -> ModuleType:
 
 
 def list_cases(families: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """(family, label) of every case, and a line for each family that does not list its cases well."""
+    """(family, label) of every case, and a line for each fault in a family's list."""
     cases, faults = [], []
     for family, module in ((family, _load(family)) for family in families):
         labels = [label for label, _ in getattr(module, "aot_cases", tuple)()]
@@ -232,7 +232,7 @@ def uncovered(families: Iterable[str], arch: int, chosen: Collection[tuple[str, 
 
 
 def build(families: list[str], arches: list[int], num_jobs: int) -> tuple[list[Built], list[str]]:
-    """Build every case for every chip, in processes.
+    """Build every case for every chip, in parallel processes.
 
     Returns:
         The kernels, each once, and a line for each fault found.
@@ -253,7 +253,7 @@ def build(families: list[str], arches: list[int], num_jobs: int) -> tuple[list[B
         built, rows, unlisted = job.result()
         if not built:
             faults.append(f"{place}: launched no kernel")
-        kernels = built | kernels  # the first case keeps a kernel that several build
+        kernels = built | kernels  # a kernel of several cases keeps the first one's label
         chosen[arch] |= {(family, row) for row in rows}
         faults += [f"{place}: launched with a row that LAUNCHES lacks: {options}" for options in unlisted]
     ordered = sorted(kernels.values(), key=lambda b: (b.family, b.kernel, b.case, b.arch))
@@ -277,7 +277,7 @@ def table(kernels: Iterable[Built]) -> str:
 
 
 def align_columns(lines: Sequence[Sequence[str]], aligns: str) -> str:
-    """Lines of cells as text; `aligns` has a "<" for each column of words, a ">" for one of numbers."""
+    """Lines of cells as text; `aligns` has "<" for each column of words and ">" for each of numbers."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(f"{text:{align}{width}}" for text, align, width in zip(line, aligns, widths, strict=True))
@@ -290,7 +290,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the kernels and the faults here too")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the kernels and faults here")
     return parser
 
 
@@ -302,10 +302,10 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
 
 
 def conclude(text: str, total: str, record: dict[str, Any], path: Path | None) -> int:
-    """Print a gate's table, its faults and totals, write its record, and give the exit code."""
+    """Print a gate's table, faults and totals, write its record, and return the exit code."""
     faults = record["faults"]
     print(text)
-    if path:  # beside and renamed, so that the file is never half written
+    if path:  # written beside and renamed, so the file is never half written
         beside = path.with_name(f".{path.name}.part")
         beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         beside.replace(path)

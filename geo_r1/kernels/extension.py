@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_BUILD = "pip install . builds it where nvcc of CUDA 12.8 or later is"
+_BUILD = "pip install . builds it if it finds nvcc of CUDA 12.8 or later"
 _LEAST = (8, 0)  # compute capability
 
 
@@ -42,7 +42,7 @@ def why_not(device: torch.device, *, only: str | None = None) -> str | None:
 
     Args:
         device: of the inputs.
-        only: the one architecture that a kernel is written and always built for ("90a"); None: any.
+        only: the architecture, if a kernel is written for one alone ("90a") and always built for it.
     """
     if _C is None:
         return _absent
@@ -63,10 +63,10 @@ def why_not(device: torch.device, *, only: str | None = None) -> str | None:
 
 
 def launch(name: str, like: Tensor, **arguments: Tensor | torch.dtype | str | float | None) -> None:
-    """Start a launcher of csrc/ops.h on the device and the current stream of `like`.
+    """Start a launcher of csrc/ops.h on the device of `like` and its current stream.
 
-    Passes tensors, all on that device, as addresses, and dtypes as names. Nothing waits: torch reuses memory
-    that is freed after the launch only on the same stream, so after the kernel.
+    Tensors, all on that device, are passed as addresses, and dtypes as names. Nothing needs to wait: torch
+    reuses memory that is freed after the launch only on the same stream, and so only after the kernel.
     """
     device, stream = 0, 0
     if like.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Chooses the implementation of an op that runs."""
+"""Chooses which implementation of an op runs."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ _KNOWN = ("reference", "triton", "cuda", "flash")
 _CUDA_ONLY = {"packed_attention": "90a"}
 
 # (op, device as torch.cuda.get_device_name gives it) -> (our fastest implementation, the record in
-# benchmarks/results/ that shows it). Empty, since nothing was measured on a GPU yet.
+# benchmarks/results/ that shows it). Empty: nothing has been measured on a GPU yet.
 _FASTEST: dict[tuple[str, str], tuple[str, str]] = {}
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton's own switch for running kernels on CPU tensors, slowly. It reads it when a kernel is first imported.
+# Triton's switch for interpreting kernels on CPU tensors, which is slow. Triton reads it when a kernel is
+# first imported.
 _INTERPRETED = _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
 
 def _constant(function: _F) -> _F:
-    """Let a tracer call the function and keep its result, since it cannot trace queries of a device.
+    """Let a tracer call the function and keep its result, since it cannot trace device queries.
 
-    This is torch.compiler.assume_constant_result without its import of torch._dynamo, which takes seconds.
+    Does what torch.compiler.assume_constant_result does without importing torch._dynamo, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -49,9 +50,9 @@ def available_impls() -> dict[str, tuple[str, ...]]:
     """List, for each op, the implementations that can run on this machine, the default first.
 
     On a GPU the default is "triton", or an implementation that a benchmark record of that GPU shows to be
-    faster. Inputs that it does not take (see docs/kernels.md) run as the next one, unless `impl=` names an
-    implementation, which then raises. "cuda" needs a build for this GPU. "flash" runs only if named, and so
-    does "cuda" without a record. On a CPU "triton" runs only in Triton's interpreter.
+    faster. Inputs that it does not take (see docs/kernels.md) go to the next one; an implementation that
+    `impl=` names raises instead. "cuda" needs a build for this GPU. "flash" runs only if named, and so does
+    "cuda" without a record. On a CPU "triton" runs only in Triton's interpreter.
     `python -m geo_r1.kernels` prints this list with the reasons.
 
     Returns:
@@ -123,14 +124,14 @@ def why_not(op: str, impl: str, device: torch.device) -> str | None:
 
 
 def fastest_on(op: str, device: torch.device) -> tuple[str, str] | None:
-    """The implementation that a record shows to be fastest on a device, and the record's name, or None."""
+    """The fastest implementation on a device and the name of the record that shows it, or None."""
     return _FASTEST.get((op, torch.cuda.get_device_name(device))) if device.type == "cuda" else None
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Autocast's dtype for products on a device; None if autocast is off.
 
-    Only asks devices that implementations run on, since torch cannot trace `is_autocast_available`.
+    Only asks about devices that implementations run on: torch cannot trace `is_autocast_available`.
     """
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)

@@ -1,8 +1,7 @@
 """Launch tables: how each Triton kernel is launched for which sizes, and why.
 
-Every Triton kernel of this package is launched by `kernel[grid](..., **row.options)`, with a row of a table
-beside the kernel. So the tables list every configuration that can run, and `make aot` builds each of them
-ahead of time.
+Every Triton kernel here is launched by `kernel[grid](..., **row.options)`, with a row of the table beside it.
+So the tables list every configuration that can run, and `make aot` builds each of them ahead of time.
 """
 
 from __future__ import annotations

@@ -43,14 +43,14 @@ def group_advantage(
         reward_N: [N] floating, task units; completions of a group are adjacent.
         cu_group: [G + 1] int32 or int64, group boundaries; starts at 0, ends at N. Empty groups are legal.
         valid_N: [N] bool; members that are False are left out of the statistics and get 0. None: all valid.
-        baseline: "mean" of the group's valid members, or "leave_one_out", the mean of the other ones.
+        baseline: "mean" of the group's valid members, or "leave_one_out", the mean of the others.
         scale: divide by the standard deviation of the "group", of the whole "batch"'s valid rewards, or by
             nothing ("none").
         eps: task units, added to the standard deviation; keeps nearly equal rewards finite.
         correction: 1 for the sample standard deviation (Bessel's correction), 0 for the population's.
         cu_completion: [N + 1] int32 or int64, where each completion's loss rows start; starts at 0, ends at
             R. Repeats each completion's advantage for all of its rows. None: one value per completion.
-        num_rows: R, required with `cu_completion` and only then, so that nothing waits for the device.
+        num_rows: R, required with `cu_completion` and not allowed without; so nothing waits for the device.
         impl: implementation, see `available_impls()`.
 
     Returns:

@@ -19,7 +19,7 @@ def reference_advantage(
         return reward_N.new_zeros(0, dtype=dtype)
     valid = torch.ones_like(reward_N, dtype=torch.bool) if valid_N is None else valid_N
     reward = reward_N.to(dtype).masked_fill(~valid, 0.0)
-    # The number of group ends at or before i, which skips empty groups.
+    # The number of groups that end at or before i, which skips empty groups.
     member = torch.arange(num_members, device=reward.device, dtype=cu_group.dtype)
     group = torch.searchsorted(cu_group[1:].contiguous(), member, right=True)
 
@@ -35,7 +35,7 @@ def reference_advantage(
     # inf - inf is NaN, so a non-finite reward never looks like a group of equal rewards.
     spread_G = extreme(float("-inf"), "amax") - low_G
 
-    # First pass: the mean above the group's smallest reward, so that a common offset costs no digits.
+    # First pass: the mean above the group's smallest reward, so that a common offset costs no accuracy.
     # spread * 0 is NaN exactly where a reward is not finite.
     above = torch.where(valid, reward - low_G[group], 0.0)
     mean_G = total(above) / count_G.clamp(min=1) + spread_G * 0
@@ -43,7 +43,7 @@ def reference_advantage(
     advantage = centred
     if baseline == "leave_one_out":  # r_i - (n mean - r_i) / (n - 1) = (r_i - mean) n / (n - 1)
         advantage = centred * (count_G / (count_G - 1).clamp(min=1))[group]
-    # Second pass: the squares of the remainders.
+    # Second pass: the squares of the deviations.
     if scale == "group":
         variance_G = total(centred.square()) / (count_G - correction).clamp(min=1)
         advantage = advantage / (variance_G.sqrt() + eps)[group]

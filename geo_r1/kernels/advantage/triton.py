@@ -1,4 +1,4 @@
-"""Group-relative advantages in one launch, a program for each group.
+"""Group-relative advantages in one launch, one program per group.
 
     advantage[i] = (reward[i] - baseline_i) / scale_i
 
@@ -20,16 +20,17 @@ import triton.language as tl
 
 from geo_r1.kernels.launch import Launch
 
-# By what a program walks. One warp, so sums need no barrier; with more, ptxas spills a few bytes around the
-# float64 divisions to fit more programs on an SM (seen on both chips with 2, 4 and 8 warps). Not measured.
+# Rows by what a program loops over. One warp, so sums need no barrier; with more, ptxas spills a few bytes
+# around the float64 divisions to fit more programs on an SM (seen on both chips with 2, 4 and 8 warps). Not
+# measured.
 _GROUP = Launch("a group, of 8 to 64 members in practice", num_warps=1, BLOCK=64)
-_WIDE = Launch("the batch, or hundreds of tokens a member", num_warps=1, BLOCK=256)
+_WIDE = Launch("the batch, or hundreds of tokens per member", num_warps=1, BLOCK=256)
 LAUNCHES: tuple[Launch, ...] = (_GROUP, _WIDE)
 
 
 @triton.jit
 def _members(reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, o_member, stop):
-    """Rewards of some members, 0 where not valid, and which are valid."""
+    """Rewards of some members, 0 for invalid ones, and the mask of valid ones."""
     m_valid = o_member < stop
     b_reward = tl.load(reward_ptr + o_member * stride_reward_n, mask=m_valid, other=0.0).to(tl.float64)
     if valid_ptr is not None:
@@ -41,7 +42,7 @@ def _members(reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, o_member, s
 def _statistics(reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, start, stop, BLOCK: tl.constexpr):
     """Number of valid members, smallest and largest reward, mean above the smallest, squares about it."""
     o_block = tl.arange(0, BLOCK)
-    # [BLOCK], a share of the members in each lane
+    # [BLOCK], partial results over each lane's members
     b_count = tl.zeros([BLOCK], tl.float64)
     b_bad = tl.zeros([BLOCK], tl.int32)
     b_low = tl.full([BLOCK], float("inf"), tl.float64)
@@ -56,10 +57,10 @@ def _statistics(reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, start, s
         b_high = tl.maximum(b_high, tl.where(m_valid, b_reward, float("-inf")))
     count, high = tl.sum(b_count, 0), tl.max(b_high, 0)
     low = tl.where(count > 0, tl.min(b_low, 0), 0.0)
-    # One NaN here spoils all that follows, and is not equal to the largest reward.
+    # A NaN here spoils everything that follows, and is not equal to the largest reward.
     low = tl.where(tl.sum(b_bad, 0) > 0, float("nan"), low)
 
-    # Measured from the smallest reward, so that a common offset costs no digits.
+    # Measured from the smallest reward, so that a common offset costs no accuracy.
     b_sum = tl.zeros([BLOCK], tl.float64)
     for i_member in range(start, stop, BLOCK):
         b_reward, m_valid = _members(
@@ -96,7 +97,7 @@ def _group_advantage_kernel(
     BLOCK: tl.constexpr,
 ):
     i_group = tl.program_id(0)
-    # Boundaries on a GPU were not read by the host: wrong ones must not reach outside of the tensors.
+    # The host has not read boundaries on a GPU: wrong ones must not lead outside the tensors.
     start = tl.maximum(tl.load(cu_group_ptr + i_group).to(tl.int64), 0)
     stop = tl.minimum(tl.load(cu_group_ptr + i_group + 1).to(tl.int64), num_members)
     count, low, high, mean, squares = _statistics(
@@ -115,7 +116,7 @@ def _group_advantage_kernel(
             reward_ptr, valid_ptr, stride_reward_n, stride_valid_n, first, last, BLOCK
         )
         divisor = tl.sqrt(squares_all / tl.maximum(count_all - CORRECTION, 1.0)) + EPS
-    # Members that are all equal are exactly zero, also where the divisor is 0 or NaN.
+    # If all members are equal they get exactly zero, even if the divisor is 0 or NaN.
     gain = factor / tl.where(low == high, 1.0, divisor)
 
     o_block = tl.arange(0, BLOCK)

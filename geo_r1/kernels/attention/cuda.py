@@ -16,7 +16,7 @@ TILE, SHORT_TILE = 128, SHORT  # tokens per tile of queries or keys: two warpgro
 
 
 def tiles(q_THD: Tensor, layout: PackedLayout, short: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles of queries for the forward pass and for dq, which are the same, and tiles of keys."""
+    """Tiles of queries for the forward pass, the same tiles for dq, and tiles of keys."""
     query_tiles, key_tiles = layout.tiles(_tile_rows(short))
     return query_tiles, query_tiles, key_tiles
 
@@ -68,7 +68,7 @@ def _tile_rows(short: bool) -> int:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x, or a copy that bulk copies can read: steps of 16 bytes, and no two numbers at one address."""
+    """x, or a copy that bulk copies can read: strides in multiples of 16 bytes, none of them 0."""
     return loadable(x if all(x.stride()) else x.contiguous())
 
 

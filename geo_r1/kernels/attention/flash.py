@@ -1,4 +1,4 @@
-"""Packed attention by a library's flash kernels: two calls, merged by their log-sum-exps.
+"""Packed attention with a library's flash kernels: two calls, merged by their log-sum-exps.
 
     own    = every segment against itself              (all T tokens, causal or not)
     prompt = a group's completions against its prompt  (one query sequence per group, never causal)
@@ -6,17 +6,17 @@
     lse = logaddexp(lse_own, lse_prompt)
     out = out_own exp(lse_own - lse) + out_prompt exp(lse_prompt - lse)
 
-A batch without completions (vision windows, plain sequences) needs the first call alone. Backward calls the
-library's backward for both parts with the merged `out` and `lse`: it rebuilds P = exp(S - lse) and needs
-rowsum(dO * O), so this gives the exact gradient of each part. The parts are added in float32.
+A batch without completions (vision windows, plain sequences) needs only the first call. Backward calls the
+library's backward for both parts with the merged `out` and `lse`. The library rebuilds P = exp(S - lse) and
+needs rowsum(dO * O), so each part's gradient is exact. The parts are added in float32.
 
-Operations: those of the visible pairs. Bytes beyond the library's: the merge reads both outputs of completion
-rows and writes one; a batch where several groups share their prompts also gathers their rows.
+Operations: only visible pairs are computed. Bytes beyond the library's: the merge reads both outputs of
+completion rows and writes one; if several groups share their prompts, their rows are also gathered.
 
 Libraries: the flash-attn package (2.7 or newer) if installed, else torch's own kernels. Both are
-FlashAttention-2 for NVIDIA GPUs from compute capability 8.0. Both sum dQ by atomics, in an order that differs
-from run to run, unless `torch.use_deterministic_algorithms(True)` is set. AMD GPUs are not supported: their
-log-sum-exp has another layout. The merge is tested on a CPU against the definition; no GPU has run it.
+FlashAttention-2 for NVIDIA GPUs from compute capability 8.0. Both sum dQ with atomics, in an order that
+differs from run to run, unless `torch.use_deterministic_algorithms(True)` is set. AMD GPUs are not supported:
+their log-sum-exp has another layout. The merge is tested on a CPU against the definition; no GPU has run it.
 
 Source: FlashAttention-2, arXiv:2307.08691; merging by log-sum-exp as in Hydragen, arXiv:2402.05099.
 """
@@ -32,13 +32,13 @@ from torch import Tensor
 
 from geo_r1.kernels.layout import PackedLayout
 
-DTYPES = (torch.float16, torch.bfloat16)  # that the libraries are compiled for
+DTYPES = (torch.float16, torch.bfloat16)  # the libraries are compiled for these
 MAX_HEAD_SIZE = 256
 MAX_SEGMENTS = 65535  # sequences are the second axis of the libraries' grids
-LOAD_BYTES = 16  # the libraries load and store rows in steps of this, without checking alignment
+LOAD_BYTES = 16  # the libraries load and store rows in steps of this size, without checking alignment
 
 # If no sequence has more than one query, both libraries switch to a decoding layout in which every sequence
-# must have exactly one. They take the longest length as an upper bound only, so ours is never 1.
+# must have exactly one. They use the longest length only as an upper bound, so ours is never 1.
 MIN_LONGEST = 2
 
 Sequences = tuple[Tensor, Tensor, int, int]  # cu_q, cu_k: int32 boundaries; the longest lengths
@@ -52,7 +52,7 @@ class FlashPlan(NamedTuple):
 
     cu_segment: Tensor  # [S + 1] int32, the first call's sequences
     cu_completion: Tensor | None = (
-        None  # [B + 1] int32, completions of each group as one; None: no second call
+        None  # [B + 1] int32, each group's completions as one sequence; None: no second call
     )
     cu_prompt: Tensor | None = None  # [B + 1] int32, each group's prompt
     completion_row: Tensor | None = None  # [queries of the second call] int64; None: rows split to stop
@@ -158,7 +158,7 @@ class TorchKernels:
         random = (
             lse.new_empty(2, dtype=torch.uint64),
             lse.new_empty(0),
-        )  # the state of dropout, which is not used
+        )  # dropout's state, which is not used
         return torch.ops.aten._flash_attention_backward(
             d_out, q, k, v, out, lse, *sequences, 0.0, causal, *random, scale=scale
         )
@@ -200,7 +200,7 @@ def flash_kernels() -> TorchKernels | PackageKernels:
 
 
 def loadable(x: Tensor) -> Tensor:
-    """x, or a copy whose rows the libraries can load in their steps."""
+    """x, or a copy whose rows the libraries can load in steps of LOAD_BYTES."""
     step = LOAD_BYTES // x.element_size()
     fits = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1])
     if fits and x.data_ptr() % LOAD_BYTES == 0:
@@ -290,7 +290,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def refusal(q_THD: Tensor, layout: PackedLayout) -> str | None:
-    """The property of the inputs that the libraries do not take; None if they take them."""
+    """The property of the inputs that the libraries do not support; None if they support all."""
     if q_THD.dtype not in DTYPES:
         return f"{q_THD.dtype} inputs, only float16 and bfloat16"
     head_size = q_THD.shape[-1]

@@ -27,7 +27,7 @@ def attend(
 
 
 def _kernels(impl: str) -> ModuleType:
-    """Import on first use, since triton or the extension may be missing where the other runs."""
+    """Import on first use, since a machine may have only Triton or only the extension."""
     if impl == "cuda":
         from geo_r1.kernels.attention import cuda
 
@@ -86,7 +86,7 @@ def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tenso
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, _, *ctx.tiles_and_options = inputs
     out, lse = output
-    # Tiles are not saved: autograd refuses those made in inference mode, and nobody writes to them.
+    # Tiles are not saved: autograd refuses those made in inference mode, and nothing writes to them.
     ctx.save_for_backward(q, k, v, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)

@@ -38,7 +38,7 @@ def packed_attention(
     Args:
         q_THD: [T, H, D] queries, any float dtype.
         k_TKD: [T, K, D] keys; K divides H (grouped heads).
-        v_TKD: [T, K, D] values. Under autocast the three are cast to its dtype, as torch's attention casts.
+        v_TKD: [T, K, D] values. Autocast casts all three to its dtype, as it does for torch's attention.
         layout: the batch's boundaries, T tokens in all.
         causal: False lets a segment's tokens see the whole segment and its prompt (vision windows).
         scale: multiplies the scores, above 0; None means D ** -0.5.

@@ -1,4 +1,4 @@
-"""Packed attention in plain torch: segments of one shape are one batch, so no [T, T] mask exists."""
+"""Packed attention in plain torch: segments of the same shape form a batch, so there is no [T, T] mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from geo_r1.kernels.layout import PackedLayout
 def reference_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, causal: bool, scale: float
 ) -> Tensor:
-    """One call per shape of segment: its rows are gathered, and results go back in order at the end."""
+    """One call per segment shape, on gathered rows; the results are put back in order at the end."""
     outs = []
     for prefix_len, q_row, kv_row in layout.shape_buckets:
         q, k, v = (
@@ -32,6 +32,6 @@ def reference_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))
-    if not outs:  # no tokens: the result is empty, the product keeps k and v in the graph
+    if not outs:  # no tokens: the result is empty, and the product keeps k and v in the graph
         return q_THD * (k_TKD.sum() + v_TKD.sum())
     return torch.cat(outs).index_select(0, layout.bucket_order)

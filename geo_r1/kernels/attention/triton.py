@@ -30,7 +30,7 @@ def tiles(q_THD: Tensor, layout: PackedLayout, short: bool) -> tuple[Tensor, Ten
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """For each head size, launches that together choose every row: causal with shared keys, and neither."""
+    """Launches that together choose every row, for each head size: causal with shared keys, full without."""
     kinds = (
         ("short", SHORT, torch.bfloat16),
         ("long", SHORT + 1, torch.bfloat16),

@@ -3,12 +3,13 @@
     p_ij = exp(s_ij - lse_i),   delta_i = dout_i . out_i,   ds_ij = p_ij (dout_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i p_ij dout_i
 
-The program of a tile of keys reads the one range of queries that see it. So it sums a prompt's gradients over
-its completions in registers, in a fixed order, without atomics. The kernel of dq runs first and stores delta.
+The program for a tile of keys reads the one range of queries that see it. So it sums a prompt's gradients
+over its completions in registers, in a fixed order, without atomics. The dq kernel runs first and stores
+delta.
 
 Operations: 14 D per visible pair and head; scores and dout . v are computed twice. Bytes: q, k, v, out, dout
-and the gradients once, k and v once more per tile of queries, q and dout once more per tile of keys. Where
-query heads share a key head, dk and dv of each query head are written and read again.
+and the gradients once, k and v once more per tile of queries, q and dout once more per tile of keys. If query
+heads share a key head, dk and dv of each query head are written and read again.
 
 Source: FlashAttention-2, arXiv:2307.08691.
 """
@@ -34,11 +35,11 @@ from geo_r1.kernels.attention.triton_forward import (
 )
 from geo_r1.kernels.launch import Launch
 
-# The widest tiles that spill nothing; reasons as for FORWARD.
+# The widest tiles that do not spill; see FORWARD for how to read the reasons.
 D_QUERY = {
     ("long", 64): Launch("127/187", BM=128, BN=64, SPLIT=0, num_warps=8, num_stages=2),
     ("long", 128): Launch(
-        "177/198; 128 queries a program read half the keys of 64",
+        "177/198; 128 queries per program read half as many keys as 64",
         BM=128,
         BN=32,
         SPLIT=1,
@@ -141,7 +142,7 @@ def _d_key_block(
 ):  # fmt: skip
     """dk, without its scale, and dv of one block of queries.
 
-    Queries past the end are zeros and add zeros. Rows of keys past the end may overflow; nobody stores them.
+    Queries past the end are zeros and add zeros. Rows of keys past the end may overflow but are never stored.
     """
     o_i = query + tl.arange(0, BM)
     m_i = o_i < query_end

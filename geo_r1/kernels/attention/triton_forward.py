@@ -3,8 +3,9 @@
     s_ij = scale q_i . k_j,   lse_i = log sum_j exp(s_ij),   out_i = sum_j exp(s_ij - lse_i) v_j
 
 A program computes one tile of queries for one head, and reads the keys of the tile's prefix and of its own
-segment. In long rows one loop takes the blocks that need no mask, which come first in both, and another loop
-the few at the ends. Neighbours in the grid are heads of one tile: those that share keys find them in cache.
+segment. In the "long" rows of the table, one loop takes the blocks that need no mask, which come first in
+both, and another takes the few at the ends. Neighbouring programs are heads of one tile, so heads that share
+keys find them in cache.
 
 A head of 80 or 96 numbers is held as 64 + 16 or 64 + 32, since blocks are powers of two.
 
@@ -26,18 +27,18 @@ from torch import Tensor
 from geo_r1.kernels.launch import Launch
 
 LOG2_E = math.log2(math.e)  # the hardware has exp2, so kernels use it, and a log-sum-exp in base 2
-# Three tf32 products make one of float32, close to its own accuracy; other dtypes ignore this.
+# Three tf32 products replace one in float32, at nearly its accuracy; other dtypes ignore this.
 PRECISION = tl.constexpr("tf32x3")
 
 # (kind of batch, largest head size) -> tile. "short": no segment is longer than 64 tokens, so a tile is a
-# whole segment. SPLIT: blocks that need no mask have a loop of their own. Reasons give the most registers of
-# any kernel on sm_90 / sm_80. Nothing here was measured.
+# whole segment. SPLIT: blocks that need no mask have a loop of their own. Reasons begin with the most
+# registers that a kernel needs on sm_90 / sm_80. Nothing here was measured.
 FORWARD = {
     ("long", 32): Launch("79/128; more stages spill on sm_80", BM=128, BN=64, SPLIT=1, num_warps=8),
     ("long", 128): Launch("225/222, 128 KiB", BM=128, BN=64, SPLIT=1, num_warps=8, num_stages=3),
     ("short", 32): Launch("92/127; two stages spill on sm_80", BM=64, BN=64, SPLIT=0, num_warps=4),
     ("short", 80): Launch(
-        "155/240; three windows an SM on sm_90, two with two stages", BM=64, BN=64, SPLIT=0, num_warps=4
+        "155/240; three windows per SM on sm_90, two with two stages", BM=64, BN=64, SPLIT=0, num_warps=4
     ),
     ("short", 128): Launch(
         "203/255; fetches k and v of the one block together", BM=64, BN=64, SPLIT=0, num_warps=4, num_stages=2
@@ -55,7 +56,7 @@ def load_rows(
     o_t = tl.arange(0, BT)
     p_t = x_ptr + tl.cast(start, tl.int64) * stride_t + o_t[:, None] * stride_t
     p_0 = p_t + tl.arange(0, D0)[None, :]
-    # [BT, D0], [BT, D1]; without D1 the second stands in for nothing and is never used
+    # [BT, D0], [BT, D1]; without D1 the second is a placeholder that is never used
     if MASK:
         m_t = (start + o_t < end)[:, None]
         b_0 = tl.load(p_0, mask=m_t, other=0.0)
@@ -102,10 +103,10 @@ def add_dot(b_acc0, b_acc1, b_p, b_x0, b_x1, D1: tl.constexpr):
 
 @triton.jit
 def key_blocks(tile_ptr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr):
-    """What a tile of queries sees: with SPLIT blocks that need no mask, and blocks that do.
+    """The blocks of keys that a tile of queries sees: with SPLIT, first those that need no mask.
 
-    The first kind counts from the prefix's start and then from the segment's; the second is the rest of the
-    prefix, then the keys from `rest` on.
+    Blocks without a mask start at the prefix's start and then at the segment's. Masked blocks cover the rest
+    of the prefix, then the keys from `rest` on.
     """
     first = tl.load(tile_ptr)
     start = tl.load(tile_ptr + 1)
@@ -119,7 +120,7 @@ def key_blocks(tile_ptr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexp
     num_prefix = 0
     if SPLIT:
         num_prefix = (prefix_end - prefix) // BN
-        # `first` is a multiple of BM behind the start, and BM is one of BN
+        # first - start is a multiple of BM, and BM is a multiple of BN
         rest = first if CAUSAL else end - (end - start) % BN
     num_full = num_prefix + (rest - start) // BN
     prefix_rest = prefix + num_prefix * BN
@@ -141,7 +142,7 @@ def scores(
     if MASK:
         o_j = key + tl.arange(0, BN)
         m_s = (o_j < key_end)[None, :]
-        if CAUSAL:  # a prefix stands before all of its queries, so one rule serves both
+        if CAUSAL:  # a prefix comes before all of its queries, so one rule serves both
             m_s = m_s & (o_j[None, :] <= o_i[:, None])
         b_s = tl.where(m_s, b_s, float("-inf"))
     return b_s
@@ -239,7 +240,7 @@ def readable(x: Tensor) -> Tensor:
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    """Each tensor's strides of tokens and heads."""
+    """Each tensor's strides along tokens and heads."""
     return [x.stride(i) for x in tensors for i in (0, 1)]
 
 

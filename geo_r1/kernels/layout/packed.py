@@ -23,14 +23,14 @@ from torch import Tensor
 from geo_r1.kernels.layout.tiles import TILE_ROWS, tile_tables
 
 
-@dataclass(frozen=True, eq=False)  # two layouts are equal only if they are one object, as with tensors
+@dataclass(frozen=True, eq=False)  # as with tensors, two layouts are equal only if they are the same object
 class PackedLayout:
     """The boundaries of a packed batch, on the device for kernels and on the host for schedules.
 
     Make one with `from_lengths`. The tensors are int32, in tokens.
 
     Attributes:
-        prompt_len: tokens of each group's prompt, B of them.
+        prompt_len: tokens of each group's prompt, B numbers.
         completion_len: for each group, the tokens of each of its completions; zero is legal.
         cu_group: [B + 1] where each group starts; ends at T.
         prefix_len: [B] tokens of each group's prompt.
@@ -56,7 +56,7 @@ class PackedLayout:
         lengths = [*self.prompt_len, *itertools.chain.from_iterable(self.completion_len)]
         object.__setattr__(self, "num_tokens", sum(lengths))
         object.__setattr__(self, "max_segment_len", max(lengths, default=0))
-        # Many segments often have one length.
+        # Many segments often have the same length.
         counts = Counter(lengths)
         num_tiles = {rows: sum(n * -(-length // rows) for length, n in counts.items()) for rows in TILE_ROWS}
         object.__setattr__(self, "_num_tiles", num_tiles)
@@ -106,7 +106,7 @@ class PackedLayout:
         """Query tiles and key tiles of at most `rows` tokens, one of TILE_ROWS, as `tile_tables` makes them.
 
         They are made on first use and kept, in a way that `torch.compile` can trace. Use a layout once before
-        capturing a CUDA graph with it: tensors recorded by a capture do not exist until the replay.
+        capturing a CUDA graph with it: tensors made during a capture hold nothing until the replay.
         """
         if rows in self._tiles:
             return self._tiles[rows]

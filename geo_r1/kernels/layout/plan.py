@@ -26,21 +26,21 @@ class PackedPlan:
 def plan_batches(
     prompt_len: Sequence[int], completion_len: Sequence[Sequence[int]], max_tokens: int
 ) -> PackedPlan:
-    """Put groups into as few batches of at most `max_tokens` tokens as first-fit decreasing finds.
+    """Put groups into few batches of at most `max_tokens` tokens, by first-fit decreasing.
 
-    A group larger than the budget is split into sub-groups that repeat its prompt, never two of them in one
-    batch; the plan counts the repeated tokens.
+    A group larger than the budget is split into sub-groups that repeat its prompt. No batch holds two of
+    them; the plan counts the repeated tokens.
 
     Args:
         prompt_len: tokens of each prompt, B integers >= 0.
         completion_len: B sequences with the tokens of each completion.
-        max_tokens: the most tokens of a batch.
+        max_tokens: the most tokens in a batch.
 
     Returns:
         The plan; the same lengths always give the same plan.
 
     Raises:
-        ValueError: as `PackedLayout.from_lengths`; or one prompt, alone or with one of its completions,
+        ValueError: as for `PackedLayout.from_lengths`; or a prompt, alone or with one of its completions,
             exceeds the budget; the message names the group.
     """
     prompts, completions = check_lengths(prompt_len, completion_len)
@@ -51,7 +51,7 @@ def plan_batches(
             longest = f" with a completion of {max(lengths)}" if lengths else ""
             raise ValueError(
                 f"group {group}: a prompt of {prompt} tokens{longest} is over the budget of {max_tokens} "
-                "tokens a batch"
+                "tokens per batch"
             )
         if prompt + sum(lengths) <= max_tokens:  # the usual case
             pieces.append((group, tuple(range(len(lengths)))))

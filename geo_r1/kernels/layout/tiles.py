@@ -1,4 +1,4 @@
-"""The tiles of a packed batch that the attention kernels walk, the longest work first.
+"""The tiles of a packed batch that the attention kernels walk, most work first.
 
 A tile is up to `rows` neighbouring tokens of one segment, so it has one prefix and one range of its own keys.
 Completions follow their prompt directly, so the queries that see a tile of keys are one range too, and one
@@ -14,7 +14,7 @@ from torch import Tensor
 TILE_ROWS = (16, 32, 64, 128)
 # If no segment is longer than this, tiles are whole segments.
 SHORT = 64
-HEAD_SIZES = (16, 32, 64, 80, 96, 128)  # that attention kernels are built for
+HEAD_SIZES = (16, 32, 64, 80, 96, 128)  # attention kernels are built for these
 
 
 def tile_tables(
@@ -25,11 +25,11 @@ def tile_tables(
     rows: int,
     num_tiles: int,
 ) -> tuple[Tensor, Tensor]:
-    """Cut every segment into tiles on the device of the boundaries, without waiting for it.
+    """Cut every segment into tiles on the boundaries' device, without waiting for it.
 
     Args:
         cu_group, prefix_len, cu_segment, segment_parent: boundaries, see `PackedLayout`.
-        rows: the most tokens of a tile, one of TILE_ROWS.
+        rows: the most tokens in a tile, one of TILE_ROWS.
         num_tiles: N, which the host knows from the lengths.
 
     Returns:

@@ -12,7 +12,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_matrix(name: str, matrix: Tensor) -> None:
-    """Raise ValueError unless `matrix` is [*, not empty] of a dtype that the losses take."""
+    """Raise ValueError unless `matrix` is 2-D, its last dimension not empty, of a dtype that losses take."""
     if matrix.dim() != 2 or matrix.shape[1] == 0 or matrix.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"{name}: expected two dimensions, the last not empty, of float16, bfloat16, float32 or float64, "
@@ -59,7 +59,7 @@ def check_rows(
 
 
 def check_linear(hidden_RC: Tensor, lm_head_VC: Tensor) -> None:
-    """Raise ValueError unless hidden states and head fit each other."""
+    """Raise ValueError unless the hidden states and the head fit each other."""
     check_matrix("hidden_RC", hidden_RC)
     check_matrix("lm_head_VC", lm_head_VC)
     if lm_head_VC.shape[0] == 0 or lm_head_VC.shape[1] != hidden_RC.shape[1]:

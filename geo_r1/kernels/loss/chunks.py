@@ -1,4 +1,4 @@
-"""The walk through the vocabulary in chunks of rows, whose logits live in one bounded scratch.
+"""Walks through the loss rows in chunks, whose logits live in one bounded scratch buffer.
 
 Three products per chunk: logits = hidden lm_head^T, dhidden = dlogits lm_head, dlm_head += dlogits^T hidden.
 Between them `TorchRows` or `KernelRows` turns the logits into statistics and gradients.
@@ -24,7 +24,7 @@ SCRATCH_BYTES = 1 << 30
 SCRATCH_BYTES_CPU = 64 << 20
 
 # Up to this many chunks, the head's gradient is summed in its own dtype: each sum rounds once, as products
-# do. With more, roundings would add up, so a float32 buffer of the head's size takes the sum.
+# do. With more, roundings would add up, so the sum is kept in a float32 buffer of the head's size.
 MAX_NARROW_SUMS = 4
 
 
@@ -54,7 +54,7 @@ class ChunkWalk:
         rows_class = TorchRows if impl == "reference" else KernelRows
         row_bytes = rows_class.row_bytes(vocab_size, dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        # The head's gradient is summed by the products, or in float32 by way of a block.
+        # The products sum the head's gradient themselves, or it is summed in float32, block by block.
         num_chunks = -(-num_rows // max(1, scratch // row_bytes))
         self.direct = lm_head_VC.dtype == dtype and (dtype == wide or num_chunks <= MAX_NARROW_SUMS)
         block_bytes = scratch // 8 if needs_head and not self.direct else 0
@@ -135,7 +135,7 @@ class TorchRows:
             self.logit.copy_(logits_rV)
         if (
             logits_rV.dtype == torch.float16
-        ):  # -inf of a product that overflowed, times its probability of 0, is NaN
+        ):  # a product that overflowed is -inf, and times its probability of 0 it would be NaN
             self.logit.clamp_(min=torch.finfo(torch.float32).min / 2)
         self.target_r, self.temperature = target_r, temperature
         if temperature != 1:
@@ -178,12 +178,12 @@ class TorchRows:
 
 
 class KernelRows:
-    """A chunk's rows by kernels: one buffer, whose logits become their gradient in place.
+    """A chunk's rows with kernels: one buffer, whose logits become their gradient in place.
 
     Each of its rows begins at a multiple of ALIGNMENT, whatever the size of the vocabulary.
     """
 
-    ALIGNMENT = 16  # bytes that a thread loads at once, and that cuBLAS's fastest products require
+    ALIGNMENT = 16  # bytes: a thread loads that many at once, and cuBLAS's fastest products require it
 
     def __init__(self, like: Tensor, num_rows: int, vocab_size: int, impl: str) -> None:
         self.kernels = row_kernels(impl)
@@ -214,7 +214,7 @@ class KernelRows:
     def loss(
         self, logits_rV: Tensor, target_r: Tensor, rows_r: LossRows, config: GRPOLossConfig, gradient: bool
     ) -> tuple[RowLoss, Tensor, Tensor, Tensor | None]:
-        """As `TorchRows.loss`, with dlogits in place."""
+        """Like `TorchRows.loss`, with dlogits in place."""
         d_logits_rV = logits_rV if gradient else None
         terms, logp_r, entropy_r, _ = self.kernels.grpo_row_loss(
             logits_rV, target_r, rows_r, config, d_logits_rV

@@ -15,12 +15,12 @@ class GRPOLossConfig:
 
     # Ratios are clipped to [1 - epsilon, 1 + epsilon_high].
     epsilon: float = 0.2
-    # None: epsilon. With policy "cispo" it is the upper bound of the ratio itself, and required.
+    # None: epsilon. Policy "cispo" requires it, as the upper bound of the ratio itself.
     epsilon_high: float | None = None
     # Upper bound of the ratio on the side that clipping leaves open; only with policy "clip".
     delta: float | None = None
     policy: Literal["clip", "cispo", "sapo"] = "clip"
-    # Sharpness of SAPO's gate for positive advantages, and for others.
+    # Sharpness of SAPO's gate for positive advantages, and for all others.
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     # "sequence": one ratio per completion, the geometric mean of its tokens' (GSPO, arXiv:2507.18071).

@@ -1,4 +1,4 @@
-"""The losses as torch ops: from logits, and from hidden states by a walk through the vocabulary.
+"""The losses as torch ops: from logits, and from hidden states chunk by chunk.
 
 `public.py` states what they compute and checks their inputs. Gradients are saved or, for log-probabilities,
 recomputed in backward. A second derivative raises.
@@ -30,7 +30,7 @@ ROWS_SCHEMA = (
 
 
 def _grpo_loss(logits_RV: Tensor, target_R: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The loss, the five reports, and for backward lse and the loss's derivatives in logp and entropy."""
+    """The loss and five reports; for backward, lse and the loss's derivatives in logp and entropy."""
     rows_R = LossRows(*arguments[:6])
     *fields, impl = arguments[6:]
     config = GRPOLossConfig(*fields)
@@ -41,7 +41,7 @@ def _grpo_loss(logits_RV: Tensor, target_R: Tensor, *arguments: Any) -> tuple[Te
     else:
         if impl == "reference":
             logp_R, entropy_R = reference.row_statistics(logits_RV, target_R, config.temperature)
-            lse_R2 = logp_R.new_zeros(len(logp_R), 2)  # not read by its backward
+            lse_R2 = logp_R.new_zeros(len(logp_R), 2)  # the reference's backward does not read it
         else:
             statistics = row_kernels(impl).row_statistics
             logp_R, entropy_R, lse_R2 = statistics(logits_RV, target_R, config.temperature)
@@ -108,14 +108,14 @@ _grpo_loss_op.register_autograd(_grpo_loss_backward, setup_context=_setup_grpo_l
 def loss_outputs(
     terms: RowLoss, token_weight_R: Tensor, logp_R: Tensor, entropy_R: Tensor
 ) -> tuple[Tensor, ...]:
-    """The fields of GRPOLossOutput; a row of weight zero reports zeros, whatever it holds."""
+    """The fields of GRPOLossOutput; a row of weight zero has logp and entropy 0, whatever it holds."""
     kept_R = token_weight_R != 0
     logp_R, entropy_R = (torch.where(kept_R, row_R, 0.0) for row_R in (logp_R, entropy_R))
     return terms.loss_R.sum(), logp_R, entropy_R, terms.kl_R, terms.ratio_R, terms.clipped_R
 
 
 def fake_row(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[R] of the given dtype, by default that of the statistics of `like` [R, *]."""
+    """[R] of the given dtype, or of the dtype of statistics of `like` [R, *]."""
     return like.new_empty(like.shape[0], dtype=dtype or torch.promote_types(like.dtype, torch.float32))
 
 
@@ -128,12 +128,12 @@ def fake_loss_outputs(like: Tensor) -> tuple[Tensor, ...]:
 def _linear_grpo_loss(
     hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    """The fields of GRPOLossOutput, and the gradients of hidden states and head, empty if not wanted."""
+    """The fields of GRPOLossOutput, and the gradients of hidden states and head, empty if not needed."""
     rows_R = LossRows(*arguments[:6])
     *fields, needs_hidden, needs_head, impl = arguments[6:]
     config = GRPOLossConfig(*fields)
-    # On a GPU, counting rows of weight zero would wait for the device. They stay in the products, and must
-    # be finite there, since zero times NaN is NaN. On a CPU they are left out.
+    # On a GPU, counting rows of weight zero would wait for the device. So they stay in the products, where
+    # they must be finite, since zero times NaN is NaN. On a CPU they are left out.
     kept_R = rows_R.token_weight_R != 0
     if hidden_RC.device.type != "cpu":
         hidden_RC = torch.where(kept_R[:, None], hidden_RC, 0.0)
@@ -167,7 +167,7 @@ def _linear_grpo_loss(
 def _without_dropped_rows(
     kept_R: Tensor, hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, arguments: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
-    """Run the op on the rows with a weight, and put its results back in their places."""
+    """Run the op on the rows with a weight, and put the results back in place."""
     index_r = kept_R.nonzero().squeeze(1)
     rows_r = LossRows(*arguments[:6]).part(index_r)
     loss, *reports_r, d_hidden_rC, d_head_VC = _linear_grpo_loss(
@@ -188,7 +188,7 @@ def _walk_statistics(walk: ChunkWalk, target_R: Tensor, temperature: float) -> t
 
 
 def _joined(chunks: Sequence[tuple[Tensor, ...]], like: Tensor, num_rows: int) -> tuple[Tensor, ...]:
-    """Concatenate the rows of all chunks; without chunks, `num_rows` empty ones."""
+    """Concatenate each output over all chunks; without chunks, `num_rows` empty outputs."""
     if not chunks:
         return tuple(
             fake_row(like, torch.bool if i == RowLoss._fields.index("clipped_R") else None)
@@ -227,7 +227,7 @@ def _linear_grpo_loss_backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tupl
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """grad * factor, rounded once from the factor's own dtype.
 
-    Not in place, since the graph may be kept. `out` avoids a float32 copy of the head's gradient.
+    Not in place, since the graph may be retained. `out` avoids a float32 copy of the head's gradient.
     """
     return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad))
 
@@ -270,7 +270,7 @@ def _(hidden_RC: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _linear_logprob_backward(
     d_logp_R, d_entropy_R, hidden_RC, lm_head_VC, target_R, temperature, needs_hidden, needs_head, impl
 ):
-    """Both gradients; each chunk's logits are computed again."""
+    """Both gradients; each chunk's logits are recomputed."""
     walk = ChunkWalk(hidden_RC, lm_head_VC, impl, needs_hidden=needs_hidden, needs_head=needs_head)
     for rows in walk.chunks():
         walk.rows.statistics(walk.logits(rows), target_R[rows], temperature)

@@ -7,7 +7,7 @@ The ops on hidden states never hold the full logits [R, V]:
     logits = hidden lm_head^T / temperature;  logp = logits[target] - logsumexp(logits)
     dlogits = dlogp (onehot - p) - dH p (log p + H)
 
-They walk the rows in chunks, whose logits live in one bounded scratch, in one of two ways:
+They walk the rows in chunks, whose logits live in one bounded scratch buffer, in one of two ways:
 
 - A loss is one number, so its gradients are computed in the forward pass: three products in all (logits,
   dhidden, dlm_head), 3 * 2 R C V operations, and backward only multiplies. With ratios per sequence no row's
@@ -52,7 +52,7 @@ class GRPOLossOutput:
     logp_R: Tensor  # [R] nats, no gradient, as are all below
     entropy_R: Tensor  # [R] nats
     kl_R: Tensor  # [R] nats, by the chosen estimator; zeros without ref_logp_R
-    ratio_R: Tensor  # [R] policy / old policy, before any clipping; one a sequence with level "sequence"
+    ratio_R: Tensor  # [R] policy / old policy, before any clipping; one per sequence with level "sequence"
     # [R] bool: ratio outside [1 - epsilon, 1 + epsilon_high] on the side to which the advantage pushes; with
     # "cispo": above epsilon_high with a positive advantage; with "sapo": never
     clipped_R: Tensor
@@ -149,7 +149,7 @@ def linear_grpo_loss(
         GRPOLossOutput.
 
     Raises:
-        ValueError: as `grpo_loss`; or hidden states and head do not fit each other.
+        ValueError: as for `grpo_loss`; or hidden states and head do not fit each other.
 
     Source: see `grpo_loss` and this module.
     """
@@ -258,7 +258,7 @@ def _loss(
 
 
 def _autocast(hidden_RC: Tensor) -> Tensor:
-    """The states in autocast's dtype for products. The head is cast with them, its gradient is not."""
+    """The states in autocast's dtype for products. The head is cast too, its gradient is not."""
     dtype = autocast_dtype(hidden_RC.device)
     return hidden_RC if dtype is None or hidden_RC.dtype != torch.float32 else hidden_RC.to(dtype)
 
@@ -276,6 +276,6 @@ def _weight_unit(weight_R: Tensor) -> Tensor:
     if weight_R.numel() == 0:
         return weight_R.new_ones((), dtype=torch.float32)
     size_R = weight_R.detach().abs().float()
-    # Nor may they exceed that range: rows with the same target add up in the head's gradient.
+    # They must not exceed that range either: rows with the same target add up in the head's gradient.
     largest = torch.maximum(size_R.amax(), size_R.sum() / 256)
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)

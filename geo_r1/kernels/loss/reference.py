@@ -106,7 +106,7 @@ def _log_softmax(logits_RV: Tensor, temperature: float) -> Tensor:
 
 
 def _finite(logp_RV: Tensor) -> Tensor:
-    """Replace -inf by a finite number, so that its product with a probability of 0 is 0."""
+    """Replace -inf with a finite number, so that its product with a probability of 0 is 0."""
     return logp_RV.clamp(min=torch.finfo(logp_RV.dtype).min)
 
 
@@ -151,8 +151,8 @@ def grpo_row_loss(logp_R: Tensor, entropy_R: Tensor, rows: LossRows, config: GRP
 
 
 def _sequence_mean(value_R: Tensor, kept_R: Tensor, sequence_R: Tensor) -> Tensor:
-    """Mean over the kept rows of each row's sequence; the ids need be neither sorted nor dense."""
-    # Dense ids by sorting: at most R of them, without the host sync of torch.unique.
+    """Mean over the kept rows of each row's sequence; the ids need not be sorted or dense."""
+    # Sorting gives dense ids, at most R of them, without the host sync of torch.unique.
     ordered, order = sequence_R.sort(stable=True)
     rank = torch.zeros_like(ordered)
     rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
@@ -169,10 +169,10 @@ def _sequence_mean(value_R: Tensor, kept_R: Tensor, sequence_R: Tensor) -> Tenso
 def _policy_term(
     logp_R: Tensor, ratio_R: Tensor, advantage_R: Tensor, config: GRPOLossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The policy term (to be minimised), its derivative by the log-ratio, and which rows were clipped.
+    """The policy term (to be minimised), its derivative in the log-ratio, and which rows were clipped.
 
-    Where a bound replaces the ratio the derivative is exactly 0, and no factor is a ratio that may have
-    overflowed. Comparisons are written so that a NaN ratio stays NaN.
+    Where a bound replaces the ratio, the derivative is exactly 0 and is not multiplied by the ratio, which
+    may have overflowed. Comparisons are written so that a NaN ratio stays NaN.
     """
     high = config.clip_high
     if config.policy == "cispo":  # arXiv:2506.13585; only logp is differentiated
@@ -189,7 +189,7 @@ def _policy_term(
     # Clipped PPO; delta bounds the side that clipping leaves open (arXiv:2505.07291).
     low_R = ratio_R.clamp(1 - config.epsilon, 1 + high)
     open_R = ratio_R if config.delta is None else ratio_R.clamp(max=config.delta)
-    # With a zero advantage and a ratio that overflows this compares NaN: False takes the bounded side.
+    # With a zero advantage and an overflowed ratio this compares NaN, and False takes the bounded side.
     chosen_R = torch.where(open_R * advantage_R <= low_R * advantage_R, open_R, low_R)
     clipped_R = ((ratio_R < 1 - config.epsilon) & (advantage_R < 0)) | (
         (ratio_R > 1 + high) & (advantage_R > 0)

@@ -27,7 +27,7 @@ class RowKernels:
     """Launches kernels on logits [R, V] of float16, bfloat16 or float32; rows are float32, targets int64."""
 
     def __init__(self, impl: str) -> None:
-        # Imported by name: Triton may be missing where CUDA runs.
+        # Imported by name, since the CUDA kernels must run without Triton.
         self._module = importlib.import_module(f"geo_r1.kernels.loss.{impl}")
 
     def row_statistics(
@@ -36,7 +36,7 @@ class RowKernels:
         """logp_R, entropy_R and lse_R2 in one read of the logits.
 
         lse_R2 [R, 2] is the log-sum-exp in two parts, the largest logit and the log of the sum of
-        exp((logit - largest) / temperature). Rounded to one number it would spoil every probability.
+        exp((logit - largest) / temperature). As one rounded number it would spoil every probability.
         """
         rows = _new_row(logits_RV), _new_row(logits_RV), _new_row(logits_RV, 2)
         with torch.cuda.device_of(logits_RV):  # Triton launches on the current device

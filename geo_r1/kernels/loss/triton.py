@@ -4,7 +4,7 @@ A program takes one row. The log-sum-exp is online: one read of the row gives th
 exp(z - max) and the sum of exp(z - max) (z - max), from which the entropy follows without cancelling.
 
 Bytes moved for R rows of V logits of b bytes: statistics R V b; the gradient alone 2 R V b; loss and gradient
-3 R V b, of which the second read comes from L2 where the launch row says so. All arithmetic is in float32.
+3 R V b, where the second read comes from L2 if the launch row says so. All arithmetic is in float32.
 
 Source: online softmax, arXiv:1805.02867; the loss, arXiv:2402.03300, see `reference.py`.
 """
@@ -23,7 +23,7 @@ from geo_r1.kernels.launch import Launch
 from geo_r1.kernels.loss.config import GRPOLossConfig
 from geo_r1.kernels.loss.reference import SAPO_SATURATED, LossRows, RowLoss
 
-# Most bytes of a row -> how it is read. LOADS: depth of the pipeline, so LOADS - 1 blocks are in flight while
+# Largest row in bytes -> how it is read. LOADS: depth of the pipeline; LOADS - 1 blocks are in flight while
 # the program works on one. Nothing here was measured. The loss reads a row twice. With one row in flight per
 # SM (132 SMs, 300 KB each at V = 152064 in bfloat16: 40 MB) an H200's 60 MB of L2 can hold it until the
 # second read; with more it could not. So the launch for large V asks for more than half of an SM's registers.
@@ -33,7 +33,7 @@ LOSS_ROWS = {
     400_000: Launch("one row per SM, 48 KB of it in flight", BLOCK_V=8192, LOADS=4, num_warps=16),
     1 << 40: Launch("L2 cannot hold even one row per SM", BLOCK_V=2048, LOADS=3, num_warps=8),
 }
-# One pass keeps nothing, so several rows run on an SM, with 8 numbers a thread.
+# A single pass keeps nothing, so several rows run on an SM, with 8 numbers per thread.
 PASS_ROWS = {
     1 << 11: Launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
     1 << 40: Launch("4 rows per SM, 32 KB of them in flight", BLOCK_V=2048, LOADS=3, num_warps=8),
@@ -45,9 +45,9 @@ LAUNCHES: tuple[Launch, ...] = (*LOSS_ROWS.values(), *PASS_ROWS.values())
 def _statistics(
     p_row, stride_v, target, num_cols, inv_temperature, BLOCK_V: tl.constexpr, LOADS: tl.constexpr
 ):
-    """Largest logit, log of the sum above it, logp of the target, entropy; no column is no row: zeros."""
-    # Before the sums, whose barriers keep it ahead of a gradient that is written over the logits. A target
-    # out of range gives NaN, not a read outside the row.
+    """Largest logit, log of the sum relative to it, logp of the target, entropy; zeros without columns."""
+    # Loaded before the sums: their barriers keep it ahead of a gradient that is written over the logits. A
+    # target out of range gives NaN, not a read outside the row.
     inside = (target >= 0) & (target < num_cols)
     drawn = tl.load(p_row + target * stride_v, mask=inside, other=float("nan")).to(tl.float32)
     top = -float("inf")
@@ -59,9 +59,9 @@ def _statistics(
         b_x = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < num_cols, other=-float("inf"))
         b_x = b_x.to(tl.float32)  # [BLOCK_V]
         new_top = tl.maximum(top, tl.max(b_x, 0))
-        # A row may begin with blocks of -inf alone; a NaN stays in b_x and reaches the sums.
+        # A row may begin with blocks of only -inf; a NaN stays in b_x and reaches the sums.
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        # The difference first: scaled before, large logits would lose what they differ by.
+        # Subtract before scaling: scaled first, large logits would lose their difference.
         shift = tl.where(top == -float("inf"), 0.0, tl.maximum((top - base) * inv_temperature, -1e30))
         decay = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
         b_above = (b_x - base) * inv_temperature
@@ -78,7 +78,7 @@ def _statistics(
 def _gradient_block(
     b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY: tl.constexpr
 ):
-    """dlogits of one block; the log-sum-exp's parts, entropy and both derivatives are the row's own."""
+    """dlogits of one block; the log-sum-exp's parts, entropy and both derivatives are the row's."""
     b_logp = (b_logit.to(tl.float32) - top) * inv_temperature - log_sum  # [BLOCK_V]
     b_p = tl.exp(b_logp)
     b_d = tl.where(o_v == target, d_logp, 0.0) - d_logp * b_p
@@ -89,7 +89,7 @@ def _gradient_block(
 
 @triton.jit
 def _expm1_less(d):
-    """exp(d) - 1 - d without cancelling: a series where |d| < 1/4, right to 1e-8 of its value."""
+    """exp(d) - 1 - d without cancelling: for |d| < 1/4 a series with a relative error of 1e-8."""
     series = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040))))))
     return tl.where(tl.abs(d) < 0.25, series, tl.exp(d) - 1 - d)
 
@@ -99,7 +99,7 @@ def _policy(
     logp, ratio, advantage, epsilon, clip_high, delta, tau_pos, tau_neg,
     POLICY: tl.constexpr, HAS_DELTA: tl.constexpr, SATURATED: tl.constexpr,
 ):  # fmt: skip
-    """Policy term, its derivative in logp, whether a bound took the gradient: `reference._policy_term`."""
+    """Policy term, its derivative in logp, whether a bound removed the gradient: `reference._policy_term`."""
     if POLICY == "cispo":
         c = tl.where(ratio > clip_high, clip_high, ratio)
         term = -c * advantage * logp
@@ -112,11 +112,11 @@ def _policy(
         gate = 1 / (1 + tl.exp(-tau * (tl.where(held, bound, ratio) - 1)))
         term = -advantage * gate * 4 / tau
         d_term = -advantage * 4 * gate * (1 - gate) * tl.where(held, 0.0, ratio)
-        clipped = advantage != advantage  # never, in the shape of the others
+        clipped = advantage != advantage  # never clipped, in the shape of the others
     else:
         low = 1 - epsilon
         high = 1 + clip_high
-        # By `where`, which keeps a NaN ratio, and not by minimum and maximum, which may drop it.
+        # `where` keeps a NaN ratio; minimum and maximum may drop it.
         bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
         unbounded = ratio
         if HAS_DELTA:
@@ -168,7 +168,7 @@ def _loss_kernel(
     target = tl.load(target_ptr + i_r)
     weight = tl.load(weight_ptr + i_r).to(tl.float32)
     kept = weight != 0
-    # A row of weight zero has no columns: nothing of it is read, whatever it holds.
+    # A row of weight zero counts as having no columns, so none of it is read, whatever it holds.
     cols = tl.where(kept, num_cols, 0)
     p_row = logits_ptr + i_r * stride_r
     top, log_sum, logp, entropy = _statistics(p_row, stride_v, target, cols, inv_temperature, BLOCK_V, LOADS)
@@ -249,7 +249,7 @@ def _gradient_kernel(
         d_loss = tl.load(d_loss_ptr)
         d_logp *= d_loss
         d_entropy *= d_loss
-    # An idle row gets zeros without being read: it may hold anything.
+    # An idle row gets zeros without being read, as it may hold anything.
     cols = tl.where(active, num_cols, 0)
     p_row = logits_ptr + i_r * stride_r
     p_d = d_logits_ptr + i_r * d_stride_r

@@ -43,7 +43,7 @@ def token_weights(
     """
     length_N = torch.as_tensor(completion_len_N)
     if length_N.numel() == 0:
-        length_N = length_N.long()  # an empty list has no dtype of its own
+        length_N = length_N.long()  # an empty list has no integer dtype
     if length_N.dim() != 1 or length_N.is_floating_point() or length_N.dtype == torch.bool:
         raise ValueError(
             f"completion_len_N: expected [N] integers, got {list(length_N.shape)} {length_N.dtype}"
