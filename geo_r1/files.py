@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,3 +43,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def data_uri(mime: str, data: bytes) -> str:
+    """A file's content as an address, for HTML or a chat request."""
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"

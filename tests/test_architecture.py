@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "places": {"errors", "place_names"},
     "data": {"errors", "kernels", "models", "answers", "files", "places"},
     "rewards": {"errors", "answers"},
-    "rollout": {"errors", "kernels", "models", "data", "rewards"},
+    "rollout": {"errors", "files", "kernels", "models", "data", "rewards"},
     "eval": {"errors", "kernels", "models", "answers", "files", "places", "data", "rewards", "rollout"},
     "train": {"errors", "kernels", "models", "answers", "files", "data", "rewards", "rollout", "eval"},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from geo_r1.data.sample import ImageSource, Sample, load_image, read_image, shrink
+from geo_r1.files import data_uri
 
 MAX_REPLY = 2**20  # bytes of a response: a chain of thought takes some kilobytes
 SMALL_PICTURE = 2**20  # bytes; a smaller picture file may be sent unchanged
@@ -86,7 +86,7 @@ def _data_uri(source: ImageSource, owner: str, max_pixels: int | None) -> str:
     fits = max_pixels is None or image.width * image.height <= max_pixels
     if encoded is None or not fits or (kind := _as_it_is(encoded)) is None:
         kind, encoded = _encode(image if fits else shrink(image, max_pixels or 1))
-    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+    return data_uri(f"image/{kind}", encoded)
 
 
 def _as_it_is(encoded: bytes) -> str | None:

@@ -8,7 +8,6 @@ sampled with: a restarted server has none, so none of its completions is used be
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from geo_r1.errors import UserError
+from geo_r1.files import data_uri
 from geo_r1.models import EncodedPrompt
 from geo_r1.rollout.engine import Copies, EngineLost, WeightsLost
 from geo_r1.rollout.sampling import Completion, SamplingConfig
@@ -319,4 +319,4 @@ def _body(prompt: EncodedPrompt, params: dict[str, Any]) -> bytes:
 def _data_url(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)  # a few times as fast as the best
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_uri("image/png", file.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from geo_r1.data import load_image
+from geo_r1.files import data_uri
 
 TINY_PIXELS = 256  # pictures up to this side are embedded untouched and scaled without blur
 LARGE_PIXELS = 1024  # pictures beyond this side are shrunk to it: the page must stay mailable
@@ -52,10 +52,6 @@ def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -
     except (OSError, ValueError, Image.DecompressionBombError):  # missing or no picture: the page says so
         return Picture(label, None, tiny=False)
     return Picture(label, uri, tiny=side <= TINY_PIXELS)
-
-
-def data_uri(mime: str, data: bytes) -> str:
-    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def split_completion(text: str) -> list[tuple[str, str]]:

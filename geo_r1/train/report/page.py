@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import is_finite
-from geo_r1.files import written_beside
-from geo_r1.train.report.embedded import data_uri, embedded, split_completion
+from geo_r1.files import data_uri, written_beside
+from geo_r1.train.report.embedded import embedded, split_completion
 from geo_r1.train.report.gallery import read_training_gallery
 from geo_r1.train.report.plots import Metrics, draw_plots
 
