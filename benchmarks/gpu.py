@@ -169,6 +169,7 @@ def run_stage(stage: Stage, device: str, stem: Path, seconds: float, record: Rec
 def environment(device: str, processes: int) -> dict[str, str]:
     """Hides the GPU from a rehearsal on a CPU; processes that run side by side share the cores."""
     found = dict(os.environ)
+    found.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark times nothing in such a worker
     if device == "cpu":
         found["CUDA_VISIBLE_DEVICES"] = ""
     if processes > 1:

@@ -44,7 +44,7 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     if path.suffix != ".csv":
         raise UserError(f"{path}: expected .csv or .parquet")
-    csv.field_size_limit(FIELD_LIMIT)
+    before = csv.field_size_limit(FIELD_LIMIT)  # of the whole process
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for number, line in enumerate(csv.DictReader(file, restkey="", strict=True), 1):
@@ -54,6 +54,8 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (csv.Error, UnicodeError) as error:
         raise UserError(f"{path} is not a table: {one_line(error)}") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def first_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:

@@ -118,7 +118,7 @@ MISTAKES = {
     "cispo without its bound": (
         "grpo",
         {"grpo__loss__policy": "cispo"},
-        "policy='cispo' needs epsilon_high",
+        "grpo.loss: policy='cispo' needs epsilon_high",
         False,
     ),
     "option of no reward": (

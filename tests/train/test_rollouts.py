@@ -346,7 +346,7 @@ def test_a_mismatch_above_the_limit_stops_the_run_before_its_update(tmp_path, ca
         ({"rollout__tensor_parallel_size": 2}, "tensor_parallel_size is for engine = vllm"),
         (
             {"rollout__engine": "vllm", "rollout__tensor_parallel_size": 2, "rollout__max_staleness": 1},
-            "sample ahead (max_staleness) by a server, or with one copy a rank",
+            "sample ahead (max_staleness) with a server, or with one copy per rank",
         ),
         ({"rollout__cuda_graphs": True, "rollout__max_staleness": 1}, "nothing may run beside a capture"),
         ({"rollout__cuda_graphs": True}, "rollout.cuda_graphs needs a GPU"),

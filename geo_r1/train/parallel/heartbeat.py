@@ -23,7 +23,7 @@ TIME_TO_MEET = timedelta(seconds=30)
 
 def say_once(message: str) -> None:
     """Say why the job ends, unless another rank has; returns when it is said."""
-    with suppress(dist.DistError):
+    with suppress(dist.DistError, ValueError):  # ValueError: the environment names no store
         store, *_ = next(dist.rendezvous("env://", timeout=TIME_TO_MEET))
         if store.add("geo_r1/failed", 1) == 1:
             say(message)
@@ -31,7 +31,7 @@ def say_once(message: str) -> None:
         else:  # torchrun would end the other rank as soon as this one ends
             store.wait(["geo_r1/said"], TIME_TO_MEET)
         return
-    say(message)  # the store is gone
+    say(message)  # the store is gone, or there was none
 
 
 class Heartbeat:
