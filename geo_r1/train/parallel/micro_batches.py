@@ -9,7 +9,7 @@ weight zero takes its place; its gradient is exactly zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,7 +76,11 @@ def share_out(policy: Policy, groups: Sequence[Group], max_tokens: int, weights_
     first = sum(home < ranks.rank for home, _ in everyone)
     mine = {first + i: group for i, group in enumerate(groups)}
     moves = [(home, owner) for _, home, owner in plan.moved]
-    outgoing = {i: mine[g] for i, (g, home, _) in enumerate(plan.moved) if home == ranks.rank}
+    outgoing = {
+        i: replace(mine[g], sample=None)  # the other rank needs tokens and pixels only
+        for i, (g, home, _) in enumerate(plan.moved)
+        if home == ranks.rank
+    }
     incoming = ranks.exchange(moves, outgoing)
     mine |= {plan.moved[i][0]: group for i, group in incoming.items()}
 

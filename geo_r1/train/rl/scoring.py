@@ -1,4 +1,4 @@
-"""Reward functions of a recipe, and the rewards of sampled groups."""
+"""The reward functions that a recipe names."""
 
 from __future__ import annotations
 
