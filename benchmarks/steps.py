@@ -141,8 +141,8 @@ class Step:
 
         token_ids: list[int] = []
         for height, width in size.images:
-            picture = [config.image_token_id] * (height * width)
-            token_ids += [config.vision_start_token_id, *picture, config.vision_end_token_id]
+            image = [config.image_token_id] * (height * width)
+            token_ids += [config.vision_start_token_id, *image, config.vision_end_token_id]
         token_ids += text(size.text)
         num_patches = sum(rows * columns for _, rows, columns in size.grids)
         pixels = torch.randn(num_patches, PATCH_SIZE, generator=g).to(device, dtype)

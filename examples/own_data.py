@@ -2,7 +2,7 @@
 
     python examples/own_data.py FOLDER
 
-Each row of JSONL is a sample. Each `<image>` in the prompt stands for one picture, in order; paths start at
+Each row of JSONL is a sample. Each `<image>` in the prompt stands for one image, in order; paths start at
 the file's folder.
 """
 
@@ -43,7 +43,7 @@ max_new_tokens = 32
 
 
 def write_data(folder, count, seed):
-    """Draw pictures and write rows that name them; returns the JSONL file."""
+    """Draw images and write rows that name them; returns the JSONL file."""
     draw, rows, file = random.Random(seed), [], folder / "data.jsonl"
     folder.mkdir(parents=True)
     for number in range(count):

@@ -11,7 +11,7 @@ MOST_READ = 4096  # characters; of a longer answer only the end, with the conclu
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 # The words that extract_choice knows. Text is lower-cased before the search.
-_NOUN = r"(?:options?|choices?|candidates?|images?|pictures?|photos?|views?|tiles?|letters?)"
+_NOUN = r"(?:options?|choices?|candidates?|images?|images?|photos?|views?|tiles?|letters?)"
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _MARKED = re.compile(r"""(?<![\w*`"$'])[*_`"$']+\s*(\w)\s*[*_`"$']+(?!\w)""")  # **c**, `c`, "c"
 _REASON = r"\b(?:because|since|given that|whereas|while|unlike|although|though)\b"

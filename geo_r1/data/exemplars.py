@@ -122,7 +122,7 @@ def pretraining(world: World, split: str, index: int) -> Sample:
 
 
 def caption(world: World, split: str, index: int) -> Sample:
-    """A question's pictures, with a description of each as the response."""
+    """A question's images, with a description of each as the response."""
     pairing = world.pairing(split, index)
     named = zip(("panorama", *LETTERS), (pairing.place, *pairing.candidates), strict=False)
     views = [f"{name} {' '.join(place.covers)}." for name, place in named]

@@ -1,4 +1,4 @@
-"""Pictures resized for the model, and a cache of decoded pictures."""
+"""Images resized for the model, and a cache of decoded images."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from geo_r1.data.sample import ImageSource, load_image, read_image
 
 Size = tuple[int, int]  # height and width in pixels
-SHRINK_STEPS = 4096  # possible scales when pictures shrink; neighbours differ by less than one token
+SHRINK_STEPS = 4096  # possible scales when images shrink; neighbours differ by less than one token
 
 
-class PictureCache:
-    """Decoded and resized pictures, keyed by their content; the least recently used are dropped first.
+class ImageCache:
+    """Decoded and resized images, keyed by their content; the least recently used are dropped first.
 
     Args:
         max_bytes: limit on the bytes of pixels; 0 keeps nothing.
 
     Attributes:
         num_bytes: bytes of pixels in the cache.
-        hits, misses: how many lookups found a picture, and how many did not.
+        hits, misses: how many lookups found an image, and how many did not.
     """
 
     def __init__(self, max_bytes: int = 0) -> None:
@@ -39,7 +39,7 @@ class PictureCache:
         return len(self._pixels)
 
     def whole_size(self, digest: bytes) -> Size | None:
-        """The picture's full size, if it is in the cache at any size."""
+        """The image's full size, if it is in the cache at any size."""
         return self._sizes.get(digest)
 
     def find(self, digest: bytes, target: Size) -> np.ndarray | None:
@@ -64,21 +64,21 @@ class PictureCache:
                 self._sizes.pop(oldest, None)
 
 
-class Picture:
-    """One picture of a prompt; it is not decoded if the cache holds it.
+class LazyImage:
+    """One image of a prompt; it is not decoded if the cache holds it.
 
     Args:
-        source: a picture, a path, or encoded bytes.
+        source: an image, a path, or encoded bytes.
         owner: the sample's id, for errors.
 
     Attributes:
         size: height and width in pixels, upright.
 
     Raises:
-        UserError: the picture is missing or broken; see `load_image`.
+        UserError: the image is missing or broken; see `load_image`.
     """
 
-    def __init__(self, source: ImageSource, owner: str, cache: PictureCache) -> None:
+    def __init__(self, source: ImageSource, owner: str, cache: ImageCache) -> None:
         self._source, self._owner, self._cache = source, owner, cache
         self._encoded: bytes | None = None
         self._image: Image.Image | None = None
@@ -117,10 +117,10 @@ class Picture:
 
 
 def fitted(whole: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
-    """The size at which the model sees a picture: multiples of `factor`, within the pixel limits.
+    """The size at which the model sees an image: multiples of `factor`, within the pixel limits.
 
     Raises:
-        ValueError: the picture is more than 200 times as long as wide.
+        ValueError: the image is more than 200 times as long as wide.
     """
     height, width = smart_resize(*whole, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
     return height, width
@@ -131,23 +131,23 @@ def num_tokens(target: Size, factor: int) -> int:
 
 
 def shrunk(whole: Sequence[Size], targets: Sequence[Size], factor: int, max_tokens: int) -> list[Size] | None:
-    """Scale all pictures of a prompt by the same factor until their tokens fit.
+    """Scale all images of a prompt by the same factor until their tokens fit.
 
     Args:
-        whole: full sizes of the pictures.
-        targets: their sizes without a token limit; no picture gets larger than this.
+        whole: full sizes of the images.
+        targets: their sizes without a token limit; no image gets larger than this.
         factor: side of one token in pixels; the returned sides are multiples of it.
-        max_tokens: limit on the tokens of all pictures together.
+        max_tokens: limit on the tokens of all images together.
 
     Returns:
-        The largest sizes that fit; None if even one token per picture is too much.
+        The largest sizes that fit; None if even one token per image is too much.
     """
 
     def side(length: int, scale: float, most: int) -> int:
         return min(most, max(factor, int(length * scale / factor) * factor))
 
     def sizes(step: int) -> list[Size]:
-        # Like `smart_resize`, except that it lengthens narrow pictures when it shrinks them.
+        # Like `smart_resize`, except that it lengthens narrow images when it shrinks them.
         found = []
         for (height, width), (most_high, most_wide) in zip(whole, targets, strict=True):
             scale = math.sqrt(most_high * most_wide * step / SHRINK_STEPS / (height * width))

@@ -13,7 +13,7 @@ from typing import Any
 from geo_r1.data.paths import naming
 from geo_r1.errors import UserError, one_line
 
-MAX_LINE = 16 * 2**20  # bytes: enough for a record with ten pictures, too little to exhaust the memory
+MAX_LINE = 16 * 2**20  # bytes: enough for a record with ten images, too little to exhaust the memory
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -36,7 +36,7 @@ class PromptLoader:
         encoder: encodes the prompts; its `on_overlong` is the rule for prompts that are too long.
         seed: determines the training order.
         num_workers: number of worker processes; with 0, `load` does the work itself.
-        cache_bytes: limit on the decoded pictures in the caches of all workers together.
+        cache_bytes: limit on the decoded images in the caches of all workers together.
     """
 
     def __init__(

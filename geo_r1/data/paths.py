@@ -22,7 +22,7 @@ def naming(path: Path | str, failed: str = "written") -> Iterator[None]:
 
 
 def moved_row(row: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any]:
-    """A row in our own columns, with its pictures' paths as seen from `folder`; see `moved`."""
+    """A row in our own columns, with its images' paths as seen from `folder`; see `moved`."""
     images = row.get("images")
     return (
         {**row, "images": [moved(i, root, folder) for i in images]} if isinstance(images, list) else {**row}
@@ -30,7 +30,7 @@ def moved_row(row: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any
 
 
 def moved(image: Any, root: Path, folder: Path) -> Any:
-    """A picture's path as seen from `folder`: relative if the picture is in it, absolute otherwise.
+    """An image's path as seen from `folder`: relative if the image is in it, absolute otherwise.
 
     Args:
         image: a path, {"path", "bytes"} or bytes; anything else is returned unchanged.
@@ -54,7 +54,7 @@ def moved(image: Any, root: Path, folder: Path) -> Any:
 
 @lru_cache(65536)
 def _seen_from(folder: Path, root: Path, parent: str) -> str:
-    """The path of a picture's parent folder as seen from `folder`; "" for `folder` itself."""
+    """The path of an image's parent folder as seen from `folder`; "" for `folder` itself."""
     path = root / parent
     if ".." in path.parts:  # after a link, .. is the parent of its target
         path = Path(os.path.realpath(path))

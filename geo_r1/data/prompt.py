@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from geo_r1.data.images import Picture, PictureCache, Size, fitted, num_tokens, shrunk
+from geo_r1.data.images import LazyImage, ImageCache, Size, fitted, num_tokens, shrunk
 from geo_r1.data.sample import Sample
 from geo_r1.errors import UserError
 from geo_r1.models.packed import EncodedPrompt
@@ -29,15 +29,15 @@ class PromptEncoder:
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         image_processor: a transformers `Qwen2VLImageProcessorPil`.
-        image_token_id: the token that stands for one merged patch of a picture.
-        max_pixels: larger pictures are shrunk to this many pixels; None keeps the processor's own limit.
-        max_prompt_tokens: limit per prompt; prompts are never cut, since that could cut a picture.
+        image_token_id: the token that stands for one merged patch of an image.
+        max_pixels: larger images are shrunk to this many pixels; None keeps the processor's own limit.
+        max_prompt_tokens: limit per prompt; prompts are never cut, since that could cut an image.
         on_overlong: the rule for longer prompts. "error" and "skip" both raise `OverlongPromptError`, which
-            `PromptLoader` raises again or turns into None; "resize" shrinks its pictures until they fit.
-        keep_pictures: prompts also carry their resized pictures, for a rollout engine that encodes them.
+            `PromptLoader` raises again or turns into None; "resize" shrinks its images until they fit.
+        keep_images: prompts also carry their resized images, for a rollout engine that encodes them.
 
     Attributes:
-        cache: decoded pictures; see `with_cache`.
+        cache: decoded images; see `with_cache`.
     """
 
     def __init__(
@@ -48,44 +48,44 @@ class PromptEncoder:
         max_pixels: int | None = None,
         max_prompt_tokens: int | None = None,
         on_overlong: OnOverlong = "error",
-        keep_pictures: bool = False,
+        keep_images: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_token_id = image_token_id
         self.max_prompt_tokens = max_prompt_tokens
         self.on_overlong = on_overlong
-        self.keep_pictures = keep_pictures
-        self.cache = PictureCache(0)
+        self.keep_images = keep_images
+        self.cache = ImageCache(0)
         if max_pixels is not None:
             shortest = min(image_processor.size["shortest_edge"], max_pixels)
             image_processor.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
 
     def with_cache(self, max_bytes: int) -> PromptEncoder:
-        """A copy of this encoder with its own cache of decoded pictures."""
+        """A copy of this encoder with its own cache of decoded images."""
         encoder = copy.copy(self)
-        encoder.cache = PictureCache(max_bytes)
+        encoder.cache = ImageCache(max_bytes)
         return encoder
 
     def encode(self, sample: Sample) -> EncodedPrompt:
         """Encode a sample's prompt, up to the start of the assistant's answer.
 
         Raises:
-            OverlongPromptError: the prompt is longer than `max_prompt_tokens`, and its pictures must not be
+            OverlongPromptError: the prompt is longer than `max_prompt_tokens`, and its images must not be
                 shrunk or cannot be shrunk enough.
-            UserError: a picture is missing or broken, or the text itself contains image tokens. All errors
+            UserError: an image is missing or broken, or the text itself contains image tokens. All errors
                 name the sample.
         """
-        pictures = [Picture(image, sample.id, self.cache) for image in sample.images]
-        targets = self._targets(sample, [picture.size for picture in pictures])
-        token_ids = self._tokens(sample, len(pictures))
-        targets = self._within_budget(sample, token_ids, [picture.size for picture in pictures], targets)
+        images = [LazyImage(image, sample.id, self.cache) for image in sample.images]
+        targets = self._targets(sample, [image.size for image in images])
+        token_ids = self._tokens(sample, len(images))
+        targets = self._within_budget(sample, token_ids, [image.size for image in images], targets)
         pixel_values = None
         resized: list[np.ndarray] = []
-        if pictures:
+        if images:
             resized = [
-                picture.resized(target, self.image_processor.resample)
-                for picture, target in zip(pictures, targets, strict=True)
+                image.resized(target, self.image_processor.resample)
+                for image, target in zip(images, targets, strict=True)
             ]
             features = self.image_processor(  # a second resize could round the sizes again
                 resized, do_resize=False, input_data_format="channels_last", return_tensors="pt"
@@ -95,7 +95,7 @@ class PromptEncoder:
         grids = tuple((1, height // patch, width // patch) for height, width in targets)
         token_ids, image_rows = expand_images(token_ids, self.image_token_id, grids, merge)
         positions = mrope_positions(token_ids, self.image_token_id, grids, merge)
-        kept = tuple(resized) if self.keep_pictures else ()
+        kept = tuple(resized) if self.keep_images else ()
         return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids, kept)
 
     @property
@@ -109,11 +109,11 @@ class PromptEncoder:
             return [
                 fitted(size, self._factor, limits["shortest_edge"], limits["longest_edge"]) for size in sizes
             ]
-        except ValueError as error:  # for example, a picture more than 200 times as wide as high
+        except ValueError as error:  # for example, an image more than 200 times as wide as high
             raise UserError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
 
     def _tokens(self, sample: Sample, num_images: int) -> list[int]:
-        """Token ids of the rendered chat, with one image token per picture."""
+        """Token ids of the rendered chat, with one image token per image."""
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
@@ -131,7 +131,7 @@ class PromptEncoder:
     def _within_budget(
         self, sample: Sample, token_ids: list[int], sizes: Sequence[Size], targets: list[Size]
     ) -> list[Size]:
-        """Sizes of the pictures at which the prompt fits its budget."""
+        """Sizes of the images at which the prompt fits its budget."""
         num_text = len(token_ids) - len(sizes)
         num_image = sum(num_tokens(target, self._factor) for target in targets)
         budget = self.max_prompt_tokens
@@ -180,9 +180,9 @@ def expand_images(
 def mrope_positions(
     token_ids: Sequence[int], image_token_id: int, grids: Sequence[tuple[int, int, int]], merge: int
 ) -> Tensor:
-    """[3, P] int64 positions (time, height, width) of an expanded prompt with still pictures.
+    """[3, P] int64 positions (time, height, width) of an expanded prompt with still images.
 
-    Text counts up on all three axes. A picture that starts at position s puts its merged patch (t, y, x) at
+    Text counts up on all three axes. An image that starts at position s puts its merged patch (t, y, x) at
     (s + t, s + y, s + x), and the text after it continues at s + max(rows, columns).
 
     Source: multimodal rotary embedding of Qwen2-VL, arXiv:2409.12191.

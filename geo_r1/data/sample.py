@@ -30,7 +30,7 @@ class Sample:
         id: unique in the data set; names the sample in errors, reports and random streams.
         messages: chat messages, each {"role", "content"}; content is a list of parts, {"type": "text",
             "text"} or {"type": "image"}; the n-th image part stands for the n-th of `images`.
-        images: pictures, paths, or encoded bytes, in order.
+        images: images, paths, or encoded bytes, in order.
         response: the text that supervised fine-tuning learns, if any.
         answer: the truth that rewards compare with, if any.
         metadata: the other columns; reward functions get them by name.
@@ -57,14 +57,14 @@ class Sample:
 
 
 def load_image(source: ImageSource, owner: str, encoded: bytes | None = None) -> Image.Image:
-    """Decode a picture to RGB, rotated upright by its EXIF orientation, transparent pixels over white.
+    """Decode an image to RGB, rotated upright by its EXIF orientation, transparent pixels over white.
 
     Args:
         owner: the sample's id, for errors.
         encoded: the bytes of this source, if `read_image` has already read them.
 
     Raises:
-        UserError: the file is missing, is not a complete picture, or has more than 8 bits per channel; names
+        UserError: the file is missing, is not a complete image, or has more than 8 bits per channel; names
             `owner` and the file.
     """
     with _naming(source, owner):
@@ -77,14 +77,14 @@ def load_image(source: ImageSource, owner: str, encoded: bytes | None = None) ->
 
 
 def read_image(source: Path | bytes, owner: str) -> bytes:
-    """The encoded bytes of a picture; raises a UserError that names `owner` and the file if it cannot."""
+    """The encoded bytes of an image; raises a UserError that names `owner` and the file if it cannot."""
     with _naming(source, owner):
         return source.read_bytes() if isinstance(source, Path) else source
 
 
 @contextmanager
 def _naming(source: ImageSource, owner: str) -> Iterator[None]:
-    """Turn an error about a picture into one line that names its sample."""
+    """Turn an error about an image into one line that names its sample."""
     if isinstance(source, Image.Image):
         name = "in memory"
     else:
@@ -94,7 +94,7 @@ def _naming(source: ImageSource, owner: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"sample {owner}: image {name} does not exist") from None
     except UnidentifiedImageError:
-        raise UserError(f"sample {owner}: image {name} is not a picture") from None
+        raise UserError(f"sample {owner}: image {name} is in no known image format") from None
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"sample {owner}: image {name} cannot be read: {one_line(error)}") from error
 
@@ -110,7 +110,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
-    """A smaller copy of a picture, of about the same shape, with at most `max_pixels` pixels."""
+    """A smaller copy of an image, of about the same shape, with at most `max_pixels` pixels."""
     scale = math.sqrt(max_pixels / (image.width * image.height))
     height = min(max(1, int(image.height * scale)), max_pixels)
     width = min(max(1, int(image.width * scale)), max_pixels // height)
@@ -174,7 +174,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_parquet(path: Path, columns: Callable[[list[str]], list[str]] = list) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a parquet file, with few in memory at a time, since they may hold pictures.
+    """Yields the rows of a parquet file, with few in memory at a time, since they may hold images.
 
     Args:
         columns: given all column names, returns the ones to read.

@@ -168,16 +168,16 @@ def _other(cover: str, rng: random.Random) -> str:
 
 def render_panorama(place: Place, rng: random.Random) -> Image.Image:
     """The view from the ground: the four sides next to each other, clockwise from the north-west."""
-    return _picture([[_ground_cell(place.city, cover, rng) for cover in place.covers]], rng)
+    return _image([[_ground_cell(place.city, cover, rng) for cover in place.covers]], rng)
 
 
 def render_tile(place: Place, rng: random.Random) -> Image.Image:
     """The view from above: one quadrant per side, north up."""
     nw, ne, se, sw = (_aerial_cell(place.city, cover, rng) for cover in place.covers)
-    return _picture([[nw, ne], [sw, se]], rng)
+    return _image([[nw, ne], [sw, se]], rng)
 
 
-def _picture(cells: list[list[np.ndarray]], rng: random.Random) -> Image.Image:
+def _image(cells: list[list[np.ndarray]], rng: random.Random) -> Image.Image:
     pixels = np.concatenate([np.concatenate(row, 1) for row in cells], 0)
     grain = np.frombuffer(rng.randbytes(pixels.size), np.uint8).reshape(pixels.shape) % 17
     return Image.fromarray(np.clip(pixels + grain.astype(np.int32) - 8, 0, 255).astype(np.uint8))

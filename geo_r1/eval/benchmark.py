@@ -16,7 +16,7 @@ class Question:
     """One question of a benchmark.
 
     Attributes:
-        sample: prompt and pictures; the id is unique in the benchmark.
+        sample: prompt and images; the id is unique in the benchmark.
         truth: JSON values that the scorer compares the answer with.
     """
 

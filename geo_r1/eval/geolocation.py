@@ -19,7 +19,7 @@ from typing import Any
 from geo_r1.answers import MOST_READ, said
 from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
-from geo_r1.eval.rows import SEARCHED, Pictures, add_data, first_of, name_of, place_of, read_table
+from geo_r1.eval.rows import SEARCHED, Images, add_data, first_of, name_of, place_of, read_table
 from geo_r1.places import Gazetteer, distance_km, open_gazetteer, parse_coordinates
 
 THRESHOLDS_KM = (1, 25, 200, 750, 2500)  # street, city, region, country, continent
@@ -152,19 +152,19 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
-    rows, pictures = list(read_table(options.data)), Pictures(options)
+    rows, images = list(read_table(options.data)), Images(options)
     if rows and _swapped([row for _, row in rows]):
         raise UserError(
             f"{options.data}: LAT has values beyond 90 and LON has none: their names are swapped, as in the "
             "first edition of im2gps3k_places365.csv; exchange the two names in its first line"
         )
-    return [_question(row, where, pictures) for where, row in rows]
+    return [_question(row, where, images) for where, row in rows]
 
 
-def _question(row: Mapping[str, Any], where: str, pictures: Pictures) -> Question:
+def _question(row: Mapping[str, Any], where: str, images: Images) -> Question:
     name = first_of(row, ID_COLUMNS, where)
     place = place_of(row, ("city", "country"), where)
-    return Question(pictures.sample(name, QUESTION, name, where), place)
+    return Question(images.sample(name, QUESTION, name, where), place)
 
 
 def _swapped(rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from geo_r1.answers import said
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down, is_finite
 from geo_r1.eval.geolocation import agrees, distances, placed, share
-from geo_r1.eval.rows import SEARCHED, Pictures, add_data, first_of, literal, name_of, place_of, read_table
+from geo_r1.eval.rows import SEARCHED, Images, add_data, first_of, literal, name_of, place_of, read_table
 from geo_r1.places import is_coordinate, open_gazetteer
 
 LEVELS = ("city", "state", "country")
@@ -104,19 +104,19 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
-    pictures, questions = Pictures(options), []
+    images, questions = Images(options), []
     for where, row in read_table(options.data):
         name = first_of(row, ("image_id",), where)
         place = place_of(row, (*LEVELS, "continent"), where)
-        # GSS gives the path on the machine that downloaded the picture
+        # GSS gives the path on the machine that downloaded the image
         file_name = Path(str(row.get("img_path") or name)).name
-        questions.append(Question(pictures.sample(name, QUESTION, file_name, where), place))
+        questions.append(Question(images.sample(name, QUESTION, file_name, where), place))
     return questions
 
 
 BENCHMARK = Benchmark(
     name="imageo",
-    help="IMAGEO-Bench, GSS or UPC: city, state and country of a picture, mean and median distance",
+    help="IMAGEO-Bench, GSS or UPC: city, state and country of an image, mean and median distance",
     configure=_configure,
     questions=_questions,
     score=score,

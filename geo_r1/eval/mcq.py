@@ -1,7 +1,7 @@
 """Any multiple-choice set, to check that general skills survive training.
 
 Reads our own rows (`prompt`, `images`, `answer`, `num_choices`), and rows like those of MMMU and
-GEOBench-VLM: `question`, `options` (a list, or its text), `answer`, and pictures as `image`, `images` or
+GEOBench-VLM: `question`, `options` (a list, or its text), `answer`, and images as `image`, `images` or
 `image_1`, `image_2`, …; in the text `<image>` or `<image 1>` marks their place.
 """
 

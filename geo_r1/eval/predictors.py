@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--predictions", type=Path, help="JSONL or CSV of answers, with id and text")
     add("--max-new-tokens", type=int, default=2048, help="most tokens of an answer (2048)")
     add("--max-tokens", type=int, default=65536, help="most tokens cached at a time (65536)")
-    add("--max-pixels", type=int, help="shrink larger pictures to this many pixels")
+    add("--max-pixels", type=int, help="shrink larger images to this many pixels")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU")
     add_endpoint_arguments(group, sampling=False)
@@ -109,7 +109,7 @@ def identity(predictor: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def from_file(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
-    """Read answers from a file, matched by question id or picture name.
+    """Read answers from a file, matched by question id or image name.
 
     Raises:
         UserError: the file is malformed, answers a question twice, or answers none of these questions.
@@ -128,7 +128,7 @@ def from_file(questions: Sequence[Question], options: argparse.Namespace) -> Ite
 
 
 def _stem(name: str) -> str:
-    """An id without a picture's file ending, which one of the two files may leave out."""
+    """An id without an image's file ending, which one of the two files may leave out."""
     head, _, suffix = name.rpartition(".")
     return head if suffix.lower() in ("jpg", "jpeg", "png", "webp") else name
 
@@ -159,7 +159,7 @@ def _read_predictions(path: Path) -> dict[str, str]:
 
 def from_native(questions: Sequence[Question], options: argparse.Namespace) -> Iterator[Answer]:
     """Ask a checkpoint in this process, through the native sampler."""
-    vlm, tokenizer, encoder = _load(options, keep_pictures=False)
+    vlm, tokenizer, encoder = _load(options, keep_images=False)
     sampler = native_sampler(vlm, tokenizer, _sampling(options), options.max_tokens, "--max-tokens")
     prompts = (encoder.encode(question.sample) for question in questions)
     yield from _answers(questions, complete(sampler, tokenizer, prompts))
@@ -170,7 +170,7 @@ def from_vllm(questions: Sequence[Question], options: argparse.Namespace) -> Ite
     from geo_r1.rollout.vllm.in_process import VLLMEngine
     from geo_r1.rollout.vllm.requests import write_engine_folder
 
-    vlm, tokenizer, encoder = _load(options, keep_pictures=True, weights_on="cpu")
+    vlm, tokenizer, encoder = _load(options, keep_images=True, weights_on="cpu")
     prompts = [encoder.encode(question.sample) for question in questions]
     cache = options.max_tokens * cached_bytes(vlm.model.config, vlm.compute_dtype.itemsize)
     with tempfile.TemporaryDirectory() as parent:
@@ -208,7 +208,7 @@ def _answers(
 
 
 def _load(
-    options: argparse.Namespace, *, keep_pictures: bool, weights_on: str | None = None
+    options: argparse.Namespace, *, keep_images: bool, weights_on: str | None = None
 ) -> tuple[PackedVLM, Any, PromptEncoder]:
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,7 +217,7 @@ def _load(
     vlm.model.requires_grad_(False).eval()
     image_token = vlm.model.config.image_token_id
     encoder = PromptEncoder(
-        tokenizer, image_processor, image_token, options.max_pixels, keep_pictures=keep_pictures
+        tokenizer, image_processor, image_token, options.max_pixels, keep_images=keep_images
     )
     return vlm, tokenizer, encoder
 

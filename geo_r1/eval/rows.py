@@ -1,4 +1,4 @@
-"""Read a benchmark's table, CSV or parquet, with any usual column names, and find its pictures."""
+"""Read a benchmark's table, CSV or parquet, with any usual column names, and find its images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUFFIXES = ("", ".jpg", ".png", ".jpeg", ".webp")
 
 # Help of --images.
 RELATIVE = "image paths are relative to this folder, not to the file"
-SEARCHED = "folder of the pictures; subfolders are searched"
+SEARCHED = "folder of the images; subfolders are searched"
 
 
 def add_data(parser: argparse.ArgumentParser, data: str, images: str, **options: Any) -> None:
@@ -115,13 +115,13 @@ def place_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> dict[s
     return {"latitude": latitude, "longitude": longitude, **texts_of(row, names)}
 
 
-class Pictures:
-    """Picture files under a folder, found by the name in a row, with or without suffix.
+class Images:
+    """Image files under a folder, found by the name in a row, with or without suffix.
 
     A name without a folder is searched for in subfolders, too.
 
     Args:
-        options: --images names the folder. With --predictions the answers are given, and no pictures are
+        options: --images names the folder. With --predictions the answers are given, and no images are
             needed.
 
     Raises:
@@ -132,19 +132,19 @@ class Pictures:
         self.root: Path | None = None
         if options.predictions is None:
             if options.images is None:
-                raise UserError("--images must name the folder of the pictures")
+                raise UserError("--images must name the folder of the images")
             if not options.images.is_dir():
                 raise UserError(f"image folder {options.images} does not exist")
             self.root = Path(os.path.realpath(options.images))
 
     def sample(self, name: str, text: str, file_name: str, where: str) -> Sample:
-        """A question about one photograph, without it if no pictures are needed. Raises like `find`."""
+        """A question about one photograph, without it if no images are needed. Raises like `find`."""
         images = () if self.root is None else (self.find(file_name, where),)
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
         return Sample(name, ({"role": "user", "content": content},), images)
 
     def find(self, name: str, where: str) -> Path:
-        """The path of a picture under the folder.
+        """The path of an image under the folder.
 
         Raises:
             UserError: there is none, there are several, or the name leads out of the folder.
@@ -167,7 +167,7 @@ class Pictures:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
-        """Pictures in subfolders, such as test/00/ID.jpg of OSV-5M, by name with and without suffix."""
+        """Images in subfolders, such as test/00/ID.jpg of OSV-5M, by name with and without suffix."""
         found: dict[str, list[Path]] = {}
         for folder, _, names in os.walk(self.root or ""):
             for name in sorted(names):

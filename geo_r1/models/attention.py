@@ -38,7 +38,7 @@ def _text_attention(module, query, key, value, attention_mask, *, scaling, atten
 def _vision_attention(
     module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, vision_layouts, **_
 ):
-    """Windows or whole pictures: the boundary tensor of this layer decides which."""
+    """Windows or whole images: the boundary tensor of this layer decides which."""
     layout = vision_layouts.of(cu_seq_lens_q)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return packed_attention(q, k, v, layout, causal=False, scale=scaling)[None], None

@@ -4,7 +4,7 @@
 
 Rows are tokens in the text layers, completion tokens in the language head, patches in the vision tower and
 merged patches in the projector. `PackedLayout` defines the pairs of the text; a patch sees its window or its
-whole picture, a frame at a time. A multiplication and an addition are two operations. Norms, activations,
+whole image, a frame at a time. A multiplication and an addition are two operations. Norms, activations,
 softmax, rotary positions and look-ups are not counted, nor is recomputation.
 """
 
@@ -41,7 +41,7 @@ class ModelCost:
     parameters: Mapping[str, int]
     _matrices: Mapping[str, int]  # entries of all weight matrices, by part, and of the "head"
     _text_width: int  # heads times head size, over all layers
-    _whole_width: int  # the same for the vision blocks that see a whole picture
+    _whole_width: int  # the same for the vision blocks that see a whole image
     _windowed_width: int  # and for those that see windows
     _merge: int
     _window: int  # patches along a side
@@ -72,15 +72,15 @@ class ModelCost:
         backward: bool = False,
         frozen: Collection[str] = (),
     ) -> float:
-        """Operations on one packed group: its prompt and pictures once, and all of its completions.
+        """Operations on one packed group: its prompt and images once, and all of its completions.
 
         A backward pass costs a forward pass for the gradients of activations, and another for those of
         weights; attention costs both, whether its layer's weights are trained or not.
 
         Args:
-            prompt_len: tokens of the prompt, including those of its pictures.
+            prompt_len: tokens of the prompt, including those of its images.
             completion_lens: tokens of each completion.
-            image_grids: (frames, rows, columns) in patches, one per picture.
+            image_grids: (frames, rows, columns) in patches, one per image.
             head: send completion tokens through the language head.
             backward: count the backward pass as well.
             frozen: parts whose weights get no gradients, from "vision", "projector" and "text"; a frozen part
@@ -116,7 +116,7 @@ class ModelCost:
         yield "text", 2.0 * products, 4.0 * self._text_width * pairs
 
     def _window_pairs(self, frames: int, rows: int, columns: int) -> int:
-        """Visible pairs of a picture in windows, which are smaller at its right and bottom edges.
+        """Visible pairs of an image in windows, which are smaller at its right and bottom edges.
 
         A window of h x w patches has (h w)^2 pairs, so their sum is a product over the two sides.
         """

@@ -15,16 +15,16 @@ from geo_r1.kernels import PackedLayout
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the model takes it; it holds its pictures, so they cannot reach another prompt.
+    """A prompt as the model takes it; it holds its images, so they cannot reach another prompt.
 
     Attributes:
         sample_id: names the sample in errors.
-        token_ids: P token ids; each picture is a run of image tokens.
+        token_ids: P token ids; each image is a run of image tokens.
         position_ids: [3, P] int64, rotary positions on the time, height and width axes.
         image_rows: indices of the image tokens among the P.
-        pixel_values: [patches, patch size] float32, all pictures in order; None without pictures.
-        image_grids: (frames, rows, columns) in patches, one per picture.
-        pictures: [height, width, 3] uint8 each, at the size that was encoded, for a sampler that encodes them
+        pixel_values: [patches, patch size] float32, all images in order; None without images.
+        image_grids: (frames, rows, columns) in patches, one per image.
+        images: [height, width, 3] uint8 each, at the size that was encoded, for a sampler that encodes them
             itself; empty unless asked for.
     """
 
@@ -34,15 +34,15 @@ class EncodedPrompt:
     image_rows: list[int]
     pixel_values: Tensor | None
     image_grids: tuple[tuple[int, int, int], ...]
-    pictures: tuple[np.ndarray, ...] = ()
+    images: tuple[np.ndarray, ...] = ()
 
     @property
     def short_token_ids(self) -> list[int]:
-        """The tokens with one image token per picture, as the chat template writes them."""
+        """The tokens with one image token per image, as the chat template writes them."""
         num_patches = sum(frames * rows * columns for frames, rows, columns in self.image_grids)
         left_out: set[int] = set()
         start = 0
-        for frames, rows, columns in self.image_grids:  # every picture has as many tokens per patch
+        for frames, rows, columns in self.image_grids:  # every image has as many tokens per patch
             end = start + frames * rows * columns * len(self.image_rows) // num_patches
             left_out.update(self.image_rows[start + 1 : end])
             start = end
@@ -72,9 +72,9 @@ class PackedBatch:
         layout: boundaries of prompts and completions.
         token_ids: [T] int64.
         position_ids: [3, T] int64.
-        image_rows: [I] int64, rows of the image tokens, in the order of the encoded pictures.
-        pixel_values: [patches, patch size] of all prompts' pictures; None if there are none.
-        image_grids: (frames, rows, columns) in patches, one per picture.
+        image_rows: [I] int64, rows of the image tokens, in the order of the encoded images.
+        pixel_values: [patches, patch size] of all prompts' images; None if there are none.
+        image_grids: (frames, rows, columns) in patches, one per image.
         completion_len: length of each of the N completions.
         target_R: [R] int64, the completion tokens, in order.
         token_weight_R: [R] weight of each token in the loss; 0 for a placeholder.

@@ -140,7 +140,7 @@ class PackedVLM:
         """[T, C] final hidden states of every token of the batch.
 
         Raises:
-            ValueError: image tokens and encoded picture patches do not match.
+            ValueError: image tokens and encoded image patches do not match.
         """
         with self._host_memory.saving() if self._host_memory is not None else nullcontext():
             embedded = self.model.get_input_embeddings()(batch.token_ids)
@@ -174,7 +174,7 @@ class PackedVLM:
         Returns:
             [T, C] final hidden states.
         """
-        pictures = {"visual_pos_masks": image_rows, "deepstack_visual_embeds": deepstack} if deepstack else {}
+        images = {"visual_pos_masks": image_rows, "deepstack_visual_embeds": deepstack} if deepstack else {}
         with self.autocast():
             outputs = self.model.model.language_model(
                 inputs_embeds=embedded[None],
@@ -182,7 +182,7 @@ class PackedVLM:
                 attention_mask={"full_attention": None},
                 use_cache=False,
                 attend=Hidden(attend),
-                **pictures,
+                **images,
             )
         return outputs.last_hidden_state[0].to(self.compute_dtype)
 
@@ -195,11 +195,11 @@ class PackedVLM:
     def encode_images(
         self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Encode pictures of any sizes in one call, without waiting for the device.
+        """Encode images of any sizes in one call, without waiting for the device.
 
         Args:
             pixel_values: [patches, patch size].
-            grids: (frames, rows, columns) in patches, one per picture.
+            grids: (frames, rows, columns) in patches, one per image.
 
         Returns:
             [merged patches, C], and features of that shape from inside the tower for the first text layers

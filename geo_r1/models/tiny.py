@@ -49,7 +49,7 @@ def build_tiny(
     *,
     weights: bool = True,
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil]:
-    """Build a small random Qwen2.5-VL, with windowed and whole-picture vision layers and tied embeddings.
+    """Build a small random Qwen2.5-VL, with windowed and whole-image vision layers and tied embeddings.
 
     Args:
         texts: train the tokenizer.

@@ -32,22 +32,22 @@ def tower_inputs(visual: Any, grids: Sequence[tuple[int, int, int]], device: tor
 
     Args:
         visual: the tower, of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-        grids: (frames, rows, columns) in patches, one per picture.
+        grids: (frames, rows, columns) in patches, one per image.
         device: the pixels' device.
 
     Returns:
         The indices that the tower would make itself, on the device, and `vision_layouts` for the boundaries
-        of pictures, and of windows if it has them.
+        of images, and of windows if it has them.
     """
     config = visual.config
     grid = torch.tensor(grids)
-    pictures = vision_utils.get_vision_cu_seqlens(grid)
+    images = vision_utils.get_vision_cu_seqlens(grid)
     tensors = {
-        "cu_seqlens": pictures,
+        "cu_seqlens": images,
         "position_ids": vision_utils.get_vision_position_ids(grid, config.spatial_merge_size),
     }
-    boundaries = {"cu_seqlens": pictures}
-    longest = {"max_seqlen": int(pictures.diff().max())}
+    boundaries = {"cu_seqlens": images}
+    longest = {"max_seqlen": int(images.diff().max())}
     if hasattr(config, "window_size"):
         tensors["window_index"], windows = vision_utils.get_vision_window_index(
             grid, config.spatial_merge_size, config.window_size, config.patch_size

@@ -62,7 +62,7 @@ class RolloutEngine(Protocol):
         """Sample `num_completions` completions of each prompt, in order.
 
         Args:
-            prompts: with their pictures, if the engine encodes them itself.
+            prompts: with their images, if the engine encodes them itself.
             streams: names of the prompts' random streams; the same name draws the same.
 
         Raises:

@@ -11,18 +11,18 @@ from geo_r1.data.teaching import cot
 FAST = ("--concurrency", "4", "--retries", "2", "--timeout", "10")
 
 
-def picture(path, colour=(9, 99, 9)):
+def make_image(path, colour=(9, 99, 9)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (9, 7), colour).save(path)
     return path
 
 
 def dataset(folder, num=12, **columns):
-    """Samples s0, s1, ... of one picture each, in folder/data/train.jsonl."""
+    """Samples s0, s1, ... of one image each, in folder/data/train.jsonl."""
     rows = []
     for i in range(num):
-        picture(folder / "data" / "pictures" / f"{i}.png")
-        row = {"id": f"s{i}", "prompt": f"<image>[s{i}] which tile?", "images": [f"pictures/{i}.png"]}
+        make_image(folder / "data" / "images" / f"{i}.png")
+        row = {"id": f"s{i}", "prompt": f"<image>[s{i}] which tile?", "images": [f"images/{i}.png"]}
         rows.append({**row, "answer": "B", "num_choices": 5, "city": "Lisbon", **columns})
     return write(folder / "data" / "train.jsonl", rows)
 

@@ -1,4 +1,4 @@
-"""Helpers for the tests of data: rows in files, encoded pictures, and mistakes that are one line."""
+"""Helpers for the tests of data: rows in files, encoded images, and mistakes that are one line."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def picture(width, height, seed=0):
+def make_image(width, height, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 

@@ -1,10 +1,10 @@
-"""Samples as messages of a chat: the order of their parts, and pictures as they are sent."""
+"""Samples as messages of a chat: the order of their parts, and images as they are sent."""
 
 import base64
 import io
 
 import pytest
-from data_cases import encoded, picture
+from data_cases import encoded, make_image
 from PIL import Image
 
 from geo_r1.data import Sample
@@ -12,7 +12,7 @@ from geo_r1.data.teaching.chat import chat_messages
 
 
 def sent(source, **options):
-    """The kind and bytes of a picture as it is sent."""
+    """The kind and bytes of an image as it is sent."""
     sample = Sample("x", ({"role": "user", "content": [{"type": "image"}]},), (source,))
     [message] = chat_messages(sample, **options)
     [part] = message["content"]
@@ -26,7 +26,7 @@ def test_a_sample_becomes_messages_in_its_order():
     sample = Sample(
         "x",
         ({"role": "system", "content": [content[0]]}, {"role": "user", "content": content}),
-        (picture(3, 2),),
+        (make_image(3, 2),),
     )
     messages = chat_messages(sample, system="be brief", text="now")
     assert [message["role"] for message in messages] == ["system", "system", "user"]
@@ -45,8 +45,8 @@ def test_text_alone_is_plain_and_follows_the_last_turn():
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_small_file_is_sent_as_it_is(kind, tmp_path):
-    path = tmp_path / "picture"
-    path.write_bytes(encoded(picture(9, 7), kind))
+    path = tmp_path / "image"
+    path.write_bytes(encoded(make_image(9, 7), kind))
     for source in (path, path.read_bytes()):
         assert sent(source) == (f"data:image/{kind.lower()};base64", path.read_bytes())
 
@@ -56,9 +56,9 @@ def test_metadata_stays_here():
     exif[0x0112] = 6  # turned by a quarter
     exif.get_ifd(0x8825)[1] = "N"
     for data in (
-        encoded(picture(9, 7), "JPEG", exif=exif),
-        encoded(picture(9, 7), "JPEG", comment=b"38.7 N"),
-        encoded(picture(9, 7), "WEBP", xmp=b"<x:xmpmeta/>"),
+        encoded(make_image(9, 7), "JPEG", exif=exif),
+        encoded(make_image(9, 7), "JPEG", comment=b"38.7 N"),
+        encoded(make_image(9, 7), "WEBP", xmp=b"<x:xmpmeta/>"),
     ):
         head, got = sent(data)
         shown = Image.open(io.BytesIO(got))
@@ -70,24 +70,24 @@ def test_metadata_stays_here():
 @pytest.mark.parametrize(
     ("source", "kind"),
     [
-        (picture(9, 7), "png"),
-        (picture(300, 300), "jpeg"),
-        (encoded(picture(9, 7), "BMP"), "png"),
+        (make_image(9, 7), "png"),
+        (make_image(300, 300), "jpeg"),
+        (encoded(make_image(9, 7), "BMP"), "png"),
         (encoded(Image.new("RGBA", (9, 7), (9, 9, 9, 0)), "PNG"), "png"),
-        (encoded(picture(9, 7), "GIF", save_all=True, append_images=[picture(9, 7)]), "png"),
-        (encoded(picture(700, 600), "PNG"), "jpeg"),
+        (encoded(make_image(9, 7), "GIF", save_all=True, append_images=[make_image(9, 7)]), "png"),
+        (encoded(make_image(700, 600), "PNG"), "jpeg"),
     ],
 )
-def test_other_pictures_are_encoded_anew(source, kind):
+def test_other_images_are_encoded_anew(source, kind):
     head, data = sent(source)
     shown = Image.open(io.BytesIO(data))
     assert head == f"data:image/{kind};base64"
     assert (shown.format, shown.mode) == (kind.upper(), "RGB")
 
 
-def test_large_pictures_are_shrunk():
-    for source in (picture(90, 40), encoded(picture(90, 40), "PNG")):
+def test_large_images_are_shrunk():
+    for source in (make_image(90, 40), encoded(make_image(90, 40), "PNG")):
         assert Image.open(io.BytesIO(sent(source, max_pixels=100)[1])).size == (15, 6)
-    data = encoded(picture(10, 10), "PNG")
+    data = encoded(make_image(10, 10), "PNG")
     assert sent(data, max_pixels=100)[1] == data
-    assert Image.open(io.BytesIO(sent(picture(1, 50), max_pixels=1)[1])).size == (1, 1)
+    assert Image.open(io.BytesIO(sent(make_image(1, 50), max_pixels=1)[1])).size == (1, 1)

@@ -1,4 +1,4 @@
-"""Files of other trainers: rewritten whole or not at all, and their pictures are found from the new file."""
+"""Files of other trainers: rewritten whole or not at all, and their images are found from the new file."""
 
 import argparse
 import json
@@ -56,7 +56,7 @@ def test_columns_that_come_late_are_in_the_table(tmp_path, monkeypatch):
     assert read_samples(tmp_path / "x.parquet") == [*expected[:-1], replace(expected[-1], metadata=place)]
 
 
-def test_pictures_in_a_table_stay_in_it(tmp_path):
+def test_images_in_a_table_stay_in_it(tmp_path):
     rows = [{"problem": "<image>", "answer": "B", "images": [{"bytes": b"x", "path": "a.png"}]}]
     path = write(tmp_path / "x.parquet", rows)
     convert_file(path, tmp_path / "y.parquet", source="easyr1", target="trl")
@@ -94,7 +94,7 @@ def test_paths_are_right_from_the_new_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("image", ["https://example.org/a.png", "data:image/png;base64,AAAA"])
-def test_pictures_by_address_are_refused(tmp_path, image):
+def test_images_by_address_are_refused(tmp_path, image):
     path = write(tmp_path / "x.jsonl", [{"prompt": "?", "images": [image]}])
     with pytest.raises(ValueError, match=f"^{path}, row 1: image '.+' is no path; save it as a file$"):
         convert_file(path, tmp_path / "y.jsonl", source="geo_r1", target="trl")
@@ -231,7 +231,7 @@ def test_a_file_may_be_rewritten_in_place(tmp_path):
 def test_flatten_from_the_command_line(tmp_path):
     path, out = write(tmp_path / "x.jsonl", rows_of(1)), tmp_path / "y.jsonl"
     with pytest.raises(
-        ValueError, match=f"^{path}, row 1: sample 0: pictures stand within its text, and vlm-r1 "
+        ValueError, match=f"^{path}, row 1: sample 0: images stand within its text, and vlm-r1 "
     ):
         run("--to", "vlm-r1", "--in", path, "--out", out)
     run("--to", "vlm-r1", "--in", path, "--out", out, "--flatten")

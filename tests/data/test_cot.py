@@ -8,7 +8,7 @@ from datetime import date
 import numpy as np
 import pytest
 from chat_server import ChatServer, closed_port, completion
-from cot_cases import arguments, card, dataset, files, picture, run
+from cot_cases import arguments, card, dataset, files, make_image, run
 from data_cases import KEY, ends_with, lines, write
 
 from geo_r1.data import Sample, load_image, read_samples
@@ -30,7 +30,7 @@ def test_a_sample_is_its_training_row_and_the_teachers_words(tmp_path, capsys):
         "prompt": [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "[s1] which tile?"}]}
         ],
-        "images": ["../../data/pictures/1.png"],
+        "images": ["../../data/images/1.png"],
         "response": "<think>s1</think><answer>B</answer>",
         "answer": "B",
         "num_choices": 5,
@@ -60,7 +60,7 @@ def test_a_sample_is_its_training_row_and_the_teachers_words(tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}: 3 samples, 330 tokens, 0.00 USD, 0 failed\n"
 
 
-def test_the_teacher_sees_pictures_question_answer_and_place(tmp_path):
+def test_the_teacher_sees_images_question_answer_and_place(tmp_path):
     data = dataset(tmp_path, 1, country="PT", latitude=38.72, longitude=-9.14, driving_side="right", mood="x")
     with ChatServer() as server:
         run(server, data, tmp_path / "cot.jsonl", "--max-pixels", "20")
@@ -92,9 +92,9 @@ def test_a_prompt_of_ones_own_is_filled_in_once(tmp_path):
     assert "- city: Lisbon B {other}" in json.dumps(server.requests[0][1])
 
 
-def test_embedded_pictures_become_files(tmp_path):
+def test_embedded_images_become_files(tmp_path):
     data = (tmp_path / "0.png", tmp_path / "1.jpg")
-    encoded = [picture(path).read_bytes() for path in data]
+    encoded = [make_image(path).read_bytes() for path in data]
     rows = [
         {
             "id": name,
@@ -243,8 +243,8 @@ def test_the_figures_of_a_bar(tmp_path, monkeypatch):
     assert re.search(r"/s, 330 tokens, 0\.03 USD, 1 failed", last)
 
 
-def test_pictures_may_be_anywhere(tmp_path):
-    elsewhere = picture(tmp_path / "elsewhere" / "x.png")
+def test_images_may_be_anywhere(tmp_path):
+    elsewhere = make_image(tmp_path / "elsewhere" / "x.png")
     (tmp_path / "data").mkdir()
     link = tmp_path / "data" / "link.png"
     link.symlink_to(elsewhere)

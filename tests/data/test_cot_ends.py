@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("no_waits")
 
 def test_every_sample_ends_once_on_a_server_that_fails_stalls_and_talks_rubbish(tmp_path):
     data, out = dataset(tmp_path, 40), tmp_path / "cot.jsonl"
-    (tmp_path / "data" / "pictures" / "3.png").unlink()
-    (tmp_path / "data" / "pictures" / "4.png").write_bytes(b"GIF89a")
+    (tmp_path / "data" / "images" / "3.png").unlink()
+    (tmp_path / "data" / "images" / "4.png").write_bytes(b"GIF89a")
     troubles = [500, 503, (429, {"Retry-After": "9"}, b""), "stall", "close", *RUBBISH]
     script = {f"s{i}": [trouble, "answer"] for i, trouble in enumerate(troubles, 5)}
     script |= {"s30": [400], "s31": [500], "s32": ["html"], "s33": [completion("<think>", "length", (50, 7))]}
@@ -34,7 +34,7 @@ def test_every_sample_ends_once_on_a_server_that_fails_stalls_and_talks_rubbish(
     assert server.most_at_once <= 4
     assert "s3" not in server.asked and "s4" not in server.asked
     errors = {row["id"]: row["error"] for row in lines(out.with_suffix(".failed.jsonl"))}
-    assert errors["s3"] == f"sample s3: image {tmp_path / 'data/pictures/3.png'} does not exist"
+    assert errors["s3"] == f"sample s3: image {tmp_path / 'data/images/3.png'} does not exist"
     assert errors["s33"] == "cut off after 7 tokens: raise --max-tokens"
     assert (card(out)["num_samples"], card(out)["num_failed"]) == (33, 7)
     assert card(out)["output_tokens"] == 33 * 10 + 7

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from chat_server import RUBBISH, ChatServer, closed_port, completion
-from data_cases import KEY, encoded, ends_with, picture
+from data_cases import KEY, encoded, ends_with, make_image
 
 from geo_r1.data import Sample
 from geo_r1.data.teaching.endpoint import (
@@ -331,9 +331,9 @@ def test_text_that_cannot_be_sent_is_the_failure_of_its_request():
     assert isinstance(outcomes["fine"], Reply)
 
 
-def test_a_missing_or_broken_picture_is_the_failure_of_its_request(tmp_path):
+def test_a_missing_or_broken_image_is_the_failure_of_its_request(tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(encoded(picture(40, 40), "PNG")[:900])
+    broken.write_bytes(encoded(make_image(40, 40), "PNG")[:900])
     samples = [
         Sample(path.stem, ({"role": "user", "content": [{"type": "image"}]},), (path,))
         for path in (tmp_path / "gone.png", broken)

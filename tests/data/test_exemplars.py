@@ -129,7 +129,7 @@ def test_caption_and_direct_answer_agree_with_the_world(num_candidates):
         )
 
 
-def test_samples_carry_pictures_and_metadata():
+def test_samples_carry_images_and_metadata():
     pairing = WORLD.pairing("test", 7)
     kinds = (exemplars.question, exemplars.chain_of_thought, exemplars.direct_answer, exemplars.caption)
     for sample in (kind(WORLD, "test", 7) for kind in kinds):

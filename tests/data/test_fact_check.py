@@ -309,7 +309,7 @@ def test_a_judge_is_asked_once(rows, tmp_path):
     assert len(server.requests) == 1
 
 
-def test_pictures_in_a_table_are_refused_before_anything_is_written(tmp_path, capsys):
+def test_images_in_a_table_are_refused_before_anything_is_written(tmp_path, capsys):
     row = {
         "id": "a",
         "prompt": "<image>?",
@@ -319,7 +319,7 @@ def test_pictures_in_a_table_are_refused_before_anything_is_written(tmp_path, ca
     }
     write(tmp_path / "a.parquet", [row])
     assert main(["fact-check", "--data", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out")]) == 2
-    assert "row 1: its pictures are in the table" in capsys.readouterr().err
+    assert "row 1: its images are in the table" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,46 +1,46 @@
-"""Pictures at the size the model takes: the processor's bits, decoded once, shrunk until prompts fit."""
+"""Images at the size the model takes: the processor's bits, decoded once, shrunk until prompts fit."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from data_cases import encoded, picture
+from data_cases import encoded, make_image
 from loader_cases import encoder, sample
 
 from geo_r1.data import OverlongPromptError
-from geo_r1.data.images import Picture, PictureCache, fitted, num_tokens, shrunk
+from geo_r1.data.images import LazyImage, ImageCache, fitted, num_tokens, shrunk
 
 SIZES = ((56, 56), (28, 28), (5, 3), (61, 300), (300, 61), (500, 500), (199, 1), (2000, 11), (43, 41))
 
 
 def processed(images, **options):
-    """What the processor makes of pictures by itself, its own resizing included."""
+    """What the processor makes of images by itself, its own resizing included."""
     processor = encoder(**options).image_processor
     return processor(list(images), return_tensors="pt")
 
 
 @pytest.mark.parametrize("options", [{}, {"max_pixels": 4 * 28 * 28}, {"max_pixels": 1000}])
 def test_the_bits_are_the_processors_with_and_without_a_cache(tmp_path, options):
-    pictures = [picture(*size, seed) for seed, size in enumerate(SIZES)]
-    expected = processed(pictures, **options)
+    images = [make_image(*size, seed) for seed, size in enumerate(SIZES)]
+    expected = processed(images, **options)
     stored = []
-    for index, image in enumerate(pictures):
+    for index, image in enumerate(images):
         image.save(tmp_path / f"{index}.png")
         stored.append((tmp_path / f"{index}.png", encoded(image, "WEBP", lossless=True), image)[index % 3])
     cached = encoder(**options).with_cache(1 << 24)
     for maker in (encoder(**options), cached, cached, encoder(**options).with_cache(5000)):
-        for images in (pictures, stored):
+        for images in (images, stored):
             prompt = maker.encode(sample("x", *images))
             assert torch.equal(prompt.pixel_values, expected["pixel_values"])
             assert list(map(list, prompt.image_grids)) == expected["image_grid_thw"].tolist()
-    assert (cached.cache.hits, cached.cache.misses) == (21, 15)  # six files; the others are in `pictures`
+    assert (cached.cache.hits, cached.cache.misses) == (21, 15)  # six files; the others are in `images`
 
 
-def test_jpeg_and_upright_pictures_pass_through_the_cache(tmp_path):
-    exif = picture(1, 1).getexif()
+def test_jpeg_and_upright_images_pass_through_the_cache(tmp_path):
+    exif = make_image(1, 1).getexif()
     exif[0x0112] = 6
-    data = encoded(picture(90, 40), "JPEG", exif=exif)
+    data = encoded(make_image(90, 40), "JPEG", exif=exif)
     cached = encoder().with_cache(1 << 20)
     expected = encoder().encode(sample("x", data))
     assert expected.image_grids == ((1, 6, 2),)
@@ -49,25 +49,25 @@ def test_jpeg_and_upright_pictures_pass_through_the_cache(tmp_path):
     assert (cached.cache.hits, cached.cache.misses) == (1, 1)
 
 
-def test_a_tile_that_changes_on_disk_is_another_picture(tmp_path):
+def test_a_tile_that_changes_on_disk_is_another_image(tmp_path):
     cached, path = encoder().with_cache(1 << 20), tmp_path / "tile.png"
     for seed in range(2):
-        picture(56, 56, seed).save(path)
-        expected = processed([picture(56, 56, seed)])["pixel_values"]
+        make_image(56, 56, seed).save(path)
+        expected = processed([make_image(56, 56, seed)])["pixel_values"]
         assert torch.equal(cached.encode(sample("x", path)).pixel_values, expected)
     assert (cached.cache.hits, cached.cache.misses) == (0, 2)
 
 
 def test_the_cache_keeps_to_its_budget_and_drops_what_was_longest_unused():
     one = 28 * 28 * 3
-    cache = PictureCache(3 * one)
-    data = [encoded(picture(28, 28, seed)) for seed in range(5)]
+    cache = ImageCache(3 * one)
+    data = [encoded(make_image(28, 28, seed)) for seed in range(5)]
 
     def use(index, size=28):
-        return Picture(data[index], "x", cache).resized((size, size), 3)
+        return LazyImage(data[index], "x", cache).resized((size, size), 3)
 
     for index in (0, 1, 2, 0, 3, 0, 1):  # 1 went for 3, and then 2 for 1
-        assert np.array_equal(use(index), picture(28, 28, index))
+        assert np.array_equal(use(index), make_image(28, 28, index))
     assert (cache.hits, cache.misses, cache.num_bytes, len(cache)) == (2, 5, 3 * one, 3)
     use(3), use(0)
     assert cache.hits == 4
@@ -77,22 +77,22 @@ def test_the_cache_keeps_to_its_budget_and_drops_what_was_longest_unused():
     assert (cache.num_bytes, len(cache)) == (3 * one, 3)
     assert not use(0).flags.writeable
     use(0, 14)
-    assert cache.num_bytes <= 3 * one and np.array_equal(use(0), picture(28, 28, 0))
+    assert cache.num_bytes <= 3 * one and np.array_equal(use(0), make_image(28, 28, 0))
 
 
 def test_no_budget_keeps_and_counts_nothing():
-    cache = PictureCache(0)
+    cache = ImageCache(0)
     for _ in range(2):
-        Picture(encoded(picture(28, 28)), "x", cache).resized((28, 28), 3)
+        LazyImage(encoded(make_image(28, 28)), "x", cache).resized((28, 28), 3)
     assert (cache.hits, cache.misses, cache.num_bytes, len(cache)) == (0, 0, 0, 0)
 
 
-def test_two_sizes_of_one_picture_are_two_entries():
-    cache, data = PictureCache(1 << 20), encoded(picture(100, 50))
+def test_two_sizes_of_one_image_are_two_entries():
+    cache, data = ImageCache(1 << 20), encoded(make_image(100, 50))
     for _ in range(2):
-        assert Picture(data, "x", cache).resized((28, 56), 3).shape == (28, 56, 3)
-        assert Picture(data, "x", cache).resized((56, 112), 3).shape == (56, 112, 3)
-        assert Picture(data, "x", cache).size == (50, 100)
+        assert LazyImage(data, "x", cache).resized((28, 56), 3).shape == (28, 56, 3)
+        assert LazyImage(data, "x", cache).resized((56, 112), 3).shape == (56, 112, 3)
+        assert LazyImage(data, "x", cache).size == (50, 100)
     assert (cache.hits, cache.misses) == (2, 2)
 
 
@@ -118,8 +118,8 @@ def test_shrinking_takes_the_largest_sizes_that_fit():
     assert shrunk([(280, 280), (56, 56)], [(280, 280), (56, 56)], 28, 30) == [(140, 140), (28, 28)]
 
 
-def test_long_prompts_shrink_their_pictures():
-    case = sample("x", picture(224, 224), picture(56, 56, 1), picture(140, 84, 2))
+def test_long_prompts_shrink_their_images():
+    case = sample("x", make_image(224, 224), make_image(56, 56, 1), make_image(140, 84, 2))
     whole = encoder().encode(case)
     text = len(whole.token_ids) - len(whole.image_rows)
     assert len(whole.image_rows) == 64 + 4 + 15
@@ -145,7 +145,7 @@ def test_long_prompts_shrink_their_pictures():
 
 @pytest.mark.parametrize("rule", ["error", "skip"])
 def test_what_is_over_the_budget(rule):
-    case = sample("row 7", picture(224, 224), text="where?")
+    case = sample("row 7", make_image(224, 224), text="where?")
     length = len(encoder().encode(case).token_ids)
     assert len(encoder(max_prompt_tokens=length, on_overlong=rule).encode(case).token_ids) == length
     with pytest.raises(OverlongPromptError) as caught:
@@ -157,7 +157,7 @@ def test_what_is_over_the_budget(rule):
 
 
 def test_what_does_not_fit_at_its_smallest():
-    case = sample("row 7", picture(224, 224), picture(224, 224, 1))
+    case = sample("row 7", make_image(224, 224), make_image(224, 224, 1))
     text = len(encoder().encode(case).token_ids) - 128
     make = encoder(max_prompt_tokens=text + 1, on_overlong="resize")
     with pytest.raises(OverlongPromptError) as caught:

@@ -1,17 +1,17 @@
-"""Pictures of samples: upright RGB whatever they were, and one line for each mistake."""
+"""Images of samples: upright RGB whatever they were, and one line for each mistake."""
 
 import io
 
 import numpy as np
 import pytest
-from data_cases import encoded, ends_with, picture
+from data_cases import encoded, ends_with, make_image
 from PIL import Image
 
 from geo_r1.data import load_image
 
 
-def test_picture_from_file_bytes_and_memory(tmp_path):
-    whole = picture(9, 6)
+def test_image_from_file_bytes_and_memory(tmp_path):
+    whole = make_image(9, 6)
     whole.save(tmp_path / "x.png")
     for source in (tmp_path / "x.png", encoded(whole), whole):
         image = load_image(source, "x")
@@ -19,11 +19,11 @@ def test_picture_from_file_bytes_and_memory(tmp_path):
 
 
 def test_greyscale_and_palette():
-    grey = picture(9, 6).convert("L")
+    grey = make_image(9, 6).convert("L")
     assert load_image(encoded(grey), "x").tobytes() == grey.convert("RGB").tobytes()
-    palette = picture(9, 6).quantize(8)
+    palette = make_image(9, 6).quantize(8)
     assert load_image(encoded(palette), "x").tobytes() == palette.convert("RGB").tobytes()
-    bilevel = picture(9, 6).convert("1")
+    bilevel = make_image(9, 6).convert("1")
     assert load_image(encoded(bilevel), "x").tobytes() == bilevel.convert("RGB").tobytes()
 
 
@@ -44,17 +44,17 @@ def test_what_is_transparent_turns_white():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photos_stand_upright(orientation):
-    # How a camera stores a picture, by EXIF orientation: what undoes it.
+    # How a camera stores an image, by EXIF orientation: what undoes it.
     stored = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
-    whole, exif = picture(9, 6), Image.Exif()
+    whole, exif = make_image(9, 6), Image.Exif()
     exif[0x0112] = orientation
     data = encoded(whole if stored is None else whole.transpose(stored), exif=exif)
     image = load_image(data, "x")
     assert image.size == (9, 6) and image.tobytes() == whole.tobytes()
 
 
-def test_pictures_in_memory_are_left_alone():
-    whole, exif = picture(9, 6), Image.Exif()
+def test_images_in_memory_are_left_alone():
+    whole, exif = make_image(9, 6), Image.Exif()
     exif[0x0112] = 6
     with Image.open(io.BytesIO(encoded(whole, exif=exif))) as opened:
         opened.load()
@@ -62,7 +62,7 @@ def test_pictures_in_memory_are_left_alone():
         assert opened.size == (9, 6) and opened.getexif()[0x0112] == 6
 
 
-def test_missing_picture(tmp_path):
+def test_missing_image(tmp_path):
     message = f"sample x: image {tmp_path}/no.png does not exist"
     ends_with(message, lambda: load_image(tmp_path / "no.png", "x"))
     with pytest.raises(ValueError, match=f"^sample x: image {tmp_path} cannot be read: .+$"):
@@ -70,19 +70,19 @@ def test_missing_picture(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n"])
-def test_not_a_picture(tmp_path, data):
-    ends_with(f"sample x: image of {len(data)} bytes is not a picture", lambda: load_image(data, "x"))
+def test_not_an_image(tmp_path, data):
+    ends_with(f"sample x: image of {len(data)} bytes is in no known image format", lambda: load_image(data, "x"))
     (tmp_path / "x.jpg").write_bytes(data)
-    message = f"sample x: image {tmp_path}/x.jpg is not a picture"
+    message = f"sample x: image {tmp_path}/x.jpg is in no known image format"
     ends_with(message, lambda: load_image(tmp_path / "x.jpg", "x"))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
-def test_truncated_picture(tmp_path, kind):
-    data = encoded(picture(64, 64), kind)
+def test_truncated_image(tmp_path, kind):
+    data = encoded(make_image(64, 64), kind)
     (tmp_path / "x").write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(
-        ValueError, match=f"^sample x: image {tmp_path}/x (cannot be read: .+|is not a picture)$"
+        ValueError, match=f"^sample x: image {tmp_path}/x (cannot be read: .+|is in no known image format)$"
     ):
         load_image(tmp_path / "x", "x")
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import loader_cases
 import pytest
 import torch
-from data_cases import encoded, picture
+from data_cases import encoded, make_image
 from loader_cases import CountingEncoder, deadly_source, encoder, sample
 
 from geo_r1.data import PromptLoader, World
@@ -27,16 +27,16 @@ WORLD = Source(Numbered(chain_of_thought, World(num_candidates=3), "train", 100,
 
 
 def files(tmp_path):
-    """Prompts of paths, bytes and pictures; some have many, one is large, one has none, tiles are shared."""
-    tile, photo = picture(56, 56, 1), picture(500, 500, 2)
+    """Prompts of paths, bytes and images; some have many, one is large, one has none, tiles are shared."""
+    tile, photo = make_image(56, 56, 1), make_image(500, 500, 2)
     tile.save(tmp_path / "tile.png")
     photo.save(tmp_path / "photo.jpg")
-    path, data = tmp_path / "tile.png", encoded(picture(90, 61, 3), "JPEG")
+    path, data = tmp_path / "tile.png", encoded(make_image(90, 61, 3), "JPEG")
     return [
         sample("a", path, tmp_path / "photo.jpg"),
         sample("b", data, path, data, tile),
         sample("many", *[path, data] * 12),
-        sample("large", tmp_path / "photo.jpg", *[picture(224, 224, seed) for seed in range(9)]),
+        sample("large", tmp_path / "photo.jpg", *[make_image(224, 224, seed) for seed in range(9)]),
         sample("text"),
     ]
 
@@ -91,9 +91,9 @@ def test_of_a_recipe():
 
 
 def test_shared_tiles_are_decoded_once(tmp_path):
-    picture(100, 60).save(tmp_path / "tile.png")
+    make_image(100, 60).save(tmp_path / "tile.png")
     tile = tmp_path / "tile.png"
-    source = Source.of([sample(str(i), tile, picture(56, 56, 1 + i), tile) for i in range(3)])
+    source = Source.of([sample(str(i), tile, make_image(56, 56, 1 + i), tile) for i in range(3)])
     for num_workers in (0, 1):
         options = {"seed": 0, "num_workers": num_workers, "cache_bytes": 1 << 20}
         with PromptLoader(source, encoder(CountingEncoder), **options) as loader:
@@ -102,7 +102,7 @@ def test_shared_tiles_are_decoded_once(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_long_prompts_are_skipped(num_workers):
-    samples = [sample(str(i), *[picture(56, 56, i)] * (1 + 8 * (i == 1))) for i in range(3)]
+    samples = [sample(str(i), *[make_image(56, 56, i)] * (1 + 8 * (i == 1))) for i in range(3)]
     options = {"max_prompt_tokens": 60}
     source = replace(Source.of(samples), difficulty=(0, 1, 2))
     with PromptLoader(
@@ -119,8 +119,8 @@ def test_long_prompts_are_skipped(num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_picture_is_the_same_line(tmp_path, num_workers):
-    whole = encoded(picture(64, 64))
+def test_a_broken_image_is_the_same_line(tmp_path, num_workers):
+    whole = encoded(make_image(64, 64))
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     samples = [sample("good", whole), sample("bad", tmp_path / "cut.png"), sample("good", whole)]
     source = replace(Source.of(samples), difficulty=(0, 1, 2))
@@ -199,7 +199,7 @@ def test_no_room_in_shared_memory_says_what_to_do(monkeypatch):
             "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
         )
 
-    [(_, prompt)] = PromptLoader(Source.of([sample("x", *[picture(224, 224)] * 9)]), encoder(), seed=0).load(
+    [(_, prompt)] = PromptLoader(Source.of([sample("x", *[make_image(224, 224)] * 9)]), encoder(), seed=0).load(
         [0]
     )
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)

@@ -23,7 +23,7 @@ def pairs(*arguments):
     command(parser.parse_args([str(argument) for argument in arguments]))
 
 
-def manifest(folder, cities, *, pictures=False, seed=0, spread=0.05, shared=1, semi=False):
+def manifest(folder, cities, *, images=False, seed=0, spread=0.05, shared=1, semi=False):
     """A table of so many sites a city; `shared` sites in a row have one tile."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def manifest(folder, cities, *, pictures=False, seed=0, spread=0.05, shared=1, s
             tile = f"{city}/s{i // shared}.png"
             semis = f"{city}/s{(i // shared + 1) % (count // shared)}.png" if semi else ""
             lines.append(f"{city}-{i},{latitude:.6f},{longitude:.6f},{city},{city}/g{i}.png,{tile},{semis}")
-            if pictures:
+            if images:
                 (folder / city).mkdir(exist_ok=True)
                 Image.new("RGB", (16, 8), (number * 40, i * 20, 0)).save(folder / city / f"g{i}.png")
                 Image.new("RGB", (8, 8), (number * 40, i * 20, 255)).save(folder / tile)
@@ -83,8 +83,8 @@ def test_20_000_rows_keep_every_promise(tmp_path, kind):
             k = row["num_choices"]
             ground, satellite, semi, city = truth[row["id"]]
             answer = "ABCDEFGHIJ".index(row["answer"])
-            picture, *tiles = row["images"]
-            assert (picture, tiles[answer], row["city"]) == (ground, satellite, city)
+            image, *tiles = row["images"]
+            assert (image, tiles[answer], row["city"]) == (ground, satellite, city)
             wrong = tiles[:answer] + tiles[answer + 1 :]
             assert len(wrong) == len(row["confuser_distances_m"]) == k - 1 == len({place[t] for t in wrong})
             assert satellite not in wrong and semi not in wrong and row["prompt"].count("<image>") == k + 1
@@ -108,13 +108,13 @@ def test_20_000_rows_keep_every_promise(tmp_path, kind):
 
 
 def test_a_row_is_a_sample_of_ours(tmp_path):
-    out = build(tmp_path, None, "-k", 4, pictures=True)
+    out = build(tmp_path, None, "-k", 4, images=True)
     samples = read_samples(out / "train.jsonl")
     assert len(samples) == 24
     sample = samples[0]
     kinds = [part.get("text") for part in sample.messages[0]["content"]]
     assert kinds[:8] == [None, " A ", None, " B ", None, " C ", None, " D "]
-    assert kinds[8] is None and kinds[9].startswith("\nThe first picture")
+    assert kinds[8] is None and kinds[9].startswith("\nThe first image")
     assert kinds[9].endswith(
         "Think in <think> </think>, then give the letter of the tile in <answer> </answer>."
     )
@@ -176,8 +176,8 @@ def test_a_limit_takes_questions_from_everywhere(tmp_path):
     assert counts == dict.fromkeys("ABCDE", 6)
 
 
-def test_paths_are_relative_where_pictures_lie_below_the_output(tmp_path):
-    path = manifest(tmp_path / "raw", {"Oslo": 9, "Rio": 9}, pictures=True)
+def test_paths_are_relative_where_images_lie_below_the_output(tmp_path):
+    path = manifest(tmp_path / "raw", {"Oslo": 9, "Rio": 9}, images=True)
     pairs("--source", "manifest", "--manifest", path, "--out", tmp_path)
     assert questions(tmp_path, "train")[0]["images"][0].startswith("raw/")
     [sample, *_] = read_samples(tmp_path / "test.jsonl")
@@ -242,13 +242,13 @@ def test_all_sites_at_one_spot_make_no_question(tmp_path):
     fails("no question for train", lambda: build(tmp_path, None, "--min-distance", 0, spread=0.0))
 
 
-# Pictures
+# Images
 
 
-def test_sites_with_bad_pictures_are_left_out_before_tiles_are_chosen(tmp_path):
-    path = manifest(tmp_path / "raw", {"Oslo": 9, "Rio": 9}, pictures=True)
+def test_sites_with_bad_images_are_left_out_before_tiles_are_chosen(tmp_path):
+    path = manifest(tmp_path / "raw", {"Oslo": 9, "Rio": 9}, images=True)
     (tmp_path / "raw" / "Oslo" / "s3.png").unlink()
-    (tmp_path / "raw" / "Rio" / "g4.png").write_text("no picture")
+    (tmp_path / "raw" / "Rio" / "g4.png").write_text("no image")
     (tmp_path / "raw" / "Rio" / "s5.png").unlink()
     (tmp_path / "raw" / "Rio" / "s5.png").symlink_to("/etc/hostname")
     options = ["--source", "manifest", "--manifest", path, "--out", tmp_path / "out", "--check-images"]
@@ -259,35 +259,35 @@ def test_sites_with_bad_pictures_are_left_out_before_tiles_are_chosen(tmp_path):
     assert not any(name.endswith(("Oslo/s3.png", "Rio/g4.png", "Rio/s4.png", "Rio/s5.png")) for name in used)
     assert {reason: found["count"] for reason, found in card(tmp_path / "out")["dropped"].items()} == {
         "an image does not exist": 1,
-        "an image is not a picture": 1,
+        "an image is in no known image format": 1,
         "an image leads outside the root": 1,
     }
 
 
-def test_no_good_picture_at_all(tmp_path):
+def test_no_good_image_at_all(tmp_path):
     check = ["--check-images", "--num-workers", 0]
     fails(
-        "no site has two good pictures: 36 x an image does not exist", lambda: build(tmp_path, None, *check)
+        "no site has two good images: 36 x an image does not exist", lambda: build(tmp_path, None, *check)
     )
 
 
-def test_larger_pictures_are_shrunk_below_the_output(tmp_path):
-    out = build(tmp_path, None, "--max-pixels", 64, "--num-workers", 0, pictures=True)
+def test_larger_images_are_shrunk_below_the_output(tmp_path):
+    out = build(tmp_path, None, "--max-pixels", 64, "--num-workers", 0, images=True)
     ground, *tiles = questions(out, "train")[0]["images"]
     assert ground.startswith("images/") and all(tile.startswith(f"{tmp_path}/raw/") for tile in tiles)
     with Image.open(out / ground) as image:
         assert image.size == (11, 5)
 
 
-def test_pictures_are_not_shrunk_over_the_originals(tmp_path):
-    path = manifest(tmp_path / "out" / "images", {"Oslo": 9, "Rio": 9}, pictures=True)
+def test_images_are_not_shrunk_over_the_originals(tmp_path):
+    path = manifest(tmp_path / "out" / "images", {"Oslo": 9, "Rio": 9}, images=True)
     options = ["--source", "manifest", "--manifest", path, "--num-workers", 0, "--max-pixels", 64]
     fails("which holds Oslo/g0.png; choose another --out", lambda: pairs(*options, "--out", tmp_path / "out"))
 
 
-def test_a_stitched_question_is_one_picture(tmp_path):
+def test_a_stitched_question_is_one_image(tmp_path):
     stitch = ["--stitch", "--k-range", 3, 4, "--max-pixels", 250_000, "--num-workers", 0]
-    out = build(tmp_path, None, *stitch, pictures=True)
+    out = build(tmp_path, None, *stitch, images=True)
     for sample in read_samples(out / "test.jsonl"):
         [image] = sample.images
         assert image.parent == out / "stitched" and image.is_file()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_cases import encoded, ends_with, picture, write
+from data_cases import encoded, ends_with, make_image, write
 
 from geo_r1.data import Sample, load_image, read_samples
 from geo_r1.data import sample as sample_module
@@ -125,8 +125,8 @@ def test_image_mappings(tmp_path):
 
 
 def test_parquet_with_the_image_type_of_datasets(tmp_path):
-    # The file says that `images` is datasets.Image(): the bytes must come through, not decoded pictures.
-    data = encoded(picture(9, 6))
+    # The file says that `images` is datasets.Image(): the bytes must come through, not decoded images.
+    data = encoded(make_image(9, 6))
     feature = {"_type": "List", "feature": {"_type": "Image"}}
     features = {"prompt": {"dtype": "string", "_type": "Value"}, "images": feature}
     table = pa.Table.from_pylist([{"prompt": "?", "images": [{"bytes": data, "path": None}]}])
@@ -134,7 +134,7 @@ def test_parquet_with_the_image_type_of_datasets(tmp_path):
     pq.write_table(table, tmp_path / "x.parquet")
     (sample,) = read_samples(tmp_path / "x.parquet")
     assert sample.images == (data,)
-    assert load_image(sample.images[0], "x").tobytes() == picture(9, 6).tobytes()
+    assert load_image(sample.images[0], "x").tobytes() == make_image(9, 6).tobytes()
 
 
 def test_further_columns_become_metadata(read):

@@ -157,12 +157,12 @@ def test_arguments_out_of_range(arguments, message):
         World(**arguments)
 
 
-def test_pictures_are_whole_tokens_and_clockwise():
+def test_images_are_whole_tokens_and_clockwise():
     world = World(num_candidates=3)
     pairing = world.pairing("train", 4)
-    pictures = world.images(pairing)
-    assert [p.size for p in pictures] == [(112, 28), (56, 56), (56, 56), (56, 56)]
-    assert {p.mode for p in pictures} == {"RGB"}
+    images = world.images(pairing)
+    assert [p.size for p in images] == [(112, 28), (56, 56), (56, 56), (56, 56)]
+    assert {p.mode for p in images} == {"RGB"}
     # A tile's quadrants, read clockwise from the north-west, are the sides in the order of the panorama.
     pixels = np.asarray(render_tile(pairing.place, random.Random(0))).astype(int)
     quadrants = [pixels[:28, :28], pixels[:28, 28:], pixels[28:, 28:], pixels[28:, :28]]

@@ -28,7 +28,7 @@ def ask(path, rows, tasks="all", **options):
     for name, value in options.items():
         arguments += [f"--{name.replace('_', '-')}", str(value)]
     found = parser.parse_args(arguments)
-    found.predictions = path  # no picture is looked for
+    found.predictions = path  # no image is looked for
     return BENCHMARK.questions(found)
 
 

@@ -142,7 +142,7 @@ def test_failures_are_told_and_nothing_but_failures_is_an_error(data, tmp_path, 
         assert "4 of 4 were not answered" in capsys.readouterr().err
 
 
-def test_answers_are_found_by_the_names_of_their_pictures_and_may_be_null(data, tmp_path, capsys):
+def test_answers_are_found_by_the_names_of_their_images_and_may_be_null(data, tmp_path, capsys):
     texts = {"q0.jpg": None, "q1.png": f"<answer>{data[1]['q1']}</answer>"}
     lines = "".join(json.dumps({"image_file": name, "text": text}) + "\n" for name, text in texts.items())
     code, summary = evaluate_predictions(tmp_path, data, lines)
@@ -187,8 +187,8 @@ def test_strangers_text_is_harmless_in_the_table_and_on_the_terminal(data, tmp_p
     assert "<script>" not in table and "<b>" not in table and "\x1b" not in table
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\\|x \\# \\[a\\](javascript:1)" in table
     assert "[red]x" in capsys.readouterr().out
-    with Image.open(tmp_path / "out" / "map.png") as picture:
-        assert picture.size[0] > 1000
+    with Image.open(tmp_path / "out" / "map.png") as image:
+        assert image.size[0] > 1000
 
 
 def test_a_map_joins_true_places_to_answers_the_short_way_round():

@@ -45,7 +45,7 @@ def test_options_get_letters(tmp_path, options, answer, expected):
     assert part["text"].startswith("Which colour?\nA. ") and part["text"].count("\nB. ") == 1
 
 
-def test_numbered_pictures_stand_where_they_are_marked_and_may_repeat(tmp_path):
+def test_numbered_images_stand_where_they_are_marked_and_may_repeat(tmp_path):
     row = {
         "id": "q",
         "question": "<image 2> beside <image 1>",
@@ -57,7 +57,7 @@ def test_numbered_pictures_stand_where_they_are_marked_and_may_repeat(tmp_path):
     assert [path.name for path in question.sample.images] == ["two.png", "one.png", "two.png"]
 
 
-def test_pictures_in_a_parquet_file_come_as_bytes(tmp_path):
+def test_images_in_a_parquet_file_come_as_bytes(tmp_path):
     row = {"id": "q", "question": "Which?", "options": ["a", "b"], "answer": "A"}
     row |= {"image": {"bytes": b"P", "path": None}}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")

@@ -19,7 +19,7 @@ DTYPES = {
 WIDEST = {impl: dtypes[0] for impl, dtypes in DTYPES.items()}
 # Segments around and over a tile of 128, and around its two halves.
 LONG = ((150, 3), ((0, 1, 63, 64, 65, 130), (7,)))
-# Vision windows: full ones, some cut at the picture's edge, an empty one.
+# Vision windows: full ones, some cut at the image's edge, an empty one.
 WINDOWS = ((64, 64, 48, 0, 64, 16, 1), None)
 
 

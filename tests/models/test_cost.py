@@ -137,7 +137,7 @@ def visible_pairs(prompt: int, completions: tuple[int, ...]) -> int:
 
 
 def vision_pairs(config, grids) -> tuple[int, int]:
-    """Pairs of (whole pictures, windows) from transformers' own boundaries."""
+    """Pairs of (whole images, windows) from transformers' own boundaries."""
     grid, vision = torch.tensor(grids), config.vision_config
     whole = vision_utils.get_vision_cu_seqlens(grid).diff().square().sum()
     _, cu = vision_utils.get_vision_window_index(grid, vision.spatial_merge_size, 56, vision.patch_size)
@@ -162,9 +162,9 @@ class Measured:
             parameter.requires_grad_((vision if "visual" in name else "text") not in frozen)
         vision = self.config.vision_config
         self.patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        pictures = [IMAGE] * (patches_of(GRIDS) // 4)
+        images = [IMAGE] * (patches_of(GRIDS) // 4)
         self.own = 5
-        tokens = torch.tensor([[1, *pictures[:1], 2, *pictures[1:9], 3, *pictures[9:], 4, 5, 6, 7, 8, 9]])
+        tokens = torch.tensor([[1, *images[:1], 2, *images[1:9], 3, *images[9:], 4, 5, 6, 7, 8, 9]])
         self.prompt = tokens.shape[1] - self.own
         forward, both = FlopCounterMode(display=False), FlopCounterMode(display=False)
         with both:

@@ -99,7 +99,7 @@ def test_computing_in_bfloat16_keeps_gradients_in_float32(lab):
         assert (grad - expected[name]).norm() < 0.2 * expected[name].norm(), name
 
 
-def test_a_picture_reaches_its_own_prompt_only(lab):
+def test_an_image_reaches_its_own_prompt_only(lab):
     a, b, c = (lab.prompt("before", (84, 56), "after", seed=seed) for seed in range(3))
     completions = [lab.tokens(2, 3, seed=seed) for seed in range(3)]
     swapped = [replace(a, pixel_values=b.pixel_values), replace(b, pixel_values=a.pixel_values), c]
@@ -113,7 +113,7 @@ def test_a_picture_reaches_its_own_prompt_only(lab):
     assert relative_error(after[0], a_with_b) <= TOLERANCE
 
 
-def test_a_picture_changes_no_hidden_state_before_it(lab):
+def test_an_image_changes_no_hidden_state_before_it(lab):
     prompt = lab.prompt("before", (84, 56), "after")
     other = replace(prompt, pixel_values=prompt.pixel_values.flip(0))
     batches = [pack([p], [[]]) for p in (prompt, other)]
@@ -129,7 +129,7 @@ def test_a_picture_changes_no_hidden_state_before_it(lab):
     assert (first[start:] - second[start:]).abs().amax(1).min() > 1e-3
 
 
-def test_pictures_that_do_not_match_their_tokens_are_an_error(lab):
+def test_images_that_do_not_match_their_tokens_are_an_error(lab):
     prompt = lab.prompt((84, 56), "what?")
     short = replace(prompt, image_rows=prompt.image_rows[:-1])
     with pytest.raises(ValueError, match="5 image tokens but 6 encoded patches"):

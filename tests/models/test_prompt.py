@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen2_5_VLForConditionalGeneration
-from vlm_cases import SIZES, TEXTS, picture, redraw, relative_error, sample
+from vlm_cases import SIZES, TEXTS, make_image, redraw, relative_error, sample
 
 from geo_r1.data import PromptEncoder, Sample
 from geo_r1.data.prompt import expand_images, mrope_positions
@@ -39,7 +39,7 @@ def test_positions_equal_those_of_transformers(qwen2_5_vl, qwen2_vl, qwen3_vl):
     for trial in range(60):
         token_ids, grids = [], []
         for part in range(draw.integers(0, 7) if trial else 6):
-            text = draw.integers(7, 200, draw.integers(0, 4)).tolist()  # none: two pictures side by side
+            text = draw.integers(7, 200, draw.integers(0, 4)).tolist()  # none: two images side by side
             token_ids += [*text, 3, IMAGE, 4] if part or trial % 2 else [3, IMAGE, 4]
             grids.append((1, *(2 * draw.integers(1, 8, 2)).tolist()))
         token_ids += draw.integers(7, 200, draw.integers(0 if grids else 1, 5)).tolist()
@@ -59,14 +59,14 @@ def test_positions_equal_those_of_transformers(qwen2_5_vl, qwen2_vl, qwen3_vl):
     assert mrope_positions([], IMAGE, [], 2).shape == (3, 0)
 
 
-def test_adjacent_pictures_without_markers_keep_their_own_positions():
+def test_adjacent_images_without_markers_keep_their_own_positions():
     tokens, rows = expand_images([IMAGE, IMAGE], IMAGE, [(1, 2, 4), (1, 4, 2)], 2)
     assert tokens == [IMAGE] * 4 and rows == [0, 1, 2, 3]
     expected = [[0, 0, 2, 2], [0, 0, 2, 3], [0, 1, 2, 2]]
     assert mrope_positions(tokens, IMAGE, [(1, 2, 4), (1, 4, 2)], 2).tolist() == expected
 
 
-def test_a_prompt_is_its_chat_text_with_every_picture_spelled_out(qwen2_5_vl):
+def test_a_prompt_is_its_chat_text_with_every_image_spelled_out(qwen2_5_vl):
     prompt = qwen2_5_vl.prompt("at", *SIZES[:3], "or", SIZES[3], "?", name="here")
     decoded = qwen2_5_vl.tokenizer.decode(prompt.token_ids)
     runs = ["<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>" for n in (1, 6, 20, 10)]
@@ -83,13 +83,13 @@ def test_a_prompt_is_its_chat_text_with_every_picture_spelled_out(qwen2_5_vl):
 
 def test_pixels_equal_the_processor_and_the_formula(qwen2_5_vl):
     prompt = qwen2_5_vl.prompt((84, 56), "and", (56, 140), seed=4)
-    pictures = sample((84, 56), "and", (56, 140), seed=4).images
-    expected = qwen2_5_vl.image_processor(list(pictures), return_tensors="pt")
+    images = sample((84, 56), "and", (56, 140), seed=4).images
+    expected = qwen2_5_vl.image_processor(list(images), return_tensors="pt")
     assert prompt.image_grids == ((1, 4, 6), (1, 10, 4))
     assert torch.equal(prompt.pixel_values, expected["pixel_values"])
 
     processor = qwen2_5_vl.image_processor
-    for image, rows in zip(pictures, prompt.pixel_values.split([24, 40]), strict=True):
+    for image, rows in zip(images, prompt.pixel_values.split([24, 40]), strict=True):
         pixels = np.asarray(image, dtype=np.float64) / 255
         pixels = (pixels - processor.image_mean) / processor.image_std
         height, width = pixels.shape[0] // 14, pixels.shape[1] // 14
@@ -105,7 +105,7 @@ def test_pixels_equal_the_processor_and_the_formula(qwen2_5_vl):
         np.testing.assert_allclose(rows.numpy(), both_frames, atol=2e-6)
 
 
-def test_max_pixels_shrinks_pictures_and_leaves_small_ones():
+def test_max_pixels_shrinks_images_and_leaves_small_ones():
     shrunk = encoder(max_pixels=4 * 28 * 28).encode(sample((280, 280), (28, 28), (112, 28)))
     assert shrunk.image_grids == ((1, 4, 4), (1, 2, 2), (1, 2, 8))
     assert len(shrunk.pixel_values) == 16 + 4 + 16
@@ -137,12 +137,12 @@ def test_text_with_an_image_token_of_its_own_is_an_error():
         encoder().encode(sample("<|image_pad|>", name="odd"))
 
 
-def test_broken_pictures_name_the_sample_and_the_file(tmp_path):
+def test_broken_images_name_the_sample_and_the_file(tmp_path):
     message = ({"role": "user", "content": [{"type": "image"}]},)
     with pytest.raises(ValueError, match=r"sample a: image .*nowhere\.png does not exist"):
         encoder().encode(Sample("a", message, (tmp_path / "nowhere.png",)))
     jpeg = io.BytesIO()
-    picture(140, 112).save(jpeg, "JPEG")
+    make_image(140, 112).save(jpeg, "JPEG")
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
     for source, name in ((cut, r"cut\.jpg"), (cut.read_bytes(), f"{cut.stat().st_size} bytes")):

@@ -63,7 +63,7 @@ class Rows(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_no_mask_is_searched_for_picture_rows(qwen3_vl):
+def test_no_mask_is_searched_for_image_rows(qwen3_vl):
     batch = pack(*mixed_groups(qwen3_vl))
     with Rows() as seen, torch.no_grad():
         qwen3_vl.packed.loss_rows(batch)

@@ -1,4 +1,4 @@
-"""Small models whose every weight matters, prompts with pictures, and transformers' own way to run them."""
+"""Small models whose every weight matters, prompts with images, and transformers' own way to run them."""
 
 import copy
 
@@ -44,7 +44,7 @@ class Lab:
         self.encoder = PromptEncoder(self.tokenizer, self.image_processor, model.config.image_token_id)
 
     def prompt(self, *parts: str | tuple[int, int], seed: int = 0, name: str = "s") -> EncodedPrompt:
-        """Encode one user message; a part is a text, or the width and height of a picture."""
+        """Encode one user message; a part is a text, or the width and height of an image."""
         return self.encoder.encode(sample(*parts, seed=seed, name=name))
 
     def tokens(self, *lengths: int, seed: int = 0) -> list[list[int]]:
@@ -127,19 +127,19 @@ def qwen3_vl_config(like) -> Qwen3VLConfig:
     )
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
 def sample(*parts: str | tuple[int, int], seed: int = 0, name: str = "s") -> Sample:
     content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts]
-    pictures = [picture(*p, seed=1000 * seed + i) for i, p in enumerate(parts) if not isinstance(p, str)]
-    return Sample(name, ({"role": "user", "content": content},), tuple(pictures))
+    images = [make_image(*p, seed=1000 * seed + i) for i, p in enumerate(parts) if not isinstance(p, str)]
+    return Sample(name, ({"role": "user", "content": content},), tuple(images))
 
 
 def mixed_groups(lab: Lab) -> tuple[list[EncodedPrompt], list[list[list[int]]]]:
-    """Prompts of 0, 1 and 6 pictures with 5, 0, 2 and 1 completions, some of them empty."""
+    """Prompts of 0, 1 and 6 images with 5, 0, 2 and 1 completions, some of them empty."""
     six = [part for i, size in enumerate(SIZES) for part in (f"view {i}", size)]
     prompts = [
         lab.prompt("Which way is north?", name="text"),

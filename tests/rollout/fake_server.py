@@ -199,8 +199,8 @@ def engine_of(server, **options):
     return ServerEngine(server.url, end_token_ids=[END], vision_token_ids=[IMAGE], **options)
 
 
-def prompt_of(name, token_ids, **pictures):
-    fields = {"image_rows": [], "pixel_values": None, "image_grids": ()} | pictures
+def prompt_of(name, token_ids, **images):
+    fields = {"image_rows": [], "pixel_values": None, "image_grids": ()} | images
     return EncodedPrompt(name, list(token_ids), torch.zeros(3, len(token_ids), dtype=torch.int64), **fields)
 
 

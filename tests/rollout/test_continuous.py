@@ -23,11 +23,11 @@ LIMIT = 16
 
 @pytest.fixture(scope="module")
 def prompts(lab):
-    """Nine of them, of many lengths, some equal; every other one with a picture."""
+    """Nine of them, of many lengths, some equal; every other one with an image."""
     made = []
     for i in range(9):
-        picture = [SIZES[i % len(SIZES)]] if i % 2 else []
-        made.append(lab.prompt(*picture, "north of the tower " * (i % 4 + 1), seed=i))
+        image = [SIZES[i % len(SIZES)]] if i % 2 else []
+        made.append(lab.prompt(*image, "north of the tower " * (i % 4 + 1), seed=i))
     lengths = [len(prompt.token_ids) for prompt in made]
     assert len(set(lengths)) >= 6 and len(set(lengths)) < len(lengths)
     return made
@@ -73,10 +73,10 @@ class Spy:
             vlm, "hidden_states", lambda batch, at: self.prefilled.append(batch) or hidden(batch, at)
         )
 
-        def run_text(embedded, positions, attend, *pictures):
+        def run_text(embedded, positions, attend, *images):
             if isinstance(getattr(attend, "__self__", None), GroupCache):
                 self.decoded.append(len(embedded))
-            return run(embedded, positions, attend, *pictures)
+            return run(embedded, positions, attend, *images)
 
         monkeypatch.setattr(vlm, "run_text", run_text)
 
@@ -91,7 +91,7 @@ def test_whoever_takes_anothers_place_says_what_it_says_alone(vlm, prompts, shap
     for room in (LIMIT, 2 * LIMIT, 2 * longest + 4 * LIMIT, 10**5):
         spy = Spy(vlm, monkeypatch)
         assert_same(sampled(vlm, prompts, 3, max_tokens=longest + room), alone)
-        # However little room there is, every prompt and every picture is computed once.
+        # However little room there is, every prompt and every image is computed once.
         batches = [batch.layout.prompt_len for batch in spy.prefilled]
         assert sorted(flat(batches)) == sorted(len(prompt.token_ids) for prompt in prompts)
         assert len(spy.encoded) == sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)

@@ -18,7 +18,7 @@ NEVER = -1  # no token ends a completion
 
 @pytest.fixture(scope="module")
 def prompts(lab):
-    """Ragged lengths, two of them twice, with 0, 1, 2 and 6 pictures."""
+    """Ragged lengths, two of them twice, with 0, 1, 2 and 6 images."""
     six = [part for i, size in enumerate(SIZES) for part in (f"view {i}", size)]
     made = [
         lab.prompt("Which way is north?"),

@@ -40,21 +40,21 @@ def test_completions_come_in_order_each_from_its_stream(server, engine):
     assert {len(c) for group in sampled(engine) for c in group} == {3} and sampled(engine, [], []) == []
 
 
-def test_pictures_go_with_short_prompts_and_come_back_expanded(server, engine):
-    pictures = tuple(
+def test_images_go_with_short_prompts_and_come_back_expanded(server, engine):
+    images = tuple(
         np.random.default_rng(i).integers(0, 256, (28, 28 + 28 * i, 3), np.uint8) for i in (0, 1)
     )
     grids = ((1, 2, 2), (1, 2, 4))
     tokens = [IMAGE, 9, IMAGE, IMAGE, 9]
-    prompt = prompt_of("s", tokens, image_rows=[0, 2, 3], image_grids=grids, pictures=pictures)
+    prompt = prompt_of("s", tokens, image_rows=[0, 2, 3], image_grids=grids, images=images)
     server.expanded = lambda short: [IMAGE, 9, IMAGE, *short[2:]]
     assert sampled(engine, [prompt], ["0/4"]) == expected(["0/4"])
     body = server.asked[-1][1]
     assert body["token_ids"] == [IMAGE, 9, IMAGE, 9]
-    for picture, part in zip(pictures, body["content_parts"], strict=True):
+    for image, part in zip(images, body["content_parts"], strict=True):
         head, _, data = part["url"].partition(",")
         assert (part["type"], head) == ("image_url", "data:image/png;base64")
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), picture)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), image)
     with pytest.raises(ValueError, match=r"sample t: 2 images were encoded and 0 kept"):
         engine.sample([prompt_of("t", tokens, image_rows=[0, 2, 3], image_grids=grids)], 2, SAMPLING, ["0/4"])
 

@@ -29,7 +29,7 @@ def config_of(size: str):
 
 
 def batch_of(config, rows: int, columns: int, completions: list[int]) -> PackedBatch:
-    """A prompt with one picture of so many patches, and completions of so many tokens."""
+    """A prompt with one image of so many patches, and completions of so many tokens."""
     merge = config.vision_config.spatial_merge_size
     count = rows * columns // merge**2
     ids = [7, *[config.image_token_id] * count, 8, 9]

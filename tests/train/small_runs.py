@@ -132,13 +132,13 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def write_dataset(folder: Path, count: int, **changes) -> Path:
-    """A JSONL file of questions over two pictures on disk; `changes` replace columns of the second row."""
+    """A JSONL file of questions over two images on disk; `changes` replace columns of the second row."""
     (folder / "images").mkdir(exist_ok=True)
     rows = []
     for number in range(count):
         for view, size in (("ground", (56, 28)), ("above", (56, 56))):
-            picture = Image.new("RGB", size, (20 * number, 90, 160 if view == "above" else 60))
-            picture.save(folder / "images" / f"{view}{number}.png")
+            image = Image.new("RGB", size, (20 * number, 90, 160 if view == "above" else 60))
+            image.save(folder / "images" / f"{view}{number}.png")
         row = {
             "id": f"row{number}",
             "prompt": "Ground: <image> Above: <image> Same place, A or B?",

@@ -22,9 +22,9 @@ def row_of(**changes):
 
 def truncated(folder):
     data = runs.write_dataset(folder, 4)
-    picture = folder / "images" / "ground1.jpg"
-    Image.new("RGB", (280, 280), (9, 9, 9)).save(picture)
-    picture.write_bytes(picture.read_bytes()[:-300])
+    image = folder / "images" / "ground1.jpg"
+    Image.new("RGB", (280, 280), (9, 9, 9)).save(image)
+    image.write_bytes(image.read_bytes()[:-300])
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows[1]["images"][0] = "images/ground1.jpg"
     return {"data": runs.write_rows(data, rows)}

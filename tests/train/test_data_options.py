@@ -18,7 +18,7 @@ BOTH = {"sft__steps": 3, "grpo__steps": 3}
     "options", [{"num_workers": 2}, {"num_workers": 1, "cache_mib": 4}, {"cache_mib": 4}]
 )
 def test_who_prepares_prompts_does_not_change_the_run(options, tmp_path):
-    """Of a file that is gone through twice, so that a cache finds pictures again."""
+    """Of a file that is gone through twice, so that a cache finds images again."""
     data = runs.write_dataset(tmp_path, 6)
     changes = {
         "sft__data": data,
@@ -118,7 +118,7 @@ def test_resampling_replaces_what_was_left_out(one_long_prompt, tmp_path, monkey
         assert (row["sampling/kept_groups"], row["sampling/groups"]) == (4, 4)
 
 
-def test_pictures_of_prompts_that_are_too_long_are_shrunk(one_long_prompt, tmp_path, monkeypatch):
+def test_images_of_prompts_that_are_too_long_are_shrunk(one_long_prompt, tmp_path, monkeypatch):
     steps, changes = watch_groups(monkeypatch), of_file(one_long_prompt)
     runs.train(tmp_path / "every", "sft", **changes)
     lengths = prompt_lengths(steps)[0]

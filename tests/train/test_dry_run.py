@@ -48,9 +48,9 @@ def test_a_file_gives_lengths_epochs_and_operations(tmp_path, no_weights):
     options = {"sft__data": data, "sft__epochs": 2, "sft__freeze": ["vision"]}
     text = what_it_takes(recipe_of(tmp_path, "sft", model__path=folder, **options), 1)
     assert "== sft: 3 steps of 4 samples, 2.00 epochs of 6" in text
-    sample = r"a sample: (\d+) tokens of prompt, (\d+) of them of pictures, and (\d+) of the response"
-    prompt, pictures, response = map(int, re.search(sample, text).groups())
-    assert pictures == 2 + 4  # 56 x 28 and 56 x 56 pixels, 28 x 28 a token
+    sample = r"a sample: (\d+) tokens of prompt, (\d+) of them of images, and (\d+) of the response"
+    prompt, images, response = map(int, re.search(sample, text).groups())
+    assert images == 2 + 4  # 56 x 28 and 56 x 56 pixels, 28 x 28 a token
     tokens = int(re.search(r"a step: (\d+) tokens", text)[1])
     assert tokens == pytest.approx(4 * (prompt + response), abs=4)
     flops = ModelCost.of(config).flops(

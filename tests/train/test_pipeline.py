@@ -15,7 +15,7 @@ NUM_SITES = 5  # a city
 PROMPT = "[{answer}] Known: {metadata}"
 
 
-def picture(path, red, size):
+def make_image(path, red, size):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (red % 256, 90, 160)).save(path)
 
@@ -31,8 +31,8 @@ def cv_cities(root):
     lines = dict.fromkeys(CITIES, "")
     for city, i, latitude, longitude in sites():
         ground, above = f"{city}/pano_images/{i:04d}.jpg", f"{city}/sat_images/{i:04d}.jpg"
-        picture(root / ground, 40 * i, (56, 28))
-        picture(root / above, 40 * i, (56, 56))
+        make_image(root / ground, 40 * i, (56, 28))
+        make_image(root / above, 40 * i, (56, 56))
         lines[city] += f"{city}_{i:04d},{longitude},{latitude},{city},{above},{ground}\n"
     for city, text in lines.items():
         (root / city / "img_info.csv").write_text(text)
@@ -44,9 +44,9 @@ def vigor(root):
     for city, i, latitude, longitude in sites():
         ground = f"pano{i}-_,{latitude:.6f},{longitude:.6f},.jpg"
         tiles = [f"satellite_{latitude + d:.7f}_{longitude}.png" for d in (0.00002, 0.0003, -0.0003, 0.0005)]
-        picture(root / city / "panorama" / ground, 40 * i, (56, 28))
+        make_image(root / city / "panorama" / ground, 40 * i, (56, 28))
         for tile in tiles:
-            picture(root / city / "satellite" / tile, 40 * i, (56, 56))
+            make_image(root / city / "satellite" / tile, 40 * i, (56, 56))
         lists[city] += " ".join([ground, *(f"{tile} 3.0 -4.0" for tile in tiles)]) + "\n"
     for city, text in lists.items():
         (root / "splits" / city).mkdir(parents=True)
@@ -58,8 +58,8 @@ def cvusa(root):
     split, places = "", ""
     for number, (_, i, latitude, longitude) in enumerate(sites(), 1):
         above, ground = f"bingmap/19/{number:07d}.jpg", f"streetview/panos/{number:07d}.jpg"
-        picture(root / ground, 40 * i, (56, 28))
-        picture(root / above, 40 * i, (56, 56))
+        make_image(root / ground, 40 * i, (56, 28))
+        make_image(root / above, 40 * i, (56, 56))
         split += f"{above},{ground},streetview/annotations/{number:07d}.png\n"
         places += f"{latitude},{longitude},{latitude},{longitude},0\n"
     for name, text in (("splits/train-19zl.csv", split), ("split_locations/all.csv", places)):
@@ -71,8 +71,8 @@ def cvusa(root):
 def manifest(root):
     lines = "id,lat,lon,city,ground,satellite\n"
     for city, i, latitude, longitude in sites():
-        picture(root / f"{city}{i}g.png", 40 * i, (56, 28))
-        picture(root / f"{city}{i}s.png", 40 * i, (56, 56))
+        make_image(root / f"{city}{i}g.png", 40 * i, (56, 28))
+        make_image(root / f"{city}{i}s.png", 40 * i, (56, 56))
         lines += f"{city}-{i},{latitude},{longitude},{city},{city}{i}g.png,{city}{i}s.png\n"
     (root / "sites.csv").write_text(lines)
     return ["--source", "manifest", "--manifest", root / "sites.csv", "--test-cities", "sydney"]

@@ -15,17 +15,17 @@ SPLITS = {
     "uneven": {"sft__batch_size": 5, "grpo__prompts_per_step": 3},
     "a rank with nothing": {"sft__batch_size": 1, "grpo__prompts_per_step": 1, "eval__num_samples": 1},
 }
-NUM_PICTURES = (0, 1, 6)
+NUM_IMAGES = (0, 1, 6)
 
 
 def mixed_data(folder):
-    """A file whose rows have no picture, one, or six."""
+    """A file whose rows have no image, one, or six."""
     data = runs.write_dataset(folder, 6)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
-    pictures = [picture for row in rows for picture in row["images"]]
+    images = [image for row in rows for image in row["images"]]
     for number, row in enumerate(rows):
-        count = NUM_PICTURES[number % 3]
-        row["images"] = pictures[number : number + count]
+        count = NUM_IMAGES[number % 3]
+        row["images"] = images[number : number + count]
         row["prompt"] = "Seen: " + "<image> " * count + "Same place, A or B?"
     return runs.write_rows(folder / "mixed.jsonl", rows)
 
@@ -48,7 +48,7 @@ def test_mixed_batches_are_mixed(mixed):
     source = Source.of(read_samples(changes["sft__data"]))
     counts = [len(source.draw(position, 0).images) for position in range(20)]
     steps = [{*counts[i : i + 2]} for i in range(0, 20, 2)]
-    assert {0, 6} in steps  # a rank without pictures beside one with many
+    assert {0, 6} in steps  # a rank without images beside one with many
     assert {0, 1} in steps
     assert {1, 6} in steps
 
@@ -70,7 +70,7 @@ def test_every_strategy_takes_the_same_steps(strategy, mixed, tmp_path, tiny_mod
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero 3"])
 def test_a_rank_may_have_no_samples(strategy, tmp_path):
-    """Batches of one: with pictures or without, the other rank has nothing."""
+    """Batches of one: with images or without, the other rank has nothing."""
     data = mixed_data(tmp_path)
     changes = RATE | SPLITS["a rank with nothing"] | {"sft__data": data, "grpo__data": data}
     for name in ("one", strategy):

@@ -98,7 +98,7 @@ def test_page_stands_alone(full_run):
     assert [path.name for path in full_run.iterdir() if path.name.startswith(".report")] == []
 
 
-def test_pictures_are_embedded_once_a_sample(run_dir):
+def test_images_are_embedded_once_a_sample(run_dir):
     page = page_of(run_dir)
     for path in run_dir.glob("eval/images/*.png"):
         assert page.count(base64.b64encode(path.read_bytes()).decode()) == 1
@@ -137,7 +137,7 @@ def test_gallery_sets_rows_side_by_side(run_dir):
     for sample in samples:
         attempts = [(made["row"], made["prediction"], made["correct"]) for made in sample["attempts"]]
         assert attempts == [("base", None, False), ("sft", "B", False), ("grpo", "C", True)]
-        assert [picture.label for picture in sample["candidates"]] == ["A", "B", "C"]
+        assert [image.label for image in sample["candidates"]] == ["A", "B", "C"]
     page = page_of(run_dir)
     assert page.count('<span class="vote">sft</span>') == 2
     assert page.count('<span class="vote correct">grpo</span>') == 2
@@ -197,10 +197,10 @@ def test_empty_run(tmp_path):
     assert not (tmp_path / "plots").exists()
 
 
-def test_missing_values_and_pictures(run_dir):
+def test_missing_values_and_images(run_dir):
     (run_dir / "summary.json").write_text(json.dumps({"base": {"accuracy": 0.2}, "sft": {}}))
     (run_dir / "eval/images/0_1.png").unlink()
-    (run_dir / "eval/images/0_2.png").write_bytes(b"not a picture")
+    (run_dir / "eval/images/0_2.png").write_bytes(b"not an image")
     write_lines(run_dir / "metrics.jsonl", [{"stage": "grpo", "step": 1, "reward": float("nan"), "kl": 0.1}])
     page = page_of(run_dir)
     assert page.count('class="missing"') == 2
@@ -208,7 +208,7 @@ def test_missing_values_and_pictures(run_dir):
     assert plot_names(run_dir) == {"kl"}
 
 
-def test_large_picture_is_shrunk(run_dir):
+def test_large_image_is_shrunk(run_dir):
     Image.effect_noise((3000, 750), 50).save(run_dir / "eval/images/0_0.png")
     (encoded,) = re.findall(r"data:image/jpeg;base64,([^\"]*)", page_of(run_dir))
     (run_dir / "small.jpg").write_bytes(base64.b64decode(encoded))

@@ -13,7 +13,7 @@ from geo_r1.rollout import Completion
 from geo_r1.train.report.gallery import (
     NUM_CHARACTERS,
     NUM_COMPLETIONS,
-    NUM_PICTURES,
+    NUM_IMAGES,
     NUM_PROMPTS,
     NUM_STEPS,
     read_training_gallery,
@@ -115,13 +115,13 @@ def test_groups_without_a_best(reward, names, others, tmp_path):
     assert page_of(tmp_path).count("<details>") == bool(others)
 
 
-def test_pictures_have_the_names_of_the_prompt(tmp_path):
+def test_images_have_the_names_of_the_prompt(tmp_path):
     write_transcripts(tmp_path, "grpo", 1, [transcript()])
-    assert [picture.label for picture in only_prompt(tmp_path)["pictures"]] == ["image 1", "A", "B"]
+    assert [image.label for image in only_prompt(tmp_path)["images"]] == ["image 1", "A", "B"]
     page = page_of(tmp_path)
     (true,) = re.findall(r'class="candidate true">\s*(<img[^>]*>)', page)
-    picture = base64.b64encode(png(Image.new("RGB", (20, 10), (0, 100, 7)))).decode()
-    assert picture in true and page.count(picture) == 1
+    image = base64.b64encode(png(Image.new("RGB", (20, 10), (0, 100, 7)))).decode()
+    assert image in true and page.count(image) == 1
     assert page.count('<img class="tiny"') == 3 and page.count('class="panorama"') == 1
 
 
@@ -133,12 +133,12 @@ def test_pictures_have_the_names_of_the_prompt(tmp_path):
         (["the marker <image> itself", "A", "B"], ["image 1", "image 2", "image 3"]),
     ],
 )
-def test_other_ways_to_name_pictures(names, labels, tmp_path):
+def test_other_ways_to_name_images(names, labels, tmp_path):
     write_transcripts(tmp_path, "grpo", 1, [transcript(sample=question(names=names))])
-    assert [picture.label for picture in only_prompt(tmp_path)["pictures"]] == labels
+    assert [image.label for image in only_prompt(tmp_path)["images"]] == labels
 
 
-def test_a_prompt_without_pictures_or_answer(tmp_path):
+def test_a_prompt_without_images_or_answer(tmp_path):
     write_transcripts(tmp_path, "grpo", 1, [transcript(sample=question(names=(), answer=None))])
     page = page_of(tmp_path)
     assert "no true answer" in page and "<img" not in page and '<pre class="prompt">Which tile?</pre>' in page
@@ -160,14 +160,14 @@ def test_steps_and_prompts_are_bounded(tmp_path):
     assert page.index("grpo step 10<") < page.index("grpo step 990<")
 
 
-def test_completions_pictures_and_text_are_bounded(tmp_path):
+def test_completions_images_and_text_are_bounded(tmp_path):
     size, long = 30, "a" * NUM_CHARACTERS
     texts = [long + "b", *["c"] * (size - 2), long]
-    sample = question(names=[""] * (NUM_PICTURES + 2))
+    sample = question(names=[""] * (NUM_IMAGES + 2))
     reward = [float(i) for i in range(size)]
     write_transcripts(tmp_path, "grpo", 1, [transcript(sample=sample, reward=reward, texts=texts)])
     prompt = only_prompt(tmp_path)
-    assert (len(prompt["pictures"]), prompt["pictures_left_out"]) == (NUM_PICTURES, 2)
+    assert (len(prompt["images"]), prompt["images_left_out"]) == (NUM_IMAGES, 2)
     assert len(prompt["extremes"] + prompt["others"]) == NUM_COMPLETIONS
     assert prompt["left_out"] == size - NUM_COMPLETIONS
     assert prompt["extremes"][0]["parts"] == [("text", long)]
@@ -175,10 +175,10 @@ def test_completions_pictures_and_text_are_bounded(tmp_path):
     assert prompt["extremes"][1]["parts"] == [("text", f"{half}\n[… 1 characters left out …]\n{half[1:]}b")]
     page = page_of(tmp_path)
     assert f"a further {size - NUM_COMPLETIONS} in rollouts/grpo-000001.parquet" in page
-    assert "2 more pictures in rollouts/grpo-000001.parquet" in page
+    assert "2 more images in rollouts/grpo-000001.parquet" in page
 
 
-def test_large_and_odd_pictures_become_small_jpegs(tmp_path):
+def test_large_and_odd_images_become_small_jpegs(tmp_path):
     noise, tiff = Image.effect_noise((2000, 1500), 90), io.BytesIO()
     Image.new("RGB", (30, 20)).save(tiff, "TIFF")
     sample = question(names=["", "", ""], images=[png(noise), tiff.getvalue(), png(noise.resize((512, 900)))])
@@ -199,7 +199,7 @@ def test_hostile_text_stays_text(tmp_path):
     write_transcripts(tmp_path, "grpo", 1, [hostile])
     page = page_of(tmp_path)
     assert "<script" not in page and "<img src=x" not in page
-    assert page.count("&lt;script&gt;") == 9  # id, prompt twice, picture, answer, 2 texts, 2 chips
+    assert page.count("&lt;script&gt;") == 9  # id, prompt twice, image, answer, 2 texts, 2 chips
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -22,7 +22,7 @@ FIXED = ["stage", "step", "position", "sample_id", "prompt", "answer", "images",
 FIXED += ["num_tokens", "ended", "reward", "advantage", "logp_mean"]
 
 
-def picture(seed):
+def make_image(seed):
     return Image.new("RGB", (8 + seed, 5), (10 * seed, 90, 200))
 
 
@@ -97,7 +97,7 @@ def test_what_is_not_known_is_null(tmp_path):
 
 def test_the_prompt_as_text(tmp_path):
     chat = (message("Be brief.", "system"), message("<image> A<image> B", "user"), message("Well?"))
-    samples = [sample(0, [picture(0), picture(1)], chat), sample(1, [picture(0)], (message("See <image>"),))]
+    samples = [sample(0, [make_image(0), make_image(1)], chat), sample(1, [make_image(0)], (message("See <image>"),))]
     path = write_transcripts(tmp_path, "grpo", 1, [transcript(i, s) for i, s in enumerate(samples)])
     assert [row["prompt"] for row in rows_of(path)[::2]] == [
         "system: Be brief.\n\nuser: <image> A<image> B\n\nuser: Well?",
@@ -105,10 +105,10 @@ def test_the_prompt_as_text(tmp_path):
     ]
 
 
-def test_every_row_has_the_pictures(tmp_path):
+def test_every_row_has_the_images(tmp_path):
     file = tmp_path / "street.png"
-    file.write_bytes(png(picture(1)))
-    images = [file, png(picture(2)), picture(3), picture(4).convert("CMYK")]
+    file.write_bytes(png(make_image(1)))
+    images = [file, png(make_image(2)), make_image(3), make_image(4).convert("CMYK")]
     path = write_transcripts(tmp_path, "grpo", 1, [transcript(0, sample(0, images))])
     for row in rows_of(path):
         found = row["images"]
@@ -120,7 +120,7 @@ def test_every_row_has_the_pictures(tmp_path):
             assert load_image(image["bytes"], "x").tobytes() == expected.tobytes()
 
 
-def test_pictures_lie_once_a_prompt(tmp_path):
+def test_images_lie_once_a_prompt(tmp_path):
     noise = [png(Image.effect_noise((1200, 1000 + i), 90)) for i in range(2)]  # over pyarrow's own limit
     size = 16
     many = {
@@ -136,7 +136,7 @@ def test_pictures_lie_once_a_prompt(tmp_path):
 
 
 def test_a_file_is_a_data_set(tmp_path):
-    images = [png(picture(0))]
+    images = [png(make_image(0))]
     path = write_transcripts(tmp_path, "grpo", 1, [transcript(0, sample(0, images))])
     schema = pq.read_schema(path)
     types = {name: str(schema.field(name).type) for name in ("images", "text", "reward")}
@@ -160,7 +160,7 @@ def test_text_that_is_no_text(tmp_path):
     assert (rows[0]["prompt"], rows[0]["answer"], rows[0]["rewards/x?"]) == ("a?b\0", "?", 0.0)
 
 
-def test_a_missing_picture_is_named_and_leaves_no_file(tmp_path):
+def test_a_missing_image_is_named_and_leaves_no_file(tmp_path):
     gone = sample(3, [tmp_path / "gone.png"])
     with pytest.raises(ValueError, match=r"sample sample-3: image .*gone\.png does not exist"):
         write_transcripts(tmp_path, "grpo", 1, [transcript(0), transcript(1, gone)])
@@ -194,7 +194,7 @@ def test_forgets_later_steps_of_a_stage(tmp_path):
 
 
 def test_the_first_prompts_are_read(tmp_path):
-    images = [png(picture(1)), png(picture(2))]
+    images = [png(make_image(1)), png(make_image(2))]
     written = [transcript(i, sample(i, images)) for i in (4, 5, 6)]
     path = write_transcripts(tmp_path, "grpo", 1, written)
     prompts, count = read_transcripts(path, 2)
@@ -207,7 +207,7 @@ def test_the_first_prompts_are_read(tmp_path):
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.7, 0.999])
 def test_half_a_file_is_named(share, tmp_path):
-    path = write_transcripts(tmp_path, "grpo", 1, [transcript(0, sample(0, [png(picture(0))]))])
+    path = write_transcripts(tmp_path, "grpo", 1, [transcript(0, sample(0, [png(make_image(0))]))])
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(
         ValueError, match=r"grpo-000001\.parquet: expected the transcripts of a step"

@@ -98,17 +98,17 @@ def test_equal_rewards_are_packed_only_where_another_term_needs_them(options, la
     assert len(batches_of(lab[0], config, groups).micro_batches) == (1 if options else 0)
 
 
-@pytest.mark.parametrize("pictures_matter", [True, False])
+@pytest.mark.parametrize("images_matter", [True, False])
 @pytest.mark.parametrize("policy", ["clip", "cispo", "sapo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_leaving_out_equal_rewards_changes_no_gradient(lab, pictures_matter, policy, level):
-    """Pictures of a group that is left out: the tower's gradient is zero, as it would have been, not none."""
+def test_leaving_out_equal_rewards_changes_no_gradient(lab, images_matter, policy, level):
+    """Images of a group that is left out: the tower's gradient is zero, as it would have been, not none."""
     model, encoder = lab
     samples = [exemplars.question(World(), "train", i) for i in range(2)]
     text = [{"role": "user", "content": [{"type": "text", "text": "north?"}]}]
     prompts = [encoder.encode(sample) for sample in (*samples, Sample("text", tuple(text), ()))]
     draw = torch.Generator().manual_seed(0)
-    middle = 0.5 * pictures_matter
+    middle = 0.5 * images_matter
     # of mean zero, so with nothing to scale them they are the advantages
     rewards = [[0.0, 0.0, 0.0], [middle, -2 * middle, middle], [1.25, 0.0, -1.25]]
     groups = [
@@ -143,6 +143,6 @@ def test_leaving_out_equal_rewards_changes_no_gradient(lab, pictures_matter, pol
         assert figures[name] == pytest.approx(expected_figures[name], rel=1e-9)
     assert figures["grad_norm"] > 1e-3
     assert grads.keys() == expected.keys()
-    assert any(g.abs().max() > 0 for name, g in expected.items() if "visual" in name) == pictures_matter
+    assert any(g.abs().max() > 0 for name, g in expected.items() if "visual" in name) == images_matter
     for name, grad in expected.items():
         torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-6 * grad.abs().max().item() + 1e-12)

@@ -17,7 +17,7 @@ END = 2
 
 @dataclass(frozen=True)
 class Lab:
-    """A policy in float32 with weights large enough that it has opinions, and prompts that keep pictures."""
+    """A policy in float32 with weights large enough that it has opinions, and prompts that keep images."""
 
     vlm: PackedVLM
     tokenizer: object
@@ -62,6 +62,6 @@ def make_lab(folder: Path) -> Lab:
     model, tokenizer, image_processor = build_tiny(texts)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == END
     write_engine_folder(folder, model.config, tokenizer, image_processor)
-    encoder = PromptEncoder(tokenizer, image_processor, model.config.image_token_id, keep_pictures=True)
+    encoder = PromptEncoder(tokenizer, image_processor, model.config.image_token_id, keep_images=True)
     prompts = [encoder.encode(sample) for sample in samples]
     return Lab(PackedVLM(model.eval()), tokenizer, image_processor, folder, encoder, prompts)

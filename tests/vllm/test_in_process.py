@@ -132,14 +132,14 @@ def test_weights_that_do_not_fit_are_named(lab, engine):
 def test_prompts_that_cannot_be_said_are_named(lab, engine):
     engine.load(lab.weights(8).items())
     good = lab.prompts[0]
-    bare = dataclasses.replace(good, pictures=())
-    with pytest.raises(ValueError, match=rf"sample {good.sample_id}: 6 images .* 0 kept.*keep_pictures"):
+    bare = dataclasses.replace(good, images=())
+    with pytest.raises(ValueError, match=rf"sample {good.sample_id}: 6 images .* 0 kept.*keep_images"):
         engine.sample([good, bare], 2, SamplingConfig(max_new_tokens=8), streams(2))
     length = len(good.token_ids)
     told = rf"sample {good.sample_id}: .* {length} tokens .* max_model_len = {MAX_LEN}"
     with pytest.raises(ValueError, match=told):
         engine.sample([good], 1, SamplingConfig(max_new_tokens=MAX_LEN - length + 1), ["s"])
-    shrunk = dataclasses.replace(good, pictures=tuple(p[:28, :28] for p in good.pictures))
+    shrunk = dataclasses.replace(good, images=tuple(p[:28, :28] for p in good.images))
     with pytest.raises(ValueError, match=rf"sample {good.sample_id}: vLLM reads a prompt of \d+ tokens"):
         engine.sample([good, shrunk], 2, SamplingConfig(max_new_tokens=8), streams(2))
     with pytest.raises(ValueError, match=r"temperature 0 or 0\.01 to 2\.0, not 3"):
@@ -148,7 +148,7 @@ def test_prompts_that_cannot_be_said_are_named(lab, engine):
     assert completion.ended or len(completion.token_ids) == MAX_LEN - length  # nothing was left behind
 
 
-def test_pictures_of_any_size_keep_it(lab, engine):
+def test_images_of_any_size_keep_it(lab, engine):
     """One token, one so narrow that it is over the limit on pixels, and one at that limit."""
     engine.load(lab.weights(9).items())
     sizes = ((28, 28), (15, 2500), (400, 300))

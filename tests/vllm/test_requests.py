@@ -38,17 +38,17 @@ def test_a_folder_holds_all_but_weights_and_is_replaced_whole(lab):
 
 
 @pytest.mark.parametrize("max_pixels", [28 * 28, 28 * 28 * 9, 28 * 28 * 64])
-def test_no_picture_that_the_encoder_makes_is_over_the_folders_limits(lab, tmp_path, max_pixels):
+def test_no_image_that_the_encoder_makes_is_over_the_folders_limits(lab, tmp_path, max_pixels):
     size = {"shortest_edge": 28 * 28 * 4, "longest_edge": max_pixels}
     processor = Qwen2VLImageProcessorPil(patch_size=14, size=size)
     encoder = PromptEncoder(
-        lab.tokenizer, processor, lab.vlm.model.config.image_token_id, max_pixels, keep_pictures=True
+        lab.tokenizer, processor, lab.vlm.model.config.image_token_id, max_pixels, keep_images=True
     )
     write_engine_folder(tmp_path / "model", lab.vlm.model.config, lab.tokenizer, processor)
     limits = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "model").size
     assert limits["shortest_edge"] == 28 * 28
     for shape in ((1, 200), (30, 6000), (29, 29), (300, 31), (700, 500), (5, 1000)):
-        [pixels] = encoder.encode(sample(shape)).pictures
+        [pixels] = encoder.encode(sample(shape)).images
         assert 28 * 28 <= pixels.shape[0] * pixels.shape[1] <= limits["longest_edge"]
 
 

@@ -22,7 +22,7 @@ from geo_r1.files import beside, write_text, written_beside
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where, row
 Writer = Callable[[Callable[[], Rows], Path], int]  # returns the number of rows
-BATCH = 256  # rows per parquet row group; they may hold pictures
+BATCH = 256  # rows per parquet row group; they may hold images
 
 # LLaMA-Factory's entries for files. It resets every column or tag that an entry leaves out.
 DATASET_INFO: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", type=Path, metavar="DIR",
                         help="folder of relative image paths; default: the folder of --in")  # fmt: skip
     parser.add_argument("--flatten", action="store_true",
-                        help="if the format needs it, put pictures first, name them by number in the text, "
+                        help="if the format needs it, put images first, name them by number in the text, "
                         "and begin the text with the system turn")  # fmt: skip
 
 

@@ -84,9 +84,9 @@ def detect(row: Any) -> str | None:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         return None
     if keys == ["conversations"]:
-        pictures = {"image", "images"} & has
-        several = pictures == {"images"} or (not pictures and len(turns) != 2)
-        return "sharegpt" if several else "vlm-r1" if pictures == {"image"} else None
+        images = {"image", "images"} & has
+        several = images == {"images"} or (not images and len(turns) != 2)
+        return "sharegpt" if several else "vlm-r1" if images == {"image"} else None
     if any(isinstance(turn.get("content"), list) for turn in turns):
         return "trl-sft"
     if "solution" in has or turns[-1].get("role") != "assistant":

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from geo_r1.answers import extract_answer
 from geo_r1.data.formats.turns import (
-    PICTURE,
+    IMAGE,
     Turn,
     marked,
     merged,
-    pictures_first,
+    images_first,
     read_turns,
     system_first,
     text_of,
@@ -71,7 +71,7 @@ class Format(ABC):
 
         Args:
             columns: our own, as `read` returns them.
-            flatten: if the format has no pictures within the text, put them first and say "image 2" in
+            flatten: if the format has no images within the text, put them first and say "image 2" in
                 their places; if it has no system turn, begin the prompt with its text.
 
         Raises:
@@ -119,7 +119,7 @@ class Chat(Format):
         key: the column of messages.
         role, content: names of these keys in a message.
         names: our role name -> the format's; other roles are errors.
-        markers: pictures are `<image>` in the text, not parts of the content.
+        markers: images are `<image>` in the text, not parts of the content.
         answer: the column of the true answer.
         response: where it is: in a column, the last turn, or turns in a column `completion`.
         alternates: user and assistant turns alternate, as in LLaMA-Factory; a response is required.
@@ -209,7 +209,7 @@ class Problem(Format):
             text, answer = _taken(columns, "problem"), columns.pop("answer", None)
         if not isinstance(text, str):
             raise UserError(f"the question must be text, got {shown(text)}")
-        if self.two_turns:  # VLM-R1's loader deletes the markers and puts the pictures first
+        if self.two_turns:  # VLM-R1's loader deletes the markers and puts the images first
             num_images = len(images) if isinstance(images, list) else 0
             text = IMAGE_MARKER * num_images + text.replace(IMAGE_MARKER, "")
         elif images and IMAGE_MARKER not in text:
@@ -226,18 +226,18 @@ class Problem(Format):
             hint = "; --flatten lets the system turn begin the text" if roles == ["system", "user"] else ""
             raise UserError(f"{self.name} holds one user turn, got {roles}{hint}")
         parts = turns[0]["content"]
-        if self.two_turns and PICTURE in parts[len(images) :]:
+        if self.two_turns and IMAGE in parts[len(images) :]:
             if not flatten:
                 raise UserError(
-                    f"pictures stand within its text, and {self.name} shows them first; "
+                    f"images stand within its text, and {self.name} shows them first; "
                     "--flatten puts them there and says image 1, image 2, ... in the text"
                 )
-            parts = pictures_first(parts)
+            parts = images_first(parts)
         if not self.two_turns:
             row: Columns = {"problem": marked(parts), "images": images, "answer": sample.answer}
             return row | {"response": sample.response}
         if not all(isinstance(image, str) for image in images):
-            raise UserError(f"its pictures are in the file, and {self.name} reads them by path")
+            raise UserError(f"its images are in the file, and {self.name} reads them by path")
         pair = [{"from": "human", "value": marked(parts)}, {"from": "gpt", "value": sample.answer}]
         image = images[0] if len(images) == 1 else images or None
         return {"image": image, "conversations": pair, "response": sample.response}
@@ -250,7 +250,7 @@ def _taken(columns: Columns, name: str) -> Any:
 
 
 def _images(columns: Columns, single: bool) -> Any:
-    """Remove and return the pictures; one need not be in a list, and with `single` may be in `image`."""
+    """Remove and return the images; one need not be in a list, and with `single` may be in `image`."""
     images = columns.pop("images", None)
     if single and "image" in columns:
         if images is not None:

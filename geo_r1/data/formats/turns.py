@@ -10,7 +10,7 @@ from geo_r1.errors import UserError
 
 Turn = dict[str, Any]  # role, content
 Parts = list[dict[str, Any]]
-PICTURE = {"type": "image"}
+IMAGE = {"type": "image"}
 
 
 def read_turns(
@@ -40,7 +40,7 @@ def read_turns(
         said = turn.get(content)
         for part in said if isinstance(said, list) else []:
             if isinstance(part, Mapping) and part.get("type") == "image" and part.get("image") is not None:
-                raise UserError("an image part holds its picture; they are read from the column 'images'")
+                raise UserError("an image part holds its image; they are read from the column 'images'")
         turns.append({"role": own_names.get(turn[role], turn[role]), "content": said})
     return turns
 
@@ -74,22 +74,22 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> Parts:
 
 
 def marked(parts: Parts) -> str:
-    """Text with a marker for each picture; raises UserError if the text itself says `<image>`."""
+    """Text with a marker for each image; raises UserError if the text itself says `<image>`."""
     if any(IMAGE_MARKER in part.get("text", "") for part in parts):
-        raise UserError(f"its text says {IMAGE_MARKER}, which would be taken for a picture")
+        raise UserError(f"its text says {IMAGE_MARKER}, which would be taken for an image")
     return "".join(IMAGE_MARKER if part["type"] == "image" else part["text"] for part in parts)
 
 
 def system_first(system: Parts, user: Parts) -> Parts:
-    """Merge two turns: the system's text comes first, but after any pictures at the beginning."""
+    """Merge two turns: the system's text comes first, but after any images at the beginning."""
     lead = 0
-    while PICTURE not in system and lead < len(user) and user[lead] == PICTURE:
+    while IMAGE not in system and lead < len(user) and user[lead] == IMAGE:
         lead += 1
     return merged([*user[:lead], *system, {"type": "text", "text": "\n\n"}, *user[lead:]])
 
 
-def pictures_first(parts: Parts) -> Parts:
-    """Move pictures before all text; text names each picture that stood in it by its number."""
+def images_first(parts: Parts) -> Parts:
+    """Move images before all text; text names each image that stood in it by its number."""
     text, number = "", 0
     for part in parts:
         if part["type"] == "image":
@@ -98,4 +98,4 @@ def pictures_first(parts: Parts) -> Parts:
             text += f"{gap}image {number}" if text else ""
         else:
             text += " " + part["text"] if text and part["text"][0].isalnum() else part["text"]
-    return [*[PICTURE] * number, {"type": "text", "text": text}]
+    return [*[IMAGE] * number, {"type": "text", "text": text}]

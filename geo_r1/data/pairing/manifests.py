@@ -1,6 +1,6 @@
 """Read sources of pairs (CV-Cities, VIGOR, CVUSA or a plain table) into columns of sites.
 
-A site is a picture from the ground and the satellite tile of the same place. Rows without a usable site are
+A site is an image from the ground and the satellite tile of the same place. Rows without a usable site are
 left out and counted by reason; a file without any site is an error.
 """
 
@@ -34,9 +34,9 @@ class Sites:
     """A table of sites; all columns have the same length.
 
     Attributes:
-        root: the folder with all pictures.
+        root: the folder with all images.
         id, city: names; ids are unique.
-        ground, satellite: normalised paths of the pictures below `root`, with /.
+        ground, satellite: normalised paths of the images below `root`, with /.
         semi_positives: for each site, the paths of other tiles that show it off their centre.
         latitude, longitude: the site's, in degrees.
         tile_latitude, tile_longitude: those of the tile's centre; the site's if unknown.
@@ -69,7 +69,7 @@ class Sites:
 def read_sites(
     source: str, root: Path | None, manifest: Path | None = None, vigor_split: str = VIGOR_SPLIT
 ) -> tuple[Sites, Drops]:
-    """Read a data set's sites without opening a picture.
+    """Read a data set's sites without opening an image.
 
     Args:
         source: one of `SOURCES`.

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from geo_r1.data.pairing.confusers import KINDS, Places
 from geo_r1.data.pairing.manifests import SOURCES, VIGOR_SPLIT, Sites, read_sites
-from geo_r1.data.pairing.pictures import Check, Pictures, in_processes
+from geo_r1.data.pairing.images import Check, Images, in_processes
 from geo_r1.data.pairing.questions import Questions, generator
 from geo_r1.data.pairing.tables import Drops
 from geo_r1.data.paths import naming
@@ -51,14 +51,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--test-share", type=float, default=0.2, help="or this share of all cities (default: %(default)s)")
     add("--limit", type=int, help="at most this many questions per split, drawn from all")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--check-images", action="store_true", help="decode every picture; drop sites if that fails")
-    add("--max-pixels", type=int, help="shrink larger pictures, or stitched ones, to this; checks them all")
-    add("--stitch", action="store_true", help="one picture per question, tiles labelled; checks them all")
+    add("--check-images", action="store_true", help="decode every image; drop sites if that fails")
+    add("--max-pixels", type=int, help="shrink larger images, or stitched ones, to this; checks them all")
+    add("--stitch", action="store_true", help="one image per question, tiles labelled; checks them all")
     add(
         "--num-workers",
         type=int,
         default=os.cpu_count(),
-        help="processes for pictures (default: %(default)s)",
+        help="processes for images (default: %(default)s)",
     )
 
 
@@ -74,9 +74,9 @@ def command(options: argparse.Namespace) -> None:
     with _progress(console) as step:
         step("reading", None)
         sites, drops = read_sites(options.source, options.root, options.manifest, options.vigor_split)
-        pictures = Pictures(Path(os.path.abspath(sites.root)))
+        images = Images(Path(os.path.abspath(sites.root)))
         if options.check_images or options.max_pixels or options.stitch:
-            sites = _checked(sites, drops, pictures, options, out, step)
+            sites = _checked(sites, drops, images, options, out, step)
         sites = _at_home(sites, drops)
         split_of = _split_cities(sites.city, options)
         counts: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def command(options: argparse.Namespace) -> None:
             for split in SPLITS:
                 rows = np.flatnonzero([split_of[city] == split for city in sites.city])
                 if len(rows):
-                    questions = Questions(sites.take(rows), split, options, drops, pictures, step)
+                    questions = Questions(sites.take(rows), split, options, drops, images, step)
                     lines = whole.enter_context(written_beside(out / f"{split}.jsonl"))
                     counts[split] = questions.write(lines, out, step)
             card = whole.enter_context(written_beside(out / "card.json"))
@@ -129,21 +129,21 @@ def _progress(console: Console) -> Iterator[Callable[[str, int | None], Callable
 
 
 def _checked(
-    sites: Sites, drops: Drops, pictures: Pictures, options: argparse.Namespace, out: Path, step: Any
+    sites: Sites, drops: Drops, images: Images, options: argparse.Namespace, out: Path, step: Any
 ) -> Sites:
-    """The sites with usable pictures."""
+    """The sites with usable images."""
     paths = list(dict.fromkeys([*sites.ground, *sites.satellite]))
     shrunk = out / "images"
     shrinks = options.max_pixels is not None and not options.stitch
-    inside = next((path for path in paths if pictures[path].startswith(f"{shrunk}/")), None)
+    inside = next((path for path in paths if images[path].startswith(f"{shrunk}/")), None)
     if shrinks and inside is not None:
         raise UserError(f"--max-pixels would write to {shrunk}, which holds {inside}; choose another --out")
     check = Check(Path(os.path.abspath(sites.root)), shrunk, options.max_pixels if shrinks else None)
     faults: dict[str, str] = {}
-    results = in_processes(check, paths, options.num_workers, step("checking pictures", len(paths)))
+    results = in_processes(check, paths, options.num_workers, step("checking images", len(paths)))
     for path, (where, fault) in zip(paths, results, strict=True):
         if fault is None:
-            pictures.move(path, where)
+            images.move(path, where)
         else:
             faults[path] = fault
     good = []
@@ -152,9 +152,9 @@ def _checked(
         if broken is None:
             good.append(i)
         else:
-            drops.add(faults[broken], f"{sites.id[i]!r:.80}: {pictures[broken]}")
+            drops.add(faults[broken], f"{sites.id[i]!r:.80}: {images[broken]}")
     if not good:
-        raise UserError(f"no site has two good pictures: {drops}")
+        raise UserError(f"no site has two good images: {drops}")
     return sites.take(np.array(good))
 
 

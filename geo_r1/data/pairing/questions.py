@@ -14,7 +14,7 @@ import numpy as np
 
 from geo_r1.data.pairing.confusers import Chooser, keys
 from geo_r1.data.pairing.manifests import Sites
-from geo_r1.data.pairing.pictures import STITCHED_PIXELS, Pictures, Stitch, in_processes
+from geo_r1.data.pairing.images import STITCHED_PIXELS, Images, Stitch, in_processes
 from geo_r1.data.pairing.tables import Drops
 from geo_r1.errors import UserError
 
@@ -46,10 +46,10 @@ class Questions:
         split: str,
         options: argparse.Namespace,
         drops: Drops,
-        pictures: Pictures,
+        images: Images,
         step: Any,
     ) -> None:
-        self.split, self.options, self.pictures = split, options, pictures
+        self.split, self.options, self.images = split, options, images
         least, most = options.k_range or (options.k, options.k)
         k = least + (keys(sites.id, f"{options.seed}/k") % np.uint64(most - least + 1)).astype(np.int64)
         chooser = Chooser(
@@ -122,10 +122,10 @@ class Questions:
         }
 
     def _images(self, i: int) -> list[str]:
-        """Paths of the ground picture and of the tiles in order."""
+        """Paths of the ground image and of the tiles in order."""
         tiles = [self.all_satellites[row] for row in self.wrong[i, : self.k[i] - 1].tolist()]
         tiles.insert(int(self.truth[i]), self.sites.satellite[i])
-        return [self.pictures[path] for path in (self.sites.ground[i], *tiles)]
+        return [self.images[path] for path in (self.sites.ground[i], *tiles)]
 
     def _row(self, i: int, images: list[str]) -> dict[str, Any]:
         k = int(self.k[i])
@@ -146,7 +146,7 @@ class Questions:
 
 
 def prompt(k: int, stitch: bool = False) -> str:
-    """The text of a question with k tiles, with markers for the pictures."""
+    """The text of a question with k tiles, with markers for the images."""
     letters = ascii_uppercase[:k]
     labels = f"{letters[0]} to {letters[-1]}"
     if stitch:

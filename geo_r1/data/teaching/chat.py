@@ -13,8 +13,8 @@ from geo_r1.data.sample import ImageSource, Sample, load_image, read_image, shri
 from geo_r1.files import data_uri
 
 MAX_REPLY = 2**20  # bytes of a response: a chain of thought takes some kilobytes
-SMALL_PICTURE = 2**20  # bytes; a smaller picture file may be sent unchanged
-LOSSLESS_PIXELS = 2**16  # pictures encoded here are PNG up to this size, then JPEG
+SMALL_IMAGE = 2**20  # bytes; a smaller image file may be sent unchanged
+LOSSLESS_PIXELS = 2**16  # images encoded here are PNG up to this size, then JPEG
 HARMLESS = frozenset(  # a file with only this metadata may be sent unchanged
     {"adobe", "adobe_transform", "background", "dpi", "duration", "gamma", "interlace", "jfif"}
     | {"jfif_density", "jfif_unit", "jfif_version", "loop", "progression", "progressive", "srgb", "timestamp"}
@@ -44,15 +44,15 @@ class Failure:
 def chat_messages(
     sample: Sample, system: str | None = None, text: str | None = None, *, max_pixels: int | None = None
 ) -> Messages:
-    """A sample's prompt as OpenAI chat messages, its pictures attached as data URIs.
+    """A sample's prompt as OpenAI chat messages, its images attached as data URIs.
 
     Args:
         system: a system message to begin with.
         text: added after the sample's prompt, in its last message if that is the user's.
-        max_pixels: larger pictures are shrunk to this.
+        max_pixels: larger images are shrunk to this.
 
     Raises:
-        UserError: a picture is missing or broken; names the sample and the file.
+        UserError: an image is missing or broken; names the sample and the file.
     """
     images = iter(sample.images)
     messages: Messages = [{"role": "system", "content": [_text(system)]}] if system is not None else []
@@ -81,7 +81,7 @@ def _text(text: str) -> dict[str, str]:
 def _data_uri(source: ImageSource, owner: str, max_pixels: int | None) -> str:
     encoded = source if isinstance(source, bytes) else None
     if not isinstance(source, Image.Image | bytes) and source.is_file():
-        encoded = read_image(source, owner) if source.stat().st_size <= SMALL_PICTURE else None
+        encoded = read_image(source, owner) if source.stat().st_size <= SMALL_IMAGE else None
     image = load_image(source, owner, encoded)
     fits = max_pixels is None or image.width * image.height <= max_pixels
     if encoded is None or not fits or (kind := _as_it_is(encoded)) is None:
@@ -98,7 +98,7 @@ def _as_it_is(encoded: bytes) -> str | None:
         plain = image.mode in ("RGB", "L") and image.info.keys() <= HARMLESS and not image.getexif()
         plain = plain and getattr(image, "n_frames", 1) == 1
         kinds = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
-        return kinds.get(image.format or "") if plain and len(encoded) <= SMALL_PICTURE else None
+        return kinds.get(image.format or "") if plain and len(encoded) <= SMALL_IMAGE else None
 
 
 def _encode(image: Image.Image) -> tuple[str, bytes]:

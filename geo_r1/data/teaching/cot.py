@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="use only this many samples from the start of --data")
     add("--prompt", type=Path, help="text in place of our prompt; {answer} and {metadata} are filled in")
     add("--retry-failed", action="store_true", help="ask again for the samples that failed")
-    add("--max-pixels", type=int, help="shrink larger pictures to this size")
+    add("--max-pixels", type=int, help="shrink larger images to this size")
     add("--price-in", type=float, default=0.0, help="USD per million tokens of prompts")
     add("--price-out", type=float, default=0.0, help="USD per million tokens of replies")
     add("--num", type=int, default=2000, help="number of samples from --teacher world (%(default)s)")

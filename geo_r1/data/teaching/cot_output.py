@@ -30,7 +30,7 @@ from geo_r1.files import write_text, written_beside
 class CotOutput:
     """The output so far. OUT.jsonl has training rows, and OUT.failed.jsonl the reasons of the other samples.
 
-    OUT.card.json has counts, and OUT_images/ the pictures that have no file of their own.
+    OUT.card.json has counts, and OUT_images/ the images that have no file of their own.
     """
 
     def __init__(self, out: Path, written: Journal, failed: Journal, prices: Mapping[str, float]) -> None:
@@ -113,7 +113,7 @@ class CotOutput:
         self._count(usage)
 
     def write(self, sample: Sample, columns: Mapping[str, Any]) -> None:
-        """Append a sample's training row, with picture paths relative to the output's folder."""
+        """Append a sample's training row, with image paths relative to the output's folder."""
         home = self.out.parent.resolve()
         images = [
             os.path.relpath(
@@ -126,13 +126,13 @@ class CotOutput:
         self.written.append({**row, **metadata, **columns})
 
     def _keep(self, image: Image.Image | bytes, sample: Sample, number: int) -> Path:
-        """Write a picture that has no file of its own."""
+        """Write an image that has no file of its own."""
         name = sample.id if re.fullmatch(r"\w[\w.-]{0,79}", sample.id, re.ASCII) else ""
         name = name or hashlib.blake2b(sample.id.encode(errors="replace"), digest_size=16).hexdigest()
         suffix = "png"
         if isinstance(image, bytes):
-            with Image.open(io.BytesIO(image)) as picture:
-                suffix = (picture.format or suffix).lower()
+            with Image.open(io.BytesIO(image)) as opened:
+                suffix = (opened.format or suffix).lower()
         path = self.out.resolve().with_name(f"{self.out.stem}_images") / f"{name}_{number}.{suffix}"
         with naming(path), written_beside(path) as partial_path:
             path.parent.mkdir(exist_ok=True)

@@ -77,7 +77,7 @@ class Endpoint:
 
     async def _answer(self, name: str, make: Callable[[], Messages]) -> tuple[str, Reply | Failure]:
         try:
-            messages = await asyncio.to_thread(make)  # decodes pictures
+            messages = await asyncio.to_thread(make)  # decodes images
         except UserError as error:
             return name, Failure(self._client.shown(error))
         return name, await self._client.ask(messages)

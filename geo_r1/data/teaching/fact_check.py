@@ -42,7 +42,7 @@ JUDGE = (
 
 
 def judge_messages(sample: Sample) -> list[dict[str, Any]]:
-    """Messages that ask a judge about a sample; the judge sees no pictures."""
+    """Messages that ask a judge about a sample; the judge sees no images."""
     facts = {key: value for key, value in sample.metadata.items() if isinstance(value, str | int | float)}
     asked = f"Known: {json.dumps(facts | {'answer': sample.answer})}\n\nChain of thought:\n{sample.response}"
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": asked}]
@@ -111,7 +111,7 @@ def command(options: argparse.Namespace) -> None:
         if sample.id in samples:
             raise UserError(f"{where}: the id {sample.id!r} stands there twice")
         if any(isinstance(image, bytes) for image in sample.images):
-            raise UserError(f"{where}: its pictures are in the table; save them as files first (cot does)")
+            raise UserError(f"{where}: its images are in the table; save them as files first (cot does)")
         rows[sample.id] = moved_row({**row, "id": sample.id}, root, options.out)
         samples[sample.id], found[sample.id] = sample, check(sample, gazetteer, limits)
     if not samples:

@@ -1,4 +1,4 @@
-"""The native sampler: it computes a prompt and its pictures once, for all completions of the group.
+"""The native sampler: it computes a prompt and its images once, for all completions of the group.
 
 Completions that have ended make room for those that wait. A prompt is prefilled, by training's attention,
 when there is room for one of its completions, and held until the last of them has ended.

@@ -195,14 +195,14 @@ class VLLMEngine:
         inputs: list[dict[str, Any]] = []
         for prompt, params in asked:
             prompt.check_budget(params["max_tokens"], self.max_model_len, "the engine's max_model_len")
-            pictures = requests.pictures_of(prompt)
-            media = {"multi_modal_data": {"image": pictures}} if pictures else {}
+            images = requests.images_of(prompt)
+            media = {"multi_modal_data": {"image": images}} if images else {}
             inputs.append({"prompt_token_ids": prompt.short_token_ids} | media)
         running: list[str] = []
         for (prompt, params), given in zip(asked, inputs, strict=True):
             try:
                 running += self._llm.enqueue(given, SamplingParams(**params), use_tqdm=False)
-            except ValueError as error:  # such as a picture more than 200 times as wide as high
+            except ValueError as error:  # such as an image more than 200 times as wide as high
                 self._llm.llm_engine.abort_request(running, internal=True)
                 raise UserError(f"sample {prompt.sample_id}: vLLM refuses it: {error}") from error
         return self._llm.wait_for_completion(use_tqdm=False)

@@ -34,15 +34,15 @@ def write_engine_folder(
 ) -> None:
     """Write everything of a model but its weights, which are sent; replaces the folder.
 
-    Pictures have the policy's size already, so the image processor's limits are widened to every size that
-    `PromptEncoder` makes: vLLM plans its memory for the largest picture that they allow.
+    Images have the policy's size already, so the image processor's limits are widened to every size that
+    `PromptEncoder` makes: vLLM plans its memory for the largest image that they allow.
     """
     config = copy.deepcopy(config)
     config.architectures = [MODEL_CLASSES[config.model_type].__name__]
     image_processor = copy.deepcopy(image_processor)
     token_pixels = (image_processor.patch_size * image_processor.merge_size) ** 2
     most_tokens = math.ceil(image_processor.size["longest_edge"] / token_pixels)
-    # A long and narrow picture is one token wide at least, and rounded up on both sides.
+    # A long and narrow image is one token wide at least, and rounded up on both sides.
     most_tokens += math.ceil(math.sqrt(LONGEST_SIDE * most_tokens) + math.sqrt(most_tokens)) + 1
     image_processor.size = {"shortest_edge": token_pixels, "longest_edge": most_tokens * token_pixels}
     partial = folder.with_name(folder.name + ".partial")
@@ -61,7 +61,7 @@ def common_options() -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",  # of the distribution that tokens are drawn from
         "enable_prefix_caching": True,  # a group's completions share their prompt
         "limit_mm_per_prompt": {"video": 0},  # otherwise memory is planned for the longest video
-        "mm_processor_cache_gb": 0,  # a prompt's pictures come once per load
+        "mm_processor_cache_gb": 0,  # a prompt's images come once per load
         "mm_device_do_normalize": False,  # its constants are drawn at random where no checkpoint is read
     }
 
@@ -153,14 +153,14 @@ def sampling_params(
     }
 
 
-def pictures_of(prompt: EncodedPrompt) -> list[Image.Image]:
-    """A prompt's pictures as they were encoded; raises ValueError if they were not kept."""
-    if len(prompt.pictures) != len(prompt.image_grids):
+def images_of(prompt: EncodedPrompt) -> list[Image.Image]:
+    """A prompt's images as they were encoded; raises ValueError if they were not kept."""
+    if len(prompt.images) != len(prompt.image_grids):
         raise ValueError(
             f"sample {prompt.sample_id}: {len(prompt.image_grids)} images were encoded and "
-            f"{len(prompt.pictures)} kept; vLLM needs them: PromptEncoder(..., keep_pictures=True)"
+            f"{len(prompt.images)} kept; vLLM needs them: PromptEncoder(..., keep_images=True)"
         )
-    return [Image.fromarray(pixels) for pixels in prompt.pictures]
+    return [Image.fromarray(pixels) for pixels in prompt.images]
 
 
 def check_expanded(prompt: EncodedPrompt, token_ids: Sequence[int]) -> None:

@@ -30,7 +30,7 @@ from geo_r1.rollout.vllm.http_client import HttpClient, Unavailable
 from geo_r1.rollout.vllm.requests import (
     check_expanded,
     common_options,
-    pictures_of,
+    images_of,
     read_completions,
     sampling_params,
 )
@@ -309,14 +309,14 @@ def _body(prompt: EncodedPrompt, params: dict[str, Any]) -> bytes:
     """A request for a prompt's completions, in JSON."""
     request: dict[str, Any] = {
         "token_ids": prompt.short_token_ids,
-        "content_parts": [{"type": "image_url", "url": _data_url(p)} for p in pictures_of(prompt)],
+        "content_parts": [{"type": "image_url", "url": _data_url(p)} for p in images_of(prompt)],
         "sampling_params": params,
         "return_token_ids": True,
     }
     return json.dumps(request).encode()
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1)  # a few times as fast as the best
+    image.save(file, "PNG", compress_level=1)  # a few times as fast as the best
     return data_uri("image/png", file.getvalue())

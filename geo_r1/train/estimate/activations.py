@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(config: PreTrainedConfig, numbers: Numbers, kind: Checkpointing) -> tuple[Rows, Rows]:
-    """Of the text layers, per token; of the vision tower and its mergers, per token of a picture."""
+    """Of the text layers, per token; of the vision tower and its mergers, per token of an image."""
     c, family, fused = numbers.compute, config.model_type, numbers.fused
 
     def norm(width: int, s: int, readers: int, rms: bool = True) -> int:

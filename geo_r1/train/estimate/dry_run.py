@@ -30,7 +30,7 @@ NUM_SAMPLES = 32  # of each stage's data
 RESERVE = 4 << 30  # bytes of a GPU for CUDA's context, NCCL and what the allocator wastes
 MOST_RANKS = 512
 DEFAULT_LOAD = (
-    f"assumed: prompts of {Load.prompt_tokens:,} tokens, {Load.picture_tokens:,} of them of pictures; "
+    f"assumed: prompts of {Load.prompt_tokens:,} tokens, {Load.image_tokens:,} of them of images; "
     f"responses of {Load.response_tokens:,}, completions of full length"
 )
 
@@ -103,7 +103,7 @@ def _work(
     if not groups:
         return "none of the first samples of its data fits", [DEFAULT_LOAD], None
     prompt = fmean(len(prompt.token_ids) for prompt, _ in groups)
-    pictures = fmean(len(prompt.image_rows) for prompt, _ in groups)
+    images = fmean(len(prompt.image_rows) for prompt, _ in groups)
     response = fmean(sum(lengths) for _, lengths in groups)
     if isinstance(options, EvalConfig):
         size, steps, kind = source.size or options.num_samples, 1, "of a completion, as long as may be"
@@ -123,14 +123,14 @@ def _work(
     )
     phases = ", ".join(f"{name} {value:,.3g}" for name, value in teraflop.items())
     lines = [
-        f"a sample: {prompt:,.0f} tokens of prompt, {pictures:,.0f} of them of pictures, and "
+        f"a sample: {prompt:,.0f} tokens of prompt, {images:,.0f} of them of images, and "
         f"{response:,.0f} {kind} (mean of the first {len(groups)})",
         f"a step: {tokens:,} tokens; TFLOP: {phases}",
         f"in all: {tokens * steps:,} tokens, {sum(teraflop.values()) * steps:,.4g} TFLOP",
     ]
     if num_skipped:
         lines.append(f"too long, and skipped: {num_skipped} of the first {len(groups) + num_skipped}")
-    return headline, lines, Load(round(prompt), round(pictures), round(response), tokens)
+    return headline, lines, Load(round(prompt), round(images), round(response), tokens)
 
 
 def _groups(recipe: Recipe, options: Any, source: Source, encoder: PromptEncoder) -> tuple[list[Group], int]:

@@ -51,14 +51,14 @@ class Load:
     """The work of a step, as far as memory depends on it.
 
     Attributes:
-        prompt_tokens: tokens of a prompt, including those of its pictures.
-        picture_tokens: tokens of a prompt's pictures.
+        prompt_tokens: tokens of a prompt, including those of its images.
+        image_tokens: tokens of a prompt's images.
         response_tokens: tokens that are learned or sampled for a prompt, in all.
         step_tokens: tokens of a step, over all ranks; None if they fill micro-batches.
     """
 
     prompt_tokens: int = 2048
-    picture_tokens: int = 1536
+    image_tokens: int = 1536
     response_tokens: int = 512
     step_tokens: int | None = None
 
@@ -106,7 +106,7 @@ def estimate(
     Args:
         config: the model's.
         stage: pretrain, sft, grpo or eval.
-        load: the work of a step; by default prompts of 2,048 tokens, 1,536 of them of pictures, with
+        load: the work of a step; by default prompts of 2,048 tokens, 1,536 of them of images, with
             responses of 512, or with as many and as long completions as the recipe allows.
         fused: whether liger-kernel computes norms and MLPs.
         capacity: bytes of the GPU, of which vLLM takes a share.
@@ -187,7 +187,7 @@ class _Rank:
             settings = deepspeed_settings(parallel, self.optim.max_grad_norm, self.narrow == 2)
             self.zero |= settings["zero_optimization"]
         numbers = Numbers(self.width if self.casts else self.narrow, self.narrow, self.casts, self.fused)
-        self.tokens, self.pictures = rows_of(self.config, numbers, model.checkpointing)
+        self.tokens, self.images = rows_of(self.config, numbers, model.checkpointing)
         self.text: Any = self.config.get_text_config()
         self.head = self.text.vocab_size * self.text.hidden_size
         self.gradients = entries(self.trained, self.shards) * (4 if self.by_zero else self.width)
@@ -276,7 +276,7 @@ class _Rank:
         groups = max(1, min(groups, max_tokens // group))
         cached = CACHE_COPIES * cached_bytes(self.config, self.narrow) * min(groups * group, max_tokens)
         logits = groups * completions * self.text.vocab_size * SAMPLED_LOGIT
-        prefill = self._one_layer(groups * self.load.prompt_tokens, groups * self.load.picture_tokens)
+        prefill = self._one_layer(groups * self.load.prompt_tokens, groups * self.load.image_tokens)
         return {"keys and values": cached, "activations at work": prefill, "logits": logits}
 
     def evaluation(self) -> Parts:
@@ -287,15 +287,15 @@ class _Rank:
 
     def forward(self, tokens: int) -> Parts:
         """Log-probabilities without gradients."""
-        rows, pictures = self._split(tokens)
-        return {"activations at work": self._one_layer(tokens, pictures), "loss": self._scratch(rows)}
+        rows, images = self._split(tokens)
+        return {"activations at work": self._one_layer(tokens, images), "loss": self._scratch(rows)}
 
     def _backward(self, tokens: int) -> Parts:
         """What forward keeps for backward, the layer at work, and the loss."""
-        rows, pictures = self._split(tokens)
-        pictures *= any(weight.name.startswith(VISION) for weight in self.trained)
-        kept = self.tokens.kept * tokens + self.pictures.kept * pictures
-        working = max(self.tokens.backward * tokens, self.pictures.backward * pictures)
+        rows, images = self._split(tokens)
+        images *= any(weight.name.startswith(VISION) for weight in self.trained)
+        kept = self.tokens.kept * tokens + self.images.kept * images
+        working = max(self.tokens.backward * tokens, self.images.backward * images)
         # the rows' gradient, a head that autocast narrows, and the head's gradient: its sum and a copy
         loss = self._scratch(rows) + (rows * self.text.hidden_size + self.casts * self.head) * self.narrow
         if any(weight.shape == (self.text.vocab_size, self.text.hidden_size) for weight in self.trained):
@@ -308,14 +308,14 @@ class _Rank:
         return min(SCRATCH_BYTES, logits) + rows * self.text.hidden_size * self.narrow
 
     def _split(self, tokens: int) -> tuple[int, int]:
-        """A micro-batch's tokens outside of pictures, at most all of completions, and those of pictures."""
+        """A micro-batch's tokens outside of images, at most all of completions, and those of images."""
         load = self.load
-        pictures = round(tokens * load.picture_tokens / max(1, load.prompt_tokens + load.response_tokens))
-        return tokens - pictures, pictures
+        images = round(tokens * load.image_tokens / max(1, load.prompt_tokens + load.response_tokens))
+        return tokens - images, images
 
-    def _one_layer(self, tokens: int, pictures: int) -> int:
+    def _one_layer(self, tokens: int, images: int) -> int:
         """The larger of a text layer and a vision block, forward."""
-        return max(self.tokens.forward * tokens, self.pictures.forward * pictures)
+        return max(self.tokens.forward * tokens, self.images.forward * images)
 
 
 def _by_layer(weights: Iterable[Weight]) -> Counter[str]:

@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
     "grpo": {"steps": 1, "prompts_per_step": 64, "num_completions": 8},
     "rollout": {"max_new_tokens": 512},
 }
-LOAD = Load(prompt_tokens=2048, picture_tokens=1536, response_tokens=8 * 512)
+LOAD = Load(prompt_tokens=2048, image_tokens=1536, response_tokens=8 * 512)
 
 
 def training_page() -> str:

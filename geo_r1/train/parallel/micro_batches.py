@@ -1,8 +1,8 @@
 """A step's micro-batches: who computes which, as many on every rank, and something in each for all.
 
-A prompt is encoded, and its completions sampled, on its home rank. The plan may move it, pictures and all, to
+A prompt is encoded, and its completions sampled, on its home rank. The plan may move it, images and all, to
 a rank that has less to do. Sharded weights are gathered by all ranks together, so none may sit a micro-batch
-out: where a rank has nothing, or nothing with pictures, a placeholder of one small picture and one token of
+out: where a rank has nothing, or nothing with images, a placeholder of one small image and one token of
 weight zero takes its place; its gradient is exactly zero.
 """
 
@@ -95,7 +95,7 @@ def share_out(policy: Policy, groups: Sequence[Group], max_tokens: int, weights_
 
 
 def placeholder(config) -> Group:
-    """A prompt of one picture of one token, with one completion of one token."""
+    """A prompt of one image of one token, with one completion of one token."""
     vision, image = config.vision_config, config.image_token_id
     merge = vision.spatial_merge_size
     token_ids = [config.vision_start_token_id, image, config.vision_end_token_id]

@@ -4,7 +4,7 @@ Every rank computes the same plan from the lengths of all groups. A plan minimis
 
 1. The number of micro-batches: in each one every rank gathers the weights.
 2. Waiting: in each micro-batch all ranks wait for the slowest.
-3. Groups that leave home, the rank that encoded their prompt: moving one sends its pictures.
+3. Groups that leave home, the rank that encoded their prompt: moving one sends its images.
 
 Groups are spread over as many batches as the ranks will have, of about equal cost. A rank's own groups go
 into its own batches as long as those do not grow heavy. Then either each rank keeps its batches, or all are

@@ -140,12 +140,12 @@ class DataConfig(Section):
     max_prompt_tokens: PositiveInt | None = None
     """The most tokens a prompt may have. Prompts are never cut."""
     on_overlong: Literal["error", "skip", "resize"] = "error"
-    """What a longer prompt does: it ends the run, is left out of its step, or has its pictures shrunk until
+    """What a longer prompt does: it ends the run, is left out of its step, or has its images shrunk until
     it fits."""
     num_workers: Free[Natural] = 0
     """Processes per rank that decode and encode prompts ahead; 0 does so in the rank itself."""
     cache_mib: Free[Natural] = 0
-    """Memory per rank for decoded pictures, looked up by content; 0 keeps none."""
+    """Memory per rank for decoded images, looked up by content; 0 keeps none."""
     curriculum: bool = False
     """Go through the first epoch of a file from easy to hard, by its column `difficulty`."""
 
@@ -225,7 +225,7 @@ class LogConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard files into the run's folder."""
     rollouts_every: Natural = 50
-    """Steps between records of GRPO's completions, with pictures and rewards, in rollouts/ and the report.
+    """Steps between records of GRPO's completions, with images and rewards, in rollouts/ and the report.
     The first step is always recorded; 0 records none."""
     rollouts_prompts: PositiveInt = 4
     """Prompts recorded per logged step."""

@@ -1,4 +1,4 @@
-"""Pieces of the report's page: pictures as data URIs, completions cut into thought and answer."""
+"""Pieces of the report's page: images as data URIs, completions cut into thought and answer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 from geo_r1.data import load_image
 from geo_r1.files import data_uri
 
-TINY_PIXELS = 256  # pictures up to this side are embedded untouched and scaled without blur
-LARGE_PIXELS = 1024  # pictures beyond this side are shrunk to it: the page must stay mailable
+TINY_PIXELS = 256  # images up to this side are embedded untouched and scaled without blur
+LARGE_PIXELS = 1024  # images beyond this side are shrunk to it: the page must stay mailable
 LARGE_BYTES = 2**19  # and larger files are encoded anew
 SHOWN_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")  # every browser shows them
 
@@ -25,14 +25,14 @@ PARTS = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ShownImage:
     label: str
     uri: str | None  # None: the file is missing or unreadable
     tiny: bool
 
 
-def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -> Picture:
-    """A picture as it is on disk, or a JPEG of it if it is too large for a page.
+def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -> ShownImage:
+    """An image as it is on disk, or a JPEG of it if it is too large for a page.
 
     Args:
         source: a file, or its bytes.
@@ -49,9 +49,9 @@ def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -
                 small.thumbnail((largest, largest))
                 small.save(jpeg, "JPEG", quality=85)
                 uri = data_uri("image/jpeg", jpeg.getvalue())
-    except (OSError, ValueError, Image.DecompressionBombError):  # missing or no picture: the page says so
-        return Picture(label, None, tiny=False)
-    return Picture(label, uri, tiny=side <= TINY_PIXELS)
+    except (OSError, ValueError, Image.DecompressionBombError):  # missing or no image: the page says so
+        return ShownImage(label, None, tiny=False)
+    return ShownImage(label, uri, tiny=side <= TINY_PIXELS)
 
 
 def split_completion(text: str) -> list[tuple[str, str]]:

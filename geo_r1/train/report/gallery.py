@@ -21,10 +21,10 @@ from geo_r1.train.report.transcripts import PART, read_transcripts, transcript_f
 NUM_STEPS = 6
 NUM_PROMPTS = 2  # per step
 NUM_COMPLETIONS = 8  # per prompt
-NUM_PICTURES = 7  # per prompt
-PICTURE_PIXELS = 512  # the longer side
+NUM_IMAGES = 7  # per prompt
+IMAGE_PIXELS = 512  # the longer side
 NUM_CHARACTERS = 8_000  # per text; the middle of a longer one is left out
-LABEL_CHARACTERS = 24  # longer text before a picture is not its name
+LABEL_CHARACTERS = 24  # longer text before an image is not its name
 
 
 def read_training_gallery(run_dir: Path) -> dict[str, Any] | None:
@@ -69,17 +69,17 @@ def _prompt(rows: list[dict[str, Any]]) -> dict[str, Any]:
         extremes, rest = [_spoken(row) for row in ordered[:2]], ordered[2:]
     others = [_spoken(row) for row in rest[: NUM_COMPLETIONS - len(extremes)]]
     labels = _labels(first["prompt"], len(first["images"]))
-    pictures = [
-        embedded(image["bytes"] or b"", label, largest=PICTURE_PIXELS)
-        for image, label in zip(first["images"][:NUM_PICTURES], labels, strict=False)
+    images = [
+        embedded(image["bytes"] or b"", label, largest=IMAGE_PIXELS)
+        for image, label in zip(first["images"][:NUM_IMAGES], labels, strict=False)
     ]
     return {
         "id": first["sample_id"],
         "position": first["position"],
         "text": _cut(first["prompt"]),
         "answer": None if first["answer"] is None else _cut(first["answer"]),
-        "pictures": pictures,
-        "pictures_left_out": len(labels) - len(pictures),
+        "images": images,
+        "images_left_out": len(labels) - len(images),
         "extremes": extremes,
         "others": others,
         "left_out": len(rest) - len(others),
@@ -103,7 +103,7 @@ def _spoken(row: dict[str, Any], rank: str = "") -> dict[str, Any]:
 
 
 def _labels(prompt: str, count: int) -> list[str]:
-    """A prompt's names for its pictures: the word before each, as in ` A<image>`; else their numbers."""
+    """A prompt's names for its images: the word before each, as in ` A<image>`; else their numbers."""
     labels = [f"image {i + 1}" for i in range(count)]
     before = prompt.split(IMAGE_MARKER)[:-1]
     for i, text in enumerate(before if len(before) == count else ()):  # else the text has markers of its own

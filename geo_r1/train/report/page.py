@@ -4,9 +4,9 @@
                  rollouts/<stage>-<step>.parquet
     written:     report.html  plots/*.png
 
-Plots enter the page as SVG and pictures as they are on disk, both as data URIs, so that the file can be
+Plots enter the page as SVG and images as they are on disk, both as data URIs, so that the file can be
 mailed. Completions are untrusted text: the template escapes everything, and a content security policy in its
-head forbids everything but inline style and inline pictures.
+head forbids everything but inline style and inline images.
 """
 
 import io
@@ -92,7 +92,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def read_gallery(run_dir: Path, *, order: list[str]) -> list[dict[str, Any]]:
-    """Join `eval/<row>/gallery.jsonl` of all rows: samples with their pictures, and an attempt per row.
+    """Join `eval/<row>/gallery.jsonl` of all rows: samples with their images, and an attempt per row.
 
     `order` names the rows from first to last; others follow by name. Raises UserError as `write_report`.
     """
@@ -108,13 +108,13 @@ def read_gallery(run_dir: Path, *, order: list[str]) -> list[dict[str, Any]]:
                 raise UserError(f"{path}, line {number}: expected a label an image, found {found}")
             if (name := record["id"]) not in samples:
                 files = zip(record["images"], record["labels"], strict=True)
-                pictures = [embedded(run_dir / file, label) for file, label in files]
+                images = [embedded(run_dir / file, label) for file, label in files]
                 samples[name] = {
                     "id": name,
                     "city": record.get("city") or "",
                     "answer": record["answer"],
-                    "panorama": pictures[0] if pictures else None,
-                    "candidates": pictures[1:],
+                    "panorama": images[0] if images else None,
+                    "candidates": images[1:],
                     "attempts": [],
                 }
             samples[name]["attempts"].append(_attempt(path.parent.name, record))

@@ -2,13 +2,13 @@
 
     rollouts/grpo-000100.parquet    a row per completion, a row group per prompt
 
-Any of these opens one, with the pictures in every row:
+Any of these opens one, with the images in every row:
 
     pandas.read_parquet("rollouts/grpo-000100.parquet")
     pyarrow.parquet.read_table("rollouts/grpo-000100.parquet")
-    datasets.load_dataset("parquet", data_files="rollouts/*.parquet")    # decodes the pictures
+    datasets.load_dataset("parquet", data_files="rollouts/*.parquet")    # decodes the images
 
-The file holds a picture once per prompt: its bytes are dictionary-encoded.
+The file holds an image once per prompt: its bytes are dictionary-encoded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from geo_r1.rollout import Completion
 
 FOLDER = "rollouts"
 PART = "rewards/"  # of a column's name: the rewards of one function, as in metrics.jsonl
-MAX_DICTIONARY = 2**30  # bytes; with pyarrow's own 1 MiB, larger pictures would be stored once a completion
+MAX_DICTIONARY = 2**30  # bytes; with pyarrow's own 1 MiB, larger images would be stored once a completion
 
 # The columns of every file, before those named `rewards/<function>`, and whether they may be null.
 COLUMNS = pa.schema(
@@ -44,7 +44,7 @@ COLUMNS = pa.schema(
         ("step", pa.int64(), False),  # from 1, as in metrics.jsonl
         ("position", pa.int64(), False),  # the prompt's, in the order of training
         ("sample_id", pa.string(), False),
-        ("prompt", pa.string(), False),  # with <image> in place of each picture
+        ("prompt", pa.string(), False),  # with <image> in place of each image
         ("answer", pa.string(), True),
         ("completion", pa.int32(), False),  # its number among the prompt's, from 0
         ("text", pa.string(), False),
@@ -55,8 +55,8 @@ COLUMNS = pa.schema(
         ("logp_mean", pa.float64(), True),  # nats per token, as sampled
     )
 )
-# Dictionaries, so that a prompt's completions share its pictures in memory too; files hold plain bytes.
-PICTURES = pa.list_(pa.struct([("bytes", pa.dictionary(pa.int32(), pa.binary())), ("path", pa.string())]))
+# Dictionaries, so that a prompt's completions share its images in memory too; files hold plain bytes.
+IMAGES = pa.list_(pa.struct([("bytes", pa.dictionary(pa.int32(), pa.binary())), ("path", pa.string())]))
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,19 @@ class Transcript:
 def write_transcripts(run_dir: Path, stage: str, step: int, transcripts: Sequence[Transcript]) -> Path | None:
     """Write the file of a step, from 1, and return its path; without transcripts, write nothing.
 
-    A file that exists is replaced in one move. A prompt is its text, with `<image>` for each picture; several
-    messages begin with their roles. Pictures are the files' own bytes, or PNG if they were
+    A file that exists is replaced in one move. A prompt is its text, with `<image>` for each image; several
+    messages begin with their roles. Images are the files' own bytes, or PNG if they were
     never encoded. A lone surrogate, which UTF-8 cannot encode, becomes a question mark.
 
     Raises:
-        UserError: a picture can no longer be read; names the sample and the file.
+        UserError: an image can no longer be read; names the sample and the file.
     """
     if not transcripts:
         return None
     functions = list(transcripts[0].by_function)
     fields = [*COLUMNS, *(pa.field(_utf8(PART + name), pa.float64()) for name in functions)]
-    # `datasets` accepts pictures only in a column that may be null
-    fields.insert(COLUMNS.get_field_index("completion"), pa.field("images", PICTURES))
+    # `datasets` accepts images only in a column that may be null
+    fields.insert(COLUMNS.get_field_index("completion"), pa.field("images", IMAGES))
     schema = pa.schema(fields)
     path = run_dir / FOLDER / f"{stage}-{step:06d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def forget_after(run_dir: Path, stage: str, step: int) -> None:
 
 
 def _features(schema: pa.Schema) -> str:
-    """The columns as `datasets` describes them: it then decodes the pictures."""
+    """The columns as `datasets` describes them: it then decodes the images."""
     features: dict[str, Any] = {
         field.name: {"_type": "Value", "dtype": {"double": "float64"}.get(str(field.type), str(field.type))}
         for field in schema
@@ -177,7 +177,7 @@ def _table(stage: str, step: int, transcript: Transcript, schema: pa.Schema) -> 
         "sample_id": [_utf8(sample.id)] * size,
         "prompt": [_utf8(_prompt_text(sample.messages))] * size,
         "answer": [None if sample.answer is None else _utf8(sample.answer)] * size,
-        "images": _pictures(sample, size),
+        "images": _images(sample, size),
         "completion": range(size),
         "text": [_utf8(text) for text in transcript.texts],
         "num_tokens": [len(completion.token_ids) for completion in completions],
@@ -190,18 +190,18 @@ def _table(stage: str, step: int, transcript: Transcript, schema: pa.Schema) -> 
     return pa.table(columns, schema=schema)
 
 
-def _pictures(sample: Sample, size: int) -> pa.Array:
-    """[size] lists of all of a sample's pictures, over one copy of their bytes."""
+def _images(sample: Sample, size: int) -> pa.Array:
+    """[size] lists of all of a sample's images, over one copy of their bytes."""
     count = len(sample.images)
     encoded = pa.array([_encoded(image, sample.id) for image in sample.images], pa.binary())
     indices = pa.array([*range(count)] * size, pa.int32())
     names = [_utf8(image.name) if isinstance(image, Path) else None for image in sample.images] * size
-    fields = [PICTURES.value_type.field(i) for i in range(2)]
-    pictures = pa.StructArray.from_arrays(
+    fields = [IMAGES.value_type.field(i) for i in range(2)]
+    images = pa.StructArray.from_arrays(
         [pa.DictionaryArray.from_arrays(indices, encoded), pa.array(names, pa.string())], fields=fields
     )
     offsets = pa.array([i * count for i in range(size + 1)], pa.int32())
-    return pa.ListArray.from_arrays(offsets, pictures)
+    return pa.ListArray.from_arrays(offsets, images)
 
 
 def _encoded(image: ImageSource, owner: str) -> bytes:

@@ -205,7 +205,7 @@ class RolloutQueue:
         return [
             replace(
                 group,
-                prompt=replace(group.prompt, pictures=()),  # only the engine needed them
+                prompt=replace(group.prompt, images=()),  # only the engine needed them
                 completions=completions,
                 version=draw.version,
             )

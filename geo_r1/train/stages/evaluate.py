@@ -106,7 +106,7 @@ def _record(prediction: Prediction) -> dict[str, Any]:
 
 
 def _label(index: int, num_images: int, prediction: Prediction) -> str:
-    """What a picture is called: a panorama and as many tiles as choices, or just a number."""
+    """What an image is called: a panorama and as many tiles as choices, or just a number."""
     if num_images != prediction.record["num_choices"] + 1:
         return f"image {index + 1}"
     return ascii_uppercase[index - 1] if index else "panorama"

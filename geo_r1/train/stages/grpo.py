@@ -178,7 +178,7 @@ def contributing_parts(config: GRPOConfig, groups: list[Group]) -> list[Group]:
 
     A completion that does not count weighs nothing. Without a KL or an entropy term a completion's advantage
     is a factor of its whole loss, whatever the policy term or the level of the ratio: if it is zero, so is
-    the gradient. A group of which none contributes is left out with its prompt and pictures.
+    the gradient. A group of which none contributes is left out with its prompt and images.
     """
     always = bool(config.loss.beta or config.loss.entropy_coef)
     parts = []

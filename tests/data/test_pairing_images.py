@@ -1,4 +1,4 @@
-"""Pictures checked, shrunk and stitched."""
+"""Images checked, shrunk and stitched."""
 
 import os
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geo_r1.data.pairing.pictures import Check, Pictures, Stitch, in_processes, stitched
+from geo_r1.data.pairing.images import Check, Images, Stitch, in_processes, stitched
 from geo_r1.data.sample import shrink
 
 COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "gray", "navy", "maroon", "olive"]
@@ -22,19 +22,19 @@ def check(root, **options):
     return Check(root, root / "out" / "images", **options)
 
 
-def test_a_good_picture_stays_where_it_is(tmp_path):
+def test_a_good_image_stays_where_it_is(tmp_path):
     path = save(tmp_path / "a" / "b.png")
     assert check(tmp_path)("a/b.png") == (str(path), None)
     assert check(tmp_path, max_pixels=48)("a/b.png") == (str(path), None)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_wrong_with_a_picture(tmp_path, monkeypatch):
+def test_what_is_wrong_with_an_image(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     root = tmp_path / "root"
     save(root / "cut.png", (30, 30), "red")
     (root / "cut.png").write_bytes((root / "cut.png").read_bytes()[:60])
-    (root / "text.jpg").write_text("not a picture")
+    (root / "text.jpg").write_text("not an image")
     save(root / "deep.png", mode="I;16", colour=1000)
     save(root / "warned.png", (40, 30))
     save(root / "bomb.png", (80, 80))
@@ -46,7 +46,7 @@ def test_what_is_wrong_with_a_picture(tmp_path, monkeypatch):
     os.mkfifo(root / "pipe.png")
     faults = {
         "cut.png": "an image cannot be read",
-        "text.jpg": "an image is not a picture",
+        "text.jpg": "an image is in no known image format",
         "deep.png": "an image has more than 8 bits a channel",
         "warned.png": "an image has more pixels than Pillow's limit",
         "bomb.png": "an image has more pixels than Pillow's limit",
@@ -71,7 +71,7 @@ def test_a_root_behind_a_link_is_a_root(tmp_path):
     ("name", "shrunk", "kind"),
     [("a.png", "a.png", "PNG"), ("b/a.JPG", "b/a.JPG", "JPEG"), ("a.bmp", "a.bmp.png", "PNG")],
 )
-def test_a_larger_picture_is_written_shrunk(tmp_path, name, shrunk, kind):
+def test_a_larger_image_is_written_shrunk(tmp_path, name, shrunk, kind):
     save(tmp_path / name, (40, 20))
     where, fault = check(tmp_path, max_pixels=200)(name)
     assert (where, fault) == (str(tmp_path / "out" / "images" / shrunk), None)
@@ -84,13 +84,13 @@ def test_a_larger_picture_is_written_shrunk(tmp_path, name, shrunk, kind):
 @pytest.mark.parametrize(
     ("size", "most"), [((7, 5), 34), ((1, 90), 4), ((90, 1), 4), ((3, 3), 1), ((99, 2), 50)]
 )
-def test_a_shrunk_picture_keeps_to_its_limit(size, most):
+def test_a_shrunk_image_keeps_to_its_limit(size, most):
     image = shrink(Image.new("RGB", size), most)
     assert 0 < image.width * image.height <= most
     assert (image.width >= image.height) == (size[0] >= size[1])
 
 
-def test_a_picture_that_cannot_be_written(tmp_path):
+def test_an_image_that_cannot_be_written(tmp_path):
     save(tmp_path / "a.png", (40, 20))
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ValueError, match=r"out/images/a.png cannot be written: Not a directory"):
@@ -98,18 +98,18 @@ def test_a_picture_that_cannot_be_written(tmp_path):
 
 
 def test_paths_stand_for_files(tmp_path):
-    known = Pictures(tmp_path)
+    known = Images(tmp_path)
     known.move("a", f"{tmp_path}/a")
     known.move("b", "/elsewhere/b")
     assert [known[path] for path in "abc"] == [f"{tmp_path}/a", "/elsewhere/b", f"{tmp_path}/c"]
-    assert Pictures(tmp_path.__class__("/"))["a"] == "/a"
+    assert Images(tmp_path.__class__("/"))["a"] == "/a"
 
 
 # Stitching
 
 
 @pytest.mark.parametrize("k", [3, 4, 5, 10])
-def test_a_stitched_picture_has_the_ground_above_and_all_tiles_in_order(k):
+def test_a_stitched_image_has_the_ground_above_and_all_tiles_in_order(k):
     tiles = [Image.new("RGB", (20, 20), colour) for colour in COLOURS[:k]]
     page = stitched(Image.new("RGB", (60, 20), "orange"), *tiles, max_pixels=300_000)
     assert page.width * page.height <= 300_000 and page.width == 448
@@ -136,7 +136,7 @@ def test_labels_are_drawn_above_their_tiles():
     assert not np.array_equal(letters[0], letters[1]) and not np.array_equal(letters[1], letters[2])
 
 
-def test_narrow_and_tall_pictures_are_fitted():
+def test_narrow_and_tall_images_are_fitted():
     tiles = [Image.new("RGB", size, "blue") for size in ((1, 500), (500, 1), (1, 1))]
     page = stitched(Image.new("RGB", (2, 900), "red"), *tiles, max_pixels=300_000)
     assert page.width * page.height <= 300_000
@@ -183,7 +183,7 @@ def test_what_goes_wrong_in_a_process_is_told():
         list(in_processes(_double, [98], 1))
 
 
-def test_processes_check_pictures(tmp_path):
+def test_processes_check_images(tmp_path):
     save(tmp_path / "a.png")
     results = list(in_processes(check(tmp_path), ["a.png", "b.png"], 1))
     assert [fault for _, fault in results] == [None, "an image does not exist"]

@@ -1,4 +1,4 @@
-"""Check, shrink and stitch a data set's pictures in worker processes."""
+"""Check, shrink and stitch a data set's images in worker processes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from geo_r1.data.sample import load_image, shrink
 from geo_r1.errors import UserError
 from geo_r1.files import written_beside
 
-CHUNK = 16  # pictures or questions sent to a process at a time
+CHUNK = 16  # images or questions sent to a process at a time
 AHEAD = 8  # chunks queued for each process
-STITCHED_PIXELS = 1 << 20  # default size of one picture with all candidates
-NARROWEST, WIDEST = 448, 2048  # width of a stitched picture in pixels
+STITCHED_PIXELS = 1 << 20  # default size of one image with all candidates
+NARROWEST, WIDEST = 448, 2048  # width of a stitched image in pixels
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Pictures:
+class Images:
     """Maps a data set's paths to files.
 
     Args:
@@ -57,11 +57,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Check:
-    """Checks a data set's pictures and shrinks large ones.
+    """Checks a data set's images and shrinks large ones.
 
     Attributes:
         root: absolute path of the folder that holds them; a link must not lead out of it.
-        shrunk: folder for the shrunk copies of pictures over `max_pixels`.
+        shrunk: folder for the shrunk copies of images over `max_pixels`.
         max_pixels: None allows every size below Pillow's own limit.
     """
 
@@ -70,16 +70,16 @@ class Check:
     max_pixels: int | None = None
 
     def __call__(self, path: str) -> tuple[str, str | None]:
-        """Decode a picture.
+        """Decode an image.
 
         Args:
             path: below `root`.
 
         Returns:
-            The path of the usable picture and None; or the path that was tried and what is wrong.
+            The path of the usable image and None; or the path that was tried and what is wrong.
 
         Raises:
-            UserError: a shrunk picture cannot be written.
+            UserError: a shrunk image cannot be written.
         """
         full = self.root / path
         where = str(full)
@@ -89,7 +89,7 @@ class Check:
                 return where, "an image leads outside the root"
             if not os.path.isfile(real):
                 return where, "an image does not exist"
-            image = open_picture(full)
+            image = open_image(full)
         except UserError as error:
             return where, _fault(str(error), f"sample {full}: image {full} ")
         if self.max_pixels is None or image.width * image.height <= self.max_pixels:
@@ -104,26 +104,26 @@ class Check:
 
 @dataclass(frozen=True)
 class Stitch:
-    """Makes one picture of a question: the view from the ground, with the labelled tiles in a grid below.
+    """Makes one image of a question: the view from the ground, with the labelled tiles in a grid below.
 
     Attributes:
-        folder: where the picture is written; its name is a hash of its sources.
-        max_pixels: limit on the whole picture.
+        folder: where the image is written; its name is a hash of its sources.
+        max_pixels: limit on the whole image.
     """
 
     folder: Path
     max_pixels: int = STITCHED_PIXELS
 
     def __call__(self, images: Sequence[str]) -> str:
-        """Stitch a ground picture and the candidates in order; return the path of the result.
+        """Stitch a ground image and the candidates in order; return the path of the result.
 
         Raises:
-            UserError: a picture cannot be read, or the result cannot be written; names it.
+            UserError: an image cannot be read, or the result cannot be written; names it.
         """
         name = blake2b("\0".join([*images, str(self.max_pixels)]).encode(), digest_size=16).hexdigest()
         target = self.folder / f"{name}.jpg"
         _save(
-            stitched(*(open_picture(Path(path)) for path in images), max_pixels=self.max_pixels),
+            stitched(*(open_image(Path(path)) for path in images), max_pixels=self.max_pixels),
             target,
             "JPEG",
         )
@@ -167,7 +167,7 @@ def _results(work: Callable[[Any], Any], chunks: Iterator[Any], num_workers: int
             waiting.extend(executor.submit(work, chunk) for chunk in islice(chunks, 1))
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that works on pictures ended unexpectedly (mostly a lack of memory): lower "
+            "a process that works on images ended unexpectedly (mostly a lack of memory): lower "
             "--num-workers (0 needs no such processes)"
         ) from error
     finally:
@@ -190,11 +190,11 @@ def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     return [work(item) for item in items]
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Decode a picture as `load_image` does; Pillow's warning of a decompression bomb becomes an error.
+def open_image(path: Path) -> Image.Image:
+    """Decode an image as `load_image` does; Pillow's warning of a decompression bomb becomes an error.
 
     Raises:
-        UserError: the picture is missing, broken, too large, or has more than 8 bits per channel; names it.
+        UserError: the image is missing, broken, too large, or has more than 8 bits per channel; names it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -206,7 +206,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def _fault(message: str, prefix: str) -> str:
-    """A picture's fault without its name, so that equal faults can be counted."""
+    """An image's fault without its name, so that equal faults can be counted."""
     message = message.removeprefix(prefix)
     if "decompression bomb" in message:
         return "an image has more pixels than Pillow's limit"
@@ -216,10 +216,10 @@ def _fault(message: str, prefix: str) -> str:
 
 
 def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image.Image:
-    """The ground picture above the tiles, which are labelled A, B, ... row by row, on white."""
+    """The ground image above the tiles, which are labelled A, B, ... row by row, on white."""
     columns = len(tiles) if len(tiles) <= 3 else math.ceil(len(tiles) / 2)
     rows = math.ceil(len(tiles) / columns)
-    tall = min(1.0, ground.height / ground.width)  # height / width; a taller picture is fitted into a square
+    tall = min(1.0, ground.height / ground.width)  # height / width; a taller image is fitted into a square
     label = 0.15 / columns
     own = max(ground.width, columns * max(tile.width for tile in tiles))
     most = math.sqrt(max_pixels / (tall + rows * (1 / columns + label)))
@@ -227,7 +227,7 @@ def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image
     side, band, top = width // columns, int(width * label), int(width * tall)
     gap = side // 50
     if band < 8:
-        raise UserError(f"a picture of {len(tiles)} labelled tiles needs more than {max_pixels} pixels")
+        raise UserError(f"an image of {len(tiles)} labelled tiles needs more than {max_pixels} pixels")
     page = Image.new("RGB", (width, top + rows * (side + band)), "white")
     _place(page, ground, (0, 0, width, top))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=band * 0.9)
@@ -239,7 +239,7 @@ def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image
 
 
 def _place(page: Image.Image, image: Image.Image, box: tuple[int, int, int, int]) -> None:
-    """Paste a picture into the middle of a box (left, top, width, height), as large as possible."""
+    """Paste an image into the middle of a box (left, top, width, height), as large as possible."""
     left, top, width, height = box
     scale = min(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
