@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from geo_r1.data.images import LazyImage, ImageCache, Size, fitted, num_tokens, shrunk
+from geo_r1.data.images import ImageCache, LazyImage, Size, fitted, num_tokens, shrunk
 from geo_r1.data.sample import Sample
 from geo_r1.errors import UserError
 from geo_r1.models.packed import EncodedPrompt
