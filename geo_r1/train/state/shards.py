@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from geo_r1.errors import UserError
 from geo_r1.files import beside, publish, sync
+from geo_r1.train.state.manifest import Reader, write_manifest, write_sums
 
 TRAINER, PLAIN = "trainer", "trainer.json"
 State = dict[str, dict[str, Any]]
@@ -56,15 +57,19 @@ class Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
         try:
-            return super().write_data(plan, planner)
+            written = super().write_data(plan, planner)
         except RuntimeError as error:  # torch's serializer hides a full disk behind "unexpected pos"
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        folder = beside(self.folder)
+        write_sums(folder, [*folder.glob(f"{plan.storage_data.prefix}*")], self.rank)
+        return written
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
         unfinished = beside(self.folder)
         (unfinished / PLAIN).write_text(self.plain)
         sync(unfinished / PLAIN)  # torch has synced the shards
+        write_manifest(unfinished)
         publish(unfinished, self.folder)
         self.then()
 
@@ -97,7 +102,7 @@ def check(folder: Path, state: State) -> State:
         UserError: they differ, or the checkpoint cannot be read.
     """
     try:
-        tensors = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        tensors = Reader(folder).read_metadata().state_dict_metadata
         plain = json.loads((folder / PLAIN).read_text())
         if not isinstance(plain, dict) or not isinstance(plain.get(TRAINER), dict):
             raise ValueError(f"{PLAIN} holds no trainer's state")
