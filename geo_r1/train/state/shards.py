@@ -33,7 +33,7 @@ class Writer(dcp.FileSystemWriter):
     def __init__(self, folder: Path, plain: State, then: Callable[[], None], rank: int, size: int) -> None:
         # Tensors are on the host already, and the copying thread would open a context on GPU 0.
         super().__init__(beside(folder), per_thread_copy_ahead=0)
-        self.folder, self.then, self.rank, self.size = folder, then, rank, size
+        self.folder, self.then, self.own_rank, self.size = folder, then, rank, size
         self.plain = json.dumps(plain)  # now: the trainer goes on
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Writer(dcp.FileSystemWriter):
         return {
             name: tensor.to("cpu", copy=True)
             for index, (name, tensor) in enumerate(state_dict.items())
-            if isinstance(tensor, DTensor) or index % self.size == self.rank
+            if isinstance(tensor, DTensor) or index % self.size == self.own_rank
         }
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
@@ -61,7 +61,7 @@ class Writer(dcp.FileSystemWriter):
         except RuntimeError as error:  # torch's serializer hides a full disk behind "unexpected pos"
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         folder = beside(self.folder)
-        write_sums(folder, [*folder.glob(f"{plan.storage_data.prefix}*")], self.rank)
+        write_sums(folder, [*folder.glob(f"{plan.storage_data.prefix}*")], self.own_rank)
         return written
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
