@@ -18,7 +18,7 @@ from geo_r1.errors import UserError, say
 from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
 from geo_r1.train.context import RunContext
-from geo_r1.train.models import Models, check_model_exists, encoder_of, world_of
+from geo_r1.train.models import Models, check_model_exists, encoder_of, export_dtype_of, world_of
 from geo_r1.train.parallel.agreement import check_ranks_agree
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.load import dump_recipe
@@ -120,7 +120,8 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunCo
     fused = ", ".join(vlm.fused_layers) or f"none ({vlm.unfused})"
     log.say(f"layers that liger-kernel computes: {fused}")
     encoder = encoder_of(recipe, vlm.model.config, tokenizer, image_processor)
-    return RunContext(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder)
+    dtype = export_dtype_of(recipe.model)
+    return RunContext(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder, dtype)
 
 
 def _check_later_stages(run_dir: Path, stage: str) -> None:

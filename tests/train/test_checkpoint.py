@@ -30,7 +30,6 @@ from geo_r1.train.state.checkpoint import (
     checkpoint_folder,
     newest_checkpoint,
     prune,
-    save_folder,
 )
 from geo_r1.train.state.manifest import write_manifest
 from geo_r1.train.state.shards import Writer
@@ -172,23 +171,6 @@ def test_a_checkpoint_never_replaces_another(tmp_path):
     checkpoints.save(1, make_state(), wait=True)
     with pytest.raises(AssertionError, match="there already"):
         checkpoints.save(1, make_state())
-
-
-def test_an_export_appears_whole(tmp_path):
-    class Piece:
-        def save_pretrained(self, folder):
-            assert names(folder.parent) - {"sft"} == {".sft.partial"}
-            (folder / "weights").write_text("7")
-
-    stale = tmp_path / "models" / ".sft.partial"
-    stale.mkdir(parents=True)
-    (stale / "half").write_text("")
-    save_folder(tmp_path / "models" / "sft", Piece(), [])
-    assert names(tmp_path / "models") == {"sft"}
-    assert names(tmp_path / "models" / "sft") == {"weights"}
-    with pytest.raises(AssertionError, match="there already"):
-        save_folder(tmp_path / "models" / "sft", Piece(), [])
-    assert (tmp_path / "models" / "sft" / "weights").read_text() == "7"
 
 
 # What goes wrong.

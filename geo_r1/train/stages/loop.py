@@ -124,7 +124,7 @@ def run_stage(
         save(wait=True)  # whatever happens to the export
         checkpoints.wait()
         _load_best(context, checkpoints, updater, reference)
-        context.export(context.run_dir / "models" / stage, policy)
+        context.export(stage, policy)
         checkpoints.clear()
         if ranks.any(stop_requested()):
             raise Stopped(f"{stage} is finished; the same command goes on")

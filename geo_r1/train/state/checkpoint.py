@@ -1,11 +1,10 @@
-"""Checkpoints and exported models: written beside, then renamed, so what exists is whole.
+"""Checkpoints: written beside, then renamed, so what exists is whole.
 
 checkpoints/<stage>-000100/    a stage's state: its tensors by torch.distributed.checkpoint, the rest in
                                trainer.json, and manifest.json of its files; any number of ranks and any
                                strategy can read it
 checkpoints/damaged-...        a checkpoint that was not what had been written, and was set aside
 checkpoints/<stage>-best.json  [step, value] of each evaluation that was better than all before it
-models/<stage>/                a transformers folder: the result of a finished stage
 
 Every rank writes the shards that it holds, so ranks on several machines need a shared file system.
 """
@@ -25,10 +24,9 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
-from transformers import PreTrainedModel
 
 from geo_r1.errors import UserError
-from geo_r1.files import beside, publish, sync
+from geo_r1.files import beside, publish
 from geo_r1.train.parallel.ranks import PATIENCE, Ranks, rank_losses
 from geo_r1.train.state.manifest import Damage, Reader, check_files
 from geo_r1.train.state.shards import State, Writer, check, plain_of, reason_of, tensors_of
@@ -188,23 +186,6 @@ class Checkpoints:
             rank, (cause, _) = min(error.failures.items())
             where = f"rank {rank}: " if self.ranks.size > 1 else ""
             raise UserError(f"{failure}: {where}{reason_of(cause)}") from error
-
-
-def save_folder(folder: Path, model: PreTrainedModel, companions: list[Any]) -> None:
-    """Write a transformers folder; it appears whole or not at all.
-
-    Args:
-        companions: tokenizer and image processor, saved beside the weights.
-    """
-    unfinished = beside(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for piece in (model, *companions):
-        piece.save_pretrained(unfinished)
-    for file in unfinished.iterdir():
-        sync(file)
-    assert not folder.exists(), f"{folder} is there already"
-    publish(unfinished, folder)
 
 
 def checkpoint_folder(run_dir: Path, stage: str, step: int) -> Path:
