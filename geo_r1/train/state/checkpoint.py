@@ -160,8 +160,8 @@ class Checkpoints:
             if self.ranks.is_main and free < needed:
                 sizes = f"take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
                 raise UserError(
-                    f"{folder}: a checkpoint and the model of {self.stage} {sizes}; make room, or give another "
-                    "--run.dir"
+                    f"{folder}: a checkpoint and the model of {self.stage} {sizes}; make room, or give "
+                    "another --run.dir"
                 )
 
     def mark_best(self, step: int, value: float) -> None:
