@@ -205,7 +205,10 @@ class WeightSender(ExitStack):
         self._listener = self.enter_context(socket.create_server((self._host, 0), family=family))
         self._listener.settimeout(LOOK)
         self._proven: SimpleQueue[Connection] = SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        listening = threading.Thread(target=self._listen, daemon=True)
+        listening.start()
+        self.callback(listening.join)
+        self.callback(_shut, self._listener)  # first, which ends the thread
 
     def arguments(self) -> dict[str, Any]:
         """Arguments for `WeightReceiver.receive_weights`."""
