@@ -195,4 +195,4 @@ def test_what_decides_a_result_leaves_out_free_keys_and_sections():
     assert values["run"] == {"seed": 0} and not values.keys() & {"parallel", "eval", "log"}
     assert values["sft"].keys() == {"data", "steps", "epochs", "freeze", "batch_size", "optim"}
     assert "max_tokens" not in values["grpo"]["optim"] and values["grpo"]["optim"]["lr"] == 1e-6
-    assert values["model"] == {"path": "tiny", "dtype": "float32"}
+    assert values["model"] == {"path": "tiny", "dtype": "float32", "export_dtype": "base"}

@@ -361,6 +361,7 @@ def test_a_mismatch_above_the_limit_stops_the_run_before_its_update(tmp_path, ca
             "like http://host:8000, not here:80x",
         ),
         ({"rollout__engine": "vllm", "rollout__server_url": "http://here:1/v1"}, "like http://host:8000"),
+        ({"rollout__engine": "vllm", "rollout__server_url": "http://me:x@here:1"}, "must hold no password"),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused(changes, message, tmp_path, capfd):

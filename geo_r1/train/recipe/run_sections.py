@@ -46,7 +46,7 @@ class RunConfig(Section):
     stages: Free[tuple[Stage, ...]] = ("sft", "grpo", "eval")
     """In order: pretrain, sft, grpo, eval. A stage starts from the newest model of the stages before it."""
     overwrite: Free[bool] = False
-    """Delete what the folder holds and start again."""
+    """Delete what an earlier run wrote into the folder, and start again."""
     threads: Free[Natural] = 0
     """CPU threads per rank; 0 takes OMP_NUM_THREADS, or else shares out the cores that the process may use.
     A model as small as the world's own runs on one thread."""
