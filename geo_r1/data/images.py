@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from geo_r1.data.sample import ImageSource, load_image, read_image
+from geo_r1.data.decoding import ImageSource, load_image, read_image
 
 Size = tuple[int, int]  # height and width in pixels
 SHRINK_STEPS = 4096  # possible scales when images shrink; neighbours differ by less than one token

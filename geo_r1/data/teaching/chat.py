@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from geo_r1.data.sample import ImageSource, Sample, load_image, read_image, shrink
+from geo_r1.data.decoding import ImageSource, load_image, read_image, shrink
+from geo_r1.data.sample import Sample
 from geo_r1.files import data_uri
 
 MAX_REPLY = 2**20  # bytes of a response: a chain of thought takes some kilobytes
