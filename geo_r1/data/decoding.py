@@ -111,7 +111,10 @@ def check_image(source: ImageSource, owner: str, root: Path | None = None, *, wh
             size = source.size
         else:
             with _opened(source, root) as image:
-                size = (_upright_rgb(image) if whole else image).size
+                size = image.size
+                if whole:
+                    image.draft(None, (1, 1))  # a JPEG is read to its end, but only small pixels are computed
+                    image.load()
         if max(size) > MAX_RATIO * min(size):
             raise _Fault("is too narrow", f"{size[0]} x {size[1]}; a side may be {MAX_RATIO} times the other")
 

@@ -27,18 +27,20 @@ def in_processes(
     items: Iterable[Item],
     num_workers: int,
     progress: Callable[[int], None] | None = None,
+    chunk: int = CHUNK,
 ) -> Iterator[Result]:
     """Call `work` on each item in worker processes; yields the results in order.
 
     Args:
         num_workers: number of processes; with 0, this process does the work.
         progress: called with the number of items just finished.
+        chunk: number of items sent to a process at a time.
 
     Raises:
         UserError: a process ended unexpectedly. Errors of `work` are passed on.
     """
     stream = iter(items)
-    chunks = iter(lambda: list(islice(stream, CHUNK)), [])
+    chunks = iter(lambda: list(islice(stream, chunk)), [])
     for results in _results(partial(_each, work), chunks, num_workers):
         if progress:
             progress(len(results))

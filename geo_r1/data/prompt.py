@@ -11,13 +11,19 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from geo_r1.data.decoding import shortened
 from geo_r1.data.images import ImageCache, LazyImage, Size, fitted, num_tokens, shrunk
 from geo_r1.data.sample import Sample
-from geo_r1.errors import UserError
+from geo_r1.errors import UserError, one_line
 from geo_r1.models.packed import EncodedPrompt
 
 OnOverlong = Literal["error", "skip", "resize"]
 OnBadSample = Literal["error", "skip"]
+MAX_TEXT = (
+    2**24
+)  # characters of a rendered prompt; a row of a file is no longer, and tokenizing takes seconds
+# A template is a program that comes with the model: these are its own mistakes.
+TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class OverlongPromptError(UserError):
@@ -143,8 +149,18 @@ class PromptEncoder:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
             )
-        except TemplateError as error:  # for example, a role that the template does not know
-            raise UserError(f"sample {sample.id}: the chat template refuses its messages: {error}") from error
+        except MemoryError:
+            raise UserError(f"sample {sample.id}: the chat template takes all memory") from None
+        except (TemplateError, *TEMPLATE_ERRORS) as error:  # for example, a role that it does not know
+            reason = shortened(one_line(error))
+            raise UserError(
+                f"sample {sample.id}: the chat template refuses its messages: {reason}"
+            ) from error
+        if len(text) > MAX_TEXT:
+            raise UserError(
+                f"sample {sample.id}: the chat template makes {len(text):,} characters of its messages, more "
+                f"than {MAX_TEXT:,}"
+            )
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         if token_ids.count(self.image_token_id) != num_images:
             raise UserError(

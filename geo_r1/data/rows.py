@@ -48,7 +48,8 @@ def read_samples(
         if bad is None:
             raise error
         where = f"{path}, row {number}"
-        bad[where] = str(error).removeprefix(f"{where}: ").removeprefix(f"{path}, line {number}: ")
+        reason = str(error).removeprefix(f"{where}: ").removeprefix(f"{path}, line {number}: ")
+        bad[where] = reason.removeprefix(f"{path}: ")
 
     for number, row in read_rows(path, refuse):
         try:

@@ -89,7 +89,8 @@ def test_bad_samples_are_left_out_and_counted(tmp_path, capfd):
     run_dir = runs.train(tmp_path / "run", "sft", "grpo", "eval", **of_file(data), **SKIP)
     out, err = capfd.readouterr()
     for stage in ("sft", "grpo", "eval"):
-        start = f"geo_r1: {stage}: 2 of 8 samples are bad (python -m geo_r1.data check lists them; {data}, row 7"
+        listed = f"(python -m geo_r1.data check lists them; {data}, row 7"
+        start = f"geo_r1: {stage}: 2 of 8 samples are bad {listed}"
         assert err.count(f"{start}: 'prompt' must be text or a list of messages, got int 3)") == 1
     assert " ".join(out.split()).count("3 of 8 samples are bad") == 2
     for stage, drawn in (("sft", 16), ("grpo", 8)):
