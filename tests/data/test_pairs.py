@@ -114,7 +114,7 @@ def test_a_row_is_a_sample_of_ours(tmp_path):
     sample = samples[0]
     kinds = [part.get("text") for part in sample.messages[0]["content"]]
     assert kinds[:8] == [None, " A ", None, " B ", None, " C ", None, " D "]
-    assert kinds[8] is None and kinds[9].startswith("\nThe first image")
+    assert kinds[8] is None and kinds[9].startswith("\nThe first picture")
     assert kinds[9].endswith(
         "Think in <think> </think>, then give the letter of the tile in <answer> </answer>."
     )
