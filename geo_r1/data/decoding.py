@@ -201,7 +201,7 @@ def _file(path: Path, root: Path | None) -> IO[bytes]:
     if root is not None:
         path = Path(os.path.realpath(path))
         if not path.is_relative_to(_real(root)):
-            raise _Fault("leads outside the root", f"{shortened(str(root))}; see data.image_root")
+            raise _Fault("leads outside the root", f"only files in {shortened(one_line(root))} are read")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)

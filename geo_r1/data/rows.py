@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ def read_rows(
     Raises:
         UserError: the file is missing, of another type, or cannot be read; names it.
     """
-    if not path.is_file():
-        raise UserError(f"data file {path} {'is not a file' if path.exists() else 'does not exist'}")
+    if not os.path.isfile(path):  # unlike `Path.is_file`, also for names that no file can have
+        raise UserError(f"data file {path} {'is not a file' if os.path.exists(path) else 'does not exist'}")
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise UserError(f"data file {path}: expected .jsonl, .json or .parquet")
     size = path.stat().st_size

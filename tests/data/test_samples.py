@@ -188,6 +188,10 @@ def test_many_rows_keep_their_order(tmp_path):
 def test_missing_file_and_wrong_suffix(tmp_path):
     ends_with(f"data file {tmp_path}/no.jsonl does not exist", lambda: read_samples(tmp_path / "no.jsonl"))
     ends_with(f"data file {tmp_path} is not a file", lambda: read_samples(tmp_path))
+    long = "x" * 300 + ".jsonl"
+    ends_with(f"data file {tmp_path}/{long} does not exist", lambda: read_samples(tmp_path / long))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    ends_with(f"data file {tmp_path}/pipe.jsonl is not a file", lambda: read_samples(tmp_path / "pipe.jsonl"))
     (tmp_path / "x.csv").write_text("prompt\n?\n")
     message = f"data file {tmp_path}/x.csv: expected .jsonl, .json or .parquet"
     ends_with(message, lambda: read_samples(tmp_path / "x.csv"))
