@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 MISTAKE, OUTAGE, INTERRUPTED = 2, 1, 130
+LONGEST = 2000  # characters of a line; what is wrong comes first, what would work comes last
 
 
 class UserError(ValueError):
@@ -21,8 +22,11 @@ class OutageError(RuntimeError):
 
 
 def one_line(message: object) -> str:
-    """A message without line breaks or control characters, for a terminal or a log."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
+    """A message without line breaks or control characters, for a terminal or a log; a long one is cut."""
+    text = str(message)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def say(message: object) -> None:

@@ -11,12 +11,19 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from geo_r1.data.decoding import shortened
 from geo_r1.data.images import ImageCache, LazyImage, Size, fitted, num_tokens, shrunk
 from geo_r1.data.sample import Sample
-from geo_r1.errors import UserError
+from geo_r1.errors import UserError, one_line
 from geo_r1.models.packed import EncodedPrompt
 
 OnOverlong = Literal["error", "skip", "resize"]
+OnBadSample = Literal["error", "skip"]
+MAX_TEXT = (
+    2**24
+)  # characters of a rendered prompt; a row of a file is no longer, and tokenizing takes seconds
+# A template is a program that comes with the model: these are its own mistakes.
+TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class OverlongPromptError(UserError):
@@ -35,6 +42,8 @@ class PromptEncoder:
         on_overlong: the rule for longer prompts. "error" and "skip" both raise `OverlongPromptError`, which
             `PromptLoader` raises again or turns into None; "resize" shrinks its images until they fit.
         keep_images: prompts also carry their resized images, for a rollout engine that encodes them.
+        on_bad_sample: the rule for samples that cannot be encoded, such as those with a truncated image;
+            "skip" lets `encode_or_skip` return the reason.
 
     Attributes:
         cache: decoded images; see `with_cache`.
@@ -49,6 +58,7 @@ class PromptEncoder:
         max_prompt_tokens: int | None = None,
         on_overlong: OnOverlong = "error",
         keep_images: bool = False,
+        on_bad_sample: OnBadSample = "error",
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -56,6 +66,7 @@ class PromptEncoder:
         self.max_prompt_tokens = max_prompt_tokens
         self.on_overlong = on_overlong
         self.keep_images = keep_images
+        self.on_bad_sample = on_bad_sample
         self.cache = ImageCache(0)
         if max_pixels is not None:
             shortest = min(image_processor.size["shortest_edge"], max_pixels)
@@ -77,7 +88,7 @@ class PromptEncoder:
             UserError: an image is missing or broken, or the text itself contains image tokens. All errors
                 name the sample.
         """
-        images = [LazyImage(image, sample.id, self.cache) for image in sample.images]
+        images = [LazyImage(image, sample.id, self.cache, sample.image_root) for image in sample.images]
         targets = self._targets(sample, [image.size for image in images])
         token_ids = self._tokens(sample, len(images))
         targets = self._within_budget(sample, token_ids, [image.size for image in images], targets)
@@ -99,6 +110,26 @@ class PromptEncoder:
         kept = tuple(resized) if self.keep_images else ()
         return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids, kept)
 
+    def encode_or_skip(self, sample: Sample) -> EncodedPrompt | str | None:
+        """Encode a sample's prompt as the rules for long prompts and bad samples ask.
+
+        Returns:
+            The prompt; None if it is too long, or why the sample is bad, if the rule is "skip".
+
+        Raises:
+            UserError: as `encode` does, if the rule is another.
+        """
+        try:
+            return self.encode(sample)
+        except OverlongPromptError:
+            if self.on_overlong != "skip":
+                raise
+            return None
+        except UserError as error:
+            if self.on_bad_sample != "skip":
+                raise
+            return str(error)
+
     @property
     def _factor(self) -> int:
         """Side of one token's square in pixels."""
@@ -119,8 +150,18 @@ class PromptEncoder:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
             )
-        except TemplateError as error:  # for example, a role that the template does not know
-            raise UserError(f"sample {sample.id}: the chat template refuses its messages: {error}") from error
+        except MemoryError:
+            raise UserError(f"sample {sample.id}: the chat template takes all memory") from None
+        except (TemplateError, *TEMPLATE_ERRORS) as error:  # for example, a role that it does not know
+            reason = shortened(one_line(error))
+            raise UserError(
+                f"sample {sample.id}: the chat template refuses its messages: {reason}"
+            ) from error
+        if len(text) > MAX_TEXT:
+            raise UserError(
+                f"sample {sample.id}: the chat template makes {len(text):,} characters of its messages, more "
+                f"than {MAX_TEXT:,}"
+            )
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         if token_ids.count(self.image_token_id) != num_images:
             raise UserError(

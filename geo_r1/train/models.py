@@ -120,6 +120,7 @@ def encoder_of(recipe: Recipe, config: Any, tokenizer: Any, image_processor: Any
         max_pixels=options.max_pixels,
         max_prompt_tokens=options.max_prompt_tokens,
         on_overlong=options.on_overlong,
+        on_bad_sample=options.on_bad_sample,
         keep_images=recipe.rollout.engine == "vllm",
     )
 

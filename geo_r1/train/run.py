@@ -28,7 +28,7 @@ from geo_r1.train.report.log import Log
 from geo_r1.train.report.page import write_report
 from geo_r1.train.rl.rollout_engines import check_rollout_engine, look_for_server
 from geo_r1.train.rl.scoring import load_rewards
-from geo_r1.train.sources import open_source
+from geo_r1.train.sources import open_sources
 from geo_r1.train.stages.evaluate import evaluate_model, validate, write_summary
 from geo_r1.train.stages.grpo import loss_config_of, run_grpo
 from geo_r1.train.stages.sft import run_sft
@@ -52,7 +52,7 @@ def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
     world = world_of(recipe)
     check_ranks_agree(recipe, ranks)
     needed = {*recipe.run.stages, *(("eval",) if recipe.eval.every else ())}
-    sources = {stage: open_source(recipe, world, stage) for stage in needed}
+    sources = open_sources(recipe, world, needed, ranks)
     # wrong rewards and loss options fail now, not hours later when their stage begins
     load_rewards(recipe.rewards)
     loss_config_of(recipe)

@@ -302,3 +302,24 @@ def test_a_stitched_question_is_one_image(tmp_path):
         right = page[height, side * (index % columns) + side // 2]
         assert abs(right[:2] - page[5, 5][:2]).max() < 8 and right[2] > 245
     assert prompt(4, stitch=True).startswith("<image>\nThe upper part") and "A to D" in prompt(4, stitch=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Paris", "paris"),
+        ("S\u00e3o Paulo", "Sa\u0303o Paulo"),
+        ("GIESSEN", "Gie\u00dfen"),
+        ("New York", "new\u00a0 york"),
+        ("\u0130zmir", "i\u0307zmir"),
+    ],
+)
+def test_spellings_of_a_city_are_one_city(tmp_path, first, second):
+    """Otherwise one of them may be in the training split and the other in the test split."""
+    cities = {first: 8, second: 8, "Oslo": 8}
+    out = build(tmp_path, cities, "--test-share", 0.5, "--confusers", "global", "-k", 3)
+    found = {split: set(told["cities"]) for split, told in card(out)["splits"].items()}
+    assert found["train"] | found["test"] == {first, "Oslo"} and not found["train"] & found["test"]
+    out = build(tmp_path, cities, "--test-cities", second, "--confusers", "global", "-k", 3)
+    assert set(card(out)["splits"]["test"]["cities"]) == {first}
+    assert card(out)["splits"]["test"]["questions"] == 16

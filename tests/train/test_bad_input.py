@@ -64,8 +64,8 @@ MISTAKES = {
     "missing image": (
         "sft",
         row_of(images=["images/none.png", "images/above1.png"]),
-        "sample row1: image {}/images/none.png does not exist",
-        True,
+        "{}/data.jsonl, row 2: image {}/images/none.png does not exist",
+        False,
     ),
     "truncated JPEG": ("sft", truncated, "sample row1: image {}/images/ground1.jpg cannot be read: ", True),
     "more images than markers": (

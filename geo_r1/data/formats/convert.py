@@ -16,7 +16,7 @@ from rich.progress import track
 from geo_r1.data.formats.known import FORMATS, detect
 from geo_r1.data.journal import MAX_LINE
 from geo_r1.data.paths import moved, naming
-from geo_r1.data.sample import read_rows
+from geo_r1.data.rows import read_rows
 from geo_r1.errors import UserError, one_line
 from geo_r1.files import beside, write_text, written_beside
 

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
 from geo_r1.data import PromptEncoder
-from geo_r1.data.prompt import OverlongPromptError
 from geo_r1.data.source import Source
 from geo_r1.errors import UserError
 from geo_r1.models import EncodedPrompt
@@ -129,20 +128,17 @@ def _work(
         f"in all: {tokens * steps:,} tokens, {sum(teraflop.values()) * steps:,.4g} TFLOP",
     ]
     if num_skipped:
-        lines.append(f"too long, and skipped: {num_skipped} of the first {len(groups) + num_skipped}")
+        lines.append(f"too long or bad, and skipped: {num_skipped} of the first {len(groups) + num_skipped}")
     return headline, lines, Load(round(prompt), round(images), round(response), tokens)
 
 
 def _groups(recipe: Recipe, options: Any, source: Source, encoder: PromptEncoder) -> tuple[list[Group], int]:
-    """Prompts with the lengths of their responses, and the number of prompts that are skipped as too long."""
+    """Prompts with the lengths of their responses, and the number of samples that are skipped."""
     found, num_skipped = [], 0
     for position in range(min(NUM_SAMPLES, source.size or NUM_SAMPLES)):
         sample = source.draw(position, recipe.run.seed)
-        try:
-            prompt = encoder.encode(sample)
-        except OverlongPromptError:
-            if recipe.data.on_overlong == "error":
-                raise
+        prompt = encoder.encode_or_skip(sample)
+        if not isinstance(prompt, EncodedPrompt):
             num_skipped += 1
             continue
         if isinstance(options, GRPOConfig):

@@ -145,12 +145,23 @@ class DataConfig(Section):
     on_overlong: Literal["error", "skip", "resize"] = "error"
     """What a longer prompt does: it ends the run, is left out of its step, or has its images shrunk until
     it fits."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What a bad sample does (a malformed row; an image that is missing, broken, too large or too narrow): it
+    ends the run, or is left out and counted. The start of a run looks at every row and at the header of every
+    image; `python -m geo_r1.data check` decodes them all."""
+    max_bad_share: Free[Share] = 0.01
+    """With on_bad_sample = "skip", a run ends if more than this share of a file's samples is bad."""
     num_workers: Free[Natural] = 0
     """Processes per rank that decode and encode prompts ahead; 0 does so in the rank itself."""
     cache_mib: Free[Natural] = 0
     """Memory per rank for decoded images, looked up by content; 0 keeps none."""
     curriculum: bool = False
     """Go through the first epoch of a file from easy to hard, by its column `difficulty`."""
+
+    @model_validator(mode="after")
+    def _read_by_its_rule(self) -> DataConfig:
+        self.check_readers({"max_bad_share": (self.on_bad_sample == "skip", 'on_bad_sample = "skip"')})
+        return self
 
 
 class WorldConfig(Section):

@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from geo_r1.data import Sample, load_image
-from geo_r1.data.sample import IMAGE_MARKER, ImageSource, read_image
+from geo_r1.data.decoding import ImageSource, read_image
+from geo_r1.data.messages import IMAGE_MARKER
 from geo_r1.errors import UserError, one_line
 from geo_r1.files import beside, written_beside
 from geo_r1.rollout import Completion

@@ -19,7 +19,7 @@ class GroupCollector:
     """Takes sampled groups from the queue and scores them, until a step has enough.
 
     Attributes:
-        num_skipped: prompts of this rank that the last step left out because they were too long.
+        num_skipped: prompts of this rank that the last step left out as too long or bad.
     """
 
     def __init__(self, context: RunContext, config: GRPOConfig, queue: RolloutQueue) -> None:

@@ -41,7 +41,7 @@ class _Draw:
         step: the step that they are for.
         version: number of updates behind the weights that sample.
         positions: in the training order, of all ranks.
-        groups: this rank's, without completions; prompts that are too long are left out.
+        groups: this rank's, without completions; prompts that are too long or bad are left out.
         answers: the completions of each group.
     """
 
@@ -62,7 +62,7 @@ class RolloutQueue:
         num_steps: of the stage.
 
     Attributes:
-        num_skipped: prompts of this rank that the last `take` or `more` left out because they were too long.
+        num_skipped: prompts of this rank that the last `take` or `more` left out as too long or bad.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from geo_r1.data import Sample, load_image
+from geo_r1.data.decoding import ImageError
 from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import Prediction, predict, summarise
 from geo_r1.files import write_text
@@ -130,7 +131,10 @@ def _gallery(
         paths = []
         for index, image in enumerate(sample.images):
             path = folder / f"{number:03d}_{index}.png"
-            load_image(image, sample.id).save(path)
+            try:
+                load_image(image, sample.id, root=sample.image_root).save(path)
+            except ImageError:  # the sample was skipped as bad
+                continue
             paths.append(path.relative_to(context.run_dir).as_posix())
         rewards = {name: values[number] for name, values in table.per_function.items()}
         yield _record(prediction) | {

@@ -36,6 +36,7 @@ from geo_r1.train.rl.groups import GroupCollector, transcripts
 from geo_r1.train.rl.metrics import TokenSums, reward_metrics, staleness, token_metrics
 from geo_r1.train.rl.mismatch import check_mismatch, differences, importance_metrics, importance_weights
 from geo_r1.train.rl.rollout_engines import open_rollout_queue
+from geo_r1.train.sources import BadSamples
 from geo_r1.train.stages.loop import Validate, run_stage
 from geo_r1.train.updater import Updater
 
@@ -71,7 +72,7 @@ def run_grpo(
         if config.max_resamples:
             metrics |= {"sampling/kept_groups": num_kept, "sampling/groups": num_sampled}
         if num_skipped:
-            metrics["num_skipped"] = num_skipped
+            metrics |= {"num_skipped": num_skipped, "num_bad_samples": bad.count()}
         if recipe.rollout.max_staleness:
             metrics["sampling/staleness"] = staleness(ranks, updater.progress.step, sampled)
         with phases("plan"):
@@ -115,6 +116,7 @@ def run_grpo(
         closing(open_rollout_queue(context, policy, config, loader, num_steps)) as queue,
     ):
         collector = GroupCollector(context, config, queue)
+        bad = BadSamples(recipe.data, ranks, source, loader)
         run_stage(
             context,
             "grpo",
@@ -128,6 +130,8 @@ def run_grpo(
             reference=reference if moves else None,
             pending=queue.state,
         )
+        if bad.found:
+            context.log.say(f"grpo: {bad}")
 
 
 def loss_config_of(recipe: Recipe) -> GRPOLossConfig:

@@ -17,6 +17,7 @@ from geo_r1.train.parallel.micro_batches import share_out
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import SFTConfig
 from geo_r1.train.report.log import Phases
+from geo_r1.train.sources import BadSamples
 from geo_r1.train.stages.loop import Validate, run_stage
 from geo_r1.train.updater import Updater
 
@@ -71,11 +72,14 @@ def run_sft(
         metrics |= {"num_tokens": num_targets, **batches.figures}
         progress.drawn = following
         if num_samples < config.batch_size:
-            metrics["num_skipped"] = config.batch_size - num_samples
+            metrics |= {"num_skipped": config.batch_size - num_samples, "num_bad_samples": bad.count()}
         return metrics, batches.num_tokens
 
     with PromptLoader.of(context.recipe.data, source, context.encoder, context.recipe.run.seed) as loader:
+        bad = BadSamples(context.recipe.data, ranks, source, loader)
         run_stage(context, stage, policy, config, config.optim, num_steps, step, "loss", validate=validate)
+        if bad.found:
+            context.log.say(f"{stage}: {bad}")
 
 
 def _loss(vlm: PackedVLM, batch: PackedBatch) -> tuple[Tensor]:
