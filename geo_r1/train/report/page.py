@@ -23,7 +23,8 @@ from geo_r1.eval.benchmark import is_finite
 from geo_r1.files import data_uri, written_beside
 from geo_r1.train.report.embedded import embedded, split_completion
 from geo_r1.train.report.gallery import read_training_gallery
-from geo_r1.train.report.plots import Metrics, draw_plots
+from geo_r1.train.report.metrics import read_metrics
+from geo_r1.train.report.plots import draw_plots
 
 STAGE_ORDER = ("base", "pretrain", "sft", "grpo")
 GALLERY_FIELDS = ("id", "images", "labels", "answer", "correct", "completion")
@@ -47,7 +48,7 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: expected the folder of a run, found no folder there")
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    metrics, num_skipped = read_metrics(run_dir / "metrics.jsonl")
     summary = _read_summary(run_dir / "summary.json")
     chance = next((row["chance"] for row in summary.values() if "chance" in row), None)
     recipe = run_dir / "recipe.toml"
@@ -74,21 +75,6 @@ def write_report(run_dir: Path) -> Path:
         # A lone surrogate is legal in JSON and not in UTF-8: it becomes a question mark.
         partial.write_bytes(page.encode("utf-8", errors="replace"))
     return report
-
-
-def read_metrics(path: Path) -> Metrics:
-    """Read `metrics.jsonl` as stage -> step -> key -> value; stages in the order of training.
-
-    A missing file is an empty run. Raises UserError as `write_report` does.
-    """
-    metrics: Metrics = {}
-    for number, record in _read_lines(path):
-        stage, step = record.get("stage"), record.get("step")
-        if not isinstance(stage, str) or not isinstance(step, int):
-            raise UserError(f"{path}, line {number}: expected a string 'stage' and an integer 'step'")
-        values = {key: float(value) for key, value in record.items() if key != "step" and is_finite(value)}
-        metrics.setdefault(stage, {})[step] = values
-    return dict(sorted(metrics.items(), key=lambda item: _rank(item[0], STAGE_ORDER)))
 
 
 def read_gallery(run_dir: Path, *, order: list[str]) -> list[dict[str, Any]]:

@@ -9,12 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from geo_r1.train.report.metrics import Metrics
+
 PHASE_ORDER = ("sync", "rollout", "reward", "reference", "update")
 PALETTE = ("#1f5fa8", "#d5702a", "#2c8f6b", "#b04a86", "#8a6d1f", "#4fa3d1", "#7a5fc0", "#666c75")
 SIZE = (4.3, 2.8)  # inches; at a third of the page its letters are 10 pixels tall
 MANY_POINTS = 400  # above it raw dots are drawn as one bitmap inside the SVG
 
-Metrics = dict[str, dict[int, dict[str, float]]]  # stage -> step -> key -> finite value
 Curve = dict[int, float]  # step -> value
 
 

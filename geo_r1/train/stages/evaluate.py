@@ -37,6 +37,7 @@ def evaluate_model(context: RunContext, vlm: PackedVLM, row: str, source: Source
         shown = [source.sample(index) for index in range(min(config.gallery, count))]
         _write_lines(folder / "gallery.jsonl", _gallery(context, shown, predictions))
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
+        context.log.result(row, summary)
     context.ranks.barrier()
     return summary
 
