@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from geo_r1.data import World, exemplars, read_samples
 from geo_r1.data.source import Source
 from geo_r1.errors import UserError
@@ -13,6 +16,7 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
     """The samples of a stage: of the world, or of the file that its `data` names."""
     data = getattr(recipe, stage).data
     if data != "world":
+        _refuse_hub_name(data, f"{stage}.data")
         samples = read_samples(data, recipe.data.image_root)
         for sample in samples:
             if stage == "eval":
@@ -35,3 +39,12 @@ def open_source(recipe: Recipe, world: World, stage: str) -> Source:
     first = 2_000_000 if stage == "grpo" else 0
     split = "train" if stage == "grpo" else "test"
     return Source(exemplars.Numbered(exemplars.question, world, split, first), None)
+
+
+def _refuse_hub_name(data: str, key: str) -> None:
+    """Tell somebody who names a data set of the hub how to make a file of it."""
+    found = re.fullmatch(r"(?:hf://datasets/)?([\w.-]+/([\w.-]+))", data)
+    if found and not data.endswith((".jsonl", ".parquet")) and not Path(data).exists():
+        name, file = found[1], f"{found[2]}.parquet"
+        export = f"import datasets; datasets.load_dataset('{name}', split='train').to_parquet('{file}')"
+        raise UserError(f'{key}: no file {data}. A data set of the hub becomes one by: python -c "{export}"')
