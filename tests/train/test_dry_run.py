@@ -9,8 +9,8 @@ from memory_cases import TEXTS
 
 from geo_r1.models.cost import ModelCost
 from geo_r1.models.tiny import build_tiny
-from geo_r1.train.estimate import dry_run, readiness
 from geo_r1.train.__main__ import main
+from geo_r1.train.estimate import dry_run, readiness
 from geo_r1.train.estimate.memory import estimate
 from geo_r1.train.models import without_weights
 from geo_r1.train.recipe.load import load_recipe

@@ -21,7 +21,6 @@ from geo_r1.train.rl.scoring import load_rewards
 from geo_r1.train.sources import open_source
 from geo_r1.train.stages.grpo import loss_config_of
 
-
 Steps = Mapping[str, int | None]  # of each trained stage; None if unknown
 
 

@@ -64,6 +64,7 @@ class Log:
         if self.enabled:
             self.about = About(self.run_dir / "run.json", facts)
             self._save_about()
+            self.say(f"{self.run_dir}: {', '.join(f'{name} {fact}' for name, fact in facts.items())}")
 
     def rewind(self, stage: str, step: int) -> None:
         """Delete a stage's figures after `step` steps, and lines that hold no figures."""
@@ -115,8 +116,8 @@ class Log:
         """Print a line above the progress line; where the output is no terminal, after date and time."""
         self._print(one_line(text))
 
-    def start(self, what: str, total: int, done: int = 0) -> None:
-        """Begin a progress line."""
+    def start(self, what: str, total: int, done: int = 0, *, ends: bool = True) -> None:
+        """Begin a progress line; without a terminal, print one, unless it is an aside without `ends`."""
         if not self.enabled:
             return
         terminal = self.console.is_terminal
@@ -124,7 +125,7 @@ class Log:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[figures]}"),
         )
         self.progress = Progress(
@@ -135,17 +136,17 @@ class Log:
         )
         self.progress.add_task(what, total=total, completed=done, figures="")
         self.progress.start()
-        if not terminal:
+        if ends and not terminal:
             self.last_line = time.monotonic()
             self.say(f"{what} {done}/{total}")
 
-    def advance(self, what: str, done: int, total: int, figures: str) -> None:
-        """Move the progress line; without a terminal, print one now and then."""
+    def advance(self, what: str, done: int, total: int, figures: str, *, ends: bool = True) -> None:
+        """Move the progress line; without a terminal, print one now and then, and at the end with `ends`."""
         if self.progress is None:
             return
         self.progress.update(self.progress.task_ids[0], completed=done, figures=figures)
         now = time.monotonic()
-        if now - self.last_line > SECONDS_BETWEEN_LINES or done == total:
+        if now - self.last_line > SECONDS_BETWEEN_LINES or (ends and done == total):
             self.last_line = now
             self._save_about()
             if not self.console.is_terminal:
@@ -157,9 +158,9 @@ class Log:
         before = self.progress
         if before is not None:
             before.stop()
-        self.start(what, total)
+        self.start(what, total, ends=False)
         try:
-            yield lambda done: self.advance(what, done, total, "")
+            yield lambda done: self.advance(what, done, total, "", ends=False)
         finally:
             self.stop()
             self.progress = before

@@ -17,6 +17,7 @@ from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
 from geo_r1.rewards import score_groups
 from geo_r1.train.context import RunContext
+from geo_r1.train.report.transcripts import prompt_text
 from geo_r1.train.rl.scoring import load_rewards
 
 
@@ -50,6 +51,7 @@ def validate(
     count = _count(source, config.every_num_samples or config.num_samples)
     summary = summarise(_predict(context, vlm, source, count, f"{stage}: eval"))
     figures = {name: float(summary[name]) for name in ("accuracy", "well_formed", "completion_length")}
+    context.log.say(f"{stage}: accuracy {figures['accuracy']:.1%} on {count} held-out samples")
     return figures, figures["accuracy"]
 
 
@@ -135,6 +137,7 @@ def _gallery(
             paths.append(path.relative_to(context.run_dir).as_posix())
         rewards = {name: values[number] for name, values in table.per_function.items()}
         yield _record(prediction) | {
+            "prompt": prompt_text(sample.messages),
             "images": paths,
             "labels": [_label(index, len(paths), prediction) for index in range(len(paths))],
             "rewards": {name: value for name, value in rewards.items() if value is not None},
