@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from geo_r1.data.images import LazyImage, ImageCache, Size, fitted, num_tokens, shrunk
+from geo_r1.data.images import ImageCache, LazyImage, Size, fitted, num_tokens, shrunk
 from geo_r1.data.sample import Sample
 from geo_r1.errors import UserError
 from geo_r1.models.packed import EncodedPrompt
@@ -59,7 +59,8 @@ class PromptEncoder:
         self.cache = ImageCache(0)
         if max_pixels is not None:
             shortest = min(image_processor.size["shortest_edge"], max_pixels)
-            image_processor.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
+            self.image_processor = copy.copy(image_processor)  # an export keeps the model's own limits
+            self.image_processor.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
 
     def with_cache(self, max_bytes: int) -> PromptEncoder:
         """A copy of this encoder with its own cache of decoded images."""
