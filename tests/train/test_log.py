@@ -107,13 +107,11 @@ def test_a_long_message_keeps_both_ends():
     ],
 )
 def test_a_run_goes_on_without_what_it_can_do_without(in_the_way, said, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    if in_the_way == "run.json":
-        (run_dir / in_the_way).mkdir()
-    else:
-        (run_dir / in_the_way).touch()
-    runs.train(run_dir, "grpo", grpo__steps=2, log__tensorboard=True, log__rollouts_every=1)
+    steps = {"sft__steps": 1, "grpo__steps": 2}
+    run_dir = runs.train(tmp_path / "run", "sft", **steps)
+    (run_dir / in_the_way).unlink(missing_ok=True)
+    (run_dir / in_the_way).mkdir() if in_the_way == "run.json" else (run_dir / in_the_way).touch()
+    runs.train(run_dir, "sft", "grpo", **steps, log__tensorboard=True, log__rollouts_every=1)
     out = capsys.readouterr().out
     assert (
         len(re.findall(rf"{said}.* cannot be written, the run goes on without: [A-Z].*{run_dir}", out)) == 1

@@ -168,10 +168,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}".replace("e-0", "e-")
 
 
-def svg_of(figure: Figure) -> str:
-    """A plot as the address of an SVG image that is light or dark as its reader's pages are."""
+def svg_text(figure: Figure) -> str:
+    """A plot as SVG that is light or dark as its reader's pages are, and the same for the same figure."""
     file = io.BytesIO()
-    figure.savefig(file, format="svg", dpi=160, transparent=True, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "geo_r1"}):
+        figure.savefig(file, format="svg", dpi=160, transparent=True, metadata={"Date": None})
     svg = file.getvalue().decode("utf-8")
     for index, light in enumerate(DARK):
         svg = svg.replace(light, f"var(--c{index})")
@@ -180,7 +181,12 @@ def svg_of(figure: Figure) -> str:
         for colors in (DARK, DARK.values())
     )
     style = f"<style>:root{{{light_style}}}@media(prefers-color-scheme:dark){{:root{{{dark_style}}}}}</style>"
-    return data_uri("image/svg+xml", svg.replace("<defs>", f"{style}<defs>", 1).encode("utf-8"))
+    return svg.replace("<defs>", f"{style}<defs>", 1)
+
+
+def svg_of(figure: Figure) -> str:
+    """The address of `svg_text`, for an image of a page."""
+    return data_uri("image/svg+xml", svg_text(figure).encode("utf-8"))
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
