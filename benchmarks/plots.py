@@ -19,6 +19,8 @@ from geo_r1.train.report.plots import FRAME, GRID, INK, PALETTE, TITLE, number, 
 AXES = {"completions": "completions", "images": "images", "length": "tokens of a completion"}
 COLOURS = {"ours": PALETTE[0], "peer": PALETTE[1], "floor": PALETTE[-1]}
 LEGEND = {"ours": "geo_r1", "peer": "peers", "floor": "bare products or copies: the least that is possible"}
+SHOWN = {"parameters", "images", "prompt", "completions", "length", "tokens"}  # facts of a training step
+HEAD = 0.55  # inches of a figure for its title and legend
 ROOM = 1.25  # of the longest bar, so that its label has a place
 Curves = dict[str, list[tuple[float, float]]]  # (x, milliseconds) by provider
 
@@ -48,8 +50,8 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
             bars(
                 panel, [(row["provider"], row["ms"], row["kind"], f"{number(row['ms'])} ms") for row in timed]
             )
-            panel.set_ylim(-0.6, max(len(t) for _, t in pair) - 0.4)
-            panel.set_title(f"{op}: {size}", fontsize=9, fontweight="bold", color=TITLE, loc="left")
+            panel.set_ylim(len(timed) - max(len(t) for _, t in pair) - 0.6, len(timed) - 0.4)
+            panel.set_title(f"{op}: {size}", fontsize=9, fontweight="bold", color=TITLE, loc="left", x=-0.3)
         for panel in panels[len(pair) :]:
             panel.axis("off")
     head(figure, f"Time of every op and of the training step: {title}", LEGEND)
@@ -71,17 +73,22 @@ def bars(panel: Axes, rows: Sequence[tuple[str, float, str, str]]) -> None:
 
 def head(figure: Figure, title: str, names: Mapping[str, str]) -> None:
     """A title at the left, and under it what the colours mean."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=TITLE)
+    height = figure.get_figheight()
+    style = {"ha": "left", "va": "top", "fontsize": 12, "fontweight": "bold", "color": TITLE}
+    figure.text(0.01, 1 - 0.08 / height, title, **style)
     patches = [Patch(color=COLOURS[kind], label=name) for kind, name in names.items()]
-    figure.legend(handles=patches, loc="outside upper left", ncols=len(names), frameon=False, fontsize=9,
-                  labelcolor=INK, handlelength=1, handleheight=0.9)  # fmt: skip
+    where = {"loc": "upper left", "bbox_to_anchor": (0.005, 1 - 0.3 / height), "borderpad": 0}
+    shape = {"handlelength": 1, "handleheight": 0.9, "frameon": False, "fontsize": 9, "labelcolor": INK}
+    figure.legend(handles=patches, ncols=len(names), **where, **shape)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - HEAD / height))  # type: ignore[union-attr, call-arg]
 
 
 def steps(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Our fastest training step and the fastest peer's, for each size that both were timed at."""
     found = []
-    for size in dict.fromkeys(row["size"] for row in rows if row["op"] == STEP):
-        case = [row for row in rows if (row["op"], row["size"]) == (STEP, size)]
+    whole = [row for row in rows if row["op"] == STEP and row.get("facts", {}).keys() >= SHOWN]
+    for size in dict.fromkeys(row["size"] for row in whole):
+        case = [row for row in whole if row["size"] == size]
         ours, peer = best(case), fastest(case, "peer")
         if ours is not None and "ms" in ours and peer is not None:
             found.append((ours, peer))
@@ -98,16 +105,19 @@ def draw_steps(rows: Sequence[Row], where: str, path: Path) -> None:
     figure = Figure(figsize=(8.2, 1.15 + 0.62 * len(pairs)), layout="constrained")
     panel, names = figure.add_subplot(), []
     for y, (ours, peer) in enumerate(reversed(pairs)):
-        times = peer["ms"] / ours["ms"]
-        rates = [f"{row['facts']['tokens'] / row['ms'] * 1e3:,.0f} tokens/s" for row in (ours, peer)]
-        panel.barh(y + 0.19, times, height=0.36, color=COLOURS["ours"])
-        panel.barh(y - 0.19, 1, height=0.36, color=COLOURS["peer"])
-        panel.text(
-            times, y + 0.19, f"  {times:.1f} ×", va="center", fontsize=10, fontweight="bold", color=TITLE
+        times, facts = peer["ms"] / ours["ms"], ours["facts"]
+        label = {"textcoords": "offset points", "va": "center"}
+        for row, length, up in ((ours, times, 0.19), (peer, 1, -0.19)):
+            panel.barh(y + up, length, height=0.36, color=COLOURS[row["kind"]])
+            rate = f"{row['facts']['tokens'] / row['ms'] * 1e3:,.0f} tokens/s"
+            after = 46 if row is ours else 6
+            panel.annotate(rate, (length, y + up), (after, 0), fontsize=8.5, color=INK, **label)
+        bold = {"fontsize": 10, "fontweight": "bold", "color": TITLE}
+        panel.annotate(f"{times:.1f} ×", (times, y + 0.19), (6, 0), **bold, **label)
+        names.append(
+            f"{facts['parameters'] / 1e6:,.0f} M parameters, {facts['images']} images\n"
+            f"prompt {facts['prompt']}, {facts['completions']} × {facts['length']:.0f} tokens"
         )
-        panel.text(times, y + 0.19, f"            {rates[0]}", va="center", fontsize=8.5, color=INK)
-        panel.text(1, y - 0.19, f"  {rates[1]}", va="center", fontsize=8.5, color=INK)
-        names.append(ours["size"].replace(", ", "\n", 1))
     panel.set_yticks(range(len(names)), names)
     panel.set_xlim(0, 1.35 * max(peer["ms"] / ours["ms"] for ours, peer in pairs))
     panel.set_xticks([])
