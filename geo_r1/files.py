@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -21,9 +21,14 @@ def written_beside(path: Path) -> Iterator[Path]:
     Only for files that a run can do without: a machine that goes down may lose them. See `publish`.
     """
     partial = beside(path)
-    with naming_file(path):
-        yield partial
-        os.replace(partial, path)
+    try:
+        with naming_file(path):
+            yield partial
+            os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)  # it takes room on a disk that may be full
+        raise
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Run a recipe: a TOML file or the name of one in the package (default: `world`). Options set single keys.
 
---dry-run prints what a recipe would train and what that takes, for the ranks that are there; --dry-run=8, for
-eight. --serve starts the vLLM server that rollout.server_url names instead of training. It listens to this
-machine alone, on port 8000, or on another with --serve=9000. Whoever reaches that port can run code there;
---serve=HOST:9000 listens on the address of a private network.
+--dry-run prints what a recipe would train, what that takes and what is missing, for the ranks that are there;
+--dry-run=8, for eight. It ends with READY, or with NOT READY and exit code 2. --serve starts the vLLM server
+that rollout.server_url names instead of training. It listens to this machine alone, on port 8000, or on
+another with --serve=9000. Whoever reaches that port can run code there; --serve=HOST:9000 listens on the
+address of a private network.
 
 On several GPUs or machines: torchrun [its options] -m geo_r1.train, with the same arguments.
 
@@ -79,7 +80,11 @@ def _main(argv: Sequence[str]) -> None:
     elif os.environ.get("RANK", "0") == "0":
         from geo_r1.train.estimate.dry_run import what_it_takes
 
-        print(what_it_takes(recipe, num_ranks))
+        text, missing = what_it_takes(recipe, num_ranks)
+        print(text)
+        if missing:
+            more = f"; {len(missing) - 1} more above" if missing[1:] else ""
+            raise UserError(f"not ready: {missing[0]}{more}")
 
 
 # Threads that spin while they wait take a second process's core; read when torch is imported.

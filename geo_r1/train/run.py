@@ -24,6 +24,7 @@ from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.load import dump_recipe
 from geo_r1.train.recipe.run_sections import STAGES
 from geo_r1.train.recipe.sections import Recipe
+from geo_r1.train.report.about import facts_of
 from geo_r1.train.report.log import Log
 from geo_r1.train.report.page import write_report
 from geo_r1.train.rl.rollout_engines import check_rollout_engine, look_for_server
@@ -82,7 +83,9 @@ def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
             elif ranks.is_main:
                 prune(run_dir, stage, 0)  # left over if the run was killed right after its export
         if ranks.is_main:
-            context.log.say(f"report: {write_report(run_dir)}")
+            report = run_dir / "report.html"
+            if context.log.optional("report", report, lambda: write_report(run_dir)):
+                context.log.say(f"report: {report}")
 
 
 def _train(context: RunContext, models: Models, stage: str, sources: Mapping[str, Source]) -> None:
@@ -122,6 +125,8 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunCo
                 clear(run_dir, recipe)
             write_text(run_dir / RECIPE, dump_recipe(recipe))
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
+    if ranks.is_main:
+        log.describe(facts_of(ranks.size, ranks.device))
     fused = ", ".join(vlm.fused_layers) or f"none ({vlm.unfused})"
     log.say(f"layers that liger-kernel computes: {fused}")
     encoder = encoder_of(recipe, vlm.model.config, tokenizer, image_processor)

@@ -6,6 +6,7 @@ out and counted, as `data.on_bad_sample` says. So does one whose image turns out
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,7 @@ def _of_file(recipe: Recipe, stage: str, samples: list[Sample], bad: dict[str, s
 def _read(recipe: Recipe, stage: str) -> tuple[list[Sample], dict[str, str]]:
     """The samples of a stage's file, and why its other rows are bad."""
     data: str = getattr(recipe, stage).data
+    _refuse_hub_name(data, f"{stage}.data")
     bad: dict[str, str] = {}
     collected = bad if recipe.data.on_bad_sample == "skip" else None
     check = partial(_check_serves, stage, data)
@@ -173,3 +175,12 @@ def _counted(bad: Mapping[str, str], size: int) -> str:
     where, reason = next(iter(bad.items()), ("", ""))
     listed = f"python -m geo_r1.data check lists them; {where}: {reason}"
     return f"{len(bad):,} of {size:,} samples are bad ({listed})"
+
+
+def _refuse_hub_name(data: str, key: str) -> None:
+    """Tell somebody who names a data set of the hub how to make a file of it."""
+    found = re.fullmatch(r"(?:hf://datasets/)?([\w.-]+/([\w.-]+))", data)
+    if found and not data.endswith((".jsonl", ".parquet")) and not Path(data).exists():
+        name, file = found[1], f"{found[2]}.parquet"
+        export = f"import datasets; datasets.load_dataset('{name}', split='train').to_parquet('{file}')"
+        raise UserError(f'{key}: no file {data}. A data set of the hub becomes one by: python -c "{export}"')

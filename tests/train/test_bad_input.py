@@ -227,7 +227,7 @@ def test_help_prints_usage(capfd):
     assert leaving.value.code == 0
     out, err = capfd.readouterr()
     assert out.startswith("usage: python -m geo_r1.train")
-    assert "--grpo.loss.beta" in out
+    assert "--grpo.num_completions" in out
     assert err == ""
 
 

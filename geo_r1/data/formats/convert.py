@@ -76,7 +76,7 @@ def command(options: argparse.Namespace) -> None:
             )
     given = {name: getattr(options, name) for name in ("target", "image_root", "flatten")}
     count = convert_file(options.input, options.output, source=source, **given)
-    print(f"{count} rows of {source}{why} written as {options.target}: {options.output}")
+    print(one_line(f"{count} rows of {source}{why} written as {options.target}: {options.output}"))
 
 
 def convert_file(

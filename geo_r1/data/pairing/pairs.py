@@ -29,7 +29,7 @@ from geo_r1.data.pairing.questions import Questions, generator
 from geo_r1.data.pairing.tables import Drops
 from geo_r1.data.paths import naming
 from geo_r1.data.processes import in_processes
-from geo_r1.errors import UserError
+from geo_r1.errors import UserError, one_line
 from geo_r1.files import written_beside
 
 SPLITS = ("train", "test")
@@ -211,7 +211,7 @@ def _card(options: argparse.Namespace, counts: dict[str, Any], drops: Drops) -> 
 
 
 def _table(counts: dict[str, Any], drops: Drops, out: Path) -> Table:
-    table = Table("", "questions", "cities", "median distance", title=Text(str(out)))
+    table = Table("", "questions", "cities", "median distance", title=Text(one_line(out)))
     for split, count in counts.items():
         median = f"{count['confuser_distance_m']['50%']:,.0f} m"
         table.add_row(split, f"{count['questions']:,}", f"{len(count['cities']):,}", median)

@@ -18,6 +18,7 @@ from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
 from geo_r1.rewards import score_groups
 from geo_r1.train.context import RunContext
+from geo_r1.train.report.transcripts import prompt_text
 from geo_r1.train.rl.scoring import load_rewards
 
 
@@ -38,6 +39,7 @@ def evaluate_model(context: RunContext, vlm: PackedVLM, row: str, source: Source
         shown = [source.sample(index) for index in range(min(config.gallery, count))]
         _write_lines(folder / "gallery.jsonl", _gallery(context, shown, predictions))
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
+        context.log.result(row, summary)
     context.ranks.barrier()
     return summary
 
@@ -50,6 +52,7 @@ def validate(
     count = _count(source, config.every_num_samples or config.num_samples)
     summary = summarise(_predict(context, vlm, source, count, f"{stage}: eval"))
     figures = {name: float(summary[name]) for name in ("accuracy", "well_formed", "completion_length")}
+    context.log.say(f"{stage}: accuracy {figures['accuracy']:.1%} on {count} held-out samples")
     return figures, figures["accuracy"]
 
 
@@ -138,6 +141,7 @@ def _gallery(
             paths.append(path.relative_to(context.run_dir).as_posix())
         rewards = {name: values[number] for name, values in table.per_function.items()}
         yield _record(prediction) | {
+            "prompt": prompt_text(sample.messages),
             "images": paths,
             "labels": [_label(index, len(paths), prediction) for index in range(len(paths))],
             "rewards": {name: value for name, value in rewards.items() if value is not None},

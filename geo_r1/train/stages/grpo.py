@@ -31,7 +31,6 @@ from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe
 from geo_r1.train.report.log import Phases
-from geo_r1.train.report.transcripts import write_transcripts
 from geo_r1.train.rl.groups import GroupCollector, transcripts
 from geo_r1.train.rl.metrics import TokenSums, reward_metrics, staleness, token_metrics
 from geo_r1.train.rl.mismatch import check_mismatch, differences, importance_metrics, importance_weights
@@ -107,7 +106,7 @@ def run_grpo(
                 reference.move_towards(policy, config.reference.sync_share)
         number, every = updater.progress.step + 1, recipe.log.rollouts_every
         if every and (number == 1 or number % every == 0):
-            write_transcripts(context.run_dir, "grpo", number, transcripts(context, sampled))
+            context.log.rollouts("grpo", number, transcripts(context, sampled))
         metrics |= token_metrics(ranks, kept, batches) | batches.figures
         return metrics, batches.num_tokens * config.num_iterations
 

@@ -30,7 +30,7 @@ RECIPE = "recipe.toml"
 # All that a run writes into its folder. The recipe goes last: until then the rest can be compared with it.
 WRITTEN = (
     "models", "checkpoints", "rollouts", "rollout-model", "eval", "tensorboard", "bad", "plots",
-    "metrics.jsonl", "summary.json", "report.html", RECIPE,
+    "metrics.jsonl", "run.json", "summary.json", "report.html", RECIPE,
 )  # fmt: skip
 ANOTHER = "give another --run.dir"
 OTHERWISE = f"{ANOTHER}, or --run.overwrite true"
