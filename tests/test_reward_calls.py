@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -200,7 +202,7 @@ def test_the_only_sample_is_named_whatever_the_function_looks_at():
         score({"f": fails}, None, TEXTS[:1], IDS[:1], {}, owners=["row7"])
 
 
-def test_a_real_interrupt_stays_one():
+def test_a_real_interrupt_stays_one(caplog):
     def slow(**_):
         os.kill(os.getpid(), signal.SIGINT)
         threading.Event().wait()
@@ -212,6 +214,8 @@ def test_a_real_interrupt_stays_one():
     for function in (slow, slow_async):
         with pytest.raises(KeyboardInterrupt):
             run(function, tell=lambda text: None)
+    gc.collect()
+    assert not caplog.records
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -262,7 +266,7 @@ HANGING = [blocks, spins, retries, waits_for_a_process, gives_up_late, fails_lat
 
 
 @pytest.mark.parametrize("function", [*HANGING, blocks_the_loop, awaits_for_ever])
-def test_a_function_that_hangs_is_named(function):
+def test_a_function_that_hangs_is_named(function, caplog, capfd):
     async def quick(completions, **_):
         return [0.0] * len(completions)
 
@@ -270,6 +274,8 @@ def test_a_function_that_hangs_is_named(function):
     with pytest.raises(RewardError, match=f"^{re.escape(expected)}$"):
         run(quick, function, limit=LIMIT)
     assert run(quick, limit=LIMIT) == [[0.0] * 3]  # the next call is as any
+    gc.collect()
+    assert not caplog.records and capfd.readouterr() == ("", "")
 
 
 def test_a_function_that_swallows_interruptions_ends_the_process():
@@ -338,6 +344,23 @@ def test_a_function_may_set_an_alarm():
         return [1.0] * len(completions)
 
     assert run(alarmed, limit=60.0) == [[1.0] * 3]
+
+
+def squares(completion_ids, **_):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(len, completion_ids)
+
+
+def test_a_function_may_use_processes():
+    """A pool ends its own by SIGTERM, which the trainer handles."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        assert run(squares, limit=20.0) == [[2.0, 1.0, 3.0]]
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
 
 
 def test_calls_from_another_thread_work_without_a_limit():

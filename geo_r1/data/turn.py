@@ -40,15 +40,16 @@ def encode_response(tokenizer: Any, text: str, opening: str = "") -> list[int]:
 
 
 def _continuation(text: str, opening: str) -> str:
-    bare = text.lstrip()
+    """What is left of a response to write after the opening."""
     if not opening:
         return text
-    if bare.startswith(opening):
-        return bare.removeprefix(opening)
-    if bare.startswith(opening.rstrip()):
-        return bare.removeprefix(opening.rstrip()).lstrip()
-    if opening.rstrip().endswith("<think>") and "</think>" not in text:
-        return f"\n</think>\n\n{bare}"
+    last = TAG.findall(opening)[-1]
+    before, found, rest = text.partition(last)
+    if found and (not before.strip() or "</" in opening):  # a thought that the template closed stays empty
+        skipped = opening.rpartition(last)[2]
+        return rest.removeprefix(skipped) if rest.startswith(skipped) else rest.lstrip()
+    if last == "<think>" and "</think>" not in text:
+        return f"\n</think>\n\n{text.lstrip()}"
     return text
 
 

@@ -58,6 +58,18 @@ class _Watched:
         return self.interrupted and isinstance(error, KeyboardInterrupt)
 
 
+_active: set[_Watched] = set()
+
+
+def _in_child() -> None:
+    """Let SIGTERM end what users' code forks: else multiprocessing.Pool waits for its children for ever."""
+    if _active:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
 @contextmanager
 def watched(
     running: Collection[str], limit: float = 0.0, tell: Callable[[str], object] = say
@@ -120,6 +132,7 @@ def watched(
     for number in handlers:
         signal.signal(number, stop)
     signal.signal(INTERRUPT, interrupt)
+    _active.add(found)
     watcher = threading.Thread(target=watch, name="rewards", daemon=True)
     watcher.start()
     try:
@@ -127,6 +140,7 @@ def watched(
     finally:
         over.set()
         watcher.join()
+        _active.remove(found)
         signal.signal(INTERRUPT, signal.SIG_DFL)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -208,7 +222,11 @@ class Caller:
                 running = set(pending)
                 with blamed(running, self.timeout, self.tell) as found:
                     self._runner = self._runner or asyncio.Runner()
-                    returned |= self._runner.run(_together(pending, running, found))
+                    try:
+                        returned |= self._runner.run(_together(pending, running, found))
+                    except KeyboardInterrupt:  # the loop would print how its tasks ended
+                        self._runner.get_loop().set_exception_handler(lambda *_: None)
+                        raise
         finally:
             for value, _ in pending.values():
                 if inspect.iscoroutine(value):

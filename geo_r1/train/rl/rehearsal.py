@@ -64,17 +64,19 @@ def rehearse(context: RunContext, source: Source, scorer: Scorer) -> None:
         wanted = _right_answer(sample)
         token_ids = encoder.encode_response(wanted, opening)
         text = completion_text(tokenizer, opening, token_ids)
-        if lost := _lost(recipe.rewards.functions, sample, text):
-            raise UserError(
-                f"sample {sample.id}: reward {lost!r} cannot be earned: the tokenizer turns the right answer "
-                f"{wanted!r:.80} into {text!r:.80}"
-            )
+        earned, kept = (_earned(recipe.rewards.functions, sample, said) for said in (wanted, text))
+        for name in earned:
+            if name not in kept:
+                raise UserError(
+                    f"sample {sample.id}: reward {name!r} cannot be earned: chat template and tokenizer turn "
+                    f"the right answer {wanted!r:.80} into {text!r:.80}"
+                )
         if index == 0:
             copies = recipe.grpo.num_completions
             completion = Completion(token_ids, [0.0] * len(token_ids), True)
             scorer.score([sample], [[completion] * copies], [[text] * copies])
             most = recipe.rollout.max_new_tokens
-            if len(token_ids) > most and _lost(recipe.rewards.functions, sample, ""):
+            if earned and len(token_ids) > most:
                 context.log.say(
                     f"rollout.max_new_tokens = {most}: even a short right answer, of {len(token_ids)} "
                     "tokens, would be cut off"
@@ -87,16 +89,16 @@ def _right_answer(sample: Sample) -> str:
     return text.encode("utf-8", "replace").decode()  # a lone surrogate reaches no tokenizer
 
 
-def _lost(functions: Collection[str], sample: Sample, text: str) -> str | None:
-    """The first reward in use that a text should earn, and does not."""
-    for name in functions:
-        if name in NEED_ANSWERS and not _is_right(sample, text):
-            return name
-        if name == "format" and format_reward([text]) != [1.0]:
-            return name
-    return None
+def _earned(functions: Collection[str], sample: Sample, text: str) -> list[str]:
+    """The built-in rewards in use that a text earns."""
+    right, formed = _is_right(sample, text), format_reward([text]) == [1.0]
+    return [name for name in functions if (name in NEED_ANSWERS and right) or (name == "format" and formed)]
 
 
 def _is_right(sample: Sample, text: str) -> bool:
     """Whether `accuracy` calls a text right; a sample without an answer takes no part."""
-    return accuracy([text], [sample.answer], [sample.metadata.get("num_choices")]) in ([1.0], [None])
+    try:
+        judged = accuracy([text], [sample.answer], [sample.metadata.get("num_choices")])
+    except UserError:  # no text is; `check_answers` speaks up if a reward compares with it
+        return False
+    return judged in ([1.0], [None])
