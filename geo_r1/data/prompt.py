@@ -60,7 +60,8 @@ class PromptEncoder:
         self.cache = ImageCache(0)
         if max_pixels is not None:
             shortest = min(image_processor.size["shortest_edge"], max_pixels)
-            image_processor.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
+            self.image_processor = copy.copy(image_processor)  # an export keeps the model's own limits
+            self.image_processor.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
 
     def with_cache(self, max_bytes: int) -> PromptEncoder:
         """A copy of this encoder with its own cache of decoded images."""

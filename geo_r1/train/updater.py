@@ -39,7 +39,11 @@ class Progress:
 
 
 class Updater:
-    """A policy's optimiser and its schedule; skips and counts steps that are not finite."""
+    """A policy's optimiser and its schedule; skips and counts steps that are not finite.
+
+    Attributes:
+        num_updates: calls of `apply` that changed weights.
+    """
 
     def __init__(
         self, context: RunContext, stage: str, policy: Policy, config: OptimConfig, num_steps: int
@@ -47,6 +51,7 @@ class Updater:
         self.context, self.stage, self.policy = context, stage, policy
         self.config, self.num_steps = config, num_steps
         self.progress = Progress()
+        self.num_updates = 0
         self.optimizer = policy.attach(build_optimizer(policy.vlm.model, config), config.max_grad_norm)
 
     def apply(self, loss: float, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
@@ -63,7 +68,9 @@ class Updater:
         """
         rate = set_learning_rate(self.optimizer, self.config, self.progress.step, self.num_steps)
         norm = self.policy.update(self.optimizer, self.config.max_grad_norm, math.isfinite(loss))
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.num_updates += 1
+        else:
             self._count_bad_step(loss, norm, micro_batches)
         figures = {"grad_norm": norm, "learning_rate": rate}
         return figures | ({"bad_steps": float(self.progress.bad_steps)} if self.progress.bad_steps else {})

@@ -175,7 +175,7 @@ def test_rows_are_those_of_the_other_trainer(name, row):
 @pytest.mark.parametrize(
     ("prompt", "flat"),
     [
-        ("<image>a<image>", "<image><image>an image 2"),
+        ("<image>a<image>", "<image><image>a image 2"),
         ("<image><image>", "<image><image>"),
         ("A:<image>B:<image>", "<image><image>A: image 1 B: image 2"),
         ("(<image>), <image><image>.", "<image><image><image>(image 1), image 2 image 3."),

@@ -71,7 +71,9 @@ def test_missing_image(tmp_path):
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n"])
 def test_not_an_image(tmp_path, data):
-    ends_with(f"sample x: image of {len(data)} bytes is in no known image format", lambda: load_image(data, "x"))
+    ends_with(
+        f"sample x: image of {len(data)} bytes is in no known image format", lambda: load_image(data, "x")
+    )
     (tmp_path / "x.jpg").write_bytes(data)
     message = f"sample x: image {tmp_path}/x.jpg is in no known image format"
     ends_with(message, lambda: load_image(tmp_path / "x.jpg", "x"))

@@ -199,9 +199,9 @@ def test_no_room_in_shared_memory_says_what_to_do(monkeypatch):
             "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
         )
 
-    [(_, prompt)] = PromptLoader(Source.of([sample("x", *[make_image(224, 224)] * 9)]), encoder(), seed=0).load(
-        [0]
-    )
+    [(_, prompt)] = PromptLoader(
+        Source.of([sample("x", *[make_image(224, 224)] * 9)]), encoder(), seed=0
+    ).load([0])
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(
         ValueError, match=r"^sample x: no shared memory for 10 MiB of pixels; give /dev/shm more"

@@ -114,7 +114,7 @@ def test_a_row_is_a_sample_of_ours(tmp_path):
     sample = samples[0]
     kinds = [part.get("text") for part in sample.messages[0]["content"]]
     assert kinds[:8] == [None, " A ", None, " B ", None, " C ", None, " D "]
-    assert kinds[8] is None and kinds[9].startswith("\nThe first image")
+    assert kinds[8] is None and kinds[9].startswith("\nThe first picture")
     assert kinds[9].endswith(
         "Think in <think> </think>, then give the letter of the tile in <answer> </answer>."
     )
@@ -266,9 +266,7 @@ def test_sites_with_bad_images_are_left_out_before_tiles_are_chosen(tmp_path):
 
 def test_no_good_image_at_all(tmp_path):
     check = ["--check-images", "--num-workers", 0]
-    fails(
-        "no site has two good images: 36 x an image does not exist", lambda: build(tmp_path, None, *check)
-    )
+    fails("no site has two good images: 36 x an image does not exist", lambda: build(tmp_path, None, *check))
 
 
 def test_larger_images_are_shrunk_below_the_output(tmp_path):

@@ -31,7 +31,7 @@ KILLS = {
     "after rename:9": ({"sft-000004", "sft-000005"}, {"sft"}),
     "after rename:10": ({".sft-000004.partial", "sft-000005"}, {"sft"}),
 }
-WHOLE = {".metadata", "__0_0.distcp", "trainer.json"}
+WHOLE = {".metadata", "__0_0.distcp", "manifest.json", "trainer.json"}
 # Stage, then strategies that the run goes through, two steps each and the last one to the end. The reference
 # model moves once, in the second step, and so is in the checkpoints.
 CHAINS = {

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -141,7 +142,9 @@ def test_a_sampler_that_goes_loses_nothing(number, changes, tmp_path, capfd):
     with failing(number, EngineLost("the server at http://here does not answer")):
         assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 1
     [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith("geo_r1: the server at http://here does not answer; grpo goes on after step ")
+    assert re.fullmatch(
+        r"geo_r1: the server at http://here does not answer(; grpo goes on after step [1-4])?", line
+    )
     found = runs.train(tmp_path / "lost", "grpo", **changes)
     assert [row["step"] for row in runs.metrics(found, "grpo")] == [1, 2, 3, 4, 5]
     if number == 1:  # what it had not answered later gets newer weights, but in the first step there are none

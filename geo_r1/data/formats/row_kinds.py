@@ -12,9 +12,9 @@ from geo_r1.answers import extract_answer
 from geo_r1.data.formats.turns import (
     IMAGE,
     Turn,
+    images_first,
     marked,
     merged,
-    images_first,
     read_turns,
     system_first,
     text_of,

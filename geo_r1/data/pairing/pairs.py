@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from geo_r1.data.pairing.confusers import KINDS, Places
-from geo_r1.data.pairing.manifests import SOURCES, VIGOR_SPLIT, Sites, read_sites
 from geo_r1.data.pairing.images import Check, Images, in_processes
+from geo_r1.data.pairing.manifests import SOURCES, VIGOR_SPLIT, Sites, read_sites
 from geo_r1.data.pairing.questions import Questions, generator
 from geo_r1.data.pairing.tables import Drops
 from geo_r1.data.paths import naming

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from geo_r1.data.pairing.confusers import Chooser, keys
-from geo_r1.data.pairing.manifests import Sites
 from geo_r1.data.pairing.images import STITCHED_PIXELS, Images, Stitch, in_processes
+from geo_r1.data.pairing.manifests import Sites
 from geo_r1.data.pairing.tables import Drops
 from geo_r1.errors import UserError
 

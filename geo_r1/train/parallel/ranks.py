@@ -120,6 +120,24 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise a user's mistake, made in the block by any rank, on every rank.
+
+        The ranks must not communicate in the block. Where it raises, all of them are at the same place.
+        """
+        if self.size == 1:
+            yield
+            return
+        mistake: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            mistake = error
+        found = self.gather(None if mistake is None else (type(mistake), str(mistake)))
+        for kind, text in filter(None, found):
+            raise kind(text) from mistake
+
     def any(self, flag: bool) -> bool:
         """True if the flag is set on some rank."""
         return self.sum([float(flag)])[0] > 0

@@ -105,14 +105,15 @@ def decisive(section: BaseModel) -> dict[str, Any]:
     return values
 
 
-def first_difference(before: Any, now: Any, key: str) -> str | None:
+def first_difference(before: Any, after: Any, key: str, when: str = "now") -> str | None:
     """The first key in which two tables differ, with both values; None if they are equal."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() | now.keys()):
-            if found := first_difference(before.get(name), now.get(name), f"{key}.{name}".lstrip(".")):
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            below = f"{key}.{name}".lstrip(".")
+            if found := first_difference(before.get(name), after.get(name), below, when):
                 return found
         return None
-    return None if before == now else f"{key} = {before}, now {now}"
+    return None if before == after else f"{key} = {before}, {when} {after}"
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

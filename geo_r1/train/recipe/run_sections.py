@@ -23,7 +23,7 @@ Free = Annotated[T, Field(json_schema_extra={"free": True})]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def check_readers(self, readers: Mapping[str, tuple[bool, str]]) -> None:
         """Refuse a key that has been set although nothing reads it.
@@ -100,6 +100,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Dtype that layers compute in. With bfloat16, trained weights and optimiser state stay float32 unless
     `optim.optimizer` says otherwise."""
+    export_dtype: Literal["base", "float32", "bfloat16"] = "base"
+    """Dtype of the weights of exported models, from which the next stage starts; `base` is that of `path`."""
     checkpointing: Free[Literal["none", "selective", "full"]] = "none"
     """What backward recomputes instead of keeping it: nothing; all of a layer except its attention and every
     second product; or all of it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from geo_r1.data.turn import completion_text
+from geo_r1.errors import UserError
+from geo_r1.rewards import RewardTable
 from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.context import RunContext
 from geo_r1.train.group import Group
@@ -31,8 +33,11 @@ class GroupCollector:
         With dynamic sampling, groups with equal rewards are replaced by those of the next prompts, at most
         `max_resamples` times; the step may then be short of groups.
 
+        If it raises, prompts drawn beyond the step's own are given back.
+
         Raises:
-            EngineLost: the rollout engine has gone; prompts drawn beyond the step's own are given back.
+            EngineLost: the rollout engine has gone; on every rank.
+            UserError: a sample or a reward is wrong; on every rank.
         """
         sampled = self._scored(self.queue.take(progress, phases), phases)
         self.num_skipped = self.queue.num_skipped
@@ -48,7 +53,7 @@ class GroupCollector:
                 sampled += groups
                 kept += self._kept(groups)
             self.queue.go_ahead(progress, phases)
-        except EngineLost:
+        except (EngineLost, UserError):
             progress.drawn = first
             raise
         return sampled, kept
@@ -57,13 +62,13 @@ class GroupCollector:
         return [group for group in groups if group.reward_std or not self.config.max_resamples]
 
     def _scored(self, groups: list[Group], phases: Phases) -> list[Group]:
-        if not groups:  # a rank may have none, and a user's reward function need not expect that
-            return []
         samples = [group.sample for group in groups if group.sample is not None]
         completions = [group.completions for group in groups]
-        with phases("reward"):
-            texts = [_texts(self.context, group) for group in groups]
-            table = self.scorer.score(samples, completions, texts)
+        table = RewardTable({}, [])
+        with phases("reward"), self.context.ranks.together():
+            if groups:  # a rank may have none, and a user's reward function need not expect that
+                texts = [_texts(self.context, group) for group in groups]
+                table = self.scorer.score(samples, completions, texts)
         first = 0
         for group in groups:
             part = slice(first, first + len(group.completions))

@@ -60,7 +60,7 @@ def _predict(context: RunContext, vlm: PackedVLM, source: Source, count: int, wh
     """Predictions of the first `count` samples, each made by one rank, on every rank."""
     config = context.recipe.eval
     samples = [source.sample(index) for index in context.ranks.share(count)]
-    with context.log.aside(what, len(samples)) as advance:
+    with context.ranks.together(), context.log.aside(what, len(samples)) as advance:
         mine = predict(
             vlm,
             context.tokenizer,

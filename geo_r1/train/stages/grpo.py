@@ -132,7 +132,8 @@ def run_grpo(
         PromptLoader.of(recipe.data, source, context.encoder, recipe.run.seed) as loader,
         closing(open_rollout_queue(context, policy, config, loader, num_steps)) as queue,
     ):
-        rehearse(context, source, scorer)
+        with ranks.together():
+            rehearse(context, source, scorer)
         collector = GroupCollector(context, config, queue, scorer)
         run_stage(
             context,

@@ -41,10 +41,9 @@ def run_sft(
 
     def step(updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
         progress = updater.progress
-        with phases("data"):
-            first = progress.drawn
-            progress.drawn += config.batch_size
-            drawn = loader.load(positions(first), [positions(progress.drawn)])
+        first, following = progress.drawn, progress.drawn + config.batch_size
+        with phases("data"), ranks.together():
+            drawn = loader.load(positions(first), [positions(following)])
             groups = [
                 Group(*item, [response_of(*item)], position)
                 for position, item in zip(positions(first), drawn, strict=True)
@@ -53,10 +52,10 @@ def run_sft(
             option = f"{stage}.optim.max_tokens"
             for group in groups:
                 group.prompt.check_budget(group.completion_len[0], config.optim.max_tokens, option)
+        with phases("plan"):
             num_targets, num_samples = ranks.sum(
                 [sum(group.completion_len[0] for group in groups), len(groups)]
             )
-        with phases("plan"):
             weight = 1 / max(num_targets, 1)
             batches = share_out(
                 policy, groups, config.optim.max_tokens, lambda lengths: torch.full((sum(lengths),), weight)
@@ -70,6 +69,7 @@ def run_sft(
             [total] = ranks.sum([loss_sum.item()])
             metrics = {"loss": total, **updater.apply(total, batches.micro_batches)}
         metrics |= {"num_tokens": num_targets, **batches.figures}
+        progress.drawn = following
         if num_samples < config.batch_size:
             metrics["num_skipped"] = config.batch_size - num_samples
         return metrics, batches.num_tokens
