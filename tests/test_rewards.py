@@ -124,7 +124,7 @@ def test_accuracy_letters():
     completions = [RIGHT, WRONG, "C", "<think>C</think>", RIGHT]
     assert rewards.accuracy(completions, ["C", "c", "C", "C", None]) == [1.0, 0.0, 0.0, 0.0, None]
     assert rewards.accuracy(completions[:2], ["C", "C"], wrong_score=-0.8) == [1.0, -0.8]
-    assert rewards.accuracy(["<answer>F</answer>"] * 2, ["F", "A"], [6, None]) == [1.0, 0.0]
+    assert rewards.accuracy(["<answer>F</answer>"] * 3, ["F", "A", "F"], [6, None, 6.0]) == [1.0, 0.0, 1.0]
     assert rewards.accuracy([RIGHT]) == [None]
     assert rewards.accuracy([], []) == []
 
@@ -150,6 +150,7 @@ def test_accuracy_refuses():
         ("\ud800x", None, "which no text between <answer> and </answer> can be"),
         ("A", "5", "num_choices is '5', expected an integer from 2 to 26"),
         ("A", True, "num_choices is True, expected an integer from 2 to 26"),
+        ("A", 5.5, "num_choices is 5.5, expected an integer from 2 to 26"),
         ("A", 27, "num_choices is 27, expected an integer from 2 to 26"),
         ("A", math.nan, "num_choices is nan, expected an integer from 2 to 26"),
     ):

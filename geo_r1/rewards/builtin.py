@@ -193,6 +193,8 @@ def read_answer(answer: Any, num_choices: Any) -> tuple[str, int | None]:
             )
         return text, None
     count = DEFAULT_NUM_CHOICES if num_choices is None else num_choices
+    if isinstance(count, float) and count.is_integer():  # as pandas writes a column with gaps
+        count = int(count)
     if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MOST_CHOICES:
         raise UserError(f"num_choices is {count!r:.80}, expected an integer from 2 to {MOST_CHOICES}")
     if ord(text.upper()) - ord("A") >= count:

@@ -7,7 +7,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from geo_r1.answers import well_formed
 from geo_r1.data import PromptEncoder, Sample
 from geo_r1.data.turn import completion_text
+from geo_r1.eval.native import complete
 from geo_r1.models.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
+from geo_r1.rollout import Completion
 
 TEXTS = ["user\n", "assistant\n", "<think>a</think>\n<answer>B</answer>"]
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -116,3 +118,11 @@ def test_without_such_tags_the_text_is_what_the_tokenizer_makes_of_it():
     plain = own.tokenizer.decode(token_ids, skip_special_tokens=True)
     assert completion_text(own.tokenizer, "", token_ids) == plain
     assert completion_text(own.tokenizer, "", []) == ""
+
+
+def test_the_native_sampler_reads_texts_with_what_was_opened():
+    own = encoder("<think>\n", TAGS)
+    prompt = own.encode(sample())
+    completion = Completion(own.encode_response(RESPONSE, prompt.opening), [], True)
+    [turn] = complete(lambda prompts: [[completion] for _ in prompts], own.tokenizer, [None, prompt])
+    assert [text for _, text in turn] == ["", RESPONSE.replace("<think>", "<think>\n")]

@@ -15,6 +15,8 @@ from geo_r1.train.__main__ import main
 from geo_r1.train.report.log import Log
 from geo_r1.train.rl import rehearsal, rollout_engines
 from geo_r1.train.rl.metrics import idle_rewards
+from geo_r1.train.stages import sft
+from geo_r1.train.stages.sft import share_out
 
 HERE = "test_reward_checks"
 CALLS = []  # the arguments of each call
@@ -192,6 +194,25 @@ def test_right_answers_earn_their_rewards_whatever_the_tags_are(change, tmp_path
     assert (row["rewards/accuracy/mean"], row["rewards/format/mean"]) == (0.5, 0.5)
 
 
+def test_fine_tuning_repeats_neither_the_thought_nor_the_end(tmp_path, monkeypatch):
+    model = changed_model(tmp_path / "changed", opens_a_thought)
+    tokenizer, learned = AutoTokenizer.from_pretrained(model), []
+
+    def watched(policy, groups, *rest):
+        for group in groups:
+            ids = [*group.prompt.token_ids, *group.completions[0].token_ids]
+            learned.append(tokenizer.decode(ids).rpartition("assistant\n")[2])
+        return share_out(policy, groups, *rest)
+
+    monkeypatch.setattr(sft, "share_out", watched)
+    data = runs.write_dataset(tmp_path, 2, response="<think>\n1</think><answer>B</answer><|im_end|>\n")
+    runs.train(tmp_path / "run", "sft", sft__data=data, sft__steps=1, sft__batch_size=2, model__path=model)
+    assert sorted(learned) == [
+        f"<think>\n{number}</think><answer>{letter}</answer><|im_end|>"
+        for number, letter in ((0, "A"), (1, "B"))
+    ]
+
+
 def test_a_tokenizer_that_loses_the_tags_is_refused(tmp_path, capfd, monkeypatch):
     text = rehearsal.completion_text
     monkeypatch.setattr(
@@ -223,7 +244,7 @@ def test_async_functions_and_copies_change_nothing(tmp_path):
 
 def test_a_function_that_leaves_ends_the_run_with_its_line_and_its_traceback(tmp_path, capfd):
     error = error_of(tmp_path, capfd, f"{HERE}:leaves")
-    file = tmp_path / "run" / "reward-error-rank0.txt"
+    file = tmp_path / "run" / "bad" / "reward-rank0.txt"
     assert error.startswith(f"reward '{HERE}:leaves' raised SystemExit: 0 (")
     assert error.endswith(f"; its traceback is in {file}")
     assert "SystemExit: 0" in file.read_text() and "in reward\n    act()" in file.read_text()

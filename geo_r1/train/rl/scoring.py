@@ -78,7 +78,8 @@ class Scorer:
         except RewardError as error:
             if error.__cause__ is None or isinstance(error.__cause__, UserError):
                 raise
-            file = self.context.run_dir / f"reward-error-rank{self.context.ranks.rank}.txt"
+            file = self.context.run_dir / "bad" / f"reward-rank{self.context.ranks.rank}.txt"
+            file.parent.mkdir(exist_ok=True)
             write_text(file, "".join(traceback.format_exception(error.__cause__)))
             raise RewardError(f"{error}; its traceback is in {file}") from error
 
