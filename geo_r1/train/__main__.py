@@ -14,12 +14,14 @@ continues from there. torchrun turns every other exit code than 0 into 1 and add
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from geo_r1.errors import UserError, exit_code_of, say
@@ -80,6 +82,12 @@ def _main(argv: Sequence[str]) -> None:
         print(what_it_takes(recipe, num_ranks))
 
 
+# Threads that spin while they wait take a second process's core; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What a disk says, whichever file it is about.
+STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+
+
 def _train(recipe: Recipe) -> None:
     # torch takes seconds to import: only once the recipe is known to be right
     import torch
@@ -97,6 +105,12 @@ def _train(recipe: Recipe) -> None:
             well = True
             if ranks.is_main:
                 say(stopped)
+        except OSError as error:
+            file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+            if error.errno in STORAGE or (file and file.absolute().is_relative_to(recipe.run.dir.absolute())):
+                reason = f"{file or recipe.run.dir} cannot be read or written: {error.strerror}"
+                raise UserError("; ".join([reason, *getattr(error, "__notes__", [])])) from error
+            raise
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of GPU memory: {error} Lower optim.max_tokens or rollout.max_tokens; {DRY_RUN} says "

@@ -36,6 +36,9 @@ from geo_r1.train.stages.sft import run_sft
 from geo_r1.train.state.checkpoint import newest_checkpoint, prune
 from geo_r1.train.state.run_folder import RECIPE, check_recipe, claimed, clear, finished_model
 
+# Parameters below which threads wait for each other longer than they work.
+SMALL = 4_000_000
+
 
 def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
     """Run a recipe's stages in order, continuing from what the run folder holds.
@@ -113,6 +116,8 @@ def _free(device: torch.device) -> None:
 def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunContext:
     """Load the model's parts, so that a broken one fails early, then set up the run folder and its log."""
     vlm, tokenizer, image_processor = models.load(recipe.model.path)
+    if not recipe.run.threads and vlm.model.num_parameters() < SMALL and ranks.device.type == "cpu":
+        torch.set_num_threads(1)
     with ranks.together():
         if ranks.is_main:
             if recipe.run.overwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,8 +82,10 @@ class Updater:
         folder = context.run_dir / "bad"
         folder.mkdir(exist_ok=True)
         file = folder / f"{self.stage}-{step:06d}-rank{context.ranks.rank}.pt"
+        buffer = io.BytesIO()  # on a file, torch hides a full disk behind "unexpected pos"
+        torch.save([batch.tensors() for batch in micro_batches], buffer)
         with written_beside(file) as partial:
-            torch.save([batch.tensors() for batch in micro_batches], partial)
+            partial.write_bytes(buffer.getvalue())
         what = f"step {step}: loss {loss}, gradient {norm}"
         context.log.say(f"{self.stage} {what}: skipped; its batch is in {folder}")
         if self.progress.bad_steps > context.recipe.run.max_bad_steps:

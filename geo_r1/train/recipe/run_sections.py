@@ -48,7 +48,8 @@ class RunConfig(Section):
     overwrite: Free[bool] = False
     """Delete what the folder holds and start again."""
     threads: Free[Natural] = 0
-    """CPU threads per rank; 0 divides the machine's cores among its ranks."""
+    """CPU threads per rank; 0 takes OMP_NUM_THREADS, or else shares out the cores that the process may use.
+    A model as small as the world's own runs on one thread."""
     keep_checkpoints: Free[PositiveInt] = 2
     """Number of a stage's newest checkpoints to keep, besides the best one where `eval.keep_best` is set."""
     max_bad_steps: Free[Natural] = 10

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from geo_r1.errors import UserError
-from geo_r1.files import write_text
+from geo_r1.files import naming_file, write_text
 from geo_r1.train.recipe.run_sections import LogConfig
 
 SECONDS_BETWEEN_LINES = 15.0  # where the output is no terminal
@@ -73,7 +73,7 @@ class Log:
         """Record the figures of a stage's n-th step everywhere; n counts from 1."""
         if not self.enabled:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
         if self.tensorboard is not None:
             for name, value in metrics.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from geo_r1.train.state.checkpoint import Checkpoints, DamagedCheckpointError
 from geo_r1.train.updater import Updater
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SECOND_THOUGHT = 1.0  # seconds; within them, a terminal and torchrun both pass on one Ctrl-C
 
 
 class Stopped(Exception):  # noqa: N818  # nothing went wrong
@@ -81,10 +83,13 @@ def run_stage(
     def advance(stop_requested: Callable[[], bool]) -> None:
         metrics, seconds = _timed_step(context, updater, step_fn)
         accuracy = None
-        if recipe.eval.every and progress.step % recipe.eval.every == 0:
-            figures, accuracy = _validated(policy, validate)
-            metrics |= {f"eval/{name}": figure for name, figure in figures.items()}
-        context.log.write(stage, progress.step, metrics)
+        try:
+            if recipe.eval.every and progress.step % recipe.eval.every == 0:
+                figures, accuracy = _validated(policy, validate)
+                metrics |= {f"eval/{name}": figure for name, figure in figures.items()}
+        finally:
+            with ranks.together():
+                context.log.write(stage, progress.step, metrics)
         line = f"{headline} {metrics[headline]:.4f}  {seconds:.2f} s/step"
         context.log.advance(stage, progress.step, num_steps, line)
         best = checkpoints.best()
@@ -103,7 +108,7 @@ def run_stage(
                 f"{stage} stopped after step {progress.step} of {num_steps}; the same command goes on"
             )
 
-    with closing(checkpoints), stop_requests() as stop_requested:
+    with closing(checkpoints), stop_requests(ranks.is_main) as stop_requested:
         _resume(context, checkpoints, updater, reference)
         policy.vlm.model.train()
         context.log.start(stage, num_steps, progress.step)
@@ -235,12 +240,27 @@ def _load(checkpoints: Checkpoints, folder: Path, updater: Updater, reference: P
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn stop signals into a flag, so that the step in progress ends whole."""
-    received: list[int] = []
+def stop_requests(aloud: bool = True) -> Iterator[Callable[[], bool]]:
+    """Turn stop signals into a flag, so that the step in progress ends whole.
+
+    A second Ctrl-C ends it at once.
+
+    Args:
+        aloud: say that the signal has come; True on the main rank.
+    """
+    received: list[float] = []
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def receive(number: int, _: object) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and received and now - received[0] > SECOND_THOUGHT:
+            raise KeyboardInterrupt
+        if aloud and not received:  # not by print, which the signal may have interrupted
+            os.write(2, b"geo_r1: stopping after this step, with a checkpoint; Ctrl-C again stops now\n")
+        received.append(now)
+
     for number in before:
-        signal.signal(number, lambda number, _: received.append(number))
+        signal.signal(number, receive)
     try:
         yield lambda: bool(received)
     finally:
