@@ -228,6 +228,11 @@ def spins(**_):
         pass
 
 
+def backtracks(**_):
+    """Holds the interpreter's lock all the time."""
+    re.match("(a+)+$", "a" * 60 + "b")
+
+
 def retries(**_):
     while True:
         try:
@@ -262,7 +267,7 @@ async def awaits_for_ever(**_):
     await asyncio.Event().wait()
 
 
-HANGING = [blocks, spins, retries, waits_for_a_process, gives_up_late, fails_late]
+HANGING = [blocks, spins, backtracks, retries, waits_for_a_process, gives_up_late, fails_late]
 
 
 @pytest.mark.parametrize("function", [*HANGING, blocks_the_loop, awaits_for_ever])

@@ -14,6 +14,7 @@ import signal
 import sys
 import sysconfig
 import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ FIRST_WORD = 30.0  # seconds until the first line about a function that runs; ea
 LAST_TRIES = 10  # interruptions, a second apart, of code that swallows them, before the process ends
 TIME_TO_CLOSE = 10.0  # seconds
 INTERRUPT = signal.SIGURG  # ignored by default, so one that comes too late does nothing
+BEAT = signal.SIGVTALRM  # every TICK that the process computes
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PACKAGE = (f"{Path(__file__).parents[1]}{os.sep}", "<frozen ")
 LIBRARIES = tuple(
@@ -84,6 +86,7 @@ def watched(
         limit: seconds; 0 is none.
     """
     found, over, stops = _Watched(), threading.Event(), list[int]()
+    begun, beats = time.monotonic(), 0
     main = threading.main_thread()
     if threading.current_thread() is not main:
         assert not limit, "only the main thread can be interrupted"
@@ -106,7 +109,7 @@ def watched(
                 tell(f"{_named(running)} has been running for {seconds:.0f} s")
         else:
             return
-        found.late = f"{_named(running)} has not returned within rewards.timeout = {limit:g} s"
+        found.late = found.late or too_late()
         for _ in range(LAST_TRIES):
             assert main.ident is not None
             signal.pthread_kill(main.ident, INTERRUPT)
@@ -120,6 +123,16 @@ def watched(
         if not over.is_set():
             raise _TimeUp
 
+    def beat(*_: object) -> None:  # comes where the other thread cannot run, as beside a regular expression
+        nonlocal beats
+        beats += 1
+        if limit and min(beats * TICK, time.monotonic() - begun) >= limit and not over.is_set():
+            found.late = found.late or too_late()
+            raise _TimeUp
+
+    def too_late() -> str:
+        return f"{_named(running)} has not returned within rewards.timeout = {limit:g} s"
+
     def stop(number: int, frame: FrameType | None) -> None:
         stops.append(number)
         found.interrupted |= number == signal.SIGINT
@@ -132,6 +145,9 @@ def watched(
     for number in handlers:
         signal.signal(number, stop)
     signal.signal(INTERRUPT, interrupt)
+    signal.signal(BEAT, beat)
+    signal.siginterrupt(BEAT, False)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TICK, TICK)
     _active.add(found)
     watcher = threading.Thread(target=watch, name="rewards", daemon=True)
     watcher.start()
@@ -139,9 +155,11 @@ def watched(
         yield found
     finally:
         over.set()
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         watcher.join()
         _active.remove(found)
         signal.signal(INTERRUPT, signal.SIG_DFL)
+        signal.signal(BEAT, signal.SIG_IGN)  # one may still be on its way, and would end the process
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -172,7 +190,7 @@ def blamed(
 
 
 def _named(running: Collection[str]) -> str:
-    return " and ".join(f"reward {name!r}" for name in [*running])
+    return " and ".join(f"reward {name!r}" for name in sorted(running))
 
 
 class Caller:
