@@ -69,8 +69,8 @@ def edited(folder, file, **changes):
 
 IMAGES = "preprocessor_config.json"
 MISFITS = {
-    "patch": (IMAGES, {"patch_size": 16}, "patch_size is 16, but the model's vision_config has patch_size 14"),
-    "merge": (IMAGES, {"merge_size": 1}, "merge_size is 1, but the model's vision_config has spatial_merge_s"),
+    "patch": (IMAGES, {"patch_size": 16}, "patch_size is 16, but the model's vision_config has patch_size"),
+    "merge": (IMAGES, {"merge_size": 1}, "merge_size is 1, but the model's vision_config has spatial_merge"),
     "time": (IMAGES, {"temporal_patch_size": 1}, "temporal_patch_size is 1, but"),
     "text": ("config.json", {"text_config": None}, "text_config must be a table, it is None"),
     "vision": ("config.json", {"vision_config": [1]}, "vision_config must be a table, it is [1]"),

@@ -153,7 +153,12 @@ MISTAKES = {
         "model folder ./none does not exist",
         False,
     ),
-    "another family": ("sft", other_family, "model {}/llama cannot be loaded: config.json: it is a llama; ", False),
+    "another family": (
+        "sft",
+        other_family,
+        "model {}/llama cannot be loaded: config.json: it is a llama",
+        False,
+    ),
     "broken weights": ("sft", broken_weights, "model {}/broken cannot be loaded: ", False),
     "run folder is a file": ("sft", a_file, "run.dir {}/run cannot be written: File exists", False),
     "unknown key": ("sft", {"sft__stepz": 3}, "unknown option --sft.stepz; did you mean sft.steps?", False),

@@ -2,11 +2,13 @@
 
 import pickle
 import resource
+import shutil
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from saved_states import (
     without,
 )
 
+from geo_r1.errors import UserError
 from geo_r1.train.state.checkpoint import (
     Checkpoints,
     DamagedCheckpointError,
@@ -336,6 +339,15 @@ def test_a_checkpoint_of_another_model_is_one_line(other, tmp_path):
     with pytest.raises(ValueError) as e:
         checkpoints.load(checkpoints.folder(3), state)
     assert str(e.value) == f"checkpoint {checkpoints.folder(3)} is of another model: {difference}"
+
+
+def test_a_disk_without_room_is_said_before_the_first_step(tmp_path, monkeypatch):
+    checkpoints, state = Checkpoints(tmp_path, "sft", ALONE, 2), make_state()
+    size = sum(x.nbytes for part in ("model", "optim") for x in state[part].values() if hasattr(x, "nbytes"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size + 100))
+    checkpoints.check_room(state, 100)
+    with pytest.raises(UserError, match=r"sft take 0\.00 GiB, and 0\.00 GiB are free; make room, or"):
+        checkpoints.check_room(state, 101)
 
 
 def save_until_killed(run_dir, owner, attribute, number, after):

@@ -110,6 +110,8 @@ def run_stage(
 
     with closing(checkpoints), stop_requests(ranks.is_main) as stop_requested:
         _resume(context, checkpoints, updater, reference)
+        size = sum(parameter.numel() for parameter in policy.vlm.model.parameters())
+        checkpoints.check_room(_state(updater, reference), size * context.export_dtype.itemsize)
         policy.vlm.model.train()
         context.log.start(stage, num_steps, progress.step)
         while progress.step < num_steps:

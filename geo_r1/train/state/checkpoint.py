@@ -144,6 +144,26 @@ class Checkpoints:
         self._best = marks[-1] if marks else None
         return aside
 
+    def check_room(self, state: State, export_bytes: int) -> None:
+        """Refuse to begin where the disk cannot hold one more checkpoint and the export.
+
+        Args:
+            state: as for `save`.
+
+        Raises:
+            UserError: on every rank; names the folder and what it takes.
+        """
+        needed = export_bytes + sum(x.numel() * x.element_size() for x in tensors_of(state).values())
+        folder = self.run_dir / "checkpoints"
+        with self.ranks.together():
+            free = shutil.disk_usage(folder if folder.exists() else self.run_dir).free
+            if self.ranks.is_main and free < needed:
+                sizes = f"take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
+                raise UserError(
+                    f"{folder}: a checkpoint and the model of {self.stage} {sizes}; make room, or give "
+                    "another --run.dir"
+                )
+
     def mark_best(self, step: int, value: float) -> None:
         """Remember that the checkpoint of a step, complete or under way, is better than all before it."""
         self._best = step, value
