@@ -14,6 +14,7 @@ from torch import Tensor
 from geo_r1.data.decoding import shortened
 from geo_r1.data.images import ImageCache, LazyImage, Size, fitted, num_tokens, shrunk
 from geo_r1.data.sample import Sample
+from geo_r1.data.turn import encode_response, opening_of
 from geo_r1.errors import UserError, one_line
 from geo_r1.models.packed import EncodedPrompt
 
@@ -90,7 +91,8 @@ class PromptEncoder:
         """
         images = [LazyImage(image, sample.id, self.cache, sample.image_root) for image in sample.images]
         targets = self._targets(sample, [image.size for image in images])
-        token_ids = self._tokens(sample, len(images))
+        text, opening = self.chat(sample)
+        token_ids = self._tokens(sample, text, len(images))
         targets = self._within_budget(sample, token_ids, [image.size for image in images], targets)
         pixel_values = None
         resized: list[np.ndarray] = []
@@ -108,7 +110,7 @@ class PromptEncoder:
         token_ids, image_rows = expand_images(token_ids, self.image_token_id, grids, merge)
         positions = mrope_positions(token_ids, self.image_token_id, grids, merge)
         kept = tuple(resized) if self.keep_images else ()
-        return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids, kept)
+        return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids, kept, opening)
 
     def encode_or_skip(self, sample: Sample) -> EncodedPrompt | str | None:
         """Encode a sample's prompt as the rules for long prompts and bad samples ask.
@@ -144,11 +146,17 @@ class PromptEncoder:
         except ValueError as error:  # for example, an image more than 200 times as wide as high
             raise UserError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
 
-    def _tokens(self, sample: Sample, num_images: int) -> list[int]:
-        """Token ids of the rendered chat, with one image token per image."""
+    def chat(self, sample: Sample) -> tuple[str, str]:
+        """The prompt as text, up to the start of the answer, and what the template has written of the answer.
+
+        Raises:
+            UserError: the chat template refuses the messages; names the sample.
+        """
+        messages = [dict(message) for message in sample.messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
+            text, bare = (
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+                for ask in (True, False)
             )
         except MemoryError:
             raise UserError(f"sample {sample.id}: the chat template takes all memory") from None
@@ -162,6 +170,10 @@ class PromptEncoder:
                 f"sample {sample.id}: the chat template makes {len(text):,} characters of its messages, more "
                 f"than {MAX_TEXT:,}"
             )
+        return text, opening_of(text, bare)
+
+    def _tokens(self, sample: Sample, text: str, num_images: int) -> list[int]:
+        """Token ids of the rendered chat, with one image token per image."""
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         if token_ids.count(self.image_token_id) != num_images:
             raise UserError(
@@ -196,9 +208,13 @@ class PromptEncoder:
             )
         return smaller
 
-    def encode_response(self, text: str) -> list[int]:
-        """Token ids of an assistant's answer, including the end token."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+    def encode_response(self, text: str, opening: str = "") -> list[int]:
+        """Token ids of an assistant's answer, including the end token.
+
+        Args:
+            opening: what the prompt has already written of it, `EncodedPrompt.opening`.
+        """
+        return encode_response(self.tokenizer, text, opening)
 
 
 def expand_images(

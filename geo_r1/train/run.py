@@ -27,6 +27,7 @@ from geo_r1.train.recipe.sections import Recipe
 from geo_r1.train.report.about import facts_of
 from geo_r1.train.report.log import Log
 from geo_r1.train.report.page import write_report
+from geo_r1.train.rl.rehearsal import check_answers
 from geo_r1.train.rl.rollout_engines import check_rollout_engine, look_for_server
 from geo_r1.train.rl.scoring import load_rewards
 from geo_r1.train.sources import open_sources
@@ -58,6 +59,7 @@ def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
     load_rewards(recipe.rewards)
     loss_config_of(recipe)
     if "grpo" in recipe.run.stages:
+        check_answers(recipe, sources["grpo"])
         check_rollout_engine(recipe, ranks.size)
     check_model_exists(recipe.model.path)
     with ExitStack() as stack:

@@ -93,7 +93,7 @@ MISTAKES = {
     "reward returns too few": (
         "grpo",
         reward("small_runs:one_too_few"),
-        "reward 'small_runs:one_too_few' returned 7 values, expected 8",
+        "reward 'small_runs:one_too_few' returned 3 values, expected 4",
         True,
     ),
     "unknown reward": (

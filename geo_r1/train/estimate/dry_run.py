@@ -207,7 +207,7 @@ def _groups(recipe: Recipe, options: Any, source: Source, encoder: PromptEncoder
             lengths = [options.max_new_tokens]
         else:
             assert sample.response is not None, sample.id  # checked where the data was opened
-            lengths = [len(encoder.encode_response(sample.response))]
+            lengths = [len(encoder.encode_response(sample.response, prompt.opening))]
         found.append((prompt, lengths))
     return found, num_skipped
 

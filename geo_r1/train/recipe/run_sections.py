@@ -198,10 +198,19 @@ class RewardConfig(Section):
         "accuracy", "format", "length", "repetition"
     )  # fmt: skip
     """Names in the registry, or module:function for your own with TRL's signature."""
-    weights: dict[str, float] = {}
+    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     """By function; the default is 1."""
     options: dict[str, dict[str, Any]] = {}
     """By function: keyword arguments."""
+    timeout: Free[NotNegative] = 600.0
+    """Seconds that a call of a function may take, and all `async def` functions of a step together; 0 sets
+    no limit."""
+
+    @model_validator(mode="after")
+    def _once_each(self) -> RewardConfig:
+        if len(set(self.functions)) < len(self.functions):
+            raise ValueError("functions names a function twice")
+        return self
 
 
 class EvalConfig(Section):

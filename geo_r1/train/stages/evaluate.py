@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -16,10 +17,9 @@ from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import Prediction, predict, summarise
 from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
-from geo_r1.rewards import score_groups
 from geo_r1.train.context import RunContext
 from geo_r1.train.report.transcripts import prompt_text
-from geo_r1.train.rl.scoring import load_rewards
+from geo_r1.train.rl.scoring import Scorer
 
 
 def evaluate_model(context: RunContext, vlm: PackedVLM, row: str, source: Source) -> dict[str, Any]:
@@ -121,16 +121,12 @@ def _gallery(
 ) -> Iterable[dict[str, Any]]:
     if not samples:
         return
-    table = score_groups(
-        load_rewards(context.recipe.rewards),
-        context.recipe.rewards.weights,
-        context.tokenizer,
-        samples,
-        [[prediction.completion] for prediction in predictions[: len(samples)]],
-    )
+    told = predictions[: len(samples)]
+    with closing(Scorer(context)) as scorer:
+        table = scorer.score(samples, [[p.completion] for p in told], [[p.text] for p in told])
     folder = context.run_dir / "eval" / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (sample, prediction) in enumerate(zip(samples, predictions, strict=False)):
+    for number, (sample, prediction) in enumerate(zip(samples, told, strict=True)):
         paths = []
         for index, image in enumerate(sample.images):
             path = folder / f"{number:03d}_{index}.png"

@@ -32,9 +32,18 @@ from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe
 from geo_r1.train.report.log import Phases
 from geo_r1.train.rl.groups import GroupCollector, transcripts
-from geo_r1.train.rl.metrics import TokenSums, reward_metrics, staleness, token_metrics
+from geo_r1.train.rl.metrics import (
+    FIRST_STEPS,
+    TokenSums,
+    idle_rewards,
+    reward_metrics,
+    staleness,
+    token_metrics,
+)
 from geo_r1.train.rl.mismatch import check_mismatch, differences, importance_metrics, importance_weights
+from geo_r1.train.rl.rehearsal import has_answers, rehearse
 from geo_r1.train.rl.rollout_engines import open_rollout_queue
+from geo_r1.train.rl.scoring import Scorer
 from geo_r1.train.sources import BadSamples
 from geo_r1.train.stages.loop import Validate, run_stage
 from geo_r1.train.updater import Updater
@@ -64,7 +73,15 @@ def run_grpo(
     moves = reference is not None and config.reference.sync_steps > 0
     corrects = recipe.rollout.importance_sampling != "none"
 
+    def warn(most: int | None = None) -> None:
+        if ranks.is_main:
+            used = [name for name in recipe.rewards.functions if recipe.rewards.weights.get(name, 1.0)]
+            for line in idle_rewards(context.log.path, used, most):
+                context.log.say(line)
+
     def step(updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
+        if updater.progress.step == FIRST_STEPS:
+            warn(FIRST_STEPS)
         sampled, kept = collector.collect(updater.progress, phases)
         metrics = reward_metrics(ranks, sampled)
         num_kept, num_sampled, num_skipped = ranks.sum([len(kept), len(sampled), collector.num_skipped])
@@ -111,10 +128,13 @@ def run_grpo(
         return metrics, batches.num_tokens * config.num_iterations
 
     with (
+        closing(Scorer(context, has_answers(source))) as scorer,
         PromptLoader.of(recipe.data, source, context.encoder, recipe.run.seed) as loader,
         closing(open_rollout_queue(context, policy, config, loader, num_steps)) as queue,
     ):
-        collector = GroupCollector(context, config, queue)
+        with ranks.together():
+            rehearse(context, source, scorer)
+        collector = GroupCollector(context, config, queue, scorer)
         bad = BadSamples(recipe.data, ranks, source, loader)
         run_stage(
             context,
@@ -131,6 +151,7 @@ def run_grpo(
         )
         if bad.found:
             context.log.say(f"grpo: {bad}")
+    warn()  # again, where it is still on the screen when the run has ended
 
 
 def loss_config_of(recipe: Recipe) -> GRPOLossConfig:

@@ -9,7 +9,7 @@ from geo_r1.data import Sample
 from geo_r1.data.loader import PromptLoader
 from geo_r1.data.source import Source
 from geo_r1.kernels import linear_cross_entropy
-from geo_r1.models import PackedBatch, PackedVLM
+from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM
 from geo_r1.rollout import Completion
 from geo_r1.train.context import RunContext
 from geo_r1.train.group import Group
@@ -33,9 +33,9 @@ def run_sft(
     ranks = context.ranks
     num_steps = source.num_steps(config.steps, config.epochs, config.batch_size)
 
-    def response_of(sample: Sample) -> Completion:
+    def response_of(sample: Sample, prompt: EncodedPrompt) -> Completion:
         assert sample.response is not None, sample.id  # checked where the data was opened
-        return Completion(context.encoder.encode_response(sample.response), [], True)
+        return Completion(context.encoder.encode_response(sample.response, prompt.opening), [], True)
 
     def positions(first: int) -> list[int]:
         return [first + i for i in ranks.share(config.batch_size)]
@@ -46,7 +46,7 @@ def run_sft(
         with phases("data"), ranks.together():
             drawn = loader.load(positions(first), [positions(following)])
             groups = [
-                Group(*item, [response_of(item[0])], position)
+                Group(*item, [response_of(*item)], position)
                 for position, item in zip(positions(first), drawn, strict=True)
                 if item is not None
             ]
