@@ -3,11 +3,17 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin/
 READY   = $(VENV)/.ready
+NEWEST      ?= .venv-newest
+NEWEST_READY = $(NEWEST)/.ready
+# Where we meet transformers' layers, torch's compiler and checkpoints, Triton's interpreter, and a run as a whole.
+NEWEST_TESTS = tests/models tests/rollout/test_continuous.py tests/rollout/test_generate.py \
+	tests/kernels/test_attention_op.py tests/kernels/test_linear.py tests/kernels/test_advantage_kernels.py \
+	tests/train/test_options.py tests/train/test_lora_runs.py tests/train/test_trainer.py
 VLLM        ?= .venv-vllm
 VLLM_READY   = $(VLLM)/.ready
 VLLM_SOURCES = $(addprefix tests/vllm/,requirements.py torchvision_operators.py torchvision_operators.pth)
 
-.PHONY: demo zero ablations test test-vllm check aot extension format bench gpu results docs examples dist clean
+.PHONY: demo zero ablations test test-newest test-vllm check aot extension format bench gpu results docs examples dist clean
 
 $(READY): pyproject.toml constraints.txt setup.py
 	@echo "Making $(VENV) and installing; about a minute on a fast connection."
@@ -30,6 +36,17 @@ extension: $(READY)  ## geo_r1._C brought up to date with csrc/, where nvcc is; 
 
 test: extension  ## every test, warnings as errors; a thread each, for tests are many and small
 	OMP_NUM_THREADS=1 $(RUN)pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# uv unpacks torch and its CUDA libraries in half a minute, pip in six.
+$(NEWEST_READY): pyproject.toml constraints-newest.txt setup.py
+	@echo "Making $(NEWEST) with the newest torch, Triton and transformers that we support; a minute, 7 GB."
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet uv
+	$(NEWEST)/bin/uv pip install --quiet --python $(NEWEST)/bin/python --constraint constraints-newest.txt --editable '.[test,liger]'
+	@touch $@
+
+test-newest: $(NEWEST_READY)  ## the tests where versions matter, on the newest ones that we support
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest --numprocesses auto --maxprocesses 4 $(NEWEST_TESTS)
 
 # Its own environment: vLLM wants versions of its own. The last line makes this checkout importable in it.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt $(VLLM_SOURCES)
@@ -82,4 +99,4 @@ dist: $(READY)  ## sdist and wheel, into dist/
 	$(RUN)python -m build
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(NEWEST) $(VLLM) build dist geo_r1/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

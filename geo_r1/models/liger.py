@@ -8,7 +8,7 @@ Each reads its inputs once and writes its outputs once; transformers takes three
 
 Only the modules of the given model change: each gets a `forward` of its own. transformers' classes and
 functions stay as they are. (liger-kernel's own patch replaces `apply_multimodal_rotary_pos_emb`, which
-transformers has not called since 5.17, so it leaves rotary unfused.)
+transformers has not called since 5.17, so it leaves rotary unfused; here that is so with 5.16.)
 
 The kernels work in place: rotary overwrites the outputs of the projections, which nothing else reads; the
 backward passes of swiglu and rms_norm overwrite saved gates and incoming gradients. So a graph allows one
@@ -20,6 +20,7 @@ Source: Liger-Kernel, arXiv:2410.10989.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import unwrap
 from types import FunctionType, MethodType
 
 import torch
@@ -91,7 +92,7 @@ def _vision_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 def _calling(attention: type[nn.Module], functions: dict[str, Callable]) -> Forward | None:
     """The class's own forward with `functions` replaced by name; None if it does not call them all."""
-    forward = attention.forward
+    forward = unwrap(attention.forward)  # transformers 5.24 renames an argument in a decorator
     if not functions.keys() <= set(forward.__code__.co_names):
         return None
     names = forward.__globals__ | functions

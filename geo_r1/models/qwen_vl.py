@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import get_args
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -19,7 +20,8 @@ from transformers import (
 from geo_r1.errors import UserError
 from geo_r1.kernels import packed_attention
 from geo_r1.models.attention import TEXT_ATTENTION, VISION_ATTENTION, Attend, Hidden, add_at_rows
-from geo_r1.models.memory import Checkpointing, HostMemory, selective_contexts
+from geo_r1.models.layers import run_layers
+from geo_r1.models.memory import Checkpointing, HostMemory
 from geo_r1.models.packed import PackedBatch
 from geo_r1.models.skeleton import empty_like
 from geo_r1.models.vision import tower_inputs
@@ -57,7 +59,8 @@ class PackedVLM:
 
     Attributes:
         fused_layers: the layers that liger-kernel computes, such as "rms_norm".
-        unfused: why it computes none; "" if it computes some.
+        unfused: why it computes none, or not all that it supports; "" if it does.
+        checkpointing: what backward computes again.
 
     Raises:
         UserError: the model belongs to another family.
@@ -81,13 +84,16 @@ class PackedVLM:
         self.liger = liger
         self._runs_on = None if device is None else torch.device(device)
         self._host_memory: HostMemory | None = None
-        self._compiled = False
+        self.checkpointing: Checkpointing = "none"
+        self._backend: str | Callable | None = None
         self.fused_layers: tuple[str, ...] = ()
         self.unfused = self._why_unfused(liger)
         if not self.unfused:
-            from geo_r1.models.liger import fuse_layers  # imports Triton
+            from geo_r1.models.liger import CLASSES, fuse_layers  # imports Triton
 
             self.fused_layers = fuse_layers(model)
+            if left := sorted(CLASSES.keys() - set(self.fused_layers)):
+                self.unfused = f"not {', '.join(left)}: unknown in transformers {transformers.__version__}"
 
     def _why_unfused(self, liger: bool) -> str:
         if not liger:
@@ -256,14 +262,8 @@ class PackedVLM:
         """
         if kind not in get_args(Checkpointing):
             raise UserError(f"no checkpointing {kind!r}; there is {', '.join(get_args(Checkpointing))}")
-        if kind == "none":
-            self.model.gradient_checkpointing_disable()
-            return
-        contexts = {"context_fn": selective_contexts} if kind == "selective" else {}
-        self.model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
-        # Only reentrant checkpoints need gradients of the embeddings; with them a frozen tower, or frozen
-        # layers before the first trained one, would run backward for nothing.
-        self.model.disable_input_require_grads()
+        self.checkpointing = kind
+        run_layers(self.layers, kind, self._backend)
 
     def offload_activations(self, on: bool) -> HostMemory | None:
         """Move tensors that `hidden_states` and `loss_rows` save for backward to the host, or stop doing so.
@@ -291,13 +291,12 @@ class PackedVLM:
         Raises:
             UserError: activations are offloaded without checkpointing.
         """
-        for layer in self.layers:
-            layer.compile(dynamic=True, backend=backend)
-        self._compiled = True
+        self._backend = backend
+        run_layers(self.layers, self.checkpointing, backend)
         self._check_offload()
 
     def _check_offload(self) -> None:
-        if self._compiled and self._host_memory is not None and not self.model.is_gradient_checkpointing:
+        if self._backend is not None and self._host_memory is not None and self.checkpointing == "none":
             raise UserError(
                 "compiled layers save weights and activations alike: offload_activations needs checkpointing"
             )

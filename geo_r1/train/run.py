@@ -129,8 +129,8 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunCo
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
     if ranks.is_main:
         log.describe(facts_of(ranks.size, ranks.device))
-    fused = ", ".join(vlm.fused_layers) or f"none ({vlm.unfused})"
-    log.say(f"layers that liger-kernel computes: {fused}")
+    fused = ", ".join(vlm.fused_layers) or "none"
+    log.say(f"layers that liger-kernel computes: {fused}" + f" ({vlm.unfused})" * bool(vlm.unfused))
     encoder = encoder_of(recipe, vlm.model.config, tokenizer, image_processor)
     dtype = export_dtype_of(recipe.model)
     return RunContext(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder, dtype)

@@ -5,6 +5,7 @@ With it, its kernels run too: on a GPU, or in Triton's interpreter.
 """
 
 import copy
+import functools
 import importlib
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers
 from torch.autograd import Function
 from vlm_cases import assert_equal_gradients, few, mixed_groups, relative_error, rows_and_gradients
 
@@ -155,7 +157,7 @@ def test_rows_and_gradients_are_as_true_as_those_of_transformers(lab, layers, co
     plain_found = rows_and_gradients(plain, few(lab))
     vlm = PackedVLM(model_like(lab), compute_dtype, liger=False)
     assert module.fuse_layers(vlm.model) == LAYERS
-    vlm.model.gradient_checkpointing_enable()
+    vlm.checkpoint_layers("full")
     vlm.model.train()
     found = rows_and_gradients(vlm, few(lab))
     assert found["rows"].dtype == compute_dtype
@@ -198,12 +200,48 @@ def test_another_activation_stays(qwen2_5_vl, stand_ins):
     assert all("forward" in vars(block.mlp) for block in model.model.visual.blocks)
 
 
-def test_another_way_to_rotate_stays(qwen2_5_vl, stand_ins, monkeypatch):
+@pytest.mark.parametrize("part", ["language_model", "visual"])
+def test_another_way_to_rotate_stays_and_is_named(qwen2_5_vl, stand_ins, monkeypatch, part):
     """As in transformers 5.16, whose text attention calls another function."""
-    model = copy.deepcopy(qwen2_5_vl.own)
-    attention = type(model.model.language_model.layers[0].self_attn)
-    monkeypatch.setattr(attention, "forward", lambda self, *args, **options: None)
-    assert stand_ins.fuse_layers(model) == ("rms_norm", "swiglu", "vision_rotary")
+    monkeypatch.setattr(geo_r1.models.qwen_vl, "find_spec", lambda name: name)
+    model = copy.deepcopy(qwen2_5_vl.own).float().to("cpu")
+    rotary = "rotary" if part == "language_model" else "vision_rotary"
+    monkeypatch.setattr(attention_of(model, part), "forward", lambda self, *args, **options: None)
+    vlm = PackedVLM(model, device="cuda")
+    assert vlm.fused_layers == tuple(name for name in LAYERS if name != rotary)
+    assert vlm.unfused == f"not {rotary}: unknown in transformers {transformers.__version__}"
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("part", ["language_model", "visual"])
+def test_decorated_attention_rotates_by_liger(lab, stand_ins, monkeypatch, part):
+    """As in transformers 5.24, which accepts an argument by its old name."""
+    expected = rows_and_gradients(lab.packed, few(lab))
+    model, rotated = copy.deepcopy(lab.own), []
+    attention = attention_of(model, part)
+    forward, rotate = attention.forward, stand_ins.LigerRopeFunction.apply
+
+    @functools.wraps(forward)
+    def decorated(*args, **options):
+        return forward(*args, **options)
+
+    def spy(*args):
+        rotated.append(1)
+        return rotate(*args)
+
+    monkeypatch.setattr(attention, "forward", decorated)
+    monkeypatch.setattr(stand_ins.LigerRopeFunction, "apply", spy)
+    assert stand_ins.fuse_layers(model) == LAYERS
+    assert_equal_gradients(rows_and_gradients(PackedVLM(model), few(lab)), expected, 1e-12)
+    assert len(rotated) == len(model.model.language_model.layers) + len(model.model.visual.blocks)
+
+
+def attention_of(model, part):
+    parts = {
+        "language_model": lambda text: text.layers[0].self_attn,
+        "visual": lambda tower: tower.blocks[0].attn,
+    }
+    return type(parts[part](getattr(model.model, part)))
 
 
 def test_a_model_says_who_computes_its_layers(qwen2_5_vl, stand_ins, monkeypatch):

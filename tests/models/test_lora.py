@@ -77,7 +77,7 @@ def test_rows_and_gradients_are_those_of_the_merged_weights(lab, way, request):
     if "liger" in way:
         request.getfixturevalue("stand_ins").fuse_layers(model.model)
     if "checkpointed" in way:
-        model.model.gradient_checkpointing_enable()
+        model.checkpoint_layers("full")
         model.model.train()
     found = rows_and_gradients(model, mixed_groups(lab))
     assert relative_error(found["rows"], expected["rows"]) < 1e-12

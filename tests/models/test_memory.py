@@ -96,7 +96,7 @@ def test_a_frozen_tower_is_not_run_again(lab, kind):
     vlm.checkpoint_layers(kind)
     calls = []
     for block in vlm.model.model.visual.blocks:
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
+        block.attn.register_forward_pre_hook(lambda *_: calls.append(1))
     found = rows_and_gradients(vlm, few(lab))
     assert len(calls) == len(vlm.model.model.visual.blocks)
     towers = {name.split(".")[2] for name in found if name.startswith("model.visual")}
@@ -164,18 +164,22 @@ def test_with_checkpointing_the_inputs_of_layers_are_offloaded(lab, packed_tenso
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_layers_compute_the_same_and_are_compiled_once(qwen2_5_vl):
-    """Two graphs a kind of layer, whatever the lengths: attention is not in them."""
+@pytest.mark.parametrize("kind, compiled_first", [("none", True), ("full", True), ("selective", False)])
+def test_compiled_layers_compute_the_same_and_are_compiled_once(qwen2_5_vl, kind, compiled_first):
+    """Two graphs a kind of layer, whatever the lengths: attention is not in them, nor is the checkpoint."""
     from torch._dynamo.utils import counters
 
     lab, vlm = qwen2_5_vl, trainable(qwen2_5_vl)
     plain = trainable(lab)
-    vlm.checkpoint_layers("selective")
-    vlm.compile_layers(backend="aot_eager")
+    for compiles in (compiled_first, not compiled_first):
+        if compiles:
+            vlm.compile_layers(backend="aot_eager")
+        else:
+            vlm.checkpoint_layers(kind)
     torch._dynamo.reset()
     counters.clear()
     graphs = []
-    for groups in (mixed_groups(lab), few(lab), few(lab, longer=5)):
+    for groups in (mixed_groups(lab), few(lab, longer=5)):
         assert_equal_gradients(rows_and_gradients(vlm, groups), rows_and_gradients(plain, groups), 1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     batch = pack(*few(lab), DEVICE)

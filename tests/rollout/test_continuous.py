@@ -184,8 +184,10 @@ def test_how_close_log_probabilities_are_to_the_trainers(vlm, prompts, shapes, t
 def test_what_predicts_a_first_token_is_bit_equal_to_the_trainers(vlm, prompts, monkeypatch):
     """Prompts run through the same attention in both, whatever stands beside them.
 
-    On one thread: how products of float32 are cut for more of them depends on the number of their rows. Later
-    tokens are not bit-equal: the trainer's attention goes over prompt and completion in one sum.
+    On one thread: how products of float32 are cut for more of them depends on the number of their rows. Even on
+    one, MKL sums a product of a few rows in another order on some CPUs, and an image may be a few rows, so
+    prompts with images are equal to rounding. Later tokens are not bit-equal: the trainer's attention goes over
+    prompt and completion in one sum.
     """
     drawn, enter = {}, Decoder.enter
 
@@ -205,8 +207,11 @@ def test_what_predicts_a_first_token_is_bit_equal_to_the_trainers(vlm, prompts, 
     finally:
         torch.set_num_threads(num_threads)
     lengths = torch.tensor([len(c.token_ids) for c in flat(groups)])
-    names = [f"3/{group}/{index}" for group in range(len(prompts)) for index in range(3)]
-    assert torch.equal(hidden[lengths.cumsum(0) - lengths], torch.stack([drawn[name] for name in names]))
+    trained = hidden[lengths.cumsum(0) - lengths].unflatten(0, (len(prompts), 3))
+    for group, prompt in enumerate(prompts):
+        sampled_rows = torch.stack([drawn[f"3/{group}/{index}"] for index in range(3)])
+        tolerance = 16 * torch.finfo(hidden.dtype).eps if prompt.image_grids else 0.0
+        torch.testing.assert_close(trained[group], sampled_rows, rtol=tolerance, atol=tolerance)
 
 
 class Waits(TorchDispatchMode):
