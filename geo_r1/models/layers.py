@@ -34,7 +34,9 @@ def run_layers(
     """
     forwards: dict[type[nn.Module], Callable] = {}
     for layer in layers:
-        vars(layer)["gradient_checkpointing"] = False  # a checkpoint's config.json can turn transformers' own on
+        vars(layer)["gradient_checkpointing"] = (
+            False  # a checkpoint's config.json can turn transformers' own on
+        )
         vars(layer).pop("forward", None)
         if checkpointing == "none" and backend is None:
             continue

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import geo_r1
 from geo_r1.eval.benchmark import is_finite
 from geo_r1.files import write_text
 
@@ -71,9 +72,7 @@ def facts_of(ranks: int, device: torch.device) -> dict[str, Any]:
 def _code() -> str:
     """The version, and the commit if the package lies in a git checkout."""
     folder = Path(str(files("geo_r1"))).parent
-    said = "geo_r1"
-    with suppress(PackageNotFoundError):
-        said += f" {version('geo_r1')}"
+    said = f"geo_r1 {geo_r1.__version__}"
     if (folder / ".git").exists():
         with suppress(OSError, subprocess.SubprocessError):  # no git here, or not our repository
             git = ["git", "-C", str(folder)]
