@@ -129,6 +129,8 @@ def export_dtype_of(options: ModelConfig) -> torch.dtype:
     """The dtype of exported weights."""
     if options.export_dtype != "base":
         return getattr(torch, options.export_dtype)
+    if options.dtype == "float64":
+        return torch.float64
     return torch.float32 if options.path == TINY else stored_dtype(options.path)
 
 

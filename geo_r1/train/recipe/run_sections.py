@@ -102,7 +102,8 @@ class ModelConfig(Section):
     """Dtype that layers compute in. With bfloat16, trained weights and optimiser state stay float32 unless
     `optim.optimizer` says otherwise."""
     export_dtype: Literal["base", "float32", "bfloat16"] = "base"
-    """Dtype of the weights of exported models, from which the next stage starts; `base` is that of `path`."""
+    """Dtype of the weights of exported models, from which the next stage starts. `base` is that of `path`, or
+    float64 where layers compute in it."""
     checkpointing: Free[Literal["none", "selective", "full"]] = "none"
     """What backward recomputes instead of keeping it: nothing; all of a layer except its attention and every
     second product; or all of it."""
