@@ -224,7 +224,9 @@ def test_whatever_ends_a_stage_it_goes_on_from_its_last_whole_step(end, tmp_path
 def stop(run_dir, stage, strategy, number, rank, after, **changes):
     """Let a run stop after two more steps, which leads to step `after`."""
     ended = forked_ranks.train(run_dir, stage, strategy=strategy, stop=(number, rank, 2), **changes)
-    assert ended.said == [f"geo_r1: {stage} stopped after step {after} of 5; the same command goes on"]
+    heard = ["geo_r1: stopping after this step, with a checkpoint; Ctrl-C again stops now"] * (rank == 0)
+    stopped = f"geo_r1: {stage} stopped after step {after} of 5; the same command goes on"
+    assert ended.said == [*heard, stopped]
     assert newest_checkpoint(run_dir, stage).name == f"{stage}-{after:06d}"
     assert not (run_dir / "models").exists()
 
