@@ -41,9 +41,7 @@ def test_completions_come_in_order_each_from_its_stream(server, engine):
 
 
 def test_images_go_with_short_prompts_and_come_back_expanded(server, engine):
-    images = tuple(
-        np.random.default_rng(i).integers(0, 256, (28, 28 + 28 * i, 3), np.uint8) for i in (0, 1)
-    )
+    images = tuple(np.random.default_rng(i).integers(0, 256, (28, 28 + 28 * i, 3), np.uint8) for i in (0, 1))
     grids = ((1, 2, 2), (1, 2, 4))
     tokens = [IMAGE, 9, IMAGE, IMAGE, 9]
     prompt = prompt_of("s", tokens, image_rows=[0, 2, 3], image_grids=grids, images=images)
