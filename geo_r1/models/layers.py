@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from geo_r1.models.memory import Checkpointing, selective_contexts
 
-# Tensors that a selective checkpoint keeps stay on the device when `HostMemory` moves others. Since 2.15 torch
-# has an option for it, and warns that its default will change.
+# Tensors that a selective checkpoint keeps stay on the device when `HostMemory` moves others. Since 2.15,
+# torch has an option for it, and warns that its default will change.
 _STAY = {"respect_saved_tensors_hooks": False}
 OPTIONS: dict[Checkpointing, dict[str, Any]] = {
     "full": {},
@@ -44,7 +44,8 @@ def run_layers(
     """
     forwards: dict[type[nn.Module], Callable] = {}
     for layer in layers:
-        layer.gradient_checkpointing = False  # a checkpoint's config.json can turn transformers' own on
+        # a model's config.json can turn transformers' own on
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
         vars(layer).pop("forward", None)
         if checkpointing == "none" and backend is None:
             continue
