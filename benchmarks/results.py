@@ -15,10 +15,11 @@ from typing import Any
 
 from benchmarks.gpu import RESULTS, ROOT, Record, device_slug
 from benchmarks.measure import PHASES, SCALING, STEP, Row
-from benchmarks.plots import curves, draw, draw_scaling
+from benchmarks.plots import curves, draw, draw_scaling, draw_steps, steps
 from benchmarks.targets import TARGETS, Target, best, fastest, short, verdict
 from geo_r1.errors import UserError, exit_code_of
 from geo_r1.files import write_text
+from geo_r1.train.report.plots import number
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COUNTED = ("tests of the kernels", "compute-sanitizer")  # stages whose tests a record's first line counts
@@ -47,6 +48,8 @@ def write_page(folder: Path, page: Path) -> None:
     for record in records:
         title, rows = title_of(record), record["measurements"]
         draw(rows, title, page.parent / plot_name(record))
+        if steps(rows):
+            draw_steps(rows, small_print(record), page.parent / step_name(record))
         if curves(rows):
             draw_scaling(rows, title, page.parent / plot_name(record, "scaling"))
     write_text(page, text)
@@ -102,6 +105,8 @@ def record_blocks(record: Record) -> list[str]:
     rows, title = record["measurements"], title_of(record)
     targets = [target for target in TARGETS if target.device == record["device"]["type"]]
     blocks = [f"**{title}.** {'; '.join(facts(record))}.", target_table(targets, rows), peer_table(rows)]
+    if steps(rows):
+        blocks.append(f"![Our training step beside the fastest peer's on {title}]({step_name(record)})")
     if rates := rate_table(rows):
         blocks.append("\n".join(rates))
     gaps = [
@@ -153,6 +158,23 @@ def plot_name(record: Record, kind: str = "results") -> str:
     return f"{kind}-{device_slug(record)}.png"
 
 
+def step_name(record: Record) -> str:
+    return f"step-{device_slug(record)}.svg"
+
+
+def small_print(record: Record) -> str:
+    """Where and when a record was made, in one line."""
+    device = record["device"]
+    name = device.get("processor", device["name"])
+    threads = [f"{device['threads']} threads"] if "threads" in device else []
+    dtypes = dict.fromkeys(
+        row["dtype"] for row in record["measurements"] if row["op"] == STEP and "dtype" in row
+    )
+    kind = "CPU" if device["type"] == "cpu" else "GPU"
+    return ", ".join([f"{kind}: {name}", *threads, *dtypes, "random weights", f"commit {record['commit']}",
+                      record["date"][:10]])  # fmt: skip
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     def cells(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
@@ -181,9 +203,9 @@ def peer_table(rows: Sequence[Row]) -> str:
         if ours is None or "ms" not in ours:
             mine = [ours["status"] if ours else "not measured", "", "", "", ""]
         else:
-            mine = [short(ours), f"{ours['ms']:.3g}", f"{ours['share']:.0%}", f"{ours['peak_mib']:,.0f}"]
+            mine = [short(ours), number(ours["ms"]), f"{ours['share']:.0%}", f"{ours['peak_mib']:,.0f}"]
             mine += [f"{ours['error']:.0e}" if "error" in ours else ""]
-        theirs = [peer["provider"], f"{peer['ms']:.3g}"] if peer else ["none", ""]
+        theirs = [peer["provider"], number(peer["ms"])] if peer else ["none", ""]
         found.append((op, size, *mine, *theirs))
     return "\n".join(table(header, found))
 

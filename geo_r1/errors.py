@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 MISTAKE, OUTAGE, INTERRUPTED = 2, 1, 130
+LONGEST = 1000  # characters of a line; what is wrong comes first, what would work comes last
 
 
 class UserError(ValueError):
@@ -20,9 +21,16 @@ class OutageError(RuntimeError):
     """A server, an engine or another rank has gone; the user can run the same command again."""
 
 
-def one_line(message: object) -> str:
-    """A message without line breaks or control characters, for a terminal or a log."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
+def printable(text: str) -> str:
+    """Text whose control characters, escape sequences and line breaks are spaces."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def one_line(message: object, longest: int = LONGEST) -> str:
+    """A message for a terminal or a log: one line, printable; a long one keeps its beginning and its end."""
+    line = " ".join(printable(str(message)).split())
+    half = (longest - 5) // 2
+    return line if len(line) <= longest else f"{line[:half]} ... {line[-half:]}"
 
 
 def say(message: object) -> None:

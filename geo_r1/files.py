@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -21,8 +21,24 @@ def written_beside(path: Path) -> Iterator[Path]:
     Only for files that a run can do without: a machine that goes down may lose them. See `publish`.
     """
     partial = beside(path)
-    yield partial
-    os.replace(partial, path)
+    try:
+        with naming_file(path):
+            yield partial
+            os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)  # it takes room on a disk that may be full
+        raise
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Give an OSError the file's name, if it has none: a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,9 +56,12 @@ def publish(partial: Path, path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    with naming_file(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def data_uri(mime: str, data: bytes) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.gpu import RESULTS, ROOT
-from benchmarks.plots import curves
+from benchmarks.plots import curves, draw_steps, steps
 from benchmarks.targets import TARGETS, Finding, verdict
 
 
@@ -168,6 +168,43 @@ def test_a_curve_holds_all_but_one_number():
     }
     assert found["images"]["transformers, padded"] == [(0, 240.0), (6, 270.0)]
     assert curves(ROWS) == {}
+
+
+def test_the_step_has_a_chart_of_its_own(tmp_path):
+    facts = {
+        "parameters": 7e9,
+        "images": 6,
+        "prompt": 438,
+        "completions": 8,
+        "length": 40.0,
+        "tokens": 5000,
+        "layers": 28,
+        "teraflop": 407.0,
+    }
+    timed = [row(*STEP, "geo_r1 packed", "ours", 100.0, facts=facts, dtype="bfloat16"),
+             row(*STEP, "geo_r1 slow", "ours", 200.0, facts=facts, dtype="bfloat16"),
+             row(*STEP, "transformers, padded", "peer", 650.0, facts=facts, dtype="bfloat16"),
+             row("training step", "alone", "geo_r1 packed", "ours", 1.0, facts=facts)]  # fmt: skip
+    [(ours, peer)] = steps(timed)
+    assert (ours["provider"], peer["provider"]) == ("geo_r1 packed", "transformers, padded")
+    record = RECORD | {"measurements": timed}
+    code, text = make_results(tmp_path, record)
+    chart = (tmp_path / "docs" / "step-nvidia-h200.svg").read_text()
+    assert code == 0 and "(step-nvidia-h200.svg)" in text
+    assert (
+        "<!-- 6.5 × -->" in chart
+        and "<!-- 50,000 tokens/s -->" in chart
+        and "<!-- 7,692 tokens/s -->" in chart
+    )
+    assert "<!-- GPU: NVIDIA H200, bfloat16, random weights, commit abc1234, 2026-01-02 -->" in chart
+    draw_steps(timed, results.small_print(record), tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == chart  # the same records, the same file
+
+
+def test_milliseconds_are_whole_numbers_above_a_thousand(tmp_path):
+    timed = [row(*LINEAR, "geo_r1 triton", "ours", 1004.2), row(*LINEAR, "eager torch", "peer", 16513.2)]
+    _, text = make_results(tmp_path, RECORD | {"measurements": timed})
+    assert "| triton | 1,004 |" in text and "| eager torch | 16,513 |" in text
 
 
 def test_a_verdict_needs_every_condition():

@@ -3,11 +3,16 @@
 import dataclasses
 import math
 import re
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 
 from geo_r1 import rewards
 from geo_r1.answers import extract_answer, extract_choice, said, well_formed
+from geo_r1.kernels import group_advantage
 from geo_r1.rewards import RewardError, load_reward, score
 
 RIGHT = "<think>water matches</think>\n<answer>(C)</answer>"
@@ -119,7 +124,7 @@ def test_accuracy_letters():
     completions = [RIGHT, WRONG, "C", "<think>C</think>", RIGHT]
     assert rewards.accuracy(completions, ["C", "c", "C", "C", None]) == [1.0, 0.0, 0.0, 0.0, None]
     assert rewards.accuracy(completions[:2], ["C", "C"], wrong_score=-0.8) == [1.0, -0.8]
-    assert rewards.accuracy(["<answer>F</answer>"] * 2, ["F", "A"], [6, None]) == [1.0, 0.0]
+    assert rewards.accuracy(["<answer>F</answer>"] * 3, ["F", "A", "F"], [6, None, 6.0]) == [1.0, 0.0, 1.0]
     assert rewards.accuracy([RIGHT]) == [None]
     assert rewards.accuracy([], []) == []
 
@@ -128,11 +133,30 @@ def test_accuracy_text():
     completions = ["<answer> new\n YORK </answer>", "<answer>York</answer>", "New York"]
     assert rewards.accuracy(completions, ["New York"] * 3, wrong_score=-1) == [1.0, -1.0, -1.0]
     assert rewards.accuracy(["<answer>12</answer>"], [12]) == [1.0]
+    # a tokenizer that composes accents must not make an answer wrong
+    assert rewards.accuracy(["<answer>Orl\u00e9ans</answer>"], ["Orle\u0301ans"]) == [1.0]
 
 
 def test_accuracy_refuses():
-    with pytest.raises(ValueError, match="answer\\[0\\] is 'F', expected one of the first 5 letters"):
-        rewards.accuracy([RIGHT], ["F"])
+    for answer, count, message in (
+        (
+            "F",
+            None,
+            "answer[0]: the answer is 'F', expected one of the first 5 letters (no num_choices, so 5)",
+        ),
+        ("f", 5, "answer[0]: the answer is 'f', expected one of the first 5 letters (num_choices 5)"),
+        (" ", None, "answer[0]: the answer is empty; null stands for none"),
+        ("<answer>C</answer>", None, "which no text between <answer> and </answer> can be"),
+        ("\ud800x", None, "which no text between <answer> and </answer> can be"),
+        ("A", "5", "num_choices is '5', expected an integer from 2 to 26"),
+        ("A", True, "num_choices is True, expected an integer from 2 to 26"),
+        ("A", 5.5, "num_choices is 5.5, expected an integer from 2 to 26"),
+        ("A", 27, "num_choices is 27, expected an integer from 2 to 26"),
+        ("A", math.nan, "num_choices is nan, expected an integer from 2 to 26"),
+    ):
+        for completion in (RIGHT, "no block"):  # not only if there is something to compare
+            with pytest.raises(ValueError, match=re.escape(message)):
+                rewards.accuracy([completion], [answer], [count])
     with pytest.raises(ValueError, match="column 'answer' has 1 values for 2 completions"):
         rewards.accuracy([RIGHT, WRONG], ["C"])
     with pytest.raises(ValueError, match="column 'num_choices' has 0 values for 1 completions"):
@@ -263,6 +287,7 @@ def strict(completions, completion_ids, scale=1.0):
 """
     (tmp_path / "my_rewards.py").write_text(source)
     (tmp_path / "broken_rewards.py").write_text("raise RuntimeError('no\\nlicence')")
+    (tmp_path / "leaving_rewards.py").write_text("import sys\nsys.exit(3)")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -297,6 +322,8 @@ def test_load_user_functions(user_module):
         ("my_rewards:LIMIT", {}, "reward 'my_rewards:LIMIT': 'LIMIT' is a int, expected a function"),
         ("accuracy", {"wrong": 0}, "reward 'accuracy' takes no option 'wrong'; it takes: wrong_score"),
         ("accuracy", {"answer": []}, "reward 'accuracy' takes no option 'answer'"),
+        ("accuracy", {"wrong_score": math.nan}, "option 'wrong_score' is nan, expected a finite number"),
+        ("leaving_rewards:f", {}, "cannot import 'leaving_rewards': SystemExit: 3 ("),
         ("format", {"n": 6}, "reward 'format' takes no option 'n'; it takes: none"),
         ("my_rewards:strict", {"n": 6}, "takes no option 'n'; it takes: completion_ids, scale"),
         ("my_rewards:constant", {"completions": 6}, "takes no option 'completions'; it takes: value"),
@@ -334,11 +361,32 @@ def test_score_of_nothing():
     [
         ([1.0], "reward 'mine' returned 1 values, expected 2"),
         ([1.0, 2.0, 3.0], "reward 'mine' returned 3 values, expected 2"),
-        (None, "reward 'mine' raised TypeError: 'NoneType' object is not iterable"),
+        (None, "reward 'mine' returned None, expected 2 values"),
+        (1.0, "reward 'mine' returned 1.0, expected 2 values"),
+        ("12", "reward 'mine' returned '12', expected 2 values"),
+        ({"x": 1.0, "y": 2.0}, "reward 'mine' returned {'x': 1.0, 'y': 2.0}, expected 2 values"),
         ([1.0, "2"], "reward 'mine' returned '2' at index 1, expected a finite number"),
         ([[1.0], 2.0], "reward 'mine' returned [1.0] at index 0, expected a finite number"),
         ([1.0, math.nan], "reward 'mine' returned nan at index 1, expected a finite number"),
         ([-math.inf, 1.0], "reward 'mine' returned -inf at index 0, expected a finite number"),
+        ([1j, 1.0], "reward 'mine' returned 1j at index 0, expected a finite number"),
+        ([Decimal("NaN"), 1.0], "reward 'mine' returned Decimal('NaN') at index 0, expected a finite number"),
+        (
+            [np.complex64(1), 1],
+            "reward 'mine' returned np.complex64(1+0j) at index 0, expected a finite number",
+        ),
+        ([torch.zeros(2), 1], "reward 'mine' returned tensor([0., 0.]) at index 0, expected a finite number"),
+        (
+            [1, np.float32("inf")],
+            "reward 'mine' returned np.float32(inf) at index 1, expected a finite number",
+        ),
+        ([1, 1e308], "reward 'mine' returned 1e+308 at index 1, expected at most 1e+15"),
+        ([-1e16, 1], "reward 'mine' returned -1e+16 at index 0, expected at most 1e+15"),
+        ([1, 10**16], "reward 'mine' returned 10000000000000000 at index 1, expected at most 1e+15"),
+        (
+            [1, 10**5000],
+            "reward 'mine' returned a int that cannot be printed at index 1, expected a finite number",
+        ),
     ],
 )
 def test_score_refuses_what_a_function_returns(returned, message):
@@ -347,14 +395,29 @@ def test_score_refuses_what_a_function_returns(returned, message):
     assert str(caught.value) == message
 
 
-def test_score_names_a_function_that_raises():
-    def mine(completions, **kwargs):
-        raise KeyError("first\nsecond")
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(True, 1, np.float32(1), np.int64(1), np.bool_(True), np.ones(1), np.array(1)),
+        *(Decimal(1), Fraction(1), torch.tensor(1.0), torch.ones(1, 1), torch.tensor(True)),
+        *(torch.ones((), dtype=torch.bfloat16), torch.ones((), requires_grad=True)),
+    ],
+)
+def test_numbers_of_all_kinds_become_floats(value):
+    [found] = score({"mine": lambda **kwargs: (value,)}, {"mine": 2.0}, ["x"], [[1]], {}).total
+    assert type(found) is float and found == 2.0
 
-    with pytest.raises(RewardError, match=r"^reward 'mine' raised KeyError: 'first\\nsecond'$") as caught:
-        score({"mine": mine}, None, ["x"], [[1]], {})
-    assert isinstance(caught.value.__cause__, KeyError)
-    assert isinstance(caught.value, ValueError)
+
+def test_a_weight_counts_towards_what_is_too_large():
+    message = re.escape(
+        "reward 'mine' returned 100000000000000.0 at index 0 (weight 100), expected at most 1e+15"
+    )
+    with pytest.raises(RewardError, match=message):
+        score({"mine": lambda **kwargs: [1e14]}, {"mine": 100.0}, ["x"], [[1]], {})
+    largest = [1e15, -1e15, 0.0, 1e15]
+    table = score({"mine": lambda **kwargs: largest}, None, ["x"] * 4, [[1]] * 4, {})
+    advantage = group_advantage(torch.tensor(table.total), torch.tensor([0, 4]), scale="batch")
+    assert advantage.isfinite().all() and advantage[0] > 0 > advantage[1]
 
 
 @pytest.mark.parametrize(

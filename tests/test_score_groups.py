@@ -7,21 +7,17 @@ from geo_r1.rewards import score_groups
 from geo_r1.rollout import Completion
 
 
-class Tokenizer:
-    def decode(self, token_ids, skip_special_tokens):
-        assert skip_special_tokens
-        return "".join(chr(token) for token in token_ids)
-
-
 def sample(name, answer, **metadata):
     content = [{"type": "text", "text": name}]
     return Sample(name, ({"role": "user", "content": content},), answer=answer, metadata=metadata)
 
 
 def groups(*texts):
-    return [
+    """Completions and their texts."""
+    completions = [
         [Completion([ord(c) for c in text], [0.0] * len(text), True) for text in group] for group in texts
     ]
+    return completions, texts
 
 
 def test_columns_follow_their_completions():
@@ -32,7 +28,7 @@ def test_columns_follow_their_completions():
         return [float(len(ids)) for ids in completion_ids]
 
     samples = [sample("one", "A", city="Rome"), sample("two", None, mood=3)]
-    table = score_groups({"r": reward}, {"r": 2.0}, Tokenizer(), samples, groups(["ab", "c"], ["def"]))
+    table = score_groups({"r": reward}, {"r": 2.0}, samples, *groups(["ab", "c"], ["def"]))
     assert table.total == [4.0, 2.0, 6.0]
     assert [message[0] for message in seen["completions"]] == [
         {"role": "assistant", "content": text} for text in ("ab", "c", "def")
@@ -45,4 +41,4 @@ def test_columns_follow_their_completions():
 
 def test_a_column_cannot_take_the_name_of_an_argument():
     with pytest.raises(ValueError, match="column 'prompts' has the name of an argument"):
-        score_groups({}, {}, Tokenizer(), [sample("one", "A", prompts=1)], groups(["a"]))
+        score_groups({}, {}, [sample("one", "A", prompts=1)], *groups(["a"]))

@@ -3,7 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from geo_r1.data.sample import Sample, load_image, read_samples
+from geo_r1.data.decoding import load_image
+from geo_r1.data.rows import read_samples
+from geo_r1.data.sample import Sample
 from geo_r1.data.world import World
 
 if TYPE_CHECKING:

@@ -1,9 +1,10 @@
-"""Turn raw imagery with coordinates into training data.
+"""Turn raw imagery with coordinates into training data, and check it.
 
 python -m geo_r1.data pairs        cross-view questions from panoramas and satellite tiles with coordinates
 python -m geo_r1.data cot          chains of thought for these questions, written by a teacher
 python -m geo_r1.data fact-check   sort chains of thought into kept, again and rejected
 python -m geo_r1.data convert      convert between training formats
+python -m geo_r1.data check        decode every image of a file and say which samples are bad
 
 A mistake that you can fix prints one line on stderr and exits with code 2.
 """
@@ -17,12 +18,13 @@ from collections.abc import Sequence
 from functools import partial
 from types import FrameType
 
+from geo_r1.data import check
 from geo_r1.data.formats import convert
 from geo_r1.data.pairing import pairs
 from geo_r1.data.teaching import cot, fact_check
 from geo_r1.errors import exit_code_of
 
-COMMANDS = {"pairs": pairs, "cot": cot, "fact-check": fact_check, "convert": convert}
+COMMANDS = {"pairs": pairs, "cot": cot, "fact-check": fact_check, "convert": convert, "check": check}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

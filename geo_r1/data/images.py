@@ -7,12 +7,13 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from geo_r1.data.sample import ImageSource, load_image, read_image
+from geo_r1.data.decoding import ImageSource, load_image, read_image
 
 Size = tuple[int, int]  # height and width in pixels
 SHRINK_STEPS = 4096  # possible scales when images shrink; neighbours differ by less than one token
@@ -70,6 +71,7 @@ class LazyImage:
     Args:
         source: an image, a path, or encoded bytes.
         owner: the sample's id, for errors.
+        root: the folder that files must be in; None allows any.
 
     Attributes:
         size: height and width in pixels, upright.
@@ -78,21 +80,21 @@ class LazyImage:
         UserError: the image is missing or broken; see `load_image`.
     """
 
-    def __init__(self, source: ImageSource, owner: str, cache: ImageCache) -> None:
-        self._source, self._owner, self._cache = source, owner, cache
+    def __init__(self, source: ImageSource, owner: str, cache: ImageCache, root: Path | None = None) -> None:
+        self._source, self._owner, self._cache, self._root = source, owner, cache, root
         self._encoded: bytes | None = None
         self._image: Image.Image | None = None
         self._digest = b""
         size = None
         if not cache.max_bytes or isinstance(source, Image.Image):
-            self._image = load_image(source, owner)
+            self._image = load_image(source, owner, root=root)
             if cache.max_bytes:  # hash upright RGB pixels, after modes, palettes and orientation
                 shape = repr(self._image.size).encode()
                 self._digest = blake2b(
                     shape + self._image.tobytes(), digest_size=32, person=b"pixels"
                 ).digest()
         else:
-            self._encoded = read_image(source, owner)
+            self._encoded = read_image(source, owner, root)
             self._digest = blake2b(self._encoded, digest_size=32).digest()
             size = cache.whole_size(self._digest)
         if size is None:
@@ -112,7 +114,7 @@ class LazyImage:
 
     def _whole(self) -> Image.Image:
         if self._image is None:
-            self._image = load_image(self._source, self._owner, self._encoded)
+            self._image = load_image(self._source, self._owner, self._encoded, self._root)
         return self._image
 
 

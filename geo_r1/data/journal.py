@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,34 @@ from geo_r1.errors import UserError, one_line
 MAX_LINE = 16 * 2**20  # bytes: enough for a record with ten images, too little to exhaust the memory
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def read_lines(
+    path: Path, refuse: Callable[[int, UserError], None] | None = None
+) -> Iterator[tuple[int, Any]]:
     """Yields each line's number, from 1, and its JSON value; blank lines are skipped.
+
+    Args:
+        refuse: called with the number of a bad line and the error, and the line is left out; None raises it.
 
     Raises:
         UserError: the file is missing, or a line is longer than `MAX_LINE` or not JSON; names file and line.
     """
     with naming(path, "read"), path.open("rb") as file:
         for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
-            where = f"{path}, line {number}"
-            if len(line) > MAX_LINE:
-                most = f"{MAX_LINE >> 20} MiB"
-                raise UserError(f"{where}: longer than {most}; one record a line is expected")
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            try:
+                if len(line) > MAX_LINE:
+                    while refuse is not None and line and not line.endswith(b"\n"):
+                        line = file.readline(MAX_LINE)
+                    raise UserError(f"longer than {MAX_LINE >> 20} MiB; one record a line is expected")
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                value = json.loads(line.rstrip()) if line.strip() else None
+            except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
+                reason = error if isinstance(error, UserError) else f"broken JSON: {one_line(error)}"
+                bad = UserError(f"{path}, line {number}: {reason}")
+                if refuse is None:
+                    raise bad from error
+                refuse(number, bad)
+                continue
             if line.strip():
-                try:
-                    value = json.loads(line.rstrip())
-                except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
-                    raise UserError(f"{where}: broken JSON: {one_line(error)}") from error
                 yield number, value
 
 

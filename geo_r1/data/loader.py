@@ -33,10 +33,14 @@ class PromptLoader:
     Args:
         source: provides the samples. Workers draw from an endless source, so it must pickle; from a finite
             one, the main process draws and sends the samples to the workers.
-        encoder: encodes the prompts; its `on_overlong` is the rule for prompts that are too long.
+        encoder: encodes the prompts; its `on_overlong` and `on_bad_sample` are the rules for samples
+            that are too long or bad.
         seed: determines the training order.
         num_workers: number of worker processes; with 0, `load` does the work itself.
         cache_bytes: limit on the decoded images in the caches of all workers together.
+
+    Attributes:
+        bad: why samples were left out as bad since the start, by file and row, or id.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class PromptLoader:
         self._task = Task(source, encoder, seed)
         self._workers = Workers(self._task, num_workers) if num_workers else None
         self._futures: dict[int, Future[Prepared]] = {}
+        self.bad: dict[str, str] = {}
 
     @classmethod
     def of(cls, options: LoaderOptions, source: Source, encoder: PromptEncoder, seed: int) -> PromptLoader:
@@ -79,7 +84,7 @@ class PromptLoader:
     def load(
         self, positions: Sequence[int], upcoming: Sequence[Sequence[int]] = ()
     ) -> list[tuple[Sample, EncodedPrompt] | None]:
-        """Samples and prompts at these positions; None if a prompt is too long and `on_overlong` is "skip".
+        """Samples and prompts at these positions; None for a sample that is skipped as too long or bad.
 
         Args:
             upcoming: positions of the next calls, the next one first. Workers start on those of the first
@@ -103,10 +108,13 @@ class PromptLoader:
                     )
             prepared = [self._futures[position].result() for position in positions]
             self._futures = {position: self._futures[position] for position in ahead}
-        return [
-            None if prompt is None else (sample or self._draw(position), prompt)
-            for position, (sample, prompt) in zip(positions, prepared, strict=True)
-        ]
+        loaded: list[tuple[Sample, EncodedPrompt] | None] = []
+        for position, (sent, prompt) in zip(positions, prepared, strict=True):
+            sample = sent or self._draw(position)
+            if isinstance(prompt, str):
+                self.bad[sample.where or sample.id] = prompt
+            loaded.append((sample, prompt) if isinstance(prompt, EncodedPrompt) else None)
+        return loaded
 
     def _draw(self, position: int) -> Sample:
         return self._task.source.draw(position, self._task.seed)

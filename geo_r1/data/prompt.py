@@ -11,12 +11,20 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from geo_r1.data.images import LazyImage, ImageCache, Size, fitted, num_tokens, shrunk
+from geo_r1.data.decoding import shortened
+from geo_r1.data.images import ImageCache, LazyImage, Size, fitted, num_tokens, shrunk
 from geo_r1.data.sample import Sample
-from geo_r1.errors import UserError
+from geo_r1.data.turn import encode_response, opening_of
+from geo_r1.errors import UserError, one_line
 from geo_r1.models.packed import EncodedPrompt
 
 OnOverlong = Literal["error", "skip", "resize"]
+OnBadSample = Literal["error", "skip"]
+MAX_TEXT = (
+    2**24
+)  # characters of a rendered prompt; a row of a file is no longer, and tokenizing takes seconds
+# A template is a program that comes with the model: these are its own mistakes.
+TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class OverlongPromptError(UserError):
@@ -35,6 +43,8 @@ class PromptEncoder:
         on_overlong: the rule for longer prompts. "error" and "skip" both raise `OverlongPromptError`, which
             `PromptLoader` raises again or turns into None; "resize" shrinks its images until they fit.
         keep_images: prompts also carry their resized images, for a rollout engine that encodes them.
+        on_bad_sample: the rule for samples that cannot be encoded, such as those with a truncated image;
+            "skip" lets `encode_or_skip` return the reason.
 
     Attributes:
         cache: decoded images; see `with_cache`.
@@ -49,6 +59,7 @@ class PromptEncoder:
         max_prompt_tokens: int | None = None,
         on_overlong: OnOverlong = "error",
         keep_images: bool = False,
+        on_bad_sample: OnBadSample = "error",
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -56,10 +67,12 @@ class PromptEncoder:
         self.max_prompt_tokens = max_prompt_tokens
         self.on_overlong = on_overlong
         self.keep_images = keep_images
+        self.on_bad_sample = on_bad_sample
         self.cache = ImageCache(0)
         if max_pixels is not None:
             shortest = min(image_processor.size["shortest_edge"], max_pixels)
-            image_processor.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
+            self.image_processor = copy.copy(image_processor)  # an export keeps the model's own limits
+            self.image_processor.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
 
     def with_cache(self, max_bytes: int) -> PromptEncoder:
         """A copy of this encoder with its own cache of decoded images."""
@@ -76,9 +89,10 @@ class PromptEncoder:
             UserError: an image is missing or broken, or the text itself contains image tokens. All errors
                 name the sample.
         """
-        images = [LazyImage(image, sample.id, self.cache) for image in sample.images]
+        images = [LazyImage(image, sample.id, self.cache, sample.image_root) for image in sample.images]
         targets = self._targets(sample, [image.size for image in images])
-        token_ids = self._tokens(sample, len(images))
+        text, opening = self.chat(sample)
+        token_ids = self._tokens(sample, text, len(images))
         targets = self._within_budget(sample, token_ids, [image.size for image in images], targets)
         pixel_values = None
         resized: list[np.ndarray] = []
@@ -96,7 +110,27 @@ class PromptEncoder:
         token_ids, image_rows = expand_images(token_ids, self.image_token_id, grids, merge)
         positions = mrope_positions(token_ids, self.image_token_id, grids, merge)
         kept = tuple(resized) if self.keep_images else ()
-        return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids, kept)
+        return EncodedPrompt(sample.id, token_ids, positions, image_rows, pixel_values, grids, kept, opening)
+
+    def encode_or_skip(self, sample: Sample) -> EncodedPrompt | str | None:
+        """Encode a sample's prompt as the rules for long prompts and bad samples ask.
+
+        Returns:
+            The prompt; None if it is too long, or why the sample is bad, if the rule is "skip".
+
+        Raises:
+            UserError: as `encode` does, if the rule is another.
+        """
+        try:
+            return self.encode(sample)
+        except OverlongPromptError:
+            if self.on_overlong != "skip":
+                raise
+            return None
+        except UserError as error:
+            if self.on_bad_sample != "skip":
+                raise
+            return str(error)
 
     @property
     def _factor(self) -> int:
@@ -112,14 +146,34 @@ class PromptEncoder:
         except ValueError as error:  # for example, an image more than 200 times as wide as high
             raise UserError(f"sample {sample.id}: its images cannot be encoded: {error}") from error
 
-    def _tokens(self, sample: Sample, num_images: int) -> list[int]:
-        """Token ids of the rendered chat, with one image token per image."""
+    def chat(self, sample: Sample) -> tuple[str, str]:
+        """The prompt as text, up to the start of the answer, and what the template has written of the answer.
+
+        Raises:
+            UserError: the chat template refuses the messages; names the sample.
+        """
+        messages = [dict(message) for message in sample.messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in sample.messages], add_generation_prompt=True, tokenize=False
+            text, bare = (
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+                for ask in (True, False)
             )
-        except TemplateError as error:  # for example, a role that the template does not know
-            raise UserError(f"sample {sample.id}: the chat template refuses its messages: {error}") from error
+        except MemoryError:
+            raise UserError(f"sample {sample.id}: the chat template takes all memory") from None
+        except (TemplateError, *TEMPLATE_ERRORS) as error:  # for example, a role that it does not know
+            reason = shortened(one_line(error))
+            raise UserError(
+                f"sample {sample.id}: the chat template refuses its messages: {reason}"
+            ) from error
+        if len(text) > MAX_TEXT:
+            raise UserError(
+                f"sample {sample.id}: the chat template makes {len(text):,} characters of its messages, more "
+                f"than {MAX_TEXT:,}"
+            )
+        return text, opening_of(text, bare)
+
+    def _tokens(self, sample: Sample, text: str, num_images: int) -> list[int]:
+        """Token ids of the rendered chat, with one image token per image."""
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         if token_ids.count(self.image_token_id) != num_images:
             raise UserError(
@@ -154,9 +208,13 @@ class PromptEncoder:
             )
         return smaller
 
-    def encode_response(self, text: str) -> list[int]:
-        """Token ids of an assistant's answer, including the end token."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+    def encode_response(self, text: str, opening: str = "") -> list[int]:
+        """Token ids of an assistant's answer, including the end token.
+
+        Args:
+            opening: what the prompt has already written of it, `EncodedPrompt.opening`.
+        """
+        return encode_response(self.tokenizer, text, opening)
 
 
 def expand_images(

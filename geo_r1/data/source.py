@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from geo_r1.data.sample import Sample
@@ -21,14 +21,18 @@ class Source:
             functions, their partials and `exemplars.Numbered` do.
         size: the number of samples; None for an endless source.
         difficulty: one number per sample, in any unit; if given, the first epoch goes from easy to hard.
+        bad: why rows of its file are left out, by file and row.
     """
 
     sample: Callable[[int], Sample]
     size: int | None
     difficulty: tuple[float, ...] | None = None
+    bad: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], curriculum: bool = False) -> Source:
+    def of(
+        cls, samples: Sequence[Sample], curriculum: bool = False, bad: Mapping[str, str] | None = None
+    ) -> Source:
         """A source with these samples.
 
         Args:
@@ -38,7 +42,7 @@ class Source:
             UserError: a sample's `difficulty` is missing or not a number; names the sample.
         """
         difficulty = tuple(map(_difficulty, samples)) if curriculum else None
-        return cls(samples.__getitem__, len(samples), difficulty)
+        return cls(samples.__getitem__, len(samples), difficulty, bad or {})
 
     def draw(self, position: int, seed: int) -> Sample:
         """The sample at a position of the training order.

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 import torch
 from torch import multiprocessing as mp
 
-from geo_r1.data.prompt import OverlongPromptError, PromptEncoder
+from geo_r1.data.prompt import PromptEncoder
 from geo_r1.data.sample import Sample
 from geo_r1.data.source import Source
 from geo_r1.errors import UserError
@@ -32,7 +32,8 @@ from geo_r1.models.packed import EncodedPrompt
 NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SHARED_BYTES = 1 << 20  # larger pixels go through shared memory, one file descriptor each
 
-Prepared = tuple[Sample | None, EncodedPrompt | None]  # no sample if the main process sent it
+Prompt = EncodedPrompt | str | None  # see `PromptEncoder.encode_or_skip`
+Prepared = tuple[Sample | None, Prompt]  # no sample if the main process sent it
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,10 @@ class Task:
     encoder: PromptEncoder
     seed: int
 
-    def prepare(self, position: int, sample: Sample | None = None) -> tuple[Sample, EncodedPrompt | None]:
-        """The sample and its prompt; no prompt if it is too long and `on_overlong` is "skip"."""
+    def prepare(self, position: int, sample: Sample | None = None) -> tuple[Sample, Prompt]:
+        """The sample and its prompt, or why it has none."""
         sample = self.source.draw(position, self.seed) if sample is None else sample
-        try:
-            return sample, self.encoder.encode(sample)
-        except OverlongPromptError:
-            if self.encoder.on_overlong != "skip":
-                raise
-            return sample, None
+        return sample, self.encoder.encode_or_skip(sample)
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,11 @@ def send(connection: Connection, prepared: Prepared) -> None:
         UserError: shared memory is full.
     """
     prompt = prepared[1]
-    if prompt is None or prompt.pixel_values is None or prompt.pixel_values.nbytes < SHARED_BYTES:
+    if (
+        not isinstance(prompt, EncodedPrompt)
+        or prompt.pixel_values is None
+        or prompt.pixel_values.nbytes < SHARED_BYTES
+    ):
         connection.send_bytes(pickle.dumps(prepared))
         return
     try:

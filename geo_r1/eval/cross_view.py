@@ -10,7 +10,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from geo_r1.answers import DEFAULT_NUM_CHOICES, extract_choice, well_formed
-from geo_r1.data import OverlongPromptError, PromptEncoder, Sample, read_samples
+from geo_r1.data import PromptEncoder, Sample, read_samples
 from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down, is_finite, wilson_interval
 from geo_r1.eval.native import complete, native_sampler
@@ -60,7 +60,7 @@ def predict(
 ) -> list[Prediction]:
     """Answer each sample once, with the most likely token at every step.
 
-    A prompt that is skipped because it is too long counts as unanswered.
+    A sample that is skipped because it is too long or bad counts as unanswered.
 
     Args:
         max_new_tokens: longer completions are cut off, which usually leaves no answer.
@@ -72,12 +72,8 @@ def predict(
     """
 
     def encoded(sample: Sample) -> EncodedPrompt | None:
-        try:
-            return encoder.encode(sample)
-        except OverlongPromptError:
-            if encoder.on_overlong != "skip":
-                raise
-            return None
+        prompt = encoder.encode_or_skip(sample)
+        return None if isinstance(prompt, str) else prompt
 
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
     sampler = native_sampler(vlm, tokenizer, sampling, max_tokens, "eval.max_tokens")

@@ -14,7 +14,9 @@ from functools import partial
 from string import ascii_uppercase
 from typing import Any
 
-from geo_r1.data.sample import Sample, read_rows, sample_of
+from geo_r1.data.columns import present
+from geo_r1.data.rows import read_rows
+from geo_r1.data.sample import Sample, sample_of
 from geo_r1.errors import UserError
 from geo_r1.eval import cross_view
 from geo_r1.eval.benchmark import Benchmark, Column, Question, broken_down
@@ -42,7 +44,8 @@ def _questions(options: argparse.Namespace) -> list[Question]:
             open_ended += 1  # MMMU has some without options
             continue
         own = isinstance(row, Mapping) and "options" in row
-        sample = sample_of(_own_columns(row, where) if own else row, where, root)
+        columns = _own_columns(row, where) if own else row
+        sample = sample_of(columns, where, root, fenced=options.images is not None)
         answer, num_choices = question_of(sample)
         by = texts_of(sample.metadata, options.by)
         kept.append((sample, {"answer": answer, "num_choices": num_choices, "city": "", "by": by}))
@@ -54,7 +57,7 @@ def _questions(options: argparse.Namespace) -> list[Question]:
 
 def _own_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Convert a row with `question` and `options` to our own columns."""
-    columns = {key: value for key, value in row.items() if value is not None}
+    columns = present(row)
     text, options = str(columns.pop("question", "")), _options(columns.pop("options"), where)
     images = [columns.pop(name) for name in _image_columns(columns)]
     images = [image for entry in images for image in (entry if isinstance(entry, list) else [entry])]

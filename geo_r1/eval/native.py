@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from geo_r1.data.turn import completion_text
 from geo_r1.models import EncodedPrompt, PackedVLM
 from geo_r1.rollout import Completion, SamplingConfig, generate
 
@@ -44,4 +45,7 @@ def complete(
     while turn := list(islice(left, PROMPTS_A_TURN)):
         groups = iter(sampler([prompt for prompt in turn if prompt is not None]))
         said = [UNANSWERED if prompt is None else next(groups)[0] for prompt in turn]
-        yield [(c, tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in said]
+        yield [
+            (c, "" if prompt is None else completion_text(tokenizer, prompt.opening, c.token_ids))
+            for prompt, c in zip(turn, said, strict=True)
+        ]

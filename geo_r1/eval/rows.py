@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from geo_r1.data.sample import Sample, read_rows
+from geo_r1.data.rows import read_rows
+from geo_r1.data.sample import Sample
 from geo_r1.errors import UserError, one_line
 from geo_r1.places import is_coordinate
 

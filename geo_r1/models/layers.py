@@ -45,7 +45,7 @@ def run_layers(
     forwards: dict[type[nn.Module], Callable] = {}
     for layer in layers:
         # a model's config.json can turn transformers' own on
-        layer.gradient_checkpointing = False  # type: ignore[assignment]
+        vars(layer)["gradient_checkpointing"] = False
         vars(layer).pop("forward", None)
         if checkpointing == "none" and backend is None:
             continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from geo_r1.errors import UserError
+from geo_r1.errors import UserError, one_line
 from geo_r1.models.qwen_vl import MODEL_CLASSES, PackedVLM
 from geo_r1.models.skeleton import empty_model
 
@@ -39,34 +40,95 @@ def load_model(
     Raises:
         UserError: there is no such checkpoint, it is incomplete, or of an unsupported family.
     """
-    try:
-        if Path(path).is_absolute() and not Path(path).is_dir():
-            raise ValueError("there is no such folder")
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type not in MODEL_CLASSES:
-            raise ValueError(f"it is a {config.model_type}; supported: {', '.join(MODEL_CLASSES)}")
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise UserError(f"model {path} cannot be loaded: there is no such folder")
+    with _reading(path, "config.json"):
+        config = _config(path)
+    with _reading(path, "its weights"):
         model = _read(path, config, dtype) if weights else empty_model(config, dtype)
-        if not weights:
-            with suppress(OSError):  # without the file, both ways of building a model use the config's values
-                model.generation_config = GenerationConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if len(tokenizer) <= config.image_token_id:
-            raise ValueError(
-                f"its tokenizer has {len(tokenizer)} tokens, but images are {config.image_token_id}"
-            )
+    if not weights:
+        with _reading(path, "generation_config.json"), suppress(OSError):  # else built from the config
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    with _reading(path, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        _check_tokenizer(tokenizer, config)
+    with _reading(path, "preprocessor_config.json"):
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model {path} cannot be loaded: {reason}") from error
+        _check_image_processor(image_processor, config.vision_config)
     if weights:
         torch.nn.Module.to(model, device if weights_on is None else weights_on)
     return PackedVLM(model, compute_dtype, liger, device), tokenizer, image_processor
 
 
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype of a checkpoint's weights, as its config says; float32 if it does not.
+
+    Raises:
+        UserError: the config cannot be read.
+    """
+    with _reading(path, "config.json"):
+        dtype = _config(path).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+@contextmanager
+def _reading(path: str | Path, part: str) -> Iterator[None]:
+    """Turn what transformers raises on a user's file into one line; which error it is depends on the file."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, OSError | ValueError | SafetensorError)
+        reason = (
+            one_line(str(error).split("\n")[0]) if known else f"{type(error).__name__}: {one_line(error)}"
+        )
+        raise UserError(f"model {path} cannot be loaded: {part}: {reason}") from error
+
+
+def _config(path: str | Path) -> PreTrainedConfig:
+    raw, _ = PreTrainedConfig.get_config_dict(path)
+    kind = raw.get("model_type")
+    if kind not in MODEL_CLASSES:  # transformers would offer to run code that comes with the model
+        raise ValueError(f"it is a {kind}; supported: {', '.join(MODEL_CLASSES)}")
+    for name in ("text_config", "vision_config"):  # without them, transformers builds its default of 7 B
+        if name in raw and not isinstance(raw[name], dict):
+            raise ValueError(f"{name} must be a table, it is {raw[name]!r:.40}")
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(f"it has {len(tokenizer)} tokens, but the model embeds {rows}")
+    if len(tokenizer) <= config.image_token_id:
+        raise ValueError(f"it has {len(tokenizer)} tokens, but images are {config.image_token_id}")
+    chat: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    count = tokenizer(text, add_special_tokens=False)["input_ids"].count(config.image_token_id)
+    if count != 1:
+        token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        raise ValueError(f"its chat template writes {token} {count} times for one image")
+
+
+def _check_image_processor(image_processor: Qwen2VLImageProcessorPil, tower: PreTrainedConfig) -> None:
+    for name, of_tower in (
+        ("patch_size", "patch_size"),
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):
+        own, wanted = getattr(image_processor, name), getattr(tower, of_tower)
+        if own != wanted:
+            raise ValueError(f"{name} is {own}, but the model's vision_config has {of_tower} {wanted}")
+
+
 def _read(path: str | Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     # transformers fills missing weights with random ones, and makes up a tokenizer.
     loaded: Any = MODEL_CLASSES[config.model_type].from_pretrained(
-        path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        path,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     model, report = loaded
     if unfit := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):

@@ -26,6 +26,7 @@ class EncodedPrompt:
         image_grids: (frames, rows, columns) in patches, one per image.
         images: [height, width, 3] uint8 each, at the size that was encoded, for a sampler that encodes them
             itself; empty unless asked for.
+        opening: what the chat template has written of the answer, such as `<think>`; mostly empty.
     """
 
     sample_id: str
@@ -35,6 +36,7 @@ class EncodedPrompt:
     pixel_values: Tensor | None
     image_grids: tuple[tuple[int, int, int], ...]
     images: tuple[np.ndarray, ...] = ()
+    opening: str = ""
 
     @property
     def short_token_ids(self) -> list[int]:

@@ -13,8 +13,8 @@ from geo_r1.rewards.builtin import (
     overlong,
     repetition,
 )
+from geo_r1.rewards.calling import Caller, RewardError
 from geo_r1.rewards.scoring import (
-    RewardError,
     RewardFunction,
     RewardTable,
     load_reward,
@@ -22,5 +22,14 @@ from geo_r1.rewards.scoring import (
     score_groups,
 )
 
-__all__ = ["REWARDS", "RewardError", "RewardFunction", "RewardTable", "load_reward", "score", "score_groups"]
+__all__ = [
+    "REWARDS",
+    "Caller",
+    "RewardError",
+    "RewardFunction",
+    "RewardTable",
+    "load_reward",
+    "score",
+    "score_groups",
+]
 __all__ += ["accuracy", "format_reward", "length", "length_published", "overlong", "repetition"]

@@ -4,6 +4,7 @@ If the dataset has answers, every function returns None for a sample without one
 """
 
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from geo_r1.errors import UserError
 
 Column = Sequence[Any] | None  # N values of a dataset column
 Values = list[float | None]  # N rewards
+MOST_CHOICES = 26
 
 
 def accuracy(
@@ -25,7 +27,7 @@ def accuracy(
     """1 for a right answer block, `wrong_score` for a wrong or missing one, None if the answer is None.
 
     A one-letter answer is compared with the choice that `extract_choice` reads in the block; any other is
-    compared with the block's text, ignoring case and amounts of white space.
+    compared with the block's text, ignoring case, amounts of white space and how accents are encoded.
 
     Args:
         completions: N texts, or N lists of TRL messages; the last message counts.
@@ -34,7 +36,7 @@ def accuracy(
         wrong_score: task units; the paper's versions have 0, -0.8 and -1.
 
     Raises:
-        UserError: an answer is not among its choices.
+        UserError: an answer is empty or not among its choices, or num_choices is not 2 to 26.
         ValueError: a column does not have N values.
     """
     judged = _judge_answers(completions, answer, num_choices)
@@ -172,6 +174,35 @@ def column(name: str, values: Column, count: int) -> Sequence[Any]:
     return values
 
 
+def read_answer(answer: Any, num_choices: Any) -> tuple[str, int | None]:
+    """A true answer: a capital letter with its number of choices, or other text with None.
+
+    Raises:
+        UserError: no completion can match it.
+    """
+    text = str(answer).strip()
+    if not text:
+        raise UserError("the answer is empty; null stands for none")
+    if len(text) > 1 or not (text.isascii() and text.isalpha()):
+        if (
+            extract_answer(f"<answer>{text}</answer>") != text
+            or text.encode("utf-8", "replace").decode() != text
+        ):
+            raise UserError(
+                f"the answer is {text!r:.80}, which no text between <answer> and </answer> can be"
+            )
+        return text, None
+    count = DEFAULT_NUM_CHOICES if num_choices is None else num_choices
+    if isinstance(count, float) and count.is_integer():  # as pandas writes a column with gaps
+        count = int(count)
+    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MOST_CHOICES:
+        raise UserError(f"num_choices is {count!r:.80}, expected an integer from 2 to {MOST_CHOICES}")
+    if ord(text.upper()) - ord("A") >= count:
+        known = "no num_choices, so 5" if num_choices is None else f"num_choices {count}"
+        raise UserError(f"the answer is {text!r}, expected one of the first {count} letters ({known})")
+    return text.upper(), count
+
+
 def _each(value: Callable[..., float], first: Sequence[Any], *others: Sequence[Any]) -> Values:
     """Apply `value` to each row of the columns; None if the first column has None."""
     return [None if x is None else value(x, *rest) for x, *rest in zip(first, *others, strict=True)]
@@ -207,15 +238,21 @@ def _judge_answers(completions: Sequence[Any], answer: Column, num_choices: Colu
         if true is None:
             judged.append(None)
             continue
-        true, block = str(true).strip(), extract_answer(_text(completion))
-        if len(true) == 1 and true.isascii() and true.isalpha():
-            count = DEFAULT_NUM_CHOICES if count is None else count
-            if ord(true.upper()) - ord("A") >= count:
-                raise UserError(f"answer[{i}] is {true!r}, expected one of the first {count} letters")
-            judged.append(block is not None and extract_choice(block, count) == true.upper())
-        else:
-            judged.append(block is not None and block.casefold().split() == true.casefold().split())
+        try:
+            truth = read_answer(true, count)
+        except UserError as error:
+            raise UserError(f"answer[{i}]: {error}") from None
+        block = extract_answer(_text(completion))
+        judged.append(block is not None and _is_right(block, *truth))
     return judged
+
+
+def _is_right(block: str, answer: str, num_choices: int | None) -> bool:
+    if num_choices is not None:
+        return extract_choice(block, num_choices) == answer
+    # a tokenizer may compose letters with their accents (NFC)
+    one, other = (unicodedata.normalize("NFC", text).casefold().split() for text in (block, answer))
+    return one == other
 
 
 def _texts(completions: Sequence[Any], answer: Column) -> list[str | None]:

@@ -1,9 +1,10 @@
 """Run a recipe: a TOML file or the name of one in the package (default: `world`). Options set single keys.
 
---dry-run prints what a recipe would train and what that takes, for the ranks that are there; --dry-run=8, for
-eight. --serve starts the vLLM server that rollout.server_url names instead of training. It listens to this
-machine alone, on port 8000, or on another with --serve=9000. Whoever reaches that port can run code there;
---serve=HOST:9000 listens on the address of a private network.
+--dry-run prints what a recipe would train, what that takes and what is missing, for the ranks that are there;
+--dry-run=8, for eight. It ends with READY, or with NOT READY and exit code 2. --serve starts the vLLM server
+that rollout.server_url names instead of training. It listens to this machine alone, on port 8000, or on
+another with --serve=9000. Whoever reaches that port can run code there; --serve=HOST:9000 listens on the
+address of a private network.
 
 On several GPUs or machines: torchrun [its options] -m geo_r1.train, with the same arguments.
 
@@ -14,12 +15,14 @@ continues from there. torchrun turns every other exit code than 0 into 1 and add
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from geo_r1.errors import UserError, exit_code_of, say
@@ -77,7 +80,17 @@ def _main(argv: Sequence[str]) -> None:
     elif os.environ.get("RANK", "0") == "0":
         from geo_r1.train.estimate.dry_run import what_it_takes
 
-        print(what_it_takes(recipe, num_ranks))
+        text, missing = what_it_takes(recipe, num_ranks)
+        print(text)
+        if missing:
+            more = f"; {len(missing) - 1} more above" if missing[1:] else ""
+            raise UserError(f"not ready: {missing[0]}{more}")
+
+
+# Threads that spin while they wait take a second process's core; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What a disk says, whichever file it is about.
+STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 def _train(recipe: Recipe) -> None:
@@ -97,6 +110,12 @@ def _train(recipe: Recipe) -> None:
             well = True
             if ranks.is_main:
                 say(stopped)
+        except OSError as error:
+            file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+            if error.errno in STORAGE or (file and file.absolute().is_relative_to(recipe.run.dir.absolute())):
+                reason = f"{file or recipe.run.dir} cannot be read or written: {error.strerror}"
+                raise UserError("; ".join([reason, *getattr(error, "__notes__", [])])) from error
+            raise
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of GPU memory: {error} Lower optim.max_tokens or rollout.max_tokens; {DRY_RUN} says "

@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pydantic import Field, ValidationError, field_validator
 
-from geo_r1.errors import UserError, exit_code_of
+from geo_r1.errors import UserError, exit_code_of, one_line
 from geo_r1.files import write_text, written_beside
 from geo_r1.train.recipe.load import decisive, find_recipe, first_difference, load_recipe, read_toml
 from geo_r1.train.recipe.run_sections import STAGES, Section, Stage
@@ -44,6 +44,8 @@ from geo_r1.train.report.plots import PALETTE
 
 TRAINER = "geo_r1.train"
 COLUMNS = ("variant", "chance", "before GRPO", "after GRPO", "95 % interval", "mean length", "well formed")
+
+FIGURES = {"accuracy", "accuracy_interval", "chance", "completion_length", "well_formed"}
 
 
 class Variant(Section):
@@ -104,7 +106,10 @@ class Planned:
         try:
             made = Recipe(**read_toml(path.parent / "recipe.toml"))
             figures = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            rows = figures.values() if isinstance(figures, dict) else ()
+            if not rows or not all(isinstance(row, dict) and row.keys() >= FIGURES for row in rows):
+                raise ValueError(f"{path.name} lacks {', '.join(sorted(FIGURES))} of a model")
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path.parent} is no whole run: {error}; delete it") from error
         if changed := first_difference(_decisive(made), _decisive(self.recipe), ""):
             raise UserError(f"{path.parent} was made with {changed}; give another --dir, or delete it")
@@ -175,7 +180,7 @@ def run_all(planned: Sequence[Planned], folder: Path, launch: Sequence[str]) -> 
     for number, run in enumerate(planned, 1):
         name = run.variant.name
         if run.summary is None:
-            print(f"geo_r1: {name} ({number} of {len(planned)})", flush=True)
+            print(one_line(f"geo_r1: {name} ({number} of {len(planned)})"), flush=True)
             code = _run([*launch, TRAINER, *run.arguments])
             if code or run.summary is None:  # a run that was asked to stop has exit code 0
                 raise UserError(
@@ -183,7 +188,7 @@ def run_all(planned: Sequence[Planned], folder: Path, launch: Sequence[str]) -> 
                     "the same command goes on with it"
                 )
         write_comparison([run for run in planned if run.summary is not None], folder)
-    print(f"geo_r1: comparison: {folder / 'ablations.md'}, {folder / 'ablations.png'}")
+    print(one_line(f"geo_r1: comparison: {folder / 'ablations.md'}, {folder / 'ablations.png'}"))
 
 
 def _run(command: Sequence[str]) -> int:

@@ -14,12 +14,13 @@ from transformers import PreTrainedConfig
 from geo_r1.data import PromptEncoder, World, exemplars
 from geo_r1.errors import UserError
 from geo_r1.models import PackedVLM, load_model
+from geo_r1.models.loading import stored_dtype
 from geo_r1.models.lora import add_lora
 from geo_r1.models.tiny import build_tiny
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.parallel.strategy import shard_model, strategy_of
-from geo_r1.train.recipe.run_sections import ParallelConfig
+from geo_r1.train.recipe.run_sections import ModelConfig, ParallelConfig
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe, SFTConfig
 
 TINY = "tiny"
@@ -119,8 +120,16 @@ def encoder_of(recipe: Recipe, config: Any, tokenizer: Any, image_processor: Any
         max_pixels=options.max_pixels,
         max_prompt_tokens=options.max_prompt_tokens,
         on_overlong=options.on_overlong,
+        on_bad_sample=options.on_bad_sample,
         keep_images=recipe.rollout.engine == "vllm",
     )
+
+
+def export_dtype_of(options: ModelConfig) -> torch.dtype:
+    """The dtype of exported weights."""
+    if options.export_dtype != "base":
+        return getattr(torch, options.export_dtype)
+    return torch.float32 if options.path == TINY else stored_dtype(options.path)
 
 
 def world_of(recipe: Recipe) -> World:

@@ -6,33 +6,39 @@
 from __future__ import annotations
 
 import gc
-import shutil
-import tomllib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from geo_r1.data.source import Source
-from geo_r1.errors import UserError
+from geo_r1.errors import UserError, say
 from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
 from geo_r1.train.context import RunContext
-from geo_r1.train.models import Models, check_model_exists, encoder_of, world_of
+from geo_r1.train.models import Models, check_model_exists, encoder_of, export_dtype_of, world_of
+from geo_r1.train.parallel.agreement import check_ranks_agree
 from geo_r1.train.parallel.ranks import Ranks
-from geo_r1.train.recipe.load import decisive, dump_recipe, first_difference
+from geo_r1.train.recipe.load import dump_recipe
 from geo_r1.train.recipe.run_sections import STAGES
 from geo_r1.train.recipe.sections import Recipe
+from geo_r1.train.report.about import facts_of
 from geo_r1.train.report.log import Log
 from geo_r1.train.report.page import write_report
+from geo_r1.train.rl.rehearsal import check_answers
 from geo_r1.train.rl.rollout_engines import check_rollout_engine, look_for_server
 from geo_r1.train.rl.scoring import load_rewards
-from geo_r1.train.sources import open_source
+from geo_r1.train.sources import open_sources
 from geo_r1.train.stages.evaluate import evaluate_model, validate, write_summary
 from geo_r1.train.stages.grpo import loss_config_of, run_grpo
 from geo_r1.train.stages.sft import run_sft
 from geo_r1.train.state.checkpoint import newest_checkpoint, prune
+from geo_r1.train.state.run_folder import RECIPE, check_recipe, claimed, clear, finished_model
+
+# Parameters below which threads wait for each other longer than they work.
+SMALL = 4_000_000
 
 
 def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
@@ -46,35 +52,42 @@ def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
     torch.manual_seed(recipe.run.seed)
     run_dir = recipe.run.dir
     world = world_of(recipe)
+    check_ranks_agree(recipe, ranks)
     needed = {*recipe.run.stages, *(("eval",) if recipe.eval.every else ())}
-    sources = {stage: open_source(recipe, world, stage) for stage in needed}
+    sources = open_sources(recipe, world, needed, ranks)
     # wrong rewards and loss options fail now, not hours later when their stage begins
     load_rewards(recipe.rewards)
     loss_config_of(recipe)
     if "grpo" in recipe.run.stages:
+        check_answers(recipe, sources["grpo"])
         check_rollout_engine(recipe, ranks.size)
-    _check_folder(recipe, run_dir)
     check_model_exists(recipe.model.path)
-    models = Models(recipe, world, ranks)
-    context = _start(recipe, ranks, run_dir, models)
-    if "grpo" in recipe.run.stages and ranks.is_main:
-        look_for_server(recipe.rollout, context.log.say)
-    try:
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_main:
+                stack.enter_context(claimed(run_dir, say))
+                if not recipe.run.overwrite:
+                    check_recipe(run_dir, recipe)
+        models = Models(recipe, world, ranks)
+        context = _start(recipe, ranks, run_dir, models)
+        stack.callback(context.log.close)
+        if "grpo" in recipe.run.stages and ranks.is_main:
+            look_for_server(recipe.rollout, context.log.say)
         for stage in recipe.run.stages:
             # ask rank 0: on other machines a shared folder may lag by a minute
-            finished = ranks.gather((run_dir / "models" / stage).exists())[0]
+            finished = ranks.gather(finished_model(run_dir, stage))[0]
             if stage == "eval":
                 _evaluate(context, models, sources["eval"])
-            elif not finished:
+            elif finished is None:
                 _check_later_stages(run_dir, stage)
                 _train(context, models, stage, sources)
                 _free(ranks.device)
             elif ranks.is_main:
                 prune(run_dir, stage, 0)  # left over if the run was killed right after its export
         if ranks.is_main:
-            context.log.say(f"report: {write_report(run_dir)}")
-    finally:
-        context.log.close()
+            report = run_dir / "report.html"
+            if context.log.optional("report", report, lambda: write_report(run_dir)):
+                context.log.say(f"report: {report}")
 
 
 def _train(context: RunContext, models: Models, stage: str, sources: Mapping[str, Source]) -> None:
@@ -106,45 +119,27 @@ def _free(device: torch.device) -> None:
 def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunContext:
     """Load the model's parts, so that a broken one fails early, then set up the run folder and its log."""
     vlm, tokenizer, image_processor = models.load(recipe.model.path)
-    ranks.barrier()  # every rank has checked the folder
-    if ranks.is_main:
-        if recipe.run.overwrite:
-            shutil.rmtree(run_dir, ignore_errors=True)
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(run_dir / "recipe.toml", dump_recipe(recipe))
-        except OSError as error:
-            raise UserError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
-    ranks.barrier()
+    if not recipe.run.threads and vlm.model.num_parameters() < SMALL and ranks.device.type == "cpu":
+        torch.set_num_threads(1)
+    with ranks.together():
+        if ranks.is_main:
+            if recipe.run.overwrite:
+                clear(run_dir, recipe)
+            write_text(run_dir / RECIPE, dump_recipe(recipe))
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
+    if ranks.is_main:
+        log.describe(facts_of(ranks.size, ranks.device))
     fused = ", ".join(vlm.fused_layers) or "none"
     log.say(f"layers that liger-kernel computes: {fused}" + f" ({vlm.unfused})" * bool(vlm.unfused))
     encoder = encoder_of(recipe, vlm.model.config, tokenizer, image_processor)
-    return RunContext(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder)
-
-
-def _check_folder(recipe: Recipe, run_dir: Path) -> None:
-    file = run_dir / "recipe.toml"
-    if recipe.run.overwrite:
-        if run_dir.is_dir() and any(run_dir.iterdir()) and not file.exists():
-            raise UserError(f"{run_dir} is not the folder of a run; run.overwrite does not delete it")
-        return
-    if not file.exists():
-        return
-    try:  # keys that it leaves out have their defaults
-        made = Recipe(**tomllib.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(
-            f"{file} is of another version of geo_r1; give another --run.dir, or --run.overwrite true"
-        ) from error
-    if changed := first_difference(decisive(made), decisive(recipe), ""):
-        raise UserError(f"{run_dir} was made with {changed}; give another --run.dir, or --run.overwrite true")
+    dtype = export_dtype_of(recipe.model)
+    return RunContext(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder, dtype)
 
 
 def _check_later_stages(run_dir: Path, stage: str) -> None:
     """Refuse to run a stage before one that is already finished: that one did not start from it."""
     for later in STAGES[STAGES.index(stage) + 1 :]:
-        if (run_dir / "models" / later).exists() or newest_checkpoint(run_dir, later) is not None:
+        if finished_model(run_dir, later) or newest_checkpoint(run_dir, later) is not None:
             raise UserError(
                 f"{run_dir} holds {later}, which did not start from the {stage} that is asked for now; "
                 "give another --run.dir, or --run.overwrite true"
@@ -154,8 +149,7 @@ def _check_later_stages(run_dir: Path, stage: str) -> None:
 def _start_of(recipe: Recipe, stage: str) -> str | Path:
     """The model of the last finished stage before this one, or else the recipe's model."""
     for earlier in reversed(STAGES[: STAGES.index(stage)]):
-        folder = recipe.run.dir / "models" / earlier
-        if folder.exists():
+        if (folder := finished_model(recipe.run.dir, earlier)) is not None:
             return folder
     return recipe.model.path
 
@@ -163,9 +157,7 @@ def _start_of(recipe: Recipe, stage: str) -> str | Path:
 def _evaluate(context: RunContext, models: Models, source: Source) -> None:
     """Evaluate the base model (from which SFT starts) and the model of each finished stage."""
     rows = {"base": _start_of(context.recipe, "sft")}
-    rows |= {
-        stage: folder for stage in ("sft", "grpo") if (folder := context.run_dir / "models" / stage).exists()
-    }
+    rows |= {stage: folder for stage in ("sft", "grpo") if (folder := finished_model(context.run_dir, stage))}
     summaries = {}
     for name, path in context.ranks.gather(rows)[0].items():
         summaries[name] = evaluate_model(context, models.finished(path).vlm, name, source)

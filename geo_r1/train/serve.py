@@ -72,7 +72,7 @@ def _command(recipe: Recipe, host: str, port: int) -> tuple[dict[str, str], list
     served = {"engine": "vllm", "server_url": f"http://{host}:{port}"}  # as its trainer will name it
     check_rollout_engine(recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=served)}), 1)
     config, tokenizer, image_processor = without_weights(recipe)
-    encoder_of(recipe, config, tokenizer, image_processor)  # sets the processor's limits, as the trainer's
+    image_processor = encoder_of(recipe, config, tokenizer, image_processor).image_processor  # its limits
     folder = recipe.run.dir.with_name(f"{recipe.run.dir.name}-server")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,11 @@ class Progress:
 
 
 class Updater:
-    """A policy's optimiser and its schedule; skips and counts steps that are not finite."""
+    """A policy's optimiser and its schedule; skips and counts steps that are not finite.
+
+    Attributes:
+        num_updates: calls of `apply` that changed weights.
+    """
 
     def __init__(
         self, context: RunContext, stage: str, policy: Policy, config: OptimConfig, num_steps: int
@@ -47,6 +52,7 @@ class Updater:
         self.context, self.stage, self.policy = context, stage, policy
         self.config, self.num_steps = config, num_steps
         self.progress = Progress()
+        self.num_updates = 0
         self.optimizer = policy.attach(build_optimizer(policy.vlm.model, config), config.max_grad_norm)
 
     def apply(self, loss: float, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
@@ -63,7 +69,9 @@ class Updater:
         """
         rate = set_learning_rate(self.optimizer, self.config, self.progress.step, self.num_steps)
         norm = self.policy.update(self.optimizer, self.config.max_grad_norm, math.isfinite(loss))
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.num_updates += 1
+        else:
             self._count_bad_step(loss, norm, micro_batches)
         figures = {"grad_norm": norm, "learning_rate": rate}
         return figures | ({"bad_steps": float(self.progress.bad_steps)} if self.progress.bad_steps else {})
@@ -74,8 +82,10 @@ class Updater:
         folder = context.run_dir / "bad"
         folder.mkdir(exist_ok=True)
         file = folder / f"{self.stage}-{step:06d}-rank{context.ranks.rank}.pt"
+        buffer = io.BytesIO()  # on a file, torch hides a full disk behind "unexpected pos"
+        torch.save([batch.tensors() for batch in micro_batches], buffer)
         with written_beside(file) as partial:
-            torch.save([batch.tensors() for batch in micro_batches], partial)
+            partial.write_bytes(buffer.getvalue())
         what = f"step {step}: loss {loss}, gradient {norm}"
         context.log.say(f"{self.stage} {what}: skipped; its batch is in {folder}")
         if self.progress.bad_steps > context.recipe.run.max_bad_steps:

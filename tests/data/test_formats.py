@@ -175,7 +175,7 @@ def test_rows_are_those_of_the_other_trainer(name, row):
 @pytest.mark.parametrize(
     ("prompt", "flat"),
     [
-        ("<image>a<image>", "<image><image>an image 2"),
+        ("<image>a<image>", "<image><image>a image 2"),
         ("<image><image>", "<image><image>"),
         ("A:<image>B:<image>", "<image><image>A: image 1 B: image 2"),
         ("(<image>), <image><image>.", "<image><image><image>(image 1), image 2 image 3."),
@@ -201,8 +201,8 @@ def test_easyr1_keeps_images_in_their_places_when_flattened():
     ("name", "row", "own"),
     [
         ("trl", {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a <image>"}],
-                 "image": "x", "solution": "B"},  # one image; in its text a marker is a word
-         {"prompt": [turn("system", "s"), turn("user", IMAGE, "a <image>")], "images": ["x"], "answer": "B"}),
+                 "image": "x", "solution": "B"},  # a marker has its place
+         {"prompt": [turn("system", "s"), turn("user", "a ", IMAGE)], "images": ["x"], "answer": "B"}),
         ("trl", {"prompt": [{"role": "user", "content": [IMAGE | {"text": None, "image": None}]}],
                  "images": ["x"], "answer": "B", "id": None},
          {"prompt": [turn("user", IMAGE)], "images": ["x"], "answer": "B"}),
@@ -299,7 +299,7 @@ def test_a_written_row_shows_its_format(name):
         ("trl", {"prompt": [USER], "solution": "A", "answer": "B"}, "its column 'answer' is none of trl; "),
         ("trl", {"prompt": [USER], "image": "x", "images": ["x"]}, "it has both 'image' and 'images'"),
         ("trl", {"prompt": [turn("user", IMAGE | {"image": "x"})], "images": ["y"]},
-         "an image part holds its image"),
+         "the prompt marks 1 images but the sample has 2"),
         ("trl-sft", {"prompt": [USER], "completion": [USER]}, "a response must be one assistant's turn"),
         ("trl-sft", {"messages": [USER, turn("assistant", IMAGE)]}, "a response must be text, got list"),
         ("llama-factory", {"messages": {"role": "user"}}, "its messages must be a list, got dict"),
@@ -367,7 +367,7 @@ def test_wrong_types_in_every_column_are_refused_or_harmless(name):
         ("sharegpt", {"prompt": [turn("system", "?")], "response": "!"},
          "sharegpt has a system turn, then user and assistant by turns; got ['system']"),
         ("llama-factory", {"prompt": [turn("user", "say <image>")], "response": "!"},
-         "its text says <image>, which would be taken for an image"),
+         "the prompt marks 1 images but the sample has 0"),
         ("llama-factory", {"prompt": "?", "response": "<image>"},
          "its text says <image>, which would be taken for an image"),
         ("vlm-r1", {"prompt": "<image>", "images": [{"bytes": b"x"}], "answer": "B"},

@@ -9,7 +9,7 @@ from data_cases import encoded, make_image
 from loader_cases import encoder, sample
 
 from geo_r1.data import OverlongPromptError
-from geo_r1.data.images import LazyImage, ImageCache, fitted, num_tokens, shrunk
+from geo_r1.data.images import ImageCache, LazyImage, fitted, num_tokens, shrunk
 
 SIZES = ((56, 56), (28, 28), (5, 3), (61, 300), (300, 61), (500, 500), (199, 1), (2000, 11), (43, 41))
 
@@ -30,8 +30,8 @@ def test_the_bits_are_the_processors_with_and_without_a_cache(tmp_path, options)
         stored.append((tmp_path / f"{index}.png", encoded(image, "WEBP", lossless=True), image)[index % 3])
     cached = encoder(**options).with_cache(1 << 24)
     for maker in (encoder(**options), cached, cached, encoder(**options).with_cache(5000)):
-        for images in (images, stored):
-            prompt = maker.encode(sample("x", *images))
+        for sources in (images, stored):
+            prompt = maker.encode(sample("x", *sources))
             assert torch.equal(prompt.pixel_values, expected["pixel_values"])
             assert list(map(list, prompt.image_grids)) == expected["image_grid_thw"].tolist()
     assert (cached.cache.hits, cached.cache.misses) == (21, 15)  # six files; the others are in `images`

@@ -199,11 +199,62 @@ def test_no_room_in_shared_memory_says_what_to_do(monkeypatch):
             "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
         )
 
-    [(_, prompt)] = PromptLoader(Source.of([sample("x", *[make_image(224, 224)] * 9)]), encoder(), seed=0).load(
-        [0]
-    )
+    [(_, prompt)] = PromptLoader(
+        Source.of([sample("x", *[make_image(224, 224)] * 9)]), encoder(), seed=0
+    ).load([0])
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(
         ValueError, match=r"^sample x: no shared memory for 10 MiB of pixels; give /dev/shm more"
     ):
         send(None, (None, prompt))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no such role') }}", "refuses its messages: no such role"),
+        ("{{ messages[9].content }}", "refuses its messages: list object has no element 9"),
+        ("{{ 1 // 0 }}", "refuses its messages: integer division or modulo by zero"),
+        ("{{ 'a' + 1 }}", 'refuses its messages: can only concatenate str (not "int") to str'),
+        ("{% for i in range(10**9) %}a{% endfor %}", "refuses its messages: Range too big."),
+        ("{{ 'a' * 10**15 }}", "takes all memory"),
+        ("{{ 'a' * 20000000 }}", "makes 20,000,000 characters of its messages, more than 16,777,216"),
+    ],
+)
+def test_a_chat_template_with_a_mistake_is_one_line(template, reason):
+    with_template = encoder()
+    with_template.tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=r"^sample x: the chat template ") as caught:
+        with_template.encode(sample("x"))
+    assert reason in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_samples_are_skipped_with_their_reasons(tmp_path, num_workers):
+    (tmp_path / "cut.png").write_bytes(encoded(make_image(64, 64))[:300])
+    bad = [sample("cut", tmp_path / "cut.png"), sample("narrow", make_image(2010, 10))]
+    bad += [
+        sample("mark", text="<|image_pad|>"),
+        replace(sample("row", tmp_path / "no.png"), where="x, row 3"),
+    ]
+    source = replace(Source.of([*bad, sample("good")]), difficulty=(0, 1, 2, 3, 4))
+    skipping = encoder(on_bad_sample="skip")
+    with PromptLoader(source, skipping, seed=0, num_workers=num_workers) as loader:
+        assert [item and item[0].id for item in loader.load(range(5))] == [None, None, None, None, "good"]
+        assert [*loader.bad] == ["cut", "narrow", "mark", "x, row 3"]
+        assert loader.bad["cut"].startswith(f"sample cut: image {tmp_path}/cut.png cannot be read: ")
+        assert "absolute aspect ratio must be smaller than 200" in loader.bad["narrow"]
+        assert loader.bad["x, row 3"] == f"sample row: image {tmp_path}/no.png does not exist"
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_prompts_have_no_images_from_outside_their_root(tmp_path, cache_bytes):
+    make_image(56, 56).save(tmp_path / "x.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.png").symlink_to("../x.png")
+    fenced = replace(sample("x", tmp_path / "in" / "x.png"), image_root=tmp_path / "in")
+    with (
+        PromptLoader(Source.of([fenced]), encoder(), seed=0, cache_bytes=cache_bytes) as loader,
+        pytest.raises(ValueError, match=r"x\.png leads outside the root: "),
+    ):
+        loader.load([0])

@@ -114,7 +114,7 @@ def test_a_row_is_a_sample_of_ours(tmp_path):
     sample = samples[0]
     kinds = [part.get("text") for part in sample.messages[0]["content"]]
     assert kinds[:8] == [None, " A ", None, " B ", None, " C ", None, " D "]
-    assert kinds[8] is None and kinds[9].startswith("\nThe first image")
+    assert kinds[8] is None and kinds[9].startswith("\nThe first picture")
     assert kinds[9].endswith(
         "Think in <think> </think>, then give the letter of the tile in <answer> </answer>."
     )
@@ -266,9 +266,7 @@ def test_sites_with_bad_images_are_left_out_before_tiles_are_chosen(tmp_path):
 
 def test_no_good_image_at_all(tmp_path):
     check = ["--check-images", "--num-workers", 0]
-    fails(
-        "no site has two good images: 36 x an image does not exist", lambda: build(tmp_path, None, *check)
-    )
+    fails("no site has two good images: 36 x an image does not exist", lambda: build(tmp_path, None, *check))
 
 
 def test_larger_images_are_shrunk_below_the_output(tmp_path):
@@ -304,3 +302,24 @@ def test_a_stitched_question_is_one_image(tmp_path):
         right = page[height, side * (index % columns) + side // 2]
         assert abs(right[:2] - page[5, 5][:2]).max() < 8 and right[2] > 245
     assert prompt(4, stitch=True).startswith("<image>\nThe upper part") and "A to D" in prompt(4, stitch=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Paris", "paris"),
+        ("S\u00e3o Paulo", "Sa\u0303o Paulo"),
+        ("GIESSEN", "Gie\u00dfen"),
+        ("New York", "new\u00a0 york"),
+        ("\u0130zmir", "i\u0307zmir"),
+    ],
+)
+def test_spellings_of_a_city_are_one_city(tmp_path, first, second):
+    """Otherwise one of them may be in the training split and the other in the test split."""
+    cities = {first: 8, second: 8, "Oslo": 8}
+    out = build(tmp_path, cities, "--test-share", 0.5, "--confusers", "global", "-k", 3)
+    found = {split: set(told["cities"]) for split, told in card(out)["splits"].items()}
+    assert found["train"] | found["test"] == {first, "Oslo"} and not found["train"] & found["test"]
+    out = build(tmp_path, cities, "--test-cities", second, "--confusers", "global", "-k", 3)
+    assert set(card(out)["splits"]["test"]["cities"]) == {first}
+    assert card(out)["splits"]["test"]["questions"] == 16

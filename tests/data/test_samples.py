@@ -13,7 +13,7 @@ import pytest
 from data_cases import encoded, ends_with, make_image, write
 
 from geo_r1.data import Sample, load_image, read_samples
-from geo_r1.data import sample as sample_module
+from geo_r1.data import rows as rows_module
 from geo_r1.data.journal import MAX_LINE
 
 IMAGE = {"type": "image"}
@@ -187,7 +187,11 @@ def test_many_rows_keep_their_order(tmp_path):
 
 def test_missing_file_and_wrong_suffix(tmp_path):
     ends_with(f"data file {tmp_path}/no.jsonl does not exist", lambda: read_samples(tmp_path / "no.jsonl"))
-    ends_with(f"data file {tmp_path} does not exist", lambda: read_samples(tmp_path))
+    ends_with(f"data file {tmp_path} is not a file", lambda: read_samples(tmp_path))
+    long = "x" * 300 + ".jsonl"
+    ends_with(f"data file {tmp_path}/{long} does not exist", lambda: read_samples(tmp_path / long))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    ends_with(f"data file {tmp_path}/pipe.jsonl is not a file", lambda: read_samples(tmp_path / "pipe.jsonl"))
     (tmp_path / "x.csv").write_text("prompt\n?\n")
     message = f"data file {tmp_path}/x.csv: expected .jsonl, .json or .parquet"
     ends_with(message, lambda: read_samples(tmp_path / "x.csv"))
@@ -255,7 +259,7 @@ def test_a_list_is_limited_in_bytes_and_in_depth(tmp_path, monkeypatch):
     path.write_text("[" * 10**5)
     with pytest.raises(ValueError, match=f"^data file {path} cannot be read: maximum recursion depth"):
         read_samples(path)
-    monkeypatch.setattr(sample_module, "MAX_JSON", 10)
+    monkeypatch.setattr(rows_module, "MAX_JSON", 10)
     reason = "it takes more than 0 GiB; .jsonl has no limit"
     ends_with(f"data file {path} cannot be read: {reason}", lambda: read_samples(path))
 
@@ -350,7 +354,7 @@ def test_reading_leaves_no_trace(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
     environment |= {"HOME": str(home), "TMPDIR": str(scratch), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
     command = [sys.executable, "-c", program, str(data / "x.jsonl"), str(data / "x.parquet")]
-    root = Path(sample_module.__file__).parents[2]
+    root = Path(rows_module.__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert [path for folder in (home, scratch) for path in folder.rglob("*")] == []

@@ -189,7 +189,10 @@ def test_a_checkpoint_is_an_ordinary_one_to_transformers(folder):
 
 DAMAGE = {
     "json": (lambda at: (at / "config.json").write_text("{"), "not a valid JSON file"),
-    "unknown": (lambda at: (at / "config.json").write_text('{"model_type": "strange"}'), "`strange`"),
+    "unknown": (
+        lambda at: (at / "config.json").write_text('{"model_type": "strange"}'),
+        "it is a strange; supported",
+    ),
     "llama": (LlamaConfig().save_pretrained, "it is a llama; supported: qwen2_5_vl, qwen2_vl, qwen3_vl"),
     "no weights": (lambda at: (at / "model.safetensors").unlink(), "no file named model.safetensors"),
     "cut": (lambda at: (at / "model.safetensors").write_bytes(b"short"), "header"),
@@ -200,7 +203,7 @@ DAMAGE = {
     "shape": (lambda at: edit_weight(at, 3), "1 weights are missing or of another shape, .*1.mlp.up_proj"),
     "tokenizer": (
         lambda at: [file.unlink() for file in at.glob("tokenizer*")],
-        "its tokenizer has 1 tokens, but images are 5",
+        "its tokenizer: it has 1 tokens, but images are 5",
     ),
     "image processor": (lambda at: (at / "preprocessor_config.json").unlink(), "image processor"),
 }

@@ -184,8 +184,8 @@ def test_how_close_log_probabilities_are_to_the_trainers(vlm, prompts, shapes, t
 def test_what_predicts_a_first_token_is_bit_equal_to_the_trainers(vlm, prompts, monkeypatch):
     """Prompts run through the same attention in both, whatever stands beside them.
 
-    On one thread: how products of float32 are cut for more of them depends on the number of their rows. Even
-    on one, MKL sums a product of a few rows in another order on some CPUs, and an image may be a few rows, so
+    On one thread: with more, how products of float32 are cut depends on the number of their rows. Even on
+    one, MKL sums a product of a few rows in another order on some CPUs, and an image may be a few rows, so
     prompts with images are equal to rounding. Later tokens are not bit-equal: the trainer's attention goes
     over prompt and completion in one sum.
     """

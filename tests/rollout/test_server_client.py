@@ -2,9 +2,14 @@
 
 import base64
 import io
+import json
+import random
 import socket
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
 
 import fake_server
 import numpy as np
@@ -25,6 +30,7 @@ from fake_server import (
 )
 from PIL import Image
 
+from geo_r1.errors import UserError
 from geo_r1.rollout.engine import EngineLost, WeightsLost
 from geo_r1.rollout.vllm.requests import flags, seed_of, serve_command
 from geo_r1.rollout.vllm.server import GENERATE, ServerEngine
@@ -90,6 +96,83 @@ def test_what_fails_is_asked_for_again_and_nothing_else(server, engine, fault):
     assert sampled(engine) == expected()
     if fault != "dies":
         assert server.count() == len(PROMPTS) + 1
+
+
+def good_answer(server, engine):
+    """What the server answers to the first prompt, as JSON."""
+    sample_one(engine, 0)
+    found, (_, body) = {}, server.asked[-1]
+    server.generate(SimpleNamespace(answer=lambda _, answer: found.update(answer)), body)
+    server.asked = []
+    return json.dumps(found)
+
+
+def broken_in(answer, rng):
+    """The answer with one value, somewhere in it, of another kind."""
+    place, path = answer, []
+    while isinstance(place, dict | list) and place and rng.random() < 0.8:
+        key = rng.choice([*place] if isinstance(place, dict) else range(len(place)))
+        path.append((place, key))
+        place = place[key]
+    if not path:
+        return rng.choice([None, 7, [], "text", [1]])
+    parent, key = path[-1]
+    parent[key] = rng.choice([None, "text", {}, [], [None], -1.5, {"x": 1}, "\x1b[31m"])
+    return answer
+
+
+def test_answers_of_any_form_are_asked_for_again_or_refused_in_one_line(server, engine):
+    """Never a traceback of another kind: 60 answers, each broken in one place."""
+    rng, endings = random.Random(0), Counter()
+    good = good_answer(server, engine)
+    for _ in range(60):
+        server.faults = [(200, broken_in(json.loads(good), rng))]
+        try:
+            [group] = sample_one(engine, 0)
+            endings["asked again" if server.count() > 1 else "as it was"] += 1
+            assert [c.token_ids for c in group] == [tokens for tokens, *_ in expected(STREAMS[:1])[0]]
+        except (UserError, WeightsLost) as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+            endings[type(error).__name__] += 1
+            engine.load(WEIGHTS.items())
+            good = good_answer(server, engine)
+        server.asked = []
+    assert endings["asked again"] > 30, endings
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff" * 50, b"null"])
+def test_content_that_is_no_answer_is_asked_for_again(content, server, engine):
+    server.faults = [(200, content)]
+    sample_one(engine, 0)
+    assert server.count() == 2
+
+
+def test_an_endless_answer_is_cut_off(server, engine, monkeypatch):
+    monkeypatch.setattr("geo_r1.rollout.vllm.http_client.LONGEST_ANSWER", 50_000)
+    server.faults = [(200, b" " * 60_000)]
+    sample_one(engine, 0)
+    assert server.count() == 2
+
+
+def test_an_answer_that_comes_byte_by_byte_takes_no_longer_than_the_limit(server):
+    engine = engine_of(server, timeout=0.5)
+    engine.load(WEIGHTS.items())
+
+    def dribble(handler, body):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        with suppress(OSError):
+            while not server.over.wait(0.05):
+                handler.wfile.write(b" ")
+
+    generate, server.generate = server.generate, dribble
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(sample_one, engine, 0)
+        while server.count() < 2:  # it has given up the first
+            pass
+        server.generate = generate
+        assert waiting.result()
 
 
 def test_a_request_that_stalls_is_asked_again(server):

@@ -1,6 +1,7 @@
 """How weights reach a server's workers, whole or as adapters alone, and what is said when they do not."""
 
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client
 
@@ -101,6 +102,40 @@ def test_a_trainer_that_fails_in_the_middle_leaves_the_worker_free(server):
         engine.load(broken(WEIGHTS))
     engine.load(WEIGHTS.items())
     assert sampled(engine) == expected()
+
+
+def test_strangers_keep_no_worker_waiting(server, monkeypatch):
+    """Thirty that say nothing, each with a minute to prove itself, came before the worker."""
+    monkeypatch.setattr(channel, "GREETING", 60.0)
+    with WeightSender(("127.0.0.1", server.http.server_port), 20.0) as sender, ThreadPoolExecutor(1) as pool:
+        arguments, worker = sender.arguments() | WHOLE_MODEL, Worker()
+        address = arguments["host"], arguments["port"]
+        strangers = [socket.create_connection(address) for _ in range(30)]
+        right = pool.submit(worker.receive_weights, **arguments)
+        assert sender.accept(1, lambda: True)
+        sender.send(WEIGHTS.items())
+        assert right.result() == {"refused": None, "lost": None}
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_a_stranger_that_sends_a_byte_now_and_then_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(channel, "GREETING", 0.3)
+    with WeightSender(("127.0.0.1", server.http.server_port), 20.0) as sender:
+        arguments = sender.arguments()
+        with socket.create_connection((arguments["host"], arguments["port"])) as stranger:
+            stranger.settimeout(0.05)
+            for _ in range(600):  # a byte resets the time limit of a read
+                try:
+                    stranger.send(b"x")
+                    if not stranger.recv(4096):
+                        break
+                except TimeoutError:
+                    continue
+                except OSError:
+                    break
+            else:
+                pytest.fail("the stranger was not cut off")
 
 
 def test_whoever_does_not_know_the_key_gets_nothing(server):

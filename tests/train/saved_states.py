@@ -17,7 +17,7 @@ def rank_of(rank, size):
 ALONE = rank_of(0, 1)
 PROCESSES = mp.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch.distributed.fsdp", "geo_r1.train.state.checkpoint"])
-FILES = {".metadata", "__0_0.distcp", "trainer.json"}
+FILES = {".metadata", "__0_0.distcp", "manifest.json", "trainer.json"}
 TRAINER = {"step": 3, "drawn": 17, "nested": {"rate": 0.1 + 0.2, "name": "ä"}}
 
 

@@ -10,6 +10,7 @@ import small_runs as runs
 from geo_r1.train import ablate
 from geo_r1.train.__main__ import main as train_main
 from geo_r1.train.ablate import draw, main, markdown, plan
+from geo_r1.train.recipe.load import dump_recipe
 
 SPEC = """
 recipe = "base.toml"
@@ -126,6 +127,19 @@ def test_runs_once_each_and_goes_on_after_a_run_that_failed(spec, tmp_path, monk
     capsys.readouterr()
     assert main([str(edited(spec, '"sft.steps" = 2', '"sft.steps" = 3'))]) == 2  # old figures are not shown
     assert "all-of-it was made with sft.steps = 2, now 3; give another --dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "summary", ["{}", "[1]", "7", '{"grpo": 3}', '{"grpo": {"accuracy": 1}}', "[" * 9999]
+)
+def test_a_summary_that_is_none_is_one_line(summary, spec, tmp_path, capsys):
+    first = plan(spec)[0].recipe
+    first.run.dir.mkdir(parents=True)
+    (first.run.dir / "recipe.toml").write_text(dump_recipe(first))
+    (first.run.dir / "summary.json").write_text(summary)
+    assert main([str(spec)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"geo_r1: {first.run.dir} is no whole run: ") and line.endswith("; delete it")
 
 
 def test_a_trainer_that_is_asked_to_stop_is_waited_for(tmp_path):

@@ -64,8 +64,8 @@ MISTAKES = {
     "missing image": (
         "sft",
         row_of(images=["images/none.png", "images/above1.png"]),
-        "sample row1: image {}/images/none.png does not exist",
-        True,
+        "{}/data.jsonl, row 2: image {}/images/none.png does not exist",
+        False,
     ),
     "truncated JPEG": ("sft", truncated, "sample row1: image {}/images/ground1.jpg cannot be read: ", True),
     "more images than markers": (
@@ -93,7 +93,7 @@ MISTAKES = {
     "reward returns too few": (
         "grpo",
         reward("small_runs:one_too_few"),
-        "reward 'small_runs:one_too_few' returned 7 values, expected 8",
+        "reward 'small_runs:one_too_few' returned 3 values, expected 4",
         True,
     ),
     "unknown reward": (
@@ -153,7 +153,12 @@ MISTAKES = {
         "model folder ./none does not exist",
         False,
     ),
-    "another family": ("sft", other_family, "model {}/llama cannot be loaded: it is a llama; ", False),
+    "another family": (
+        "sft",
+        other_family,
+        "model {}/llama cannot be loaded: config.json: it is a llama",
+        False,
+    ),
     "broken weights": ("sft", broken_weights, "model {}/broken cannot be loaded: ", False),
     "run folder is a file": ("sft", a_file, "run.dir {}/run cannot be written: File exists", False),
     "unknown key": ("sft", {"sft__stepz": 3}, "unknown option --sft.stepz; did you mean sft.steps?", False),
@@ -222,7 +227,7 @@ def test_help_prints_usage(capfd):
     assert leaving.value.code == 0
     out, err = capfd.readouterr()
     assert out.startswith("usage: python -m geo_r1.train")
-    assert "--grpo.loss.beta" in out
+    assert "--grpo.num_completions" in out
     assert err == ""
 
 
@@ -239,24 +244,6 @@ def stopped(tmp_path, monkeypatch):
         patch.setattr(Checkpoints, "save", save_then_interrupt)
         assert main(runs.arguments(tmp_path / "run", "sft", sft__steps=4, sft__save_every=2)) == 130
     return tmp_path / "run"
-
-
-def cut(name):
-    """Leave the first half of a file of the checkpoint."""
-
-    def breakage(checkpoint):
-        file = checkpoint / name
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-    return breakage
-
-
-def replaced(name, content):
-    return lambda checkpoint: (checkpoint / name).write_bytes(content)
-
-
-def missing(name):
-    return lambda checkpoint: (checkpoint / name).unlink()
 
 
 def another(change):
@@ -277,25 +264,9 @@ def another(change):
 
 NORM = "model.language_model.norm.weight"
 FIRST = "model.language_model.layers.0."
-UNREADABLE, ANOTHER = "cannot be read: ", "is of another model: "
+ANOTHER = "is of another model: "
 # how it is broken: (what breaks it, how the line goes on)
 BREAKAGES = {
-    "no metadata": (missing(".metadata"), f"{UNREADABLE}.metadata: No such file"),
-    "cut metadata": (cut(".metadata"), UNREADABLE),
-    "empty metadata": (replaced(".metadata", b""), UNREADABLE),
-    "garbage metadata": (replaced(".metadata", b"garbage"), UNREADABLE),
-    "no weights": (missing("__0_0.distcp"), f"{UNREADABLE}__0_0.distcp: No such file"),
-    "cut weights": (cut("__0_0.distcp"), UNREADABLE),
-    "empty weights": (replaced("__0_0.distcp", b""), UNREADABLE),
-    "no trainer": (missing("trainer.json"), f"{UNREADABLE}trainer.json: No such file"),
-    "cut trainer": (cut("trainer.json"), UNREADABLE),
-    "empty trainer": (replaced("trainer.json", b""), UNREADABLE),
-    "garbage trainer": (replaced("trainer.json", b"\x80garbage"), UNREADABLE),
-    "another trainer": (replaced("trainer.json", b'{"step": 2}'), f"{UNREADABLE}trainer.json holds no"),
-    "a trainer of others": (
-        replaced("trainer.json", b'{"trainer": {"stepp": 2}}'),
-        f"{UNREADABLE}trainer.json holds no",
-    ),
     "a wider model": (
         another(lambda state: state["model"].update({NORM: torch.zeros(9)})),
         f"{ANOTHER}model.{NORM} is [9] float32 there, [64] float32 here",
@@ -317,7 +288,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_checkpoint_is_one_line(breakage, stopped, capfd):
+def test_a_checkpoint_of_another_model_is_one_line(breakage, stopped, capfd):
     checkpoint = stopped / "checkpoints" / "sft-000002"
     breaks, expected = BREAKAGES[breakage]
     breaks(checkpoint)
@@ -340,15 +311,7 @@ def test_another_recipe_in_the_same_folder_is_one_line(stopped, capfd):
     assert (stopped / "checkpoints" / "sft-000002").exists()
 
 
-def test_overwrite_deletes_only_a_run_and_only_for_one_that_can_start(stopped, tmp_path, capfd):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("")
-    capfd.readouterr()
-    assert main(runs.arguments(tmp_path / "home", "sft", run__overwrite=True)) == 2
-    assert (
-        one_line(capfd) == f"{tmp_path / 'home'} is not the folder of a run; run.overwrite does not delete it"
-    )
-    assert (tmp_path / "home" / "thesis.tex").exists()
+def test_overwrite_deletes_only_for_a_run_that_can_start(stopped, tmp_path, capfd):
     assert main(runs.arguments(stopped, "sft", run__overwrite=True, model__path="/no/model")) == 2
     assert (stopped / "checkpoints" / "sft-000002").exists()
     runs.train(stopped, "sft", run__overwrite=True, sft__steps=1)

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,13 +26,15 @@ from saved_states import (
     without,
 )
 
+from geo_r1.errors import UserError
 from geo_r1.train.state.checkpoint import (
     Checkpoints,
+    DamagedCheckpointError,
     checkpoint_folder,
     newest_checkpoint,
     prune,
-    save_folder,
 )
+from geo_r1.train.state.manifest import write_manifest
 from geo_r1.train.state.shards import Writer
 
 
@@ -173,23 +176,6 @@ def test_a_checkpoint_never_replaces_another(tmp_path):
         checkpoints.save(1, make_state())
 
 
-def test_an_export_appears_whole(tmp_path):
-    class Piece:
-        def save_pretrained(self, folder):
-            assert names(folder.parent) - {"sft"} == {".sft.partial"}
-            (folder / "weights").write_text("7")
-
-    stale = tmp_path / "models" / ".sft.partial"
-    stale.mkdir(parents=True)
-    (stale / "half").write_text("")
-    save_folder(tmp_path / "models" / "sft", Piece(), [])
-    assert names(tmp_path / "models") == {"sft"}
-    assert names(tmp_path / "models" / "sft") == {"weights"}
-    with pytest.raises(AssertionError, match="there already"):
-        save_folder(tmp_path / "models" / "sft", Piece(), [])
-    assert (tmp_path / "models" / "sft" / "weights").read_text() == "7"
-
-
 # What goes wrong.
 
 
@@ -233,38 +219,96 @@ def edit(path, change):
     path.write_bytes(change(path.read_bytes()))
 
 
+def flip(data, at):
+    """One bit of a file, at a share of its length."""
+    place = int(at * len(data))
+    return data[:place] + bytes([data[place] ^ 64]) + data[place + 1 :]
+
+
+def hole(data):
+    return data[: len(data) // 3] + bytes(256) + data[len(data) // 3 + 256 :]
+
+
+# A file, what becomes of its bytes (None: it is deleted), and what is said.
+CHANGED = "has changed since it was written"
 BREAKAGES = {
-    "no folder": (shutil.rmtree, r"\.metadata: No such file or directory"),
-    "no metadata": (lambda f: (f / ".metadata").unlink(), r"\.metadata: No such file or directory"),
-    "cut metadata": (lambda f: edit(f / ".metadata", lambda b: b[: len(b) // 2]), "."),
-    "empty metadata": (lambda f: edit(f / ".metadata", lambda b: b""), "Ran out of input"),
-    "other metadata": (lambda f: edit(f / ".metadata", lambda b: pickle.dumps([1])), "'list' object"),
-    "no shard": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0\.distcp: No such file or directory"),
-    "cut shard": (lambda f: edit(f / "__0_0.distcp", lambda b: b[: len(b) // 2]), "."),
-    "empty shard": (lambda f: edit(f / "__0_0.distcp", lambda b: b""), "."),
-    "garbage shard": (lambda f: edit(f / "__0_0.distcp", lambda b: b"\x80garbage" * (len(b) // 8)), "."),
-    "no trainer": (lambda f: (f / "trainer.json").unlink(), r"trainer\.json: No such file or directory"),
-    "cut trainer": (lambda f: edit(f / "trainer.json", lambda b: b[:9]), "."),
-    "binary trainer": (lambda f: edit(f / "trainer.json", lambda b: b"\xff\xfe"), "."),
-    "other trainer": (
-        lambda f: edit(f / "trainer.json", lambda b: b"[1]"),
-        "trainer.json holds no trainer's",
-    ),
+    "no manifest": ("manifest.json", None, "it has no manifest.json"),
+    "cut manifest": ("manifest.json", lambda b: b[:40], "manifest.json: JSONDecodeError"),
+    "other manifest": ("manifest.json", lambda b: b"[1]", "manifest.json: AttributeError"),
+    "no metadata": (".metadata", None, r"\.metadata: No such file or directory"),
+    "cut metadata": (".metadata", lambda b: b[:99], r"\.metadata has 99 bytes, \d+ were written"),
+    "a bit of metadata": (".metadata", lambda b: flip(b, 0.4), rf"\.metadata {CHANGED}"),
+    "no shard": ("__0_0.distcp", None, r"__0_0\.distcp: No such file or directory"),
+    "empty shard": ("__0_0.distcp", lambda b: b"", r"__0_0\.distcp has 0 bytes, \d+ were written"),
+    "a bit of a shard": ("__0_0.distcp", lambda b: flip(b, 0.3), rf"__0_0\.distcp {CHANGED}"),
+    "one of the last bits": ("__0_0.distcp", lambda b: flip(b, 0.9999), rf"__0_0\.distcp {CHANGED}"),
+    "a hole in a shard": ("__0_0.distcp", hole, rf"__0_0\.distcp {CHANGED}"),
+    "no trainer": ("trainer.json", None, r"trainer\.json: No such file or directory"),
+    "another step": ("trainer.json", lambda b: b.replace(b"17", b"71"), rf"trainer\.json {CHANGED}"),
 }
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_checkpoint_is_one_line(breakage, tmp_path, capfd):
+def test_damage_is_noticed_before_a_tensor_is_read(breakage, tmp_path, capfd):
     checkpoints = Checkpoints(tmp_path, "sft", ALONE, 2)
     checkpoints.save(3, make_state(), wait=True)
-    damage, reason = BREAKAGES[breakage]
-    damage(checkpoints.folder(3))
+    name, change, reason = BREAKAGES[breakage]
+    file = checkpoints.folder(3) / name
+    edit(file, change) if change else file.unlink()
+    state = changed(make_state())
     with pytest.raises(
-        ValueError, match=rf"^checkpoint {checkpoints.folder(3)} cannot be read: {reason}"
+        DamagedCheckpointError, match=rf"^checkpoint {checkpoints.folder(3)} is damaged: {reason}"
     ) as e:
-        checkpoints.load(checkpoints.folder(3), make_state())
+        checkpoints.load(checkpoints.folder(3), state)
     assert "\n" not in str(e.value)
     assert capfd.readouterr().err == ""
+    assert_same(state, changed(make_state()))
+
+
+class Planted:
+    """Unpickling this writes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+FOREIGN = {
+    "code": (Planted, r"\.metadata names pathlib\.Path\.touch, which no checkpoint needs"),
+    "a list": (lambda _: [1], r"\.metadata holds a list"),
+    "torch's own functions": (lambda _: torch.hub.load, r"\.metadata names torch\.hub\.load, which no"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_metadata_runs_no_code(what, tmp_path):
+    checkpoints = Checkpoints(tmp_path, "sft", ALONE, 2)
+    checkpoints.save(3, make_state(), wait=True)
+    folder, (make, reason) = checkpoints.folder(3), FOREIGN[what]
+    (folder / ".metadata").write_bytes(pickle.dumps(make(tmp_path / "ran")))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    with pytest.raises(ValueError, match=f"^checkpoint {folder} cannot be read: {reason}"):
+        checkpoints.load(folder, make_state())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_no_longer_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, "sft", ALONE, 2)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(), wait=True)
+        checkpoints.mark_best(step, step / 10)
+    aside = checkpoints.set_aside(checkpoints.newest())
+    assert aside == tmp_path / "checkpoints" / "damaged-sft-000002"
+    assert names(aside) == FILES
+    assert checkpoints.newest() == checkpoints.folder(1)
+    assert checkpoints.best() == (1, 0.1)
+    for name in ("sft-000002.bak", "sft-2", "sft-000007 (copy)", "damaged-sft-000001"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints" / "sft-000009").write_text("a file")
+    assert newest_checkpoint(tmp_path, "sft") == checkpoints.folder(1)
 
 
 OTHERS = {
@@ -295,6 +339,15 @@ def test_a_checkpoint_of_another_model_is_one_line(other, tmp_path):
     with pytest.raises(ValueError) as e:
         checkpoints.load(checkpoints.folder(3), state)
     assert str(e.value) == f"checkpoint {checkpoints.folder(3)} is of another model: {difference}"
+
+
+def test_a_disk_without_room_is_said_before_the_first_step(tmp_path, monkeypatch):
+    checkpoints, state = Checkpoints(tmp_path, "sft", ALONE, 2), make_state()
+    size = sum(x.nbytes for part in ("model", "optim") for x in state[part].values() if hasattr(x, "nbytes"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size + 100))
+    checkpoints.check_room(state, 100)
+    with pytest.raises(UserError, match=r"sft take 0\.00 GiB, and 0\.00 GiB are free; make room, or"):
+        checkpoints.check_room(state, 101)
 
 
 def save_until_killed(run_dir, owner, attribute, number, after):

@@ -182,7 +182,7 @@ def test_what_fails_on_one_rank_fails_on_all(tmp_path):
     assert first == [
         f"checkpoint {folder}/sft-000001 cannot be written: rank 1: No space left on device",
         f"checkpoint {folder}/sft-000002 is of another model: model.odd is [5, 3] float32 there, absent here",
-        f"checkpoint {folder}/sft-000002 cannot be read: rank 0: __1_0.distcp: No such file or directory",
+        f"checkpoint {folder}/sft-000002 is damaged: __1_0.distcp: No such file or directory",
     ]
     assert names(folder) == {"sft-000002"}  # and what the first had left is gone
 

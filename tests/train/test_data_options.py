@@ -165,3 +165,19 @@ def test_a_curriculum_does_not_start_above_its_end(tmp_path, capfd):
     assert main(runs.arguments(tmp_path / "run", "grpo", world__curriculum_start=0.9)) == 2
     said = capfd.readouterr().err
     assert said == "geo_r1: world.curriculum_start must be 0 to world.difficulty = 0.8, got 0.9\n"
+
+
+@pytest.mark.parametrize("name", ["lmms-lab/multimodal-open-r1", "hf://datasets/a/multimodal-open-r1"])
+def test_a_data_set_of_the_hub_is_told_how_to_become_a_file(name, tmp_path, capsys):
+    assert main(runs.arguments(tmp_path / "run", "grpo", grpo__data=name)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    whole = name.removeprefix("hf://datasets/")
+    assert line.startswith(f"geo_r1: grpo.data: no file {name}. A data set of the hub becomes one by: python")
+    assert f"load_dataset('{whole}', split='train').to_parquet('multimodal-open-r1.parquet')" in line
+
+
+@pytest.mark.parametrize("name", ["folder/rows.jsonl", "rows.parquet"])
+def test_a_file_that_is_missing_is_no_data_set_of_the_hub(name, tmp_path, capsys):
+    assert main(runs.arguments(tmp_path / "run", "grpo", grpo__data=name)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} does not exist" in line and "hub" not in line

@@ -1,9 +1,14 @@
 """A recipe: a file, options on top, checked once, frozen, written back."""
 
+import re
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from geo_r1.train.recipe.load import decisive, dump_recipe, load_recipe
+from geo_r1.errors import UserError
+from geo_r1.train.recipe.load import _keys, decisive, dump_recipe, load_recipe
+from geo_r1.train.recipe.names import FINE_TUNED, LACKING, NEEDLESS, STAGE, TRL, hint
 from geo_r1.train.recipe.run_sections import EvalConfig
 from geo_r1.train.recipe.sections import GRPOConfig, OptimConfig, Recipe
 
@@ -163,31 +168,115 @@ def test_the_papers_recipes_differ_in_their_stages_alone():
     assert full.grpo.prompts_per_step * full.grpo.num_completions == 64
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_says_the_arguments_before_the_keys(flag, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def helped(capsys, *arguments):
     with pytest.raises(SystemExit) as leaving:
-        load_recipe(["none.toml", flag], "What it does.\n\nAnd how.")
+        load_recipe(list(arguments), "What it does.\n\nAnd how.")
     assert leaving.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.strip() for line in lines[:6]] == [
-        "usage: python -m geo_r1.train [RECIPE.toml] [--dry-run[=RANKS]] [--serve[=[HOST:]PORT]]",
-        "[--section.key VALUE ...]",
-        "",
-        "What it does.",
-        "",
-        "And how.",
-    ]
-    assert any(line.startswith("  --grpo.loss.beta float") for line in lines)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_short_and_says_how_to_see_the_rest(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = helped(capsys, "none.toml", flag)
+    assert lines[0] == "usage: python -m geo_r1.train [RECIPE] [--section.key VALUE ...] [--dry-run[=RANKS]]"
+    assert "What it does." in lines and "And how." in lines and len(lines) < 70
+    assert "  --grpo.num_completions = 8" in lines and "      Completions per prompt: M." in lines
+    assert any(line.startswith("  rollout   Sampling of completions") for line in lines)
+    assert lines[-1] == "--help grpo lists the keys of a section, --help all every key."
+
+
+@pytest.mark.parametrize("arguments", [("--help", "grpo"), ("--help=grpo",), ("world", "-h", "grpo")])
+def test_help_of_a_section_has_its_keys_their_defaults_and_meanings(arguments, capsys):
+    lines = helped(capsys, *arguments)
+    assert lines[0] == "[grpo] Group relative policy optimisation."
+    assert "  --grpo.num_completions  integer >= 2, default 8" in lines
+    assert '  --grpo.loss.type  grpo | bnpo | dapo | dr_grpo, default "dapo"' in lines
+    assert {line.split(".")[0] for line in lines if line.startswith("  --")} == {"  --grpo"}
+
+
+def test_help_all_has_every_key_once(capsys):
+    found = [line.split()[0][2:] for line in helped(capsys, "--help", "all") if line.startswith("  --")]
+    keys = _keys(Recipe)
+    assert sorted(found) == sorted(k for k in keys if not any(other.startswith(f"{k}.") for other in keys))
+
+
+def test_help_of_a_key_and_of_nothing(capsys):
+    assert helped(capsys, "--help", "lora.rank")[0] == "  --lora.rank  integer >= 0, default 0"
+    with pytest.raises(UserError, match=r"--help knows no grop; did you mean grpo\?"):
+        load_recipe(["--help", "grop"])
 
 
 @pytest.mark.parametrize(
-    ("option", "meant"), [("sevre", "serve"), ("dry-rnu=8", "dry-run"), ("sft.stpes", "sft.steps")]
+    ("option", "meant"),
+    [
+        ("sevre", "did you mean serve?"),
+        ("dry-rnu=8", "did you mean dry-run?"),
+        ("sft.stpes", "did you mean sft.steps?"),
+        ("grop.steps", "did you mean grpo.steps?"),
+        ("grpo.num-completions", "did you mean grpo.num_completions?"),
+        ("lr", "did you mean pretrain.optim.lr, sft.optim.lr or grpo.optim.lr?"),
+        ("seed", "did you mean run.seed or world.seed?"),
+        ("top_p", "did you mean rollout.top_p?"),
+        ("grpo.temperature", "did you mean rollout.temperature?"),
+        ("beta", "did you mean grpo.loss.beta?"),
+        ("num_generations", "TRL's num_generations is grpo.num_completions here"),
+        ("grpo.num_generations", "TRL's num_generations is grpo.num_completions here"),
+        ("learning_rate", "TRL's learning_rate is sft.optim.lr or grpo.optim.lr here"),
+        ("sft.learning_rate", "TRL's learning_rate is sft.optim.lr here"),
+        ("max_completion_length=9", "TRL's max_completion_length is rollout.max_new_tokens here"),
+        ("max-prompt-length", "TRL's max_prompt_length is data.max_prompt_tokens here"),
+        ("pad_to_multiple_of", "TRL's pad_to_multiple_of is needless: there is nothing to set here"),
+        ("min_p", "geo_r1 has nothing like TRL's min_p"),
+    ],
 )
-def test_a_mistyped_option_is_told_the_nearest(load, option, meant):
-    with pytest.raises(ValueError) as error:
+def test_an_unknown_option_is_told_what_it_may_mean(load, option, meant):
+    with pytest.raises(UserError) as error:
         load("", f"--{option}")
-    assert str(error.value) == f"unknown option --{option.split('=')[0]}; did you mean {meant}?"
+    assert str(error.value) == f"unknown option --{option.split('=')[0]}; {meant}"
+    with pytest.raises(UserError, match=f"unknown option -{option[0]}"):
+        load("", f"-{option}")
+
+
+def test_an_unknown_key_of_a_file_is_told_trls_name(load):
+    with pytest.raises(
+        UserError, match=r"unknown key grpo\.save_steps; TRL's save_steps is grpo\.save_every"
+    ):
+        load("[grpo]\nsteps = 1\nsave_steps = 3")
+
+
+def test_every_suggestion_is_a_key():
+    known = set(_keys(Recipe))
+    for name, keys in TRL.items():
+        assert name not in {key.rsplit(".", 1)[-1] for key in known}, f"{name} has the same name here"
+        assert {key.replace(STAGE, stage) for key in keys for stage in FINE_TUNED} <= known, name
+
+
+def rows_of_the_trl_page():
+    """Each row of docs/trl.md that compares fields: names there, text about here, keys here."""
+    page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
+    for line in page.split("## Every field")[1].splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        names = re.findall(r"`([a-z_0-9]+)`", cells[0])
+        if names:
+            keys = []
+            for key in re.findall(r"`([a-z_0-9.]+)(?: = [^`]*)?`", cells[1]):
+                before = keys[-1].rsplit(".", 1)[0] if keys else ""
+                keys.append(f"{before}{key}" if key.startswith(".") else key)
+            yield names, cells[1], keys
+
+
+def test_the_page_on_trl_says_the_same():
+    known, seen = _keys(Recipe), set()
+    for names, text, keys in rows_of_the_trl_page():
+        seen |= {*names}
+        if text.startswith(("needless", "–")):
+            assert {*names} <= (NEEDLESS if text.startswith("needless") else LACKING), names
+            continue
+        hints = " ".join(hint(f"grpo.{name}", known) for name in names)
+        for key in keys:
+            assert re.search(rf"\b{re.escape(key)}\b", hints), (names, key, hints)
+    assert seen >= NEEDLESS | LACKING
 
 
 def test_what_decides_a_result_leaves_out_free_keys_and_sections():
@@ -195,4 +284,4 @@ def test_what_decides_a_result_leaves_out_free_keys_and_sections():
     assert values["run"] == {"seed": 0} and not values.keys() & {"parallel", "eval", "log"}
     assert values["sft"].keys() == {"data", "steps", "epochs", "freeze", "batch_size", "optim"}
     assert "max_tokens" not in values["grpo"]["optim"] and values["grpo"]["optim"]["lr"] == 1e-6
-    assert values["model"] == {"path": "tiny", "dtype": "float32"}
+    assert values["model"] == {"path": "tiny", "dtype": "float32", "export_dtype": "base"}

@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 
 from geo_r1.errors import UserError
-from geo_r1.train.report.embedded import split_completion
-from geo_r1.train.report.page import read_gallery, read_metrics, write_report
+from geo_r1.train.report.embedded import ShownImage, split_completion, views
+from geo_r1.train.report.metrics import read_metrics
+from geo_r1.train.report.page import read_gallery, write_report
 from geo_r1.train.report.plots import draw_plots
+from geo_r1.train.report.plots import number as number_text
 
 GRPO_PLOTS = {"reward", "accuracy", "length", "kl", "entropy", "no_signal", "time", "throughput"}
-SFT_PLOTS = {"loss", "throughput"}
+SFT_PLOTS = {"loss", "throughput", "learning_rate", "grad_norm"}
 COMPLETIONS = {
     "base": "<script>alert('x')</script> & \"quoted\"",
     "sft": "<think>A water water same.</think>\n<answer>B</answer>",
@@ -46,6 +48,7 @@ def gallery_line(row, number):
             "images": [f"eval/images/{number}_{i}.png" for i in range(4)],
             "labels": ["panorama", "A", "B", "C"], "correct": row == "grpo", "completion": COMPLETIONS[row],
             "completion_length": 17,
+            "prompt": "<image> A<image> Which <b>tile</b>?",
             "rewards": {"accuracy": float(row == "grpo"), "format": 0.5}}  # fmt: skip
 
 
@@ -137,7 +140,7 @@ def test_gallery_sets_rows_side_by_side(run_dir):
     for sample in samples:
         attempts = [(made["row"], made["prediction"], made["correct"]) for made in sample["attempts"]]
         assert attempts == [("base", None, False), ("sft", "B", False), ("grpo", "C", True)]
-        assert [image.label for image in sample["candidates"]] == ["A", "B", "C"]
+        assert [image.label for image in sample["images"]] == ["panorama", "A", "B", "C"]
     page = page_of(run_dir)
     assert page.count('<span class="vote">sft</span>') == 2
     assert page.count('<span class="vote correct">grpo</span>') == 2
@@ -155,7 +158,7 @@ def test_plots_are_saved(full_run):
 
 
 def test_plots_show_the_values(full_run):
-    figures = draw_plots(read_metrics(full_run / "metrics.jsonl"), chance=0.25)
+    figures = draw_plots(read_metrics(full_run / "metrics.jsonl")[0], chance=0.25)
     lines = {line.get_label(): line for line in figures["accuracy"].axes[0].get_lines()}
     raw = figures["accuracy"].axes[0].get_lines()[0]
     assert raw.get_xdata().tolist() == list(range(1, 31))
@@ -220,21 +223,18 @@ def test_cut_last_line_is_ignored(full_run):
     for path in (full_run / "metrics.jsonl", full_run / "eval/sft/gallery.jsonl"):
         before = path.read_bytes()
         path.write_bytes(before + '{"stage": "grpo", "city": "Łó'.encode()[:-1])
-    assert len(read_metrics(full_run / "metrics.jsonl")["grpo"]) == 30
+    assert len(read_metrics(full_run / "metrics.jsonl")[0]["grpo"]) == 30
     assert "grpo 30 steps" in page_of(full_run)
 
 
 def test_repeated_step_keeps_the_last(tmp_path):
     write_lines(tmp_path / "metrics.jsonl", [sft_line("sft", 1), sft_line("sft", 1) | {"loss": 9}])
-    assert read_metrics(tmp_path / "metrics.jsonl")["sft"][1]["loss"] == 9.0
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["sft"][1]["loss"] == 9.0
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("metrics.jsonl", '{"stage": "sft", "step": 1}\n{"stage"\n{"stage": "sft", "step": 3}\n', "line 2"),
-        ("metrics.jsonl", '{"stage": "sft", "step": 1}\n\n7\n{"stage": "sft", "step": 3}\n', "line 3"),
-        ("metrics.jsonl", '{"stage": "sft", "loss": 1}\n', "line 1: .* integer 'step'"),
         ("eval/sft/gallery.jsonl", '{"id": "x", "images": [], "labels": []}\n', "lacks answer, correct"),
         (
             "eval/sft/gallery.jsonl",
@@ -277,3 +277,80 @@ def test_split_completion(text, parts):
 def test_lone_surrogate_in_a_completion(run_dir):
     write_lines(run_dir / "eval/sft/gallery.jsonl", [gallery_line("sft", 0) | {"completion": "a\ud800b"}])
     assert "a?b" in page_of(run_dir)
+
+
+def test_lines_without_figures_are_counted_on_the_page(run_dir):
+    rows = [json.dumps(sft_line("sft", step)) for step in (1, 2, 3)]
+    (run_dir / "metrics.jsonl").write_bytes("\n7\n".join(rows).encode() + b"\n\xff\x00")
+    page = page_of(run_dir)
+    assert "sft 3 steps" in page and "left out: 3." in page
+
+
+def test_the_page_says_when_where_and_with_what(run_dir):
+    facts = {"started": "2026-12-01T01:17:18+00:00", "sessions": 2, "seconds": 3725.4, "ranks": 8}
+    facts |= {"threads": 1, "code": "geo_r1 0.2.0, commit abc1234", "hardware": "<H200>"}
+    (run_dir / "run.json").write_text(json.dumps(facts | {"versions": "Python 3.11.7, torch 2.13.0"}))
+    shown = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page_of(run_dir)))
+    assert shown == {
+        "started": "2026-12-01 01:17:18+00:00",
+        "ran for": "1:02:05, in 2 sessions",
+        "code": "geo_r1 0.2.0, commit abc1234",
+        "hardware": "&lt;H200&gt;",
+        "ranks": "8 ranks, 1 thread each",
+        "versions": "Python 3.11.7, torch 2.13.0",
+    }
+
+
+def test_each_sample_has_its_question(run_dir):
+    page = page_of(run_dir)
+    assert (
+        page.count('<pre class="prompt">&lt;image&gt; A&lt;image&gt; Which &lt;b&gt;tile&lt;/b&gt;?</pre>')
+        == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("aspects", "lead"),
+    [([], False), ([0.7], True), ([1, 1], False), ([3, 1, 1], True), ([3, 1, 2.5], False), ([2] * 11, False)],
+)
+def test_any_number_of_images_has_a_layout(aspects, lead):
+    images = [ShownImage(f"{i}", "data:", False, aspect) for i, aspect in enumerate(aspects)]
+    found = views(images)
+    assert [found["lead"], *found["tiles"]] == ([None] * (not lead)) + images
+
+
+def test_plots_are_dark_on_a_dark_page(full_run):
+    for data in re.findall(r'src="data:image/svg\+xml;base64,([^"]*)"', page_of(full_run)):
+        svg = base64.b64decode(data).decode()
+        style, rest = svg.split("</style>", 1)
+        assert "@media(prefers-color-scheme:dark){:root{--c0:" in style
+        assert not re.search(r"#(?!000000|ffffff)[0-9a-f]{6}", re.sub(r'"#[^"]*"|url\(#.*?\)', "", rest))
+
+
+def test_rates_far_apart_share_a_logarithmic_axis(tmp_path):
+    rows = [sft_line("sft", step) for step in (1, 2)]
+    rows += [grpo_line(step) | {"learning_rate": 1e-6 * (step - 1)} for step in (1, 2, 3)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    axes = draw_plots(read_metrics(tmp_path / "metrics.jsonl")[0])["learning_rate"].axes[0]
+    assert axes.get_yscale() == "log"
+    assert axes.get_lines()[2].get_xdata().tolist() == [2, 3]  # a rate of zero has no logarithm
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"stage": "grpo", "step": 1, r"rewards/$\frac/mean": 1.0}])
+    write_report(tmp_path)
+    assert plot_names(tmp_path) == {"reward"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1000, "1,000"), (1650.4, "1,650"), (1e-6, "1e-6"), (0.25, "0.25"), (0, "0")]
+)
+def test_numbers_have_no_power_of_ten_where_none_is_needed(value, text):
+    assert number_text(value) == text
+
+
+def test_a_page_is_written_even_if_its_plots_are_not(full_run):
+    (full_run / "plots").touch()
+    with pytest.raises(FileExistsError, match="plots"):
+        write_report(full_run)
+    assert "grpo 30 steps" in (full_run / "report.html").read_text(encoding="utf-8")

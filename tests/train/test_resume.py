@@ -2,7 +2,10 @@
 
 import json
 import os
+import pickle
+import pkgutil
 import signal
+from pathlib import Path
 
 import forked_ranks
 import option_runs
@@ -10,12 +13,19 @@ import pytest
 import small_runs as runs
 from compared_runs import RATE, same_metrics, same_weights
 
+from geo_r1.errors import UserError
 from geo_r1.train.__main__ import main
 from geo_r1.train.recipe.run_sections import LogConfig
 from geo_r1.train.report.log import Log
 from geo_r1.train.state.checkpoint import newest_checkpoint
 
-FINISHED = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
+FINISHED = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+}
 FINISHED |= {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 # Moment: what is left in checkpoints/, what is left in models/. The run saves at steps 1 to 5 and keeps two.
 # Renames: each save's, and each old checkpoint's before it is deleted.
@@ -31,7 +41,7 @@ KILLS = {
     "after rename:9": ({"sft-000004", "sft-000005"}, {"sft"}),
     "after rename:10": ({".sft-000004.partial", "sft-000005"}, {"sft"}),
 }
-WHOLE = {".metadata", "__0_0.distcp", "trainer.json"}
+WHOLE = {".metadata", "__0_0.distcp", "manifest.json", "trainer.json"}
 # Stage, then strategies that the run goes through, two steps each and the last one to the end. The reference
 # model moves once, in the second step, and so is in the checkpoints.
 CHAINS = {
@@ -61,8 +71,10 @@ def test_a_stopped_run_goes_on_bit_by_bit(stage, number, tmp_path, capfd):
     before = signal.getsignal(number)
     run_dir = option_runs.stopped(tmp_path / "stopped", stage, 3, number)
     assert signal.getsignal(number) is before
-    stopped = f"geo_r1: {stage} stopped after step 3 of 5; the same command goes on\n"
-    assert capfd.readouterr().err == stopped
+    assert capfd.readouterr().err.splitlines() == [
+        "geo_r1: stopping after this step, with a checkpoint; Ctrl-C again stops now",
+        f"geo_r1: {stage} stopped after step 3 of 5; the same command goes on",
+    ]
     assert newest_checkpoint(run_dir, stage).name == f"{stage}-000003"
     runs.train(run_dir, stage)
     same_result(run_dir, whole, stage)
@@ -98,6 +110,115 @@ def test_a_killed_run_leaves_whole_checkpoints_and_goes_on(tmp_path):
             assert {file.name for file in path.iterdir()} == WHOLE, (moment, path.name)
         forked_ranks.train(folder, stage, strategy="one", **changes)
         same_result(folder, whole[stage], stage)
+
+
+def flipped(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 128
+    file.write_bytes(data)
+
+
+def planted(file):
+    """Unpickling it would write a file."""
+    file.write_bytes(pickle.dumps(Planted(file.parents[2] / "ran")))
+
+
+class Planted:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+DAMAGES = {
+    "a bit of the weights": lambda folder: flipped(folder / "__0_0.distcp"),
+    "a bit of the metadata": lambda folder: flipped(folder / ".metadata"),
+    "a cut shard": lambda folder: os.truncate(folder / "__0_0.distcp", 5000),
+    "no shard": lambda folder: (folder / "__0_0.distcp").unlink(),
+    "a planted pickle": lambda folder: planted(folder / ".metadata"),
+    "another's folder": lambda folder: (
+        folder.rename(folder.with_name("sft-999999"))
+        and planted(folder.with_name("sft-999999") / ".metadata")
+    ),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(damage, tmp_path, capfd):
+    changes = {"sft__save_every": 1}
+    whole = runs.train(tmp_path / "whole", "sft", **changes)
+    run_dir = option_runs.stopped(tmp_path / "run", "sft", 3, **changes)
+    DAMAGES[damage](run_dir / "checkpoints" / "sft-000003")
+    capfd.readouterr()
+    runs.train(run_dir, "sft", **changes)
+    said = capfd.readouterr().out
+    assert " is damaged: " in said and "; it is now damaged-sft-" in said
+    assert f"sft: going on from {run_dir}/checkpoints/sft-000002" in said
+    assert not (run_dir / "ran").exists()
+    assert runs.weights(run_dir, "sft") == runs.weights(whole, "sft")
+    assert runs.metrics(run_dir, "sft") == runs.metrics(whole, "sft")
+
+
+def test_without_a_whole_checkpoint_a_stage_starts_again(tmp_path, capfd):
+    whole = runs.train(tmp_path / "whole", "sft")
+    run_dir = option_runs.stopped(tmp_path / "run", "sft", 3)
+    flipped(run_dir / "checkpoints" / "sft-000003" / "trainer.json")
+    runs.train(run_dir, "sft")
+    assert runs.weights(run_dir, "sft") == runs.weights(whole, "sft")
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"damaged-sft-000003"}
+
+
+def fails_at(number, error):
+    """A stand-in for the n-th call of a function, which raises."""
+    calls = []
+
+    def fail(real):
+        def counted(*args, **options):
+            calls.append(args)
+            if len(calls) == number:
+                raise error
+            return real(*args, **options)
+
+        return counted
+
+    return fail
+
+
+ENDS = {
+    "a row": ("sft", "geo_r1.data.loader.PromptLoader.load", 4, UserError("sample 7: broken image"), 2, 3),
+    "a row in grpo": ("grpo", "geo_r1.data.loader.PromptLoader.load", 4, UserError("sample 7"), 2, 3),
+    "a reward": ("grpo", "geo_r1.train.rl.scoring.score_groups", 4, UserError("reward x raised"), 2, 3),
+    "a defect": ("sft", "geo_r1.train.stages.sft.share_out", 4, RuntimeError("tensor sizes"), None, 3),
+    "metrics": ("sft", "geo_r1.train.report.log.Log.write", 4, OSError(28, "No space left on device"), 2, 4),
+    "an evaluation": ("sft", "geo_r1.train.stages.evaluate.predict", 2, UserError("sample 3"), 2, 4),
+    "the export": ("sft", "geo_r1.train.context.export_model", 1, OSError(28, "No space left"), 2, 5),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_whatever_ends_a_stage_it_goes_on_from_its_last_whole_step(end, tmp_path, monkeypatch, capfd):
+    stage, name, number, error, code, step = ENDS[end]
+    changes = {"eval__every": 2} if end == "an evaluation" else {}
+    whole = runs.train(tmp_path / "whole", stage, **changes)
+    run_dir, argv = tmp_path / "run", runs.arguments(tmp_path / "run", stage, **changes)
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(name, fails_at(number, error)(pkgutil.resolve_name(name)))
+        if code is None:
+            with pytest.raises(type(error)) as e:
+                main(argv)
+            assert e.value.__notes__ == [f"{stage} goes on after step {step}"]
+        else:
+            assert main(argv) == code
+            [line] = capfd.readouterr().err.splitlines()
+            assert end == "the export" or line.endswith(f"; {stage} goes on after step {step}")
+    assert newest_checkpoint(run_dir, stage).name == f"{stage}-{step:06d}"
+    runs.train(run_dir, stage, **changes)
+    assert runs.weights(run_dir, stage) == runs.weights(whole, stage)
+    if end not in ("metrics", "an evaluation"):  # of which the figures are lost
+        assert runs.metrics(run_dir, stage) == runs.metrics(whole, stage)
 
 
 def stop(run_dir, stage, strategy, number, rank, after, **changes):

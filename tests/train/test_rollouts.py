@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -141,7 +142,9 @@ def test_a_sampler_that_goes_loses_nothing(number, changes, tmp_path, capfd):
     with failing(number, EngineLost("the server at http://here does not answer")):
         assert main(runs.arguments(tmp_path / "lost", "grpo", **changes)) == 1
     [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith("geo_r1: the server at http://here does not answer; grpo goes on after step ")
+    assert re.fullmatch(
+        r"geo_r1: the server at http://here does not answer(; grpo goes on after step [1-4])?", line
+    )
     found = runs.train(tmp_path / "lost", "grpo", **changes)
     assert [row["step"] for row in runs.metrics(found, "grpo")] == [1, 2, 3, 4, 5]
     if number == 1:  # what it had not answered later gets newer weights, but in the first step there are none
@@ -358,6 +361,7 @@ def test_a_mismatch_above_the_limit_stops_the_run_before_its_update(tmp_path, ca
             "like http://host:8000, not here:80x",
         ),
         ({"rollout__engine": "vllm", "rollout__server_url": "http://here:1/v1"}, "like http://host:8000"),
+        ({"rollout__engine": "vllm", "rollout__server_url": "http://me:x@here:1"}, "must hold no password"),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused(changes, message, tmp_path, capfd):

@@ -122,7 +122,7 @@ def test_images_have_the_names_of_the_prompt(tmp_path):
     (true,) = re.findall(r'class="candidate true">\s*(<img[^>]*>)', page)
     image = base64.b64encode(png(Image.new("RGB", (20, 10), (0, 100, 7)))).decode()
     assert image in true and page.count(image) == 1
-    assert page.count('<img class="tiny"') == 3 and page.count('class="panorama"') == 1
+    assert page.count('<img class="tiny"') == 3 and page.count('class="lead"') == 0
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,10 @@ def test_what_is_not_known_is_null(tmp_path):
 
 def test_the_prompt_as_text(tmp_path):
     chat = (message("Be brief.", "system"), message("<image> A<image> B", "user"), message("Well?"))
-    samples = [sample(0, [make_image(0), make_image(1)], chat), sample(1, [make_image(0)], (message("See <image>"),))]
+    samples = [
+        sample(0, [make_image(0), make_image(1)], chat),
+        sample(1, [make_image(0)], (message("See <image>"),)),
+    ]
     path = write_transcripts(tmp_path, "grpo", 1, [transcript(i, s) for i, s in enumerate(samples)])
     assert [row["prompt"] for row in rows_of(path)[::2]] == [
         "system: Be brief.\n\nuser: <image> A<image> B\n\nuser: Well?",

@@ -16,7 +16,7 @@ from rich.progress import track
 from geo_r1.data.formats.known import FORMATS, detect
 from geo_r1.data.journal import MAX_LINE
 from geo_r1.data.paths import moved, naming
-from geo_r1.data.sample import read_rows
+from geo_r1.data.rows import read_rows
 from geo_r1.errors import UserError, one_line
 from geo_r1.files import beside, write_text, written_beside
 
@@ -76,7 +76,7 @@ def command(options: argparse.Namespace) -> None:
             )
     given = {name: getattr(options, name) for name in ("target", "image_root", "flatten")}
     count = convert_file(options.input, options.output, source=source, **given)
-    print(f"{count} rows of {source}{why} written as {options.target}: {options.output}")
+    print(one_line(f"{count} rows of {source}{why} written as {options.target}: {options.output}"))
 
 
 def convert_file(

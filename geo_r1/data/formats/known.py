@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from geo_r1.data.formats.row_kinds import WITHOUT_TOOLS, Chat, Format, Own, Problem
-from geo_r1.data.sample import IMAGE_MARKER
+from geo_r1.data.messages import IMAGE_MARKER
 
 
 def _reserved(names: str) -> frozenset[str]:

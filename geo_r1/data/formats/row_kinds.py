@@ -8,19 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from geo_r1.answers import extract_answer
-from geo_r1.data.formats.turns import (
-    IMAGE,
-    Turn,
-    marked,
-    merged,
-    images_first,
-    read_turns,
-    system_first,
-    text_of,
-    unmarked,
-)
-from geo_r1.data.sample import IMAGE_MARKER, Sample, sample_of, shown
+from geo_r1.data.columns import bare, own_columns, present
+from geo_r1.data.formats.turns import IMAGE, images_first, marked, merged, system_first
+from geo_r1.data.messages import IMAGE_MARKER, Turn, placed, read_turns, shown, text_of
+from geo_r1.data.sample import Sample, sample_of
 from geo_r1.errors import UserError
 
 Row = Mapping[str, Any]
@@ -52,7 +43,7 @@ class Format(ABC):
         """
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: a row must be a mapping of columns, got {shown(row)}")
-        columns = {key: value for key, value in row.items() if value is not None}
+        columns = present(row)
         try:
             for other in self.reserved & {"videos", "audios"}:
                 if columns.pop(other, None):
@@ -104,8 +95,9 @@ class Own(Format):
     """Our rows; every prompt becomes messages of parts, so all rows of a table have one type."""
 
     def _own(self, columns: Columns) -> Columns:
-        prompt = columns.pop("prompt", None)
-        return {"prompt": read_turns(prompt) if isinstance(prompt, list) else prompt}
+        own = own_columns(columns)
+        columns.clear()
+        return own
 
     def _row(self, turns: list[Turn], images: list[Any], sample: Sample, flatten: bool) -> Columns:
         return {"prompt": turns, "images": images, "response": sample.response, "answer": sample.answer}
@@ -136,7 +128,7 @@ class Chat(Format):
 
     def _own(self, columns: Columns) -> Columns:
         answer, images = columns.pop(self.answer, None), _images(columns, single=not self.alternates)
-        own: Columns = {"answer": _bare(answer) if self.answer == "solution" else answer, "images": images}
+        own: Columns = {"answer": bare(answer) if self.answer == "solution" else answer, "images": images}
         completed = self.response == "completion" and "messages" not in columns
         key = "messages" if self.response == "completion" and not completed else self.key
         turns = self._turns(_taken(columns, key), "user")
@@ -155,13 +147,15 @@ class Chat(Format):
             raise UserError("its response has an image")
         if self.alternates and images and IMAGE_MARKER not in repr(turns):
             raise UserError(f"its text has no {IMAGE_MARKER}, but the row has images")
-        return own | {"prompt": turns}
+        if not isinstance(images, list | None):
+            raise UserError(f"'images' must be a list, got {shown(images)}")
+        turns, images = placed(turns, images or [])
+        return own | {"prompt": turns, "images": images}
 
     def _turns(self, value: Any, speaker: str) -> list[Turn]:
         if isinstance(value, str) and not self.markers:
             value = [{self.role: speaker, self.content: value}]
-        turns = read_turns(value, self.role, self.content, self.names)
-        return turns if self.markers else unmarked(turns)
+        return read_turns(value, self.role, self.content, self.names)
 
     def _row(self, turns: list[Turn], images: list[Any], sample: Sample, flatten: bool) -> Columns:
         roles = [turn["role"] for turn in turns]
@@ -204,7 +198,7 @@ class Problem(Format):
                 isinstance(turns, list) and len(turns) == 2 and all(isinstance(t, Mapping) for t in turns)
             ):
                 raise UserError(f"'conversations' must be a question and its answer, got {shown(turns)}")
-            text, answer = turns[0].get("value"), _bare(turns[1].get("value"))
+            text, answer = turns[0].get("value"), bare(turns[1].get("value"))
         else:
             text, answer = _taken(columns, "problem"), columns.pop("answer", None)
         if not isinstance(text, str):
@@ -257,9 +251,3 @@ def _images(columns: Columns, single: bool) -> Any:
             raise UserError("it has both 'image' and 'images'")
         images = columns.pop("image")
     return [images] if isinstance(images, str | bytes | Mapping) else images
-
-
-def _bare(answer: Any) -> Any:
-    """An answer without the tags that some data sets put around it."""
-    inner = extract_answer(answer) if isinstance(answer, str) else None
-    return answer if inner is None else inner

@@ -1,65 +1,15 @@
-"""Read, write and reorder chat turns in other trainers' formats."""
+"""Write and reorder chat turns in other trainers' formats."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from geo_r1.data.sample import IMAGE_MARKER, shown
+from geo_r1.data.messages import IMAGE_MARKER
 from geo_r1.errors import UserError
 
-Turn = dict[str, Any]  # role, content
 Parts = list[dict[str, Any]]
 IMAGE = {"type": "image"}
-
-
-def read_turns(
-    value: Any, role: str = "role", content: str = "content", names: Mapping[str, str] | None = None
-) -> list[Turn]:
-    """Rename a message's keys and roles to ours; anything that would be lost is an error.
-
-    Args:
-        value: a list of messages.
-        role, content: names of these keys in a message.
-        names: our role name -> the format's; None if they are the same.
-
-    Raises:
-        UserError: `value` is malformed, or a message does not fit our prompts.
-    """
-    if not isinstance(value, list):
-        raise UserError(f"its messages must be a list, got {shown(value)}")
-    own_names = {theirs: own for own, theirs in (names or {}).items()}
-    turns = []
-    for turn in value:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get(role), str):
-            raise UserError(f"a message must have {role} and {content}, got {shown(turn)}")
-        if lost := [key for key, item in turn.items() if key not in (role, content) and item is not None]:
-            raise UserError(f"a message has {lost[0]!r:.80}, which is not read")
-        if names and turn[role] not in own_names:
-            raise UserError(f"{role} must be one of {', '.join(own_names)}; got {shown(turn[role])}")
-        said = turn.get(content)
-        for part in said if isinstance(said, list) else []:
-            if isinstance(part, Mapping) and part.get("type") == "image" and part.get("image") is not None:
-                raise UserError("an image part holds its image; they are read from the column 'images'")
-        turns.append({"role": own_names.get(turn[role], turn[role]), "content": said})
-    return turns
-
-
-def unmarked(turns: list[Turn]) -> list[Turn]:
-    """Keep `<image>` as an ordinary word, for formats without markers."""
-    for turn in turns:
-        if isinstance(turn["content"], str):
-            turn["content"] = [{"type": "text", "text": turn["content"]}] if turn["content"] else []
-    return turns
-
-
-def text_of(content: Any) -> str:
-    """The text of a response; raises UserError if it holds anything else."""
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"a response must be text, got {shown(content)}")
-    return "".join(map(str, texts))
 
 
 def merged(parts: Iterable[Mapping[str, Any]]) -> Parts:

@@ -1,33 +1,22 @@
-"""Check, shrink and stitch a data set's images in worker processes."""
+"""Check, shrink and stitch a data set's images."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
-from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
+from geo_r1.data.decoding import ImageError, load_image, shrink
 from geo_r1.data.paths import naming
-from geo_r1.data.sample import load_image, shrink
 from geo_r1.errors import UserError
 from geo_r1.files import written_beside
 
-CHUNK = 16  # images or questions sent to a process at a time
-AHEAD = 8  # chunks queued for each process
 STITCHED_PIXELS = 1 << 20  # default size of one image with all candidates
 NARROWEST, WIDEST = 448, 2048  # width of a stitched image in pixels
 
@@ -62,7 +51,7 @@ class Check:
     Attributes:
         root: absolute path of the folder that holds them; a link must not lead out of it.
         shrunk: folder for the shrunk copies of images over `max_pixels`.
-        max_pixels: None allows every size below Pillow's own limit.
+        max_pixels: None allows every size up to `MAX_PIXELS`.
     """
 
     root: Path
@@ -84,14 +73,9 @@ class Check:
         full = self.root / path
         where = str(full)
         try:
-            real = os.path.realpath(full)
-            if os.path.commonpath([real, os.path.realpath(self.root)]) != os.path.realpath(self.root):
-                return where, "an image leads outside the root"
-            if not os.path.isfile(real):
-                return where, "an image does not exist"
-            image = open_image(full)
-        except UserError as error:
-            return where, _fault(str(error), f"sample {full}: image {full} ")
+            image = load_image(full, where, root=self.root)
+        except ImageError as error:
+            return where, f"an image {error.kind}"
         if self.max_pixels is None or image.width * image.height <= self.max_pixels:
             return where, None
         kind = "JPEG" if full.suffix.lower() in (".jpg", ".jpeg") else "PNG"
@@ -123,96 +107,11 @@ class Stitch:
         name = blake2b("\0".join([*images, str(self.max_pixels)]).encode(), digest_size=16).hexdigest()
         target = self.folder / f"{name}.jpg"
         _save(
-            stitched(*(open_image(Path(path)) for path in images), max_pixels=self.max_pixels),
+            stitched(*(load_image(Path(path), path) for path in images), max_pixels=self.max_pixels),
             target,
             "JPEG",
         )
         return str(target)
-
-
-def in_processes(
-    work: Callable[[Item], Result],
-    items: Iterable[Item],
-    num_workers: int,
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[Result]:
-    """Call `work` on each item in worker processes; yields the results in order.
-
-    Args:
-        num_workers: number of processes; with 0, this process does the work.
-        progress: called with the number of items just finished.
-
-    Raises:
-        UserError: a process ended unexpectedly. Errors of `work` are passed on.
-    """
-    stream = iter(items)
-    chunks = iter(lambda: list(islice(stream, CHUNK)), [])
-    for results in _results(partial(_each, work), chunks, num_workers):
-        if progress:
-            progress(len(results))
-        yield from results
-
-
-def _results(work: Callable[[Any], Any], chunks: Iterator[Any], num_workers: int) -> Iterator[Any]:
-    if num_workers == 0:
-        yield from map(work, chunks)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    executor = ProcessPoolExecutor(num_workers, context, _follow_parent)
-    try:
-        waiting = deque(executor.submit(work, chunk) for chunk in islice(chunks, AHEAD * num_workers))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(executor.submit(work, chunk) for chunk in islice(chunks, 1))
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that works on images ended unexpectedly (mostly a lack of memory): lower "
-            "--num-workers (0 needs no such processes)"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _follow_parent() -> None:
-    """End this worker when its parent ends, for whatever reason."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=follow, daemon=True).start()
-
-
-def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
-    return [work(item) for item in items]
-
-
-def open_image(path: Path) -> Image.Image:
-    """Decode an image as `load_image` does; Pillow's warning of a decompression bomb becomes an error.
-
-    Raises:
-        UserError: the image is missing, broken, too large, or has more than 8 bits per channel; names it.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return load_image(path, str(path))
-        except Image.DecompressionBombWarning as error:
-            raise UserError(f"sample {path}: image {path} cannot be read: {error}") from error
-
-
-def _fault(message: str, prefix: str) -> str:
-    """An image's fault without its name, so that equal faults can be counted."""
-    message = message.removeprefix(prefix)
-    if "decompression bomb" in message:
-        return "an image has more pixels than Pillow's limit"
-    if "8 bits" in message:
-        return "an image has more than 8 bits a channel"
-    return f"an image {message.partition(':')[0]}"
 
 
 def stitched(ground: Image.Image, *tiles: Image.Image, max_pixels: int) -> Image.Image:

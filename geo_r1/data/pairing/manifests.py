@@ -7,6 +7,7 @@ left out and counted by reason; a file without any site is an error.
 from __future__ import annotations
 
 import posixpath
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from os.path import isfile
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from geo_r1.data.columns import whole
+from geo_r1.data.messages import is_absent
 from geo_r1.data.pairing.tables import Drops, csv_rows, lines_of, table_rows
 from geo_r1.errors import UserError
 from geo_r1.places import is_coordinate
@@ -35,7 +38,7 @@ class Sites:
 
     Attributes:
         root: the folder with all images.
-        id, city: names; ids are unique.
+        id, city: names; ids are unique, and a city has one spelling, its first (see `folded`).
         ground, satellite: normalised paths of the images below `root`, with /.
         semi_positives: for each site, the paths of other tiles that show it off their centre.
         latitude, longitude: the site's, in degrees.
@@ -120,6 +123,7 @@ class _Reader:
         self.drops = Drops()
         self.rows: list[_Row] = []
         self.ids: set[str] = set()
+        self.cities: dict[str, str] = {}  # folded name -> its first spelling
 
     def sites(self) -> tuple[Sites, Drops]:
         id, city, ground, satellite, semi, *numbers = map(list, zip(*self.rows, strict=True))
@@ -165,6 +169,7 @@ class _Reader:
             (latitude, longitude), (tile_latitude, tile_longitude) = points  # type: ignore[misc]
             if city is None:
                 city = _square(latitude, longitude)
+            city = self.cities.setdefault(folded(city), city)
             self.ids.add(id)
             degrees = latitude, longitude, tile_latitude, tile_longitude
             self.rows.append(_Row(id, city, str(paths[0]), str(paths[1]), semi, *degrees))
@@ -277,8 +282,13 @@ class _Reader:
         self.used(lists[0], 0)
 
 
+def folded(name: str) -> str:
+    """A city's name for comparisons: by NFC (one code for e and its accent), casefold and single spaces."""
+    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).split())
+
+
 def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+    return "" if is_absent(value) else str(whole(value)).strip()
 
 
 def _names(value: Any) -> Semi:

@@ -23,12 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from geo_r1.data.pairing.confusers import KINDS, Places
-from geo_r1.data.pairing.manifests import SOURCES, VIGOR_SPLIT, Sites, read_sites
-from geo_r1.data.pairing.images import Check, Images, in_processes
+from geo_r1.data.pairing.images import Check, Images
+from geo_r1.data.pairing.manifests import SOURCES, VIGOR_SPLIT, Sites, folded, read_sites
 from geo_r1.data.pairing.questions import Questions, generator
 from geo_r1.data.pairing.tables import Drops
 from geo_r1.data.paths import naming
-from geo_r1.errors import UserError
+from geo_r1.data.processes import in_processes
+from geo_r1.errors import UserError, one_line
 from geo_r1.files import written_beside
 
 SPLITS = ("train", "test")
@@ -172,10 +173,11 @@ def _split_cities(cities: Sequence[str], options: argparse.Namespace) -> dict[st
     """The split of each city."""
     names = sorted(set(cities))
     if options.test_cities:
-        unknown = sorted(set(options.test_cities) - set(names))
+        spelt = {folded(name): name for name in names}
+        unknown = sorted(name for name in options.test_cities if folded(name) not in spelt)
         if unknown:
             raise UserError(f"--test-cities: no sites in {unknown[0]!r}; there are {_few(names)}")
-        test = set(options.test_cities)
+        test = {spelt[folded(name)] for name in options.test_cities}
         if len(test) == len(names):
             raise UserError("--test-cities names every city; leave one for training, or use --test-share 1")
     elif options.test_share in (0, 1):
@@ -209,7 +211,7 @@ def _card(options: argparse.Namespace, counts: dict[str, Any], drops: Drops) -> 
 
 
 def _table(counts: dict[str, Any], drops: Drops, out: Path) -> Table:
-    table = Table("", "questions", "cities", "median distance", title=Text(str(out)))
+    table = Table("", "questions", "cities", "median distance", title=Text(one_line(out)))
     for split, count in counts.items():
         median = f"{count['confuser_distance_m']['50%']:,.0f} m"
         table.add_row(split, f"{count['questions']:,}", f"{len(count['cities']):,}", median)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from geo_r1.data.pairing.confusers import Chooser, keys
+from geo_r1.data.pairing.images import STITCHED_PIXELS, Images, Stitch
 from geo_r1.data.pairing.manifests import Sites
-from geo_r1.data.pairing.images import STITCHED_PIXELS, Images, Stitch, in_processes
 from geo_r1.data.pairing.tables import Drops
+from geo_r1.data.processes import in_processes
 from geo_r1.errors import UserError
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from geo_r1.data.journal import MAX_LINE
+from geo_r1.data.parquet import read_parquet
 from geo_r1.data.paths import naming
-from geo_r1.data.sample import read_parquet
 from geo_r1.errors import UserError
 
 NAMED = 5  # rows named per reason

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from geo_r1.data.sample import ImageSource, Sample, load_image, read_image, shrink
+from geo_r1.data.decoding import ImageSource, load_image, read_image, shrink
+from geo_r1.data.sample import Sample
 from geo_r1.files import data_uri
 
 MAX_REPLY = 2**20  # bytes of a response: a chain of thought takes some kilobytes
@@ -60,7 +61,7 @@ def chat_messages(
         parts = [
             _text(part["text"])
             if part["type"] == "text"
-            else {"type": "image_url", "image_url": {"url": _data_uri(next(images), sample.id, max_pixels)}}
+            else {"type": "image_url", "image_url": {"url": _data_uri(next(images), sample, max_pixels)}}
             for part in message["content"]
         ]
         messages.append({"role": message["role"], "content": parts})
@@ -78,11 +79,15 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _data_uri(source: ImageSource, owner: str, max_pixels: int | None) -> str:
+def _data_uri(source: ImageSource, sample: Sample, max_pixels: int | None) -> str:
     encoded = source if isinstance(source, bytes) else None
-    if not isinstance(source, Image.Image | bytes) and source.is_file():
-        encoded = read_image(source, owner) if source.stat().st_size <= SMALL_IMAGE else None
-    image = load_image(source, owner, encoded)
+    if (
+        not isinstance(source, Image.Image | bytes)
+        and source.is_file()
+        and source.stat().st_size <= SMALL_IMAGE
+    ):
+        encoded = read_image(source, sample.id, sample.image_root)
+    image = load_image(source, sample.id, encoded, sample.image_root)
     fits = max_pixels is None or image.width * image.height <= max_pixels
     if encoded is None or not fits or (kind := _as_it_is(encoded)) is None:
         kind, encoded = _encode(image if fits else shrink(image, max_pixels or 1))

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from geo_r1.data.paths import naming
-from geo_r1.data.sample import Sample, read_samples
+from geo_r1.data.rows import read_samples
+from geo_r1.data.sample import Sample
 from geo_r1.data.teaching.cot_output import CotOutput
 from geo_r1.data.teaching.endpoint import (
     Endpoint,

@@ -23,7 +23,7 @@ from geo_r1.data.journal import Journal
 from geo_r1.data.paths import naming
 from geo_r1.data.sample import Sample
 from geo_r1.data.teaching.chat import Failure, Reply
-from geo_r1.errors import UserError
+from geo_r1.errors import UserError, one_line
 from geo_r1.files import write_text, written_beside
 
 
@@ -75,7 +75,7 @@ class CotOutput:
                     write_text(
                         card, json.dumps({**decisive, **settings, **output.figures()}, indent=1) + "\n"
                     )
-                print(output)
+                print(one_line(output))
 
     def __contains__(self, name: str) -> bool:
         return name in self.written.records or name in self.failed.records

@@ -25,9 +25,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from geo_r1.data.columns import own_columns
 from geo_r1.data.journal import Journal
 from geo_r1.data.paths import moved_row, naming
-from geo_r1.data.sample import Sample, read_rows, sample_of
+from geo_r1.data.rows import read_rows
+from geo_r1.data.sample import Sample, sample_of
 from geo_r1.data.teaching.endpoint import Endpoint, EndpointConfig, Reply, add_endpoint_arguments
 from geo_r1.data.teaching.rules import AGAIN, KEPT, REJECTED, Finding, Limits, check, outcome
 from geo_r1.errors import UserError
@@ -112,7 +114,7 @@ def command(options: argparse.Namespace) -> None:
             raise UserError(f"{where}: the id {sample.id!r} stands there twice")
         if any(isinstance(image, bytes) for image in sample.images):
             raise UserError(f"{where}: its images are in the table; save them as files first (cot does)")
-        rows[sample.id] = moved_row({**row, "id": sample.id}, root, options.out)
+        rows[sample.id] = moved_row({**own_columns(row), "id": sample.id}, root, options.out)
         samples[sample.id], found[sample.id] = sample, check(sample, gazetteer, limits)
     if not samples:
         raise UserError(f"{options.data} holds no samples")

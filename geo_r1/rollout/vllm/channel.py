@@ -17,11 +17,14 @@ import os
 import secrets
 import socket
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -201,6 +204,11 @@ class WeightSender(ExitStack):
             raise Unavailable(str(error)) from error
         self._listener = self.enter_context(socket.create_server((self._host, 0), family=family))
         self._listener.settimeout(LOOK)
+        self._proven: SimpleQueue[Connection] = SimpleQueue()
+        listening = threading.Thread(target=self._listen, daemon=True)
+        listening.start()
+        self.callback(listening.join)
+        self.callback(_shut, self._listener)  # first, which ends the thread
 
     def arguments(self) -> dict[str, Any]:
         """Arguments for `WeightReceiver.receive_weights`."""
@@ -209,23 +217,41 @@ class WeightSender(ExitStack):
 
     def accept(self, num_workers: int, may_come: Callable[[], bool]) -> bool:
         """Wait for the workers; False if some did not come. Connections without the key are dropped."""
-        for _ in range(math.ceil(self._timeout / LOOK)):
-            if len(self._workers) == num_workers or not may_come():
-                break
+        deadline = time.monotonic() + self._timeout
+        while len(self._workers) < num_workers and time.monotonic() < deadline and may_come():
+            with suppress(Empty):
+                self._workers.append(self.enter_context(self._proven.get(timeout=LOOK)))
+        return len(self._workers) == num_workers
+
+    def _listen(self) -> None:
+        """Greet every connection in a thread of its own, so that no stranger keeps a worker waiting."""
+        while True:
             try:
                 channel, _address = self._listener.accept()
             except TimeoutError:
                 continue
-            channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = _messages(channel, min(self._timeout, GREETING), self._timeout)
-            try:
-                deliver_challenge(connection, self._key)
-                answer_challenge(connection, self._key)
-            except BROKEN:  # a stranger, or a worker that has gone: the server's answer says which
-                connection.close()
-            else:
-                self._workers.append(self.enter_context(connection))
-        return len(self._workers) == num_workers
+            except OSError:  # it was closed
+                return
+            threading.Thread(target=self._greet, args=(channel,), daemon=True).start()
+
+    def _greet(self, channel: socket.socket) -> None:
+        channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        also = channel.dup()
+        connection = _messages(channel, min(self._timeout, GREETING), self._timeout)
+        # a stranger may send a byte now and then
+        limit = threading.Timer(GREETING, _shut, [also])
+        limit.daemon = True
+        limit.start()
+        try:
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+        except BROKEN:  # a stranger, or a worker that has gone: the server's answer says which
+            connection.close()
+        else:
+            self._proven.put(connection)
+        finally:
+            limit.cancel()
+            also.close()
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         """Send each tensor to all workers, then the end.
@@ -256,6 +282,11 @@ class WeightSender(ExitStack):
                     rest = rest[os.write(worker.fileno(), rest) :]
         except OSError as error:
             raise Unavailable(f"a worker takes no more weights: {error}") from error
+
+
+def _shut(channel: socket.socket) -> None:
+    with suppress(OSError):  # it has gone
+        channel.shutdown(socket.SHUT_RDWR)
 
 
 def _messages(channel: socket.socket, receive: float, send: float) -> Connection:

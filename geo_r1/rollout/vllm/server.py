@@ -25,6 +25,7 @@ from geo_r1.files import data_uri
 from geo_r1.models import EncodedPrompt
 from geo_r1.rollout.engine import Copies, EngineLost, WeightsLost
 from geo_r1.rollout.sampling import Completion, SamplingConfig
+from geo_r1.rollout.vllm.answers import AllDescribed, AllReceived, Described, Generated, WeightInfo
 from geo_r1.rollout.vllm.channel import WeightSender
 from geo_r1.rollout.vllm.http_client import HttpClient, Unavailable
 from geo_r1.rollout.vllm.requests import (
@@ -147,7 +148,7 @@ class ServerEngine:
         base, self._base = self._base if alpha is not None else None, None
         name = base[0] if base else version
         call = {"alpha": alpha, "base": name, "whole": base is None}
-        post = partial(self._http.json, "POST")
+        post = self._http.post
         try:
             await post("/abort_requests", {})  # those of a call that was given up
             await post("/update_weight_version", {"new_version": f"{version}/loading"})
@@ -172,7 +173,9 @@ class ServerEngine:
         broken, checksums = Unavailable("its workers did not come for them"), None
         with WeightSender(self._http.address, self._timeout) as sender:
             call = {"method": "receive_weights", "kwargs": sender.arguments() | how}
-            told = asyncio.create_task(self._http.json("POST", "/collective_rpc", call, timeout=None))
+            told = asyncio.create_task(
+                self._http.read(AllReceived, "POST", "/collective_rpc", call, unlimited=True)
+            )
             try:
                 if await asyncio.to_thread(sender.accept, num_workers, lambda: not told.done()):
                     checksums = sender.send(tensors)  # here, where the ranks gather them
@@ -183,10 +186,10 @@ class ServerEngine:
                 await asyncio.wait([told], timeout=self._timeout)
         if not told.done():
             raise Unavailable(f"/collective_rpc: no answer within {self._timeout:.0f} s") from broken
-        results = told.result()["results"]
-        if refused := [result["refused"] for result in results if result["refused"]]:
+        results = told.result().results
+        if refused := [result.refused for result in results if result.refused]:
             raise UserError(f"{self._http.url}: {refused[0]}")
-        if lost := [result["lost"] for result in results if result["lost"]]:
+        if lost := [result.lost for result in results if result.lost]:
             raise Unavailable(lost[0])
         if checksums is None:
             raise broken
@@ -205,28 +208,26 @@ class ServerEngine:
             sampling, num_completions, stream, self._end_token_ids, self._vision_token_ids
         )
         body = await asyncio.to_thread(_body, prompt, params)
-        key = hashlib.blake2b(body).digest()
+        key, vision = hashlib.blake2b(body).digest(), self._vision_token_ids
 
         async def answers() -> list[Completion]:
-            answer = await self._http.json("POST", GENERATE, body, f"sample {prompt.sample_id}: ")
-            try:
-                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-                for choice in choices:
-                    for span in choice["weight_versions"]:
-                        self._check_version(span["version"], version)
-                said = [
-                    (c["token_ids"], [t["logprob"] for t in c["logprobs"]["content"]], c["finish_reason"])
-                    for c in choices
-                ]
-                check_expanded(prompt, answer["prompt_token_ids"])
-            except (KeyError, TypeError) as error:
-                raise Unavailable(f"its answer to {GENERATE} is not a list of completions") from error
-            if any(reason not in ("stop", "length") for _, _, reason in said):
+            who = f"sample {prompt.sample_id}: "
+            answer = await self._http.read(Generated, "POST", GENERATE, body, who)
+            for choice in answer.choices:
+                for span in choice.weight_versions:
+                    self._check_version(span.version, version)
+            check_expanded(prompt, answer.prompt_token_ids)
+            said = [
+                (c.token_ids, [token.logprob for token in c.logprobs.content], c.finish_reason)
+                for c in sorted(answer.choices, key=lambda choice: choice.index)
+            ]
+            if any(reason not in ("stop", "length") for *_, reason in said):
                 raise Unavailable("it gave up a completion")
             if any(NO_LOGPROB in logp for _, logp, _ in said):
-                raise UserError(
-                    f"sample {prompt.sample_id}: a token has no log-probability: are weights NaN?"
-                )
+                raise UserError(f"{who}a token has no log-probability: are weights NaN?")
+            whole = all(len(ids) == len(logp) > 0 and vision.isdisjoint(ids) for ids, logp, _ in said)
+            if len(said) != params["n"] or not whole:
+                raise Unavailable(f"{GENERATE}: its answer is not {params['n']} whole completions")
             self._failing_since = None
             return read_completions(said, num_completions, sampling, self._vision_token_ids)
 
@@ -235,7 +236,7 @@ class ServerEngine:
         return self._kept[key]
 
     async def _weight_version(self) -> str:
-        return str((await self._http.json("GET", "/weight_info"))["weight_version"])
+        return str((await self._http.read(WeightInfo, "GET", "/weight_info")).weight_version)
 
     def _check_version(self, version: str, expected: str | None = None) -> None:
         """Raise WeightsLost unless these are weights of this run: of this load, if one is expected."""
@@ -256,28 +257,28 @@ class ServerEngine:
                 f"{self._http.url} wants another key: set VLLM_API_KEY to the one it was started with"
             )
         wrong = [f"it has no {path}" for path, status in found.items() if status == 404]
-        workers: list[dict[str, Any]] = [] if wrong else await self._insist(self._workers)
+        workers: list[Described] = [] if wrong else await self._insist(self._workers)
         if not (wrong or workers):
             wrong.append("its workers are not of WeightReceiver")
         for worker in workers[:1]:
-            self._max_model_len = worker["max_model_len"]
-            if worker["logprobs_mode"] != (mode := common_options()["logprobs_mode"]):
-                wrong.append(f"its log-probabilities are {worker['logprobs_mode']}, not {mode}")
-            if worker["data_parallel_size"] != 1:
+            self._max_model_len = worker.max_model_len
+            if worker.logprobs_mode != (mode := common_options()["logprobs_mode"]):
+                wrong.append(f"its log-probabilities are {worker.logprobs_mode}, not {mode}")
+            if worker.data_parallel_size != 1:
                 wrong.append("it has data parallel ranks, whose workers cannot all be reached")
         if wrong:
             raise UserError(f"{self._http.url} cannot be trained with: {'; '.join(wrong)}; {self._start}")
         return len(workers)
 
-    async def _workers(self) -> list[dict[str, Any]]:
+    async def _workers(self) -> list[Described]:
         """The workers' descriptions of themselves; empty if they are not ours."""
         try:
-            answer = await self._http.json("POST", "/collective_rpc", {"method": "describe_receiver"})
+            call = {"method": "describe_receiver"}
+            return (await self._http.read(AllDescribed, "POST", "/collective_rpc", call)).results
         except Unavailable as error:
             if "describe_receiver" in str(error):  # it is named as what they do not have
                 return []
             raise
-        return answer["results"]
 
     async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask until there is an answer, or patience ends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from statistics import fmean
@@ -13,12 +14,12 @@ from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
 from geo_r1.data import PromptEncoder
-from geo_r1.data.prompt import OverlongPromptError
 from geo_r1.data.source import Source
-from geo_r1.errors import UserError
+from geo_r1.errors import UserError, one_line, printable
 from geo_r1.models import EncodedPrompt
 from geo_r1.models.cost import ModelCost
 from geo_r1.train.estimate.memory import ASSUMED, WIDTH, Estimate, Load, estimate, spread_of
+from geo_r1.train.estimate.readiness import disk, gib, missing, wall_time
 from geo_r1.train.estimate.weights import entries, weights_of
 from geo_r1.train.models import encoder_of, without_weights, world_of
 from geo_r1.train.recipe.run_sections import EvalConfig, LoraConfig
@@ -35,41 +36,90 @@ DEFAULT_LOAD = (
 )
 
 
-def what_it_takes(recipe: Recipe, num_ranks: int) -> str:
+@dataclass(frozen=True)
+class Work:
+    """A stage's duration, lines about it, and its load; None if its data cannot be read."""
+
+    headline: str
+    lines: list[str]
+    load: Load | None
+    steps: int | None = None
+    problem: str = ""
+
+
+def what_it_takes(recipe: Recipe, num_ranks: int) -> tuple[str, list[str]]:
     """Say what a recipe would take on a number of ranks. Writes nothing and reads no weights.
 
-    Raises:
-        UserError: the recipe, its model's config or its samples are wrong, as in a run.
+    Returns:
+        The text, which ends with READY or NOT READY, and what is missing for the recipe to start.
     """
-    config, tokenizer, image_processor = without_weights(recipe)
-    encoder = encoder_of(recipe, config, tokenizer, image_processor)
-    capacity, device = _device()
-    fused = recipe.model.liger and recipe.model.dtype != "float64" and find_spec("liger_kernel") is not None
-    library = "liger-kernel" if fused else "transformers"
-    lines = [*_about_model(recipe, config), *_about_ranks(recipe, num_ranks), f"device     {device}"]
-    lines.append(f"assumed    norms, SwiGLU and rotary positions by {library} on that GPU")
-    for stage in recipe.run.stages:
-        headline, about, load = _work(recipe, config, stage, encoder)
-        memory = partial(estimate, config=config, stage=stage, load=load, fused=fused, capacity=capacity)
-        found = memory(recipe, num_ranks=num_ranks)
-        lines += ["", f"== {stage}: {headline}", *about, "", *memory_table(found)]
-        if stage == "grpo" and recipe.rollout.engine == "vllm":
-            lines.append(_about_vllm(recipe, config, capacity))
-        if found.peak <= capacity:
-            lines.append(f"fits: {_gib(found.peak)} of {_gib(capacity)}")
-            continue
-        lines.append(f"does not fit: {_gib(found.peak)}, but there are {_gib(capacity)}. Instead:")
-        for changes, counts in _remedies(recipe, num_ranks, stage):
+    problems, lines = [*missing(recipe, num_ranks)], []
+    steps: dict[str, int | None] = {}
+    try:
+        config, tokenizer, image_processor = without_weights(recipe)
+    except UserError as error:
+        problems.insert(0, str(error))
+    else:
+        encoder = encoder_of(recipe, config, tokenizer, image_processor)
+        capacity, device = _device()
+        fused = (
+            recipe.model.liger and recipe.model.dtype != "float64" and find_spec("liger_kernel") is not None
+        )
+        library = "liger-kernel" if fused else "transformers"
+        lines += [*_about_model(recipe, config), *_about_ranks(recipe, num_ranks), f"device     {device}"]
+        lines.append(f"assumed    norms, SwiGLU and rotary positions by {library} on that GPU")
+        for stage in recipe.run.stages:
             try:
-                changed = _changed(recipe, changes)
-                peaks = {ranks: memory(changed, num_ranks=ranks).peak for ranks in counts}
-            except UserError:  # of a kind that does not go with the rest of the recipe
+                work = _work(recipe, config, stage, encoder)
+                about, fits = _about_memory(recipe, config, num_ranks, stage, work.load, fused, capacity)
+            except UserError as error:
+                lines += ["", f"== {stage}: cannot run like this", str(error)]
+                problems.append(f"{stage}: {error}")
                 continue
-            ranks = next((ranks for ranks, peak in peaks.items() if peak <= capacity), counts[-1])
-            change = ", ".join(f"{key} = {value}" for key, value in changes.items())
-            change += f", on {ranks} ranks" if ranks != num_ranks else ""
-            lines.append(f"    {change}: {_gib(peaks[ranks])}{', fits' if peaks[ranks] <= capacity else ''}")
-    return "\n".join(lines)
+            lines += ["", f"== {stage}: {work.headline}", *work.lines, *about]
+            if stage != "eval":
+                steps[stage] = work.steps
+            if work.problem:
+                problems.append(work.problem)
+            if not fits:
+                problems.append(f"{stage} does not fit on {device}")
+        about, problem = disk(recipe, config, steps)
+        lines += ["", *wall_time(recipe, steps), *about]
+        problems += [problem] if problem else []
+    problems = [*dict.fromkeys(one_line(problem) for problem in problems)]
+    lines += [*["NOT READY:"] * bool(problems), *(f"    {problem}" for problem in problems)] or ["READY"]
+    return "\n".join(printable(line) for line in lines), problems
+
+
+def _about_memory(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    num_ranks: int,
+    stage: str,
+    load: Load | None,
+    fused: bool,
+    capacity: int,
+) -> tuple[list[str], bool]:
+    """Lines about the memory of a stage, and whether it fits."""
+    memory = partial(estimate, config=config, stage=stage, load=load, fused=fused, capacity=capacity)
+    found = memory(recipe, num_ranks=num_ranks)
+    lines = [*_about_trained(recipe, config, stage), "", *memory_table(found)]
+    if stage == "grpo" and recipe.rollout.engine == "vllm":
+        lines.append(_about_vllm(recipe, config, capacity))
+    if found.peak <= capacity:
+        return [*lines, f"fits: {gib(found.peak)} of {gib(capacity)}"], True
+    lines.append(f"does not fit: {gib(found.peak)}, but there are {gib(capacity)}. Instead:")
+    for changes, counts in _remedies(recipe, num_ranks, stage):
+        try:
+            changed = _changed(recipe, changes)
+            peaks = {ranks: memory(changed, num_ranks=ranks).peak for ranks in counts}
+        except UserError:  # of a kind that does not go with the rest of the recipe
+            continue
+        ranks = next((ranks for ranks, peak in peaks.items() if peak <= capacity), counts[-1])
+        change = ", ".join(f"{key} = {value}" for key, value in changes.items())
+        change += f", on {ranks} ranks" if ranks != num_ranks else ""
+        lines.append(f"    {change}: {gib(peaks[ranks])}{', fits' if peaks[ranks] <= capacity else ''}")
+    return lines, False
 
 
 def memory_table(found: Estimate) -> list[str]:
@@ -90,18 +140,26 @@ def memory_table(found: Estimate) -> list[str]:
     return lines
 
 
-def _work(
-    recipe: Recipe, config: PreTrainedConfig, stage: str, encoder: PromptEncoder
-) -> tuple[str, list[str], Load | None]:
-    """A stage's duration, lines about it and its load, from the first samples of its data."""
+def _work(recipe: Recipe, config: PreTrainedConfig, stage: str, encoder: PromptEncoder) -> Work:
+    """A stage's work, from the first samples of its data."""
     options: Any = getattr(recipe, stage)
     try:
         source = open_source(recipe, world_of(recipe), stage)
-    except ValueError as error:
-        return "its data cannot be read", [str(error), DEFAULT_LOAD], None
+    except UserError as error:
+        problem = str(error) if f"{stage}.data" in str(error) else f"{stage}.data: {error}"
+        return Work(
+            "its data cannot be read",
+            [str(error), DEFAULT_LOAD],
+            None,
+            getattr(options, "steps", None),
+            problem,
+        )
     groups, num_skipped = _groups(recipe, options, source, encoder)
     if not groups:
-        return "none of the first samples of its data fits", [DEFAULT_LOAD], None
+        headline = "none of the first samples of its data fits"
+        return Work(
+            headline, [DEFAULT_LOAD], None, getattr(options, "steps", None), f"{stage}.data: {headline}"
+        )
     prompt = fmean(len(prompt.token_ids) for prompt, _ in groups)
     images = fmean(len(prompt.image_rows) for prompt, _ in groups)
     response = fmean(sum(lengths) for _, lengths in groups)
@@ -129,20 +187,18 @@ def _work(
         f"in all: {tokens * steps:,} tokens, {sum(teraflop.values()) * steps:,.4g} TFLOP",
     ]
     if num_skipped:
-        lines.append(f"too long, and skipped: {num_skipped} of the first {len(groups) + num_skipped}")
-    return headline, lines, Load(round(prompt), round(images), round(response), tokens)
+        lines.append(f"too long or bad, and skipped: {num_skipped} of the first {len(groups) + num_skipped}")
+    load = Load(round(prompt), round(images), round(response), tokens)
+    return Work(headline, lines, load, steps)
 
 
 def _groups(recipe: Recipe, options: Any, source: Source, encoder: PromptEncoder) -> tuple[list[Group], int]:
-    """Prompts with the lengths of their responses, and the number of prompts that are skipped as too long."""
+    """Prompts with the lengths of their responses, and the number of samples that are skipped."""
     found, num_skipped = [], 0
     for position in range(min(NUM_SAMPLES, source.size or NUM_SAMPLES)):
         sample = source.draw(position, recipe.run.seed)
-        try:
-            prompt = encoder.encode(sample)
-        except OverlongPromptError:
-            if recipe.data.on_overlong == "error":
-                raise
+        prompt = encoder.encode_or_skip(sample)
+        if not isinstance(prompt, EncodedPrompt):
             num_skipped += 1
             continue
         if isinstance(options, GRPOConfig):
@@ -151,7 +207,7 @@ def _groups(recipe: Recipe, options: Any, source: Source, encoder: PromptEncoder
             lengths = [options.max_new_tokens]
         else:
             assert sample.response is not None, sample.id  # checked where the data was opened
-            lengths = [len(encoder.encode_response(sample.response))]
+            lengths = [len(encoder.encode_response(sample.response, prompt.opening))]
         found.append((prompt, lengths))
     return found, num_skipped
 
@@ -181,12 +237,14 @@ def _about_model(recipe: Recipe, config: PreTrainedConfig) -> Iterator[str]:
     parameters = ModelCost.of(config).parameters
     yield f"model      {recipe.model.path}: {config.model_type}, {sum(parameters.values()):,} parameters"
     yield "           " + ", ".join(f"{part} {count:,}" for part, count in parameters.items())
-    for stage in recipe.run.stages:
-        if stage != "eval":
-            weights = weights_of(config, getattr(recipe, stage).freeze, recipe.lora)
-            trained = entries(weight for weight in weights if weight.trained)
-            kind = f"adapters of rank {recipe.lora.rank}" if recipe.lora.rank else "weights"
-            yield f"           {stage} trains {trained:,} ({kind}), {entries(weights) - trained:,} are frozen"
+
+
+def _about_trained(recipe: Recipe, config: PreTrainedConfig, stage: str) -> Iterator[str]:
+    if stage != "eval":
+        weights = weights_of(config, getattr(recipe, stage).freeze, recipe.lora)
+        trained = entries(weight for weight in weights if weight.trained)
+        kind = f"adapters of rank {recipe.lora.rank}" if recipe.lora.rank else "weights"
+        yield f"{stage} trains {trained:,} ({kind}), {entries(weights) - trained:,} are frozen"
 
 
 def _about_ranks(recipe: Recipe, num_ranks: int) -> Iterator[str]:
@@ -204,7 +262,7 @@ def _about_vllm(recipe: Recipe, config: PreTrainedConfig, capacity: int) -> str:
     weights = entries(weights_of(config, (), LoraConfig())) * WIDTH[recipe.model.dtype]
     own, share = weights // rollout.tensor_parallel_size, round(rollout.gpu_memory * capacity)
     more = "" if own < share else ": too much; raise rollout.gpu_memory or rollout.tensor_parallel_size"
-    return f"sampled by vLLM, whose weights take {_gib(own)} of its {_gib(share)}{more}"
+    return f"sampled by vLLM, whose weights take {gib(own)} of its {gib(share)}{more}"
 
 
 def _device() -> tuple[int, str]:
@@ -212,11 +270,7 @@ def _device() -> tuple[int, str]:
     if not torch.cuda.is_available():
         return ASSUMED, "no GPU here; one of 80 GB is assumed"
     properties = torch.cuda.get_device_properties(0)
-    return properties.total_memory - RESERVE, f"{properties.name}, {_gib(properties.total_memory)}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:,.1f} MiB"
+    return properties.total_memory - RESERVE, f"{properties.name}, {gib(properties.total_memory)}"
 
 
 def _remedies(recipe: Recipe, num_ranks: int, stage: str) -> Iterator[tuple[dict[str, Any], list[int]]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from transformers import Qwen2_5_VLConfig
 
 from geo_r1.train.estimate.dry_run import memory_table
 from geo_r1.train.estimate.memory import ASSUMED, Load, estimate
+from geo_r1.train.recipe.keys import Group, groups
 from geo_r1.train.recipe.sections import Recipe
 
 ROOT = Path(__file__).parents[3]
@@ -90,53 +89,17 @@ def _parts() -> Iterator[str]:
 
 
 def _keys() -> Iterator[str]:
-    schema = Recipe.model_json_schema()
-    sections: dict[str, tuple[list[str], BaseModel]] = {}
-    for path, section in _sections(Recipe(), ""):  # pretrain and sft are the same
-        same = f"{type(section).__name__} {section.model_dump_json()}"
-        sections.setdefault(same, ([], section))[0].append(f"`[{path}]`")
-    for paths, section in sections.values():
-        own, defaults = schema["$defs"][type(section).__name__], section.model_dump(mode="json")
-        yield from ("", f"### {', '.join(paths)}", "", _one_line(own["description"]), "")
+    sections: dict[str, tuple[list[str], Group]] = {}
+    for group in groups():  # pretrain and sft are the same
+        same = f"{type(group.model).__name__} {group.model.model_dump_json()}"
+        sections.setdefault(same, ([], group))[0].append(f"`[{group.path}]`")
+    for paths, group in sections.values():
+        yield from ("", f"### {', '.join(paths)}", "", group.meaning, "")
         yield from ("| key | type | default | meaning |", "| --- | --- | --- | --- |")
-        for key, values in own["properties"].items():
-            if "$ref" not in values:  # a section of its own
-                default = "" if defaults[key] is None else f"`{json.dumps(defaults[key])}`"
-                free = values.get("free") or schema["properties"].get(paths[0].strip("`[]"), {}).get("free")
-                mark = " ↻" if free else ""
-                cells = (f"`{key}`{mark}", _kind(values), default, _one_line(values["description"]))
-                yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _sections(section: BaseModel, path: str) -> Iterator[tuple[str, BaseModel]]:
-    for name, value in section:
-        if isinstance(value, BaseModel):
-            inner = f"{path}.{name}".lstrip(".")
-            yield inner, value
-            yield from _sections(value, inner)
-
-
-def _kind(schema: dict[str, Any]) -> str:
-    """A type in words."""
-    if "anyOf" in schema:
-        return " or ".join(_kind(option) for option in schema["anyOf"] if option.get("type") != "null")
-    if "enum" in schema:
-        return " ".join(f"`{value}`" for value in schema["enum"])
-    if "prefixItems" in schema:
-        return f"{len(schema['prefixItems'])} of {_kind(schema['prefixItems'][0])}"
-    words = {"boolean": "true or false", "string": schema.get("format", "text"), "object": "table"}
-    kind = (
-        f"list of {_kind(schema['items'])}"
-        if "items" in schema
-        else words.get(schema["type"], schema["type"])
-    )
-    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    kind += "".join(f" {sign} {schema[name]}" for name, sign in signs.items() if name in schema)
-    return kind + (f", at least {schema['minItems']}" if "minItems" in schema else "")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+        for key in group.keys:
+            default = f"`{key.default}`" if key.default else ""
+            cells = (f"`{key.name}`{' ↻' if key.free else ''}", key.kind, default, key.meaning)
+            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 if __name__ == "__main__":

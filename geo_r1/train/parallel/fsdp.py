@@ -24,13 +24,12 @@ from geo_r1.train.recipe.run_sections import ParallelConfig
 class ShardedPolicy(Policy):
     """A policy in shards of whole layers and, in one more group, of everything outside of them."""
 
-    sharded = True
+    sharded = copied = True
 
     def __init__(
         self, vlm: PackedVLM, ranks: Ranks, trained: bool, alpha: float | None, config: ParallelConfig
     ) -> None:
         self.vlm, self.ranks, self.alpha, self.everyone = vlm, ranks, alpha, True
-        self.export_dtype = vlm.model.dtype
         ranks.join()
         offload = config.cpu_offload and ranks.device.type != "cpu"
         narrow = vlm.compute_dtype != vlm.model.dtype

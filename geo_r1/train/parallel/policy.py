@@ -54,11 +54,11 @@ class Policy:
         alpha: of its adapters (see `geo_r1.models.lora`); None where it has none.
         everyone: True if all ranks must take part in every micro-batch, with every trained weight.
         sharded: True if no rank holds all the weights.
-        export_dtype: of an exported copy; None where the model itself can be exported.
+        copied: True if the model itself cannot be exported: this strategy does not keep it whole and plain.
     """
 
     sharded = False
-    export_dtype: torch.dtype | None = None
+    copied = False
 
     def __init__(self, vlm: PackedVLM, ranks: Ranks, trained: bool, alpha: float | None) -> None:
         self.vlm, self.ranks, self.alpha = vlm, ranks, alpha
@@ -129,10 +129,16 @@ class Policy:
         yield replica
 
     @contextmanager
-    def exported(self) -> Iterator[PreTrainedModel | None]:
-        """On rank 0 a plain transformers model with these weights, adapters merged; None on the others."""
-        dtype = self.vlm.model.dtype if self.alpha is not None else None
-        if (dtype := self.export_dtype or dtype) is None:
+    def exported(self, dtype: torch.dtype) -> Iterator[PreTrainedModel | None]:
+        """On rank 0 a plain transformers model with these weights, adapters merged; None on the others.
+
+        Args:
+            dtype: of its weights; narrower ones stay as they are.
+        """
+        own = self.vlm.model.dtype
+        if not self.copied and own.itemsize < dtype.itemsize:
+            dtype = own
+        if not self.copied and self.alpha is None and dtype == own:
             yield self.vlm.model if self.ranks.is_main else None
         else:
             replica = self.replica(dtype, "cpu", self.ranks.is_main)
@@ -193,9 +199,10 @@ class Policy:
         """
         copy = self.blank(dtype, device) if fill else self.vlm.skeleton(dtype=dtype, device=device)
         slots = dict(copy.model.named_parameters())
-        tensors = self.full_tensors(dtype)
-        if self.alpha is not None:
-            tensors = merged_state(tensors, self.alpha)
+        if self.alpha is None:
+            tensors = self.full_tensors(dtype)
+        else:  # merged in their own dtype, then rounded once
+            tensors = merged_state(self.full_tensors(), self.alpha)
         with torch.no_grad():
             for name, tensor in tensors:
                 if fill:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from geo_r1.errors import OutageError, UserError
+from geo_r1.errors import OutageError, UserError, say
 from geo_r1.train.parallel.heartbeat import Heartbeat
 
 # One rank may write a large checkpoint, or sample longer than the others, while they wait.
 PATIENCE = timedelta(hours=2)
+SLOW = 15.0  # seconds of waiting for other ranks until a line says so
+# Files of a container's CPU time: in cgroups of version 2 both numbers are in one.
+CGROUP = Path("/sys/fs/cgroup")
+QUOTAS = (
+    (CGROUP / "cpu.max", None),
+    (CGROUP / "cpu/cpu.cfs_quota_us", CGROUP / "cpu/cpu.cfs_period_us"),
+)
 
 
 class RankLost(OutageError):  # noqa: N818  # the error is the other rank's
@@ -52,7 +62,8 @@ class Ranks:
         """Join the process group (NCCL on GPUs, gloo on CPUs) and share the machine's cores.
 
         Args:
-            threads: CPU threads of this rank; 0 divides the cores among the ranks of this machine.
+            threads: CPU threads of this rank; 0 takes OMP_NUM_THREADS, or else divides the cores that this
+                process may use among the ranks of this machine.
             hang_timeout: seconds without a sign of life from another rank after which the job ends.
 
         Raises:
@@ -61,8 +72,10 @@ class Ranks:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(threads or max(1, cores // local_size))
+        if not threads and not os.environ.get("OMP_NUM_THREADS"):  # torch has read it
+            threads = max(1, usable_cores() // local_size)
+        if threads:
+            torch.set_num_threads(threads)
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             if local >= torch.cuda.device_count():
@@ -75,11 +88,16 @@ class Ranks:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if size == 1:
             return cls(0, 1, device)
-        store, rank, _ = next(dist.rendezvous("env://"))
-        heartbeat = Heartbeat(rank, size, store, hang_timeout)
-        # tensors on the host are sent from there, without waiting for the device
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        waiting = threading.Timer(SLOW, say, [f"rank {os.environ['RANK']} waits for the other {size - 1}"])
+        waiting.start()
+        try:
+            store, rank, _ = next(dist.rendezvous("env://"))
+            heartbeat = Heartbeat(rank, size, store, hang_timeout)
+            # tensors on the host are sent from there, without waiting for the device
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        finally:
+            waiting.cancel()
         return cls(rank, size, device, heartbeat)
 
     def join(self) -> None:
@@ -120,6 +138,24 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise a user's mistake, made in the block by any rank, on every rank.
+
+        The ranks must not communicate in the block. Where it raises, all of them are at the same place.
+        """
+        if self.size == 1:
+            yield
+            return
+        mistake: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            mistake = error
+        found = self.gather(None if mistake is None else (type(mistake), str(mistake)))
+        for kind, text in filter(None, found):
+            raise kind(text) from mistake
+
     def any(self, flag: bool) -> bool:
         """True if the flag is set on some rank."""
         return self.sum([float(flag)])[0] > 0
@@ -153,3 +189,15 @@ class Ranks:
                 dist.recv_object_list(box, source, device=torch.device("cpu"))
                 incoming[index] = box[0]
         return incoming
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, by its affinity and its container's quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota, period in QUOTAS:
+        with suppress(OSError, ValueError):
+            words = quota.read_text().split() + ([period.read_text()] if period else [])
+            allowed, length = int(words[0]), int(words[1])  # "max" is no number: no limit
+            if allowed > 0:
+                cores = min(cores, math.ceil(allowed / length))
+    return max(1, cores)

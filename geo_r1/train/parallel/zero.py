@@ -47,7 +47,7 @@ class ZeroPolicy(Policy):
     """A policy run by DeepSpeed's engine, which exists once an optimiser is attached."""
 
     deepspeed_engine: Any
-    export_dtype = torch.float32
+    copied = True  # the model's own weights may be narrower than the optimiser's
 
     def __init__(self, vlm: PackedVLM, ranks: Ranks, alpha: float | None, config: ParallelConfig) -> None:
         if find_spec("deepspeed") is None:

@@ -5,8 +5,7 @@ Imports no torch, so that a typing mistake is reported at once.
 
 from __future__ import annotations
 
-import difflib
-import importlib.resources
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,20 +16,20 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from geo_r1.errors import UserError
+from geo_r1.train.recipe.help import help_text, recipe_folder
+from geo_r1.train.recipe.names import hint
 from geo_r1.train.recipe.sections import Recipe
 
 PROGRAM = "python -m geo_r1.train"
 DRY_RUN = "--dry-run"
 SERVE = "--serve"
-USAGE = f"""{PROGRAM} [RECIPE.toml] [{DRY_RUN}[=RANKS]] [{SERVE}[=[HOST:]PORT]]
-                              [--section.key VALUE ...]"""
 
 
 def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
-    """Read `[recipe] [--section.key value ...]`; `--help` among them prints help and exits.
+    """Read `[recipe] [--section.key value ...]`; `--help [topic]` among them prints help and exits.
 
     Args:
-        description: text that help prints before the keys.
+        description: text that help prints first.
 
     Raises:
         UserError: the file is missing or malformed, a key is unknown, or a value has the wrong type. The
@@ -38,19 +37,18 @@ def load_recipe(argv: Sequence[str], description: str | None = None) -> Recipe:
     """
     arguments = list(argv)
     source: CliSettingsSource = CliSettingsSource(Recipe, cli_prog_name=PROGRAM, cli_exit_on_error=False)
-    source.root_parser.usage, source.root_parser.description = USAGE, description
-    if {"-h", "--help"} & {*arguments}:  # also where there is no recipe to read
-        source.root_parser.print_help()
+    if (topic := _help_topic(arguments)) is not None:  # also where there is no recipe to read
+        print(help_text(topic, PROGRAM, description or ""))
         raise SystemExit(0)
     named = arguments and not arguments[0].startswith("-")
     path = find_recipe(arguments.pop(0) if named else "world")
     values = read_toml(path, "recipe ")
     known = _keys(Recipe)
     for option in arguments:
-        key = option.removeprefix("--").split("=")[0]
-        if option.startswith("--") and key not in known:
+        key = option.lstrip("-").split("=")[0]
+        if re.match("-{1,2}[a-z]", option) and (key not in known or not option.startswith("--")):
             flags = [flag.removeprefix("--") for flag in (DRY_RUN, SERVE)]
-            raise UserError(f"unknown option --{key}{_nearest(key, [*known, *flags])}")
+            raise UserError(f"unknown option {option.split('=')[0]}{hint(key, [*known, *flags])}")
     try:
         overrides = source(args=arguments)()
     except SettingsError as error:
@@ -80,7 +78,7 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.name != name or path.suffix or path.exists():
         return path
-    recipes = Path(str(importlib.resources.files("geo_r1"))) / "recipes"
+    recipes = recipe_folder()
     inside = recipes / f"{name}.toml"
     if not inside.exists():
         known = ", ".join(sorted(file.stem for file in recipes.glob("*.toml")))
@@ -105,14 +103,15 @@ def decisive(section: BaseModel) -> dict[str, Any]:
     return values
 
 
-def first_difference(before: Any, now: Any, key: str) -> str | None:
+def first_difference(before: Any, after: Any, key: str, when: str = "now") -> str | None:
     """The first key in which two tables differ, with both values; None if they are equal."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() | now.keys()):
-            if found := first_difference(before.get(name), now.get(name), f"{key}.{name}".lstrip(".")):
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            below = f"{key}.{name}".lstrip(".")
+            if found := first_difference(before.get(name), after.get(name), below, when):
                 return found
         return None
-    return None if before == now else f"{key} = {before}, now {now}"
+    return None if before == after else f"{key} = {before}, {when} {after}"
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,18 +136,20 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _nearest(key: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(key, known, 1, 0.5)
-    if not found:  # a right key in the wrong section
-        found = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    return f"; did you mean {found[0]}?" if found else ""
+def _help_topic(arguments: Sequence[str]) -> str | None:
+    """What follows `--help`: a section, `all`, or nothing; None if help was not asked for."""
+    for argument, after in zip(arguments, [*arguments[1:], "-"], strict=True):
+        flag, _, topic = argument.partition("=")
+        if flag in ("-h", "--help"):
+            return topic or ("" if after.startswith("-") else after)
+    return None
 
 
 def _explain(error: ValidationError, path: Path, known: Sequence[str]) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"recipe {path}: unknown key {key}{_nearest(key, known)}"
+        return f"recipe {path}: unknown key {key}{hint(key, known)}"
     reason = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     return f"recipe {path}: {key + ': ' if key else ''}{reason}{found}"

@@ -23,7 +23,7 @@ Free = Annotated[T, Field(json_schema_extra={"free": True})]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def check_readers(self, readers: Mapping[str, tuple[bool, str]]) -> None:
         """Refuse a key that has been set although nothing reads it.
@@ -46,9 +46,10 @@ class RunConfig(Section):
     stages: Free[tuple[Stage, ...]] = ("sft", "grpo", "eval")
     """In order: pretrain, sft, grpo, eval. A stage starts from the newest model of the stages before it."""
     overwrite: Free[bool] = False
-    """Delete what the folder holds and start again."""
+    """Delete what an earlier run wrote into the folder, and start again."""
     threads: Free[Natural] = 0
-    """CPU threads per rank; 0 divides the machine's cores among its ranks."""
+    """CPU threads per rank; 0 takes OMP_NUM_THREADS, or else shares out the cores that the process may use.
+    A model as small as the world's own runs on one thread."""
     keep_checkpoints: Free[PositiveInt] = 2
     """Number of a stage's newest checkpoints to keep, besides the best one where `eval.keep_best` is set."""
     max_bad_steps: Free[Natural] = 10
@@ -100,6 +101,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Dtype that layers compute in. With bfloat16, trained weights and optimiser state stay float32 unless
     `optim.optimizer` says otherwise."""
+    export_dtype: Literal["base", "float32", "bfloat16"] = "base"
+    """Dtype of the weights of exported models, from which the next stage starts; `base` is that of `path`."""
     checkpointing: Free[Literal["none", "selective", "full"]] = "none"
     """What backward recomputes instead of keeping it: nothing; all of a layer except its attention and every
     second product; or all of it."""
@@ -142,12 +145,23 @@ class DataConfig(Section):
     on_overlong: Literal["error", "skip", "resize"] = "error"
     """What a longer prompt does: it ends the run, is left out of its step, or has its images shrunk until
     it fits."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What a bad sample does (a malformed row; an image that is missing, broken, too large or too narrow): it
+    ends the run, or is left out and counted. The start of a run looks at every row and at the header of every
+    image; `python -m geo_r1.data check` decodes them all."""
+    max_bad_share: Free[Share] = 0.01
+    """With on_bad_sample = "skip", a run ends if more than this share of a file's samples is bad."""
     num_workers: Free[Natural] = 0
     """Processes per rank that decode and encode prompts ahead; 0 does so in the rank itself."""
     cache_mib: Free[Natural] = 0
     """Memory per rank for decoded images, looked up by content; 0 keeps none."""
     curriculum: bool = False
     """Go through the first epoch of a file from easy to hard, by its column `difficulty`."""
+
+    @model_validator(mode="after")
+    def _read_by_its_rule(self) -> DataConfig:
+        self.check_readers({"max_bad_share": (self.on_bad_sample == "skip", 'on_bad_sample = "skip"')})
+        return self
 
 
 class WorldConfig(Section):
@@ -184,10 +198,19 @@ class RewardConfig(Section):
         "accuracy", "format", "length", "repetition"
     )  # fmt: skip
     """Names in the registry, or module:function for your own with TRL's signature."""
-    weights: dict[str, float] = {}
+    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     """By function; the default is 1."""
     options: dict[str, dict[str, Any]] = {}
     """By function: keyword arguments."""
+    timeout: Free[NotNegative] = 600.0
+    """Seconds that a call of a function may take, and all `async def` functions of a step together; 0 sets
+    no limit."""
+
+    @model_validator(mode="after")
+    def _once_each(self) -> RewardConfig:
+        if len(set(self.functions)) < len(self.functions):
+            raise ValueError("functions names a function twice")
+        return self
 
 
 class EvalConfig(Section):

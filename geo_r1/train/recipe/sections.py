@@ -244,6 +244,8 @@ class RolloutConfig(Section):
             valid = whole and parts.port != 0
         except ValueError:  # a port that is not a number
             valid = False
+        if "@" in url:  # the recipe is copied into the run's folder, its report and its exports
+            raise ValueError("an address must hold no password; the key of a server is VLLM_API_KEY")
         if not valid:
             raise ValueError(f"a server's address is like http://host:8000, not {url}")
         return url

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -15,6 +17,7 @@ from geo_r1.files import data_uri
 TINY_PIXELS = 256  # images up to this side are embedded untouched and scaled without blur
 LARGE_PIXELS = 1024  # images beyond this side are shrunk to it: the page must stay mailable
 LARGE_BYTES = 2**19  # and larger files are encoded anew
+LEADS = 1.5  # a panorama's aspect ratio, as a multiple of the other images'
 SHOWN_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")  # every browser shows them
 
 # A completion that opens inside its think block (the prompt ended with the tag) has only the closing tag.
@@ -29,6 +32,7 @@ class ShownImage:
     label: str
     uri: str | None  # None: the file is missing or unreadable
     tiny: bool
+    aspect: float = 1.0  # width / height
 
 
 def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -> ShownImage:
@@ -41,7 +45,7 @@ def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
         with Image.open(io.BytesIO(data)) as image:
-            side = max(image.size)
+            side, aspect = max(image.size), image.width / max(1, image.height)
             if side <= largest and len(data) <= LARGE_BYTES and image.format in SHOWN_FORMATS:
                 uri = data_uri(Image.MIME[image.format], data)
             else:
@@ -51,7 +55,14 @@ def embedded(source: Path | bytes, label: str, *, largest: int = LARGE_PIXELS) -
                 uri = data_uri("image/jpeg", jpeg.getvalue())
     except (OSError, ValueError, Image.DecompressionBombError):  # missing or no image: the page says so
         return ShownImage(label, None, tiny=False)
-    return ShownImage(label, uri, tiny=side <= TINY_PIXELS)
+    return ShownImage(label, uri, tiny=side <= TINY_PIXELS, aspect=aspect)
+
+
+def views(images: Sequence[ShownImage]) -> dict[str, Any]:
+    """A sample's images for the page: one that leads, alone or much wider than all others, and tiles."""
+    others = images[1:]
+    leads = bool(images) and all(images[0].aspect > LEADS * image.aspect for image in others)
+    return {"lead": images[0] if leads else None, "tiles": others if leads else images}
 
 
 def split_completion(text: str) -> list[tuple[str, str]]:

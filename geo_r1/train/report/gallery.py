@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from geo_r1.data.sample import IMAGE_MARKER
+from geo_r1.data.messages import IMAGE_MARKER
 from geo_r1.eval.benchmark import is_finite
 from geo_r1.train.report.embedded import embedded, split_completion
 from geo_r1.train.report.transcripts import PART, read_transcripts, transcript_files

@@ -1,6 +1,6 @@
 """The run report: one page without scripts or requests that shows what a run learned and how.
 
-    run folder:  recipe.toml  metrics.jsonl  summary.json  eval/<row>/gallery.jsonl  eval/images/
+    run folder:  run.json  recipe.toml  metrics.jsonl  summary.json  eval/<row>/gallery.jsonl  eval/images/
                  rollouts/<stage>-<step>.parquet
     written:     report.html  plots/*.png
 
@@ -9,21 +9,22 @@ mailed. Completions are untrusted text: the template escapes everything, and a c
 head forbids everything but inline style and inline images.
 """
 
-import io
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from geo_r1.errors import UserError
 from geo_r1.eval.benchmark import is_finite
-from geo_r1.files import data_uri, written_beside
-from geo_r1.train.report.embedded import embedded, split_completion
+from geo_r1.files import written_beside
+from geo_r1.train.report.about import read_about
+from geo_r1.train.report.embedded import embedded, split_completion, views
 from geo_r1.train.report.gallery import read_training_gallery
-from geo_r1.train.report.plots import Metrics, draw_plots
+from geo_r1.train.report.metrics import read_metrics
+from geo_r1.train.report.plots import draw_plots, svg_of
 
 STAGE_ORDER = ("base", "pretrain", "sft", "grpo")
 GALLERY_FIELDS = ("id", "images", "labels", "answer", "correct", "completion")
@@ -33,21 +34,22 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.html` and `plots/*.png` from whatever a run folder holds so far; return its path.
 
     Every part is optional: a run that was killed or has not reached GRPO gets the parts it has data for.
-    An incomplete last line of a `.jsonl` file is ignored. If a step was logged twice (a resumed run), the
-    last line counts. Values that are not finite numbers are left out of the plots.
+    The page counts the lines of `metrics.jsonl` that hold no figures; a gallery may end in half a line.
+    Values that are not finite numbers are left out of the plots.
 
     Args:
         run_dir: the run folder; its name is the title. The report is replaced in one move.
 
     Raises:
-        UserError: `run_dir` is no folder; a line other than the last is unreadable; a line lacks a field;
-            `summary.json` is not a JSON object; a file of rollouts is broken. The message names the file and
-            the line.
+        UserError: `run_dir` is no folder; a line of a gallery other than the last is unreadable or lacks a
+            field; `summary.json` is not a JSON object; a file of rollouts is broken. The message names the
+            file and the line.
+        OSError: a file cannot be written; the plots come after the page.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: expected the folder of a run, found no folder there")
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    metrics, num_skipped = read_metrics(run_dir / "metrics.jsonl")
     summary = _read_summary(run_dir / "summary.json")
     chance = next((row["chance"] for row in summary.values() if "chance" in row), None)
     recipe = run_dir / "recipe.toml"
@@ -58,14 +60,18 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    figures = draw_plots(metrics, chance=chance)
+    environment.filters["views"] = views
     environment.filters["percent"] = lambda fraction: f"{100 * fraction:.1f} %"
     page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
+        about=_about(read_about(run_dir / "run.json")),
         stages={stage: max(steps) for stage, steps in metrics.items()},
+        num_skipped=num_skipped,
         rows=summary,
         chance=chance,
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        plots=_save_plots(draw_plots(metrics, chance=chance), run_dir / "plots"),
+        plots=[(figure.get_suptitle(), svg_of(figure)) for figure in figures.values()],
         samples=read_gallery(run_dir, order=[*summary, *STAGE_ORDER]),
         training=read_training_gallery(run_dir),
     )
@@ -73,22 +79,26 @@ def write_report(run_dir: Path) -> Path:
     with written_beside(report) as partial:
         # A lone surrogate is legal in JSON and not in UTF-8: it becomes a question mark.
         partial.write_bytes(page.encode("utf-8", errors="replace"))
+    for name, figure in figures.items():
+        (run_dir / "plots").mkdir(exist_ok=True)
+        figure.savefig(run_dir / "plots" / f"{name}.png", dpi=160)
     return report
 
 
-def read_metrics(path: Path) -> Metrics:
-    """Read `metrics.jsonl` as stage -> step -> key -> value; stages in the order of training.
-
-    A missing file is an empty run. Raises UserError as `write_report` does.
-    """
-    metrics: Metrics = {}
-    for number, record in _read_lines(path):
-        stage, step = record.get("stage"), record.get("step")
-        if not isinstance(stage, str) or not isinstance(step, int):
-            raise UserError(f"{path}, line {number}: expected a string 'stage' and an integer 'step'")
-        values = {key: float(value) for key, value in record.items() if key != "step" and is_finite(value)}
-        metrics.setdefault(stage, {})[step] = values
-    return dict(sorted(metrics.items(), key=lambda item: _rank(item[0], STAGE_ORDER)))
+def _about(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of what is known about a run."""
+    found: dict[str, str] = {"started": facts.get("started", "").replace("T", " ")}
+    if "seconds" in facts:
+        found["ran for"] = f"{timedelta(seconds=round(facts['seconds']))}"
+        if facts.get("sessions", 1) > 1:
+            found["ran for"] += f", in {facts['sessions']} sessions"
+    found["code"], found["hardware"] = facts.get("code", ""), facts.get("hardware", "")
+    counts = [
+        f"{facts[key]} {key[:-1]}{'s' * (facts[key] != 1)}" for key in ("ranks", "threads") if key in facts
+    ]
+    found["ranks"] = ", ".join(counts) + " each" * (facts.get("ranks", 1) > 1)
+    found["versions"] = facts.get("versions", "")
+    return [(name, value) for name, value in found.items() if value]
 
 
 def read_gallery(run_dir: Path, *, order: list[str]) -> list[dict[str, Any]]:
@@ -113,24 +123,12 @@ def read_gallery(run_dir: Path, *, order: list[str]) -> list[dict[str, Any]]:
                     "id": name,
                     "city": record.get("city") or "",
                     "answer": record["answer"],
-                    "panorama": images[0] if images else None,
-                    "candidates": images[1:],
+                    "question": record.get("prompt") or "",
+                    "images": images,
                     "attempts": [],
                 }
             samples[name]["attempts"].append(_attempt(path.parent.name, record))
     return list(samples.values())
-
-
-def _save_plots(figures: dict[str, Figure], folder: Path) -> list[tuple[str, str]]:
-    """Save `<name>.png` each; return (title, SVG data URI) each. SVG in an <img> keeps its ids to itself."""
-    plots = []
-    for name, figure in figures.items():
-        folder.mkdir(exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=160)
-        svg = io.BytesIO()
-        figure.savefig(svg, format="svg", dpi=160, metadata={"Date": None})
-        plots.append((figure.get_suptitle(), data_uri("image/svg+xml", svg.getvalue())))
-    return plots
 
 
 def _attempt(row: str, record: dict[str, Any]) -> dict[str, Any]:

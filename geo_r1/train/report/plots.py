@@ -3,18 +3,30 @@
 Drawn with matplotlib's figure objects, never pyplot: no display, no state shared with the caller.
 """
 
+import io
 import re
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from geo_r1.files import data_uri
+from geo_r1.train.report.metrics import Metrics
 
 PHASE_ORDER = ("sync", "rollout", "reward", "reference", "update")
-PALETTE = ("#1f5fa8", "#d5702a", "#2c8f6b", "#b04a86", "#8a6d1f", "#4fa3d1", "#7a5fc0", "#666c75")
+# On a light and on a dark page.
+PALETTE_OF = {
+    "#1f5fa8": "#6fa8ea", "#d5702a": "#f0985a", "#2c8f6b": "#52c99c", "#b04a86": "#dd82b7",
+    "#8a6d1f": "#cdb05c", "#4fa3d1": "#8fd0f2", "#7a5fc0": "#ab94ee", "#666c75": "#a3a9b3",
+}  # fmt: skip
+INK, TITLE, FRAME, GRID, CHANCE = "#555b66", "#20242b", "#c9cdd4", "#eceef1", "#8a9099"
+DARK = PALETTE_OF | {INK: "#a4abb6", TITLE: "#e6e8eb", FRAME: "#4a505a", GRID: "#2f343c", CHANCE: "#8b929c"}
+PALETTE = tuple(PALETTE_OF)
 SIZE = (4.3, 2.8)  # inches; at a third of the page its letters are 10 pixels tall
+FAR_APART = 5.0  # curves whose peaks differ by more share a logarithmic axis
 MANY_POINTS = 400  # above it raw dots are drawn as one bitmap inside the SVG
 
-Metrics = dict[str, dict[int, dict[str, float]]]  # stage -> step -> key -> finite value
 Curve = dict[int, float]  # step -> value
 
 
@@ -23,6 +35,11 @@ def draw_plots(metrics: Metrics, *, chance: float | None = None) -> dict[str, Fi
 
     `chance`, a fraction, is the accuracy of guessing, drawn as a dashed line.
     """
+    with rc_context({"text.parse_math": False}):  # a reward's name may have a dollar
+        return _draw_plots(metrics, chance)
+
+
+def _draw_plots(metrics: Metrics, chance: float | None) -> dict[str, Figure]:
     grpo = metrics.get("grpo", {})
     keys = sorted({key for values in grpo.values() for key in values})
     rewards = {key.split("/")[1]: key for key in keys if re.fullmatch(r"rewards/[^/]+/mean", key)}
@@ -46,7 +63,12 @@ def draw_plots(metrics: Metrics, *, chance: float | None = None) -> dict[str, Fi
         "entropy": _draw_lines("Entropy", "nats a token", of_grpo({"": "entropy"})),
         "mismatch": _draw_lines("Rollout engine against trainer", "nats a token", of_grpo({"": mismatch})),
         "no_signal": _draw_lines("Groups of equal rewards", "%", of_grpo({"": "frac_reward_zero_std"}), 100),
+        "held_out": _draw_lines(
+            "Accuracy on held-out samples", "%", of_stages(metrics, "eval/accuracy"), 100, chance
+        ),
         "loss": _draw_lines("Loss", "nats a token", of_stages(tuning, "loss")),
+        "learning_rate": _draw_lines("Learning rate", "", of_stages(metrics, "learning_rate"), small=True),
+        "grad_norm": _draw_lines("Gradient norm, before clipping", "", of_stages(metrics, "grad_norm")),
         "time": _draw_stack("Time of a GRPO step", "seconds", of_grpo(by_phase)),
         "throughput": _draw_lines("Throughput", "tokens / s", of_stages(metrics, "tokens_per_second")),
     }
@@ -62,12 +84,26 @@ def _curve(steps: dict[int, dict[str, float]], key: str) -> Curve:
 
 
 def _draw_lines(
-    title: str, unit: str, curves: dict[str, Curve], scale: float = 1, chance: float | None = None
+    title: str,
+    unit: str,
+    curves: dict[str, Curve],
+    scale: float = 1,
+    chance: float | None = None,
+    small: bool = False,
 ) -> Figure | None:
-    """Raw dots under a moving average, a colour a curve."""
+    """Raw dots under a moving average, a colour a curve.
+
+    Args:
+        small: values far below 1, as 1e-6; if the curves' peaks are far apart, on a logarithmic axis, which
+            leaves out points at 0.
+    """
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         return None
+    highest = [max(curve.values()) for curve in curves.values()]
+    log = small and min(highest) > 0 and max(highest) > FAR_APART * min(highest)
+    if log:
+        curves = {name: {x: y for x, y in curve.items() if y > 0} for name, curve in curves.items()}
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     for i, (name, curve) in enumerate(curves.items()):
@@ -76,8 +112,8 @@ def _draw_lines(
         axes.plot(x, y, ".", color=color, alpha=0.35, markersize=4, markeredgewidth=0, rasterized=rasterized)
         axes.plot(x, _smooth(y), color=color, linewidth=1.7, label=name, marker="o" if len(x) == 1 else None)
     if chance is not None:
-        axes.axhline(scale * chance, color="#8a9099", linewidth=1, linestyle=(0, (4, 3)), label="chance")
-    _dress(figure, title, unit)
+        axes.axhline(scale * chance, color=CHANCE, linewidth=1, linestyle=(0, (4, 3)), label="chance")
+    _dress(figure, title, unit, small, log)
     return figure
 
 
@@ -96,23 +132,61 @@ def _draw_stack(title: str, unit: str, curves: dict[str, Curve]) -> Figure | Non
     return figure
 
 
-def _dress(figure: Figure, title: str, unit: str) -> None:
-    axes, ink, labels = figure.axes[0], "#555b66", figure.axes[0].get_legend_handles_labels()[1]
+def _dress(figure: Figure, title: str, unit: str, small: bool = False, log: bool = False) -> None:
+    axes, labels = figure.axes[0], figure.axes[0].get_legend_handles_labels()[1]
     if labels:
         columns = max(1, 52 // (4 + max(len(label) for label in labels)))  # about 52 letters fit in a line
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=8.5,
-                    labelcolor=ink, handlelength=1.1, columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
-    figure.suptitle(title, x=0.015, ha="left", fontsize=11, fontweight="bold", color="#20242b")
-    axes.set_xlabel("step", fontsize=8.5, color=ink)
-    axes.set_ylabel(unit, fontsize=8.5, color=ink)
+                    labelcolor=INK, handlelength=1.1, columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
+    figure.suptitle(title, x=0.015, ha="left", fontsize=11, fontweight="bold", color=TITLE)
+    axes.set_xlabel("step", fontsize=8.5, color=INK)
+    axes.set_ylabel(unit, fontsize=8.5, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.tick_params(labelsize=8.5, labelcolor=ink, color="#c9cdd4", length=3)
-    axes.grid(axis="y", color="#eceef1", linewidth=0.8)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0), numticks=6))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    for axis in (axes.xaxis, axes.yaxis):  # no power of ten above the axis
+        plain = ScalarFormatter(useOffset=False)
+        plain.set_powerlimits((-5, 12))
+        axis.set_major_formatter(plain)
+    if small:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.tick_params(labelsize=8.5, labelcolor=INK, color=FRAME, length=3)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#c9cdd4")
+    axes.spines["bottom"].set_color(FRAME)
+
+
+def number(value: float) -> str:
+    """A tick's or a bar's number: 1,500 and 1e-6, not 1.5e+03 and 1e-06."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}".replace("e-0", "e-")
+
+
+def svg_text(figure: Figure) -> str:
+    """A plot as SVG that is light or dark as its reader's pages are, and the same for the same figure."""
+    file = io.BytesIO()
+    with rc_context({"svg.hashsalt": "geo_r1"}):
+        figure.savefig(file, format="svg", dpi=160, transparent=True, metadata={"Date": None})
+    svg = file.getvalue().decode("utf-8")
+    for index, light in enumerate(DARK):
+        svg = svg.replace(light, f"var(--c{index})")
+    light_style, dark_style = (
+        "".join(f"--c{index}:{color};" for index, color in enumerate(colors))
+        for colors in (DARK, DARK.values())
+    )
+    style = f"<style>:root{{{light_style}}}@media(prefers-color-scheme:dark){{:root{{{dark_style}}}}}</style>"
+    return svg.replace("<defs>", f"{style}<defs>", 1)
+
+
+def svg_of(figure: Figure) -> str:
+    """The address of `svg_text`, for an image of a page."""
+    return data_uri("image/svg+xml", svg_text(figure).encode("utf-8"))
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:

@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from geo_r1.data import Sample, load_image
-from geo_r1.data.sample import IMAGE_MARKER, ImageSource, read_image
+from geo_r1.data.decoding import ImageSource, read_image
+from geo_r1.data.messages import IMAGE_MARKER
 from geo_r1.errors import UserError, one_line
 from geo_r1.files import beside, written_beside
 from geo_r1.rollout import Completion
@@ -93,7 +94,7 @@ def write_transcripts(run_dir: Path, stage: str, step: int, transcripts: Sequenc
     if not transcripts:
         return None
     functions = list(transcripts[0].by_function)
-    fields = [*COLUMNS, *(pa.field(_utf8(PART + name), pa.float64()) for name in functions)]
+    fields = [*COLUMNS, *(pa.field(utf8(PART + name), pa.float64()) for name in functions)]
     # `datasets` accepts images only in a column that may be null
     fields.insert(COLUMNS.get_field_index("completion"), pa.field("images", IMAGES))
     schema = pa.schema(fields)
@@ -174,19 +175,19 @@ def _table(stage: str, step: int, transcript: Transcript, schema: pa.Schema) -> 
         "stage": [stage] * size,
         "step": [step] * size,
         "position": [transcript.position] * size,
-        "sample_id": [_utf8(sample.id)] * size,
-        "prompt": [_utf8(_prompt_text(sample.messages))] * size,
-        "answer": [None if sample.answer is None else _utf8(sample.answer)] * size,
+        "sample_id": [utf8(sample.id)] * size,
+        "prompt": [utf8(prompt_text(sample.messages))] * size,
+        "answer": [None if sample.answer is None else utf8(sample.answer)] * size,
         "images": _images(sample, size),
         "completion": range(size),
-        "text": [_utf8(text) for text in transcript.texts],
+        "text": [utf8(text) for text in transcript.texts],
         "num_tokens": [len(completion.token_ids) for completion in completions],
         "ended": [completion.ended for completion in completions],
         "reward": transcript.reward,
         "advantage": [None] * size if transcript.advantage is None else transcript.advantage,
         "logp_mean": [statistics.fmean(c.logp) if c.logp else None for c in completions],
     }
-    columns |= {_utf8(PART + name): values for name, values in transcript.by_function.items()}
+    columns |= {utf8(PART + name): values for name, values in transcript.by_function.items()}
     return pa.table(columns, schema=schema)
 
 
@@ -195,7 +196,7 @@ def _images(sample: Sample, size: int) -> pa.Array:
     count = len(sample.images)
     encoded = pa.array([_encoded(image, sample.id) for image in sample.images], pa.binary())
     indices = pa.array([*range(count)] * size, pa.int32())
-    names = [_utf8(image.name) if isinstance(image, Path) else None for image in sample.images] * size
+    names = [utf8(image.name) if isinstance(image, Path) else None for image in sample.images] * size
     fields = [IMAGES.value_type.field(i) for i in range(2)]
     images = pa.StructArray.from_arrays(
         [pa.DictionaryArray.from_arrays(indices, encoded), pa.array(names, pa.string())], fields=fields
@@ -213,7 +214,8 @@ def _encoded(image: ImageSource, owner: str) -> bytes:
     return png.getvalue()
 
 
-def _prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
+def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Messages as text, with `<image>` for each image; several begin with their roles."""
     texts = [
         "".join(part["text"] if part["type"] == "text" else IMAGE_MARKER for part in message["content"])
         for message in messages
@@ -232,5 +234,6 @@ def _rows(file: pq.ParquetFile, group: int, wanted: pa.Schema) -> list[dict[str,
     return rows
 
 
-def _utf8(text: str) -> str:
+def utf8(text: str) -> str:
+    """Text with a question mark for each lone surrogate, which UTF-8 cannot encode."""
     return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from geo_r1.rewards import RewardFunction, score_groups
+from geo_r1.data.turn import completion_text
+from geo_r1.errors import UserError
+from geo_r1.rewards import RewardTable
 from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.context import RunContext
 from geo_r1.train.group import Group
@@ -10,7 +12,7 @@ from geo_r1.train.recipe.sections import GRPOConfig
 from geo_r1.train.report.log import Phases
 from geo_r1.train.report.transcripts import Transcript
 from geo_r1.train.rl.rollout_queue import RolloutQueue
-from geo_r1.train.rl.scoring import load_rewards
+from geo_r1.train.rl.scoring import Scorer
 from geo_r1.train.updater import Progress
 
 
@@ -18,12 +20,11 @@ class GroupCollector:
     """Takes sampled groups from the queue and scores them, until a step has enough.
 
     Attributes:
-        num_skipped: prompts of this rank that the last step left out because they were too long.
+        num_skipped: prompts of this rank that the last step left out as too long or bad.
     """
 
-    def __init__(self, context: RunContext, config: GRPOConfig, queue: RolloutQueue) -> None:
-        self.context, self.config, self.queue = context, config, queue
-        self.functions: dict[str, RewardFunction] = load_rewards(context.recipe.rewards)
+    def __init__(self, context: RunContext, config: GRPOConfig, queue: RolloutQueue, scorer: Scorer) -> None:
+        self.context, self.config, self.queue, self.scorer = context, config, queue, scorer
         self.num_skipped = 0
 
     def collect(self, progress: Progress, phases: Phases) -> tuple[list[Group], list[Group]]:
@@ -32,8 +33,11 @@ class GroupCollector:
         With dynamic sampling, groups with equal rewards are replaced by those of the next prompts, at most
         `max_resamples` times; the step may then be short of groups.
 
+        If it raises, prompts drawn beyond the step's own are given back.
+
         Raises:
-            EngineLost: the rollout engine has gone; prompts drawn beyond the step's own are given back.
+            EngineLost: the rollout engine has gone; on every rank.
+            UserError: a sample or a reward is wrong; on every rank.
         """
         sampled = self._scored(self.queue.take(progress, phases), phases)
         self.num_skipped = self.queue.num_skipped
@@ -49,7 +53,7 @@ class GroupCollector:
                 sampled += groups
                 kept += self._kept(groups)
             self.queue.go_ahead(progress, phases)
-        except EngineLost:
+        except (EngineLost, UserError):
             progress.drawn = first
             raise
         return sampled, kept
@@ -58,13 +62,13 @@ class GroupCollector:
         return [group for group in groups if group.reward_std or not self.config.max_resamples]
 
     def _scored(self, groups: list[Group], phases: Phases) -> list[Group]:
-        if not groups:  # a rank may have none, and a user's reward function need not expect that
-            return []
         samples = [group.sample for group in groups if group.sample is not None]
         completions = [group.completions for group in groups]
-        with phases("reward"):
-            weights, tokenizer = self.context.recipe.rewards.weights, self.context.tokenizer
-            table = score_groups(self.functions, weights, tokenizer, samples, completions)
+        table = RewardTable({}, [])
+        with phases("reward"), self.context.ranks.together():
+            if groups:  # a rank may have none, and a user's reward function need not expect that
+                texts = [_texts(self.context, group) for group in groups]
+                table = self.scorer.score(samples, completions, texts)
         first = 0
         for group in groups:
             part = slice(first, first + len(group.completions))
@@ -76,13 +80,13 @@ class GroupCollector:
 
 def transcripts(context: RunContext, sampled: list[Group]) -> list[Transcript]:
     """Transcripts of the step's first groups, on the main rank; nothing on the others."""
-    decode, count = context.tokenizer.decode, context.recipe.log.rollouts_prompts
+    count = context.recipe.log.rollouts_prompts
     mine = [
         Transcript(
             group.position,
             group.sample,
             group.completions,
-            [decode(c.token_ids, skip_special_tokens=True) for c in group.completions],
+            _texts(context, group),
             group.reward,
             group.by_function,
             None if group.advantage_N is None else group.advantage_N.tolist(),
@@ -92,3 +96,8 @@ def transcripts(context: RunContext, sampled: list[Group]) -> list[Transcript]:
     ]
     everyone = [item for items in context.ranks.gather(mine) for item in items]
     return sorted(everyone, key=lambda item: item.position)[:count] if context.ranks.is_main else []
+
+
+def _texts(context: RunContext, group: Group) -> list[str]:
+    opening = group.prompt.opening
+    return [completion_text(context.tokenizer, opening, c.token_ids) for c in group.completions]

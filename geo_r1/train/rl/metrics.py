@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +13,10 @@ from torch import Tensor
 from geo_r1.train.group import Group
 from geo_r1.train.parallel.micro_batches import StepBatches
 from geo_r1.train.parallel.ranks import Ranks
+
+# By then some of the hundreds of completions of even a small run should have earned something.
+FIRST_STEPS = 10
+BEST = {"accuracy": 1.0, "format": 1.0, "repetition": 0.0, "overlong": 0.0}  # where no more can be learned
 
 
 class TokenSums:
@@ -82,6 +88,32 @@ def reward_metrics(ranks: Ranks, groups: list[Group]) -> dict[str, float]:
             metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
             metrics[f"rewards/{name}/std"] = statistics.pstdev(values)
     return metrics
+
+
+def idle_rewards(file: Path, functions: Collection[str], most: int | None = None) -> list[str]:
+    """A line for each reward that has told no completion of a step from another, in any step of GRPO.
+
+    Built-in rewards that stand at their best value are left out.
+
+    Args:
+        file: metrics.jsonl.
+        most: only the first steps; all without it.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if row["stage"] == "grpo"][:most]
+    found = []
+    for name in functions:
+        if any(row.get(f"rewards/{name}/std") for row in rows):
+            continue
+        means = {row[f"rewards/{name}/mean"] for row in rows if f"rewards/{name}/mean" in row}
+        if means == {BEST.get(name)}:
+            continue
+        what = "the same for all completions of each step" if means else "None for every completion"
+        if len(means) == 1:
+            what = f"{means.pop():g} for every completion"
+        found.append(f"warning: reward {name} was {what}, in {len(rows)} steps of GRPO: it teaches nothing")
+    return found if rows else []
 
 
 def token_metrics(ranks: Ranks, kept: list[Group], batches: StepBatches) -> dict[str, float]:

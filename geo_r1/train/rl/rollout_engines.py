@@ -163,7 +163,7 @@ def _open_engine(context: RunContext, policy: Policy, config: GRPOConfig) -> Rol
 
     folder = context.run_dir / "rollout-model"
     if ranks.is_main:
-        write_engine_folder(folder, vlm.model.config, context.tokenizer, context.image_processor)
+        write_engine_folder(folder, vlm.model.config, context.tokenizer, context.encoder.image_processor)
     ranks.barrier()
     on_gpu = ranks.device.type == "cuda"
     return VLLMEngine(

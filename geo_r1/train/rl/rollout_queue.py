@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from geo_r1.data.loader import PromptLoader
+from geo_r1.errors import UserError
 from geo_r1.models.lora import DOWN, UP
 from geo_r1.rollout import Completion, SamplingConfig
 from geo_r1.rollout.engine import EngineLost, RolloutEngine, WeightsLost
@@ -40,7 +41,7 @@ class _Draw:
         step: the step that they are for.
         version: number of updates behind the weights that sample.
         positions: in the training order, of all ranks.
-        groups: this rank's, without completions; prompts that are too long are left out.
+        groups: this rank's, without completions; prompts that are too long or bad are left out.
         answers: the completions of each group.
     """
 
@@ -61,7 +62,7 @@ class RolloutQueue:
         num_steps: of the stage.
 
     Attributes:
-        num_skipped: prompts of this rank that the last `take` or `more` left out because they were too long.
+        num_skipped: prompts of this rank that the last `take` or `more` left out as too long or bad.
     """
 
     def __init__(
@@ -88,13 +89,14 @@ class RolloutQueue:
         self.version = -1  # of the engine's weights
         self.num_skipped = 0
         self._queue: deque[_Draw] = deque()  # this step's first
+        self._current: _Draw | None = None  # of the step that is training, and no longer in the queue
         self._thread = ThreadPoolExecutor(1, "rollouts", self._on_device) if self.max_staleness else None
 
     def take(self, progress: Progress, phases: Phases) -> list[Group]:
         """This rank's sampled groups of the step that begins."""
         if not self._queue:
-            for kept in progress.pending:
-                self._queue.append(self._restored(kept, progress.step, phases))
+            restored = [self._restored(kept, progress.step, phases) for kept in progress.pending]
+            self._queue.extend(restored)
             progress.pending = []
         if not self._queue:
             self._load(progress.step, phases)
@@ -122,19 +124,24 @@ class RolloutQueue:
                 self._queue.append(self._drawn(step, progress, self.num_prompts, phases))
         elif not self.max_staleness:
             self.engine.sleep()
-        self._queue.popleft()
+        self._current = self._queue.popleft()
 
-    def state(self) -> list[dict[str, Any]]:
-        """The queued draws of all ranks with their completions, for `Progress.pending`.
+    def state(self, step: int) -> list[dict[str, Any]]:
+        """Draws of all ranks with their completions, for `Progress.pending`.
 
-        If the engine has gone, draws without completions are sampled again after a resume.
+        If sampling failed, draws without completions are sampled again after a resume.
+
+        Args:
+            step: the number of whole steps. A draw that a later step has taken is still needed: it failed.
         """
         states = []
-        for draw in self._queue:
+        current = self._current
+        unfinished = [current] if current is not None and current.step == step else []
+        for draw in (*unfinished, *self._queue):
             answers: dict[int, list[dict[str, Any]]] = {}
             try:
                 completions = draw.answers.result()
-            except EngineLost:
+            except (EngineLost, UserError):
                 completions = []
             for group, answer in zip(draw.groups, completions, strict=False):
                 answers[group.position] = [asdict(completion) for completion in answer]
@@ -170,23 +177,24 @@ class RolloutQueue:
     def _drawn(self, step: int, progress: Progress, count: int, phases: Phases) -> _Draw:
         """Draw the next `count` prompts, and begin to sample for this rank's share."""
         positions = [progress.drawn + i for i in range(count)]
-        progress.drawn += count
+        following = progress.drawn + count
         draw = _Draw(step, step if self.engine.copies == "none" else self.version, positions)
-        self._encode(draw, progress.drawn, phases)
+        self._encode(draw, following, phases)
         draw.answers = self._begin(draw, phases)
+        progress.drawn = following
         return draw
 
     def _encode(self, draw: _Draw, following: int, phases: Phases) -> None:
         ranks = self.policy.ranks
         mine = [draw.positions[i] for i in ranks.share(len(draw.positions))]
         upcoming = [following + i for i in ranks.share(self.num_prompts)]
-        with phases("data"):
+        with phases("data"), ranks.together():
             for position, item in zip(mine, self.loader.load(mine, [upcoming]), strict=True):
                 if item is not None:
                     draw.groups.append(Group(*item, position=position))
-        for group in draw.groups:
-            for option, most in self.budgets.items():
-                group.prompt.check_budget(self.sampling.max_new_tokens, most, option)
+            for group in draw.groups:
+                for option, most in self.budgets.items():
+                    group.prompt.check_budget(self.sampling.max_new_tokens, most, option)
 
     def _begin(self, draw: _Draw, phases: Phases) -> Future[list[list[Completion]]]:
         def answer() -> list[list[Completion]]:
@@ -217,12 +225,12 @@ class RolloutQueue:
 
         Raises:
             EngineLost: on every rank, if on any.
-            UserError: a prompt cannot be sampled for.
+            UserError: a prompt cannot be sampled for; on every rank.
         """
         for _ in range(RELOADS):
             answers: list[list[Completion]] = []
             failure: EngineLost | None = None
-            with phases("rollout"):
+            with phases("rollout"), self.policy.ranks.together():
                 try:
                     answers = draw.answers.result()
                 except EngineLost as error:
@@ -305,6 +313,6 @@ def _done(function: Callable[[], Any]) -> Future[Any]:
     future: Future[Any] = Future()
     try:
         future.set_result(function())
-    except EngineLost as error:
+    except (EngineLost, UserError) as error:
         future.set_exception(error)
     return future

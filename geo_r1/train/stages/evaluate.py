@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 from rich.table import Table
 
 from geo_r1.data import Sample, load_image
+from geo_r1.data.decoding import ImageError
 from geo_r1.data.source import Source
 from geo_r1.eval.cross_view import Prediction, predict, summarise
 from geo_r1.files import write_text
 from geo_r1.models import PackedVLM
-from geo_r1.rewards import score_groups
 from geo_r1.train.context import RunContext
-from geo_r1.train.rl.scoring import load_rewards
+from geo_r1.train.report.transcripts import prompt_text
+from geo_r1.train.rl.scoring import Scorer
 
 
 def evaluate_model(context: RunContext, vlm: PackedVLM, row: str, source: Source) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def evaluate_model(context: RunContext, vlm: PackedVLM, row: str, source: Source
         shown = [source.sample(index) for index in range(min(config.gallery, count))]
         _write_lines(folder / "gallery.jsonl", _gallery(context, shown, predictions))
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
+        context.log.result(row, summary)
     context.ranks.barrier()
     return summary
 
@@ -49,6 +52,7 @@ def validate(
     count = _count(source, config.every_num_samples or config.num_samples)
     summary = summarise(_predict(context, vlm, source, count, f"{stage}: eval"))
     figures = {name: float(summary[name]) for name in ("accuracy", "well_formed", "completion_length")}
+    context.log.say(f"{stage}: accuracy {figures['accuracy']:.1%} on {count} held-out samples")
     return figures, figures["accuracy"]
 
 
@@ -60,7 +64,7 @@ def _predict(context: RunContext, vlm: PackedVLM, source: Source, count: int, wh
     """Predictions of the first `count` samples, each made by one rank, on every rank."""
     config = context.recipe.eval
     samples = [source.sample(index) for index in context.ranks.share(count)]
-    with context.log.aside(what, len(samples)) as advance:
+    with context.ranks.together(), context.log.aside(what, len(samples)) as advance:
         mine = predict(
             vlm,
             context.tokenizer,
@@ -117,23 +121,23 @@ def _gallery(
 ) -> Iterable[dict[str, Any]]:
     if not samples:
         return
-    table = score_groups(
-        load_rewards(context.recipe.rewards),
-        context.recipe.rewards.weights,
-        context.tokenizer,
-        samples,
-        [[prediction.completion] for prediction in predictions[: len(samples)]],
-    )
+    told = predictions[: len(samples)]
+    with closing(Scorer(context)) as scorer:
+        table = scorer.score(samples, [[p.completion] for p in told], [[p.text] for p in told])
     folder = context.run_dir / "eval" / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (sample, prediction) in enumerate(zip(samples, predictions, strict=False)):
+    for number, (sample, prediction) in enumerate(zip(samples, told, strict=True)):
         paths = []
         for index, image in enumerate(sample.images):
             path = folder / f"{number:03d}_{index}.png"
-            load_image(image, sample.id).save(path)
+            try:
+                load_image(image, sample.id, root=sample.image_root).save(path)
+            except ImageError:  # the sample was skipped as bad
+                continue
             paths.append(path.relative_to(context.run_dir).as_posix())
         rewards = {name: values[number] for name, values in table.per_function.items()}
         yield _record(prediction) | {
+            "prompt": prompt_text(sample.messages),
             "images": paths,
             "labels": [_label(index, len(paths), prediction) for index in range(len(paths))],
             "rewards": {name: value for name, value in rewards.items() if value is not None},

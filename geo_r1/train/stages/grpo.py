@@ -31,11 +31,20 @@ from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.sections import GRPOConfig, Recipe
 from geo_r1.train.report.log import Phases
-from geo_r1.train.report.transcripts import write_transcripts
 from geo_r1.train.rl.groups import GroupCollector, transcripts
-from geo_r1.train.rl.metrics import TokenSums, reward_metrics, staleness, token_metrics
+from geo_r1.train.rl.metrics import (
+    FIRST_STEPS,
+    TokenSums,
+    idle_rewards,
+    reward_metrics,
+    staleness,
+    token_metrics,
+)
 from geo_r1.train.rl.mismatch import check_mismatch, differences, importance_metrics, importance_weights
+from geo_r1.train.rl.rehearsal import has_answers, rehearse
 from geo_r1.train.rl.rollout_engines import open_rollout_queue
+from geo_r1.train.rl.scoring import Scorer
+from geo_r1.train.sources import BadSamples
 from geo_r1.train.stages.loop import Validate, run_stage
 from geo_r1.train.updater import Updater
 
@@ -64,14 +73,22 @@ def run_grpo(
     moves = reference is not None and config.reference.sync_steps > 0
     corrects = recipe.rollout.importance_sampling != "none"
 
+    def warn(most: int | None = None) -> None:
+        if ranks.is_main:
+            used = [name for name in recipe.rewards.functions if recipe.rewards.weights.get(name, 1.0)]
+            for line in idle_rewards(context.log.path, used, most):
+                context.log.say(line)
+
     def step(updater: Updater, phases: Phases) -> tuple[dict[str, float], int]:
+        if updater.progress.step == FIRST_STEPS:
+            warn(FIRST_STEPS)
         sampled, kept = collector.collect(updater.progress, phases)
         metrics = reward_metrics(ranks, sampled)
         num_kept, num_sampled, num_skipped = ranks.sum([len(kept), len(sampled), collector.num_skipped])
         if config.max_resamples:
             metrics |= {"sampling/kept_groups": num_kept, "sampling/groups": num_sampled}
         if num_skipped:
-            metrics["num_skipped"] = num_skipped
+            metrics |= {"num_skipped": num_skipped, "num_bad_samples": bad.count()}
         if recipe.rollout.max_staleness:
             metrics["sampling/staleness"] = staleness(ranks, updater.progress.step, sampled)
         with phases("plan"):
@@ -106,15 +123,19 @@ def run_grpo(
                 reference.move_towards(policy, config.reference.sync_share)
         number, every = updater.progress.step + 1, recipe.log.rollouts_every
         if every and (number == 1 or number % every == 0):
-            write_transcripts(context.run_dir, "grpo", number, transcripts(context, sampled))
+            context.log.rollouts("grpo", number, transcripts(context, sampled))
         metrics |= token_metrics(ranks, kept, batches) | batches.figures
         return metrics, batches.num_tokens * config.num_iterations
 
     with (
+        closing(Scorer(context, has_answers(source))) as scorer,
         PromptLoader.of(recipe.data, source, context.encoder, recipe.run.seed) as loader,
         closing(open_rollout_queue(context, policy, config, loader, num_steps)) as queue,
     ):
-        collector = GroupCollector(context, config, queue)
+        with ranks.together():
+            rehearse(context, source, scorer)
+        collector = GroupCollector(context, config, queue, scorer)
+        bad = BadSamples(recipe.data, ranks, source, loader)
         run_stage(
             context,
             "grpo",
@@ -128,6 +149,9 @@ def run_grpo(
             reference=reference if moves else None,
             pending=queue.state,
         )
+        if bad.found:
+            context.log.say(f"grpo: {bad}")
+    warn()  # again, where it is still on the screen when the run has ended
 
 
 def loss_config_of(recipe: Recipe) -> GRPOLossConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from geo_r1.errors import UserError
+from geo_r1.errors import OutageError, UserError
 from geo_r1.models import PackedVLM
 from geo_r1.rollout.engine import EngineLost
 from geo_r1.train.context import RunContext
@@ -20,11 +21,11 @@ from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.recipe.sections import Duration, OptimConfig
 from geo_r1.train.report.log import Phases, peak_memory_mib
 from geo_r1.train.report.transcripts import forget_after
-from geo_r1.train.state.checkpoint import Checkpoints
-from geo_r1.train.state.shards import State
+from geo_r1.train.state.checkpoint import Checkpoints, DamagedCheckpointError
 from geo_r1.train.updater import Updater
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SECOND_THOUGHT = 1.0  # seconds; within them, a terminal and torchrun both pass on one Ctrl-C
 
 
 class Stopped(Exception):  # noqa: N818  # nothing went wrong
@@ -49,77 +50,143 @@ def run_stage(
     *,
     validate: Validate,
     reference: Policy | None = None,
-    pending: Callable[[], list[dict[str, Any]]] = list,
+    pending: Callable[[int], list[dict[str, Any]]] = lambda step: [],
 ) -> None:
     """Run a stage from its newest checkpoint, or from the start, to its end, and export the model.
 
+    A run that an error ends leaves a checkpoint of its last whole step.
+
     Args:
-        step_fn: one step.
+        step_fn: one step. A UserError or EngineLost comes on every rank, and leaves `Progress` as it was
+            if no weight has changed.
         headline: name of the metric that the progress line shows.
         validate: called every `eval.every` steps.
         reference: a second model whose weights move, so checkpoints hold it too.
-        pending: returns the current value of `Progress.pending`; all ranks call it together.
+        pending: returns the value of `Progress.pending` after so many whole steps; all ranks call it
+            together.
 
     Raises:
         Stopped: a stop signal arrived; the state is in a checkpoint.
-        EngineLost: the rollout engine has gone; the state of the last whole step is in a checkpoint.
-        UserError: a checkpoint cannot be read or written, or too many steps went wrong.
+        EngineLost: the rollout engine has gone.
+        UserError: a checkpoint cannot be read or written, `step_fn` raised it, or too many steps went wrong.
     """
     ranks, recipe = context.ranks, context.recipe
     updater = Updater(context, stage, policy, optim, num_steps)
     checkpoints = Checkpoints(context.run_dir, stage, ranks, recipe.run.keep_checkpoints)
+    progress = updater.progress
 
-    def state() -> State:
-        updater.progress.pending = pending()
-        return _state(updater, reference)
+    def save(*, wait: bool) -> None:
+        if not checkpoints.holds(progress.step):
+            progress.pending = pending(progress.step) or progress.pending
+            checkpoints.save(progress.step, _state(updater, reference), wait=wait)
 
-    with closing(checkpoints), stop_requests() as stop_requested:
-        progress = updater.progress
-        if (newest := checkpoints.newest()) is not None:
-            _load(checkpoints, newest, updater, reference)
-            context.log.say(f"{stage}: going on from {newest}")
-        context.log.rewind(stage, progress.step)
-        if ranks.is_main:
-            forget_after(context.run_dir, stage, progress.step)
-        policy.vlm.model.train()
-        context.log.start(stage, num_steps, progress.step)
-        while progress.step < num_steps:
-            try:
-                metrics, seconds = _timed_step(context, updater, step_fn)
-            except EngineLost as error:
-                checkpoints.wait()
-                if checkpoints.newest() != checkpoints.folder(progress.step):
-                    checkpoints.save(progress.step, state(), wait=True)
-                raise EngineLost(f"{error}; {stage} goes on after step {progress.step}") from error
-            accuracy = None
+    def advance(stop_requested: Callable[[], bool]) -> None:
+        metrics, seconds = _timed_step(context, updater, step_fn)
+        accuracy = None
+        try:
             if recipe.eval.every and progress.step % recipe.eval.every == 0:
                 figures, accuracy = _validated(policy, validate)
                 metrics |= {f"eval/{name}": figure for name, figure in figures.items()}
-            context.log.write(stage, progress.step, metrics)
-            line = f"{headline} {metrics[headline]:.4f}  {seconds:.2f} s/step"
-            context.log.advance(stage, progress.step, num_steps, line)
-            best = checkpoints.best()
-            better = recipe.eval.keep_best and accuracy is not None and (not best or accuracy > best[1])
-            stop = ranks.any(stop_requested())
-            if stop or better or progress.step % config.save_every == 0:
-                checkpoints.save(progress.step, state(), wait=stop)
-            if better:
-                assert accuracy is not None
-                checkpoints.mark_best(progress.step, accuracy)
-            if stop:
-                context.log.stop()
-                raise Stopped(
-                    f"{stage} stopped after step {progress.step} of {num_steps}; the same command goes on"
-                )
+        finally:
+            with ranks.together():
+                context.log.write(stage, progress.step, metrics)
+        line = f"{headline} {metrics[headline]:.4f}  {seconds:.2f} s/step"
+        context.log.advance(stage, progress.step, num_steps, line)
+        best = checkpoints.best()
+        better = recipe.eval.keep_best and accuracy is not None and (not best or accuracy > best[1])
+        stop, failed = ranks.sum([stop_requested(), checkpoints.failed()])
+        if failed:
+            checkpoints.wait()
+        if stop or better or progress.step % config.save_every == 0:
+            save(wait=stop > 0)
+        if better:
+            assert accuracy is not None
+            checkpoints.mark_best(progress.step, accuracy)
+        if stop:
+            context.log.stop()
+            raise Stopped(
+                f"{stage} stopped after step {progress.step} of {num_steps}; the same command goes on"
+            )
+
+    with closing(checkpoints), stop_requests(ranks.is_main) as stop_requested:
+        _resume(context, checkpoints, updater, reference)
+        size = sum(parameter.numel() for parameter in policy.vlm.model.parameters())
+        checkpoints.check_room(_state(updater, reference), size * context.export_dtype.itemsize)
+        policy.vlm.model.train()
+        context.log.start(stage, num_steps, progress.step)
+        while progress.step < num_steps:
+            before = progress.step, updater.num_updates
+            try:
+                advance(stop_requested)
+            except Stopped:
+                raise
+            except Exception as error:
+                whole = progress.step > before[0] or updater.num_updates == before[1]
+                # other ranks know of a mistake or an outage, but not of a defect
+                together = ranks.size == 1 or isinstance(error, (UserError, EngineLost))
+                if progress.step and whole and together:
+                    _keep(checkpoints, stage, progress.step, save, error)
+                raise
         context.log.stop()
+        save(wait=True)  # whatever happens to the export
         checkpoints.wait()
-        if (best := checkpoints.best()) is not None and best[0] != progress.step:
-            _load(checkpoints, checkpoints.folder(best[0]), updater, reference)
-            context.log.say(f"{stage}: leaves the model of step {best[0]}, accuracy {best[1]:.1%}")
-        context.export(context.run_dir / "models" / stage, policy)
+        _load_best(context, checkpoints, updater, reference)
+        context.export(stage, policy)
         checkpoints.clear()
         if ranks.any(stop_requested()):
             raise Stopped(f"{stage} is finished; the same command goes on")
+
+
+def _keep(
+    checkpoints: Checkpoints, stage: str, step: int, save: Callable[..., None], error: Exception
+) -> None:
+    """Leave a checkpoint of the last whole step before an error ends the run, and let the error say so."""
+    try:
+        save(wait=True)
+        checkpoints.wait()
+    except (UserError, OutageError) as failure:
+        note = f"step {step} of {stage} could not be kept: {failure}"
+    else:
+        note = f"{stage} goes on after step {step}"
+    if isinstance(error, (UserError, OutageError)):
+        error.args = (f"{error}; {note}",)
+    else:
+        error.add_note(note)
+
+
+def _resume(
+    context: RunContext, checkpoints: Checkpoints, updater: Updater, reference: Policy | None
+) -> None:
+    """Go on from the newest checkpoint that is as it was written, and forget what came later."""
+    stage, log = updater.stage, context.log
+    while (newest := checkpoints.newest()) is not None:
+        try:
+            _load(checkpoints, newest, updater, reference)
+        except DamagedCheckpointError as damage:
+            log.say(f"{stage}: {damage}; it is now {checkpoints.set_aside(newest).name}, and is not used")
+            continue
+        log.say(f"{stage}: going on from {newest}")
+        break
+    log.rewind(stage, updater.progress.step)
+    if context.ranks.is_main:
+        forget_after(context.run_dir, stage, updater.progress.step)
+
+
+def _load_best(
+    context: RunContext, checkpoints: Checkpoints, updater: Updater, reference: Policy | None
+) -> None:
+    """Take the model of the best step, if one was marked; a damaged checkpoint counts for nothing."""
+    last = updater.progress.step
+    while (best := checkpoints.best()) is not None and best[0] != last:
+        folder = checkpoints.folder(best[0])
+        try:
+            _load(checkpoints, folder, updater, reference)
+        except DamagedCheckpointError as damage:
+            aside = checkpoints.set_aside(folder).name
+            context.log.say(f"{updater.stage}: {damage}; it is now {aside}, and is not the best")
+            continue
+        context.log.say(f"{updater.stage}: leaves the model of step {best[0]}, accuracy {best[1]:.1%}")
+        return
 
 
 def _validated(policy: Policy, validate: Validate) -> tuple[dict[str, float], float]:
@@ -157,7 +224,11 @@ def _state(updater: Updater, reference: Policy | None) -> dict[str, dict[str, An
 
 def _load(checkpoints: Checkpoints, folder: Path, updater: Updater, reference: Policy | None) -> None:
     state = checkpoints.load(folder, _state(updater, reference))
-    if state["trainer"].keys() != asdict(updater.progress).keys():
+    kinds, expected = (
+        {name: type(value) for name, value in table.items()}
+        for table in (state["trainer"], asdict(updater.progress))
+    )
+    if kinds != expected:
         raise UserError(f"checkpoint {folder} cannot be read: trainer.json holds no trainer's state")
     weights = {name: tensor for name, tensor in state["model"].items() if not name.startswith("reference.")}
     updater.policy.load_state(updater.optimizer, {"model": weights, "optim": state["optim"]})
@@ -171,12 +242,27 @@ def _load(checkpoints: Checkpoints, folder: Path, updater: Updater, reference: P
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn stop signals into a flag, so that the step in progress ends whole."""
-    received: list[int] = []
+def stop_requests(aloud: bool = True) -> Iterator[Callable[[], bool]]:
+    """Turn stop signals into a flag, so that the step in progress ends whole.
+
+    A second Ctrl-C ends it at once.
+
+    Args:
+        aloud: say that the signal has come; True on the main rank.
+    """
+    received: list[float] = []
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def receive(number: int, _: object) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and received and now - received[0] > SECOND_THOUGHT:
+            raise KeyboardInterrupt
+        if aloud and not received:  # not by print, which the signal may have interrupted
+            os.write(2, b"geo_r1: stopping after this step, with a checkpoint; Ctrl-C again stops now\n")
+        received.append(now)
+
     for number in before:
-        signal.signal(number, lambda number, _: received.append(number))
+        signal.signal(number, receive)
     try:
         yield lambda: bool(received)
     finally:

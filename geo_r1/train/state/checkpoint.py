@@ -1,9 +1,10 @@
-"""Checkpoints and exported models: written beside, then renamed, so what exists is whole.
+"""Checkpoints: written beside, then renamed, so what exists is whole.
 
 checkpoints/<stage>-000100/    a stage's state: its tensors by torch.distributed.checkpoint, the rest in
-                               trainer.json; any number of ranks and any strategy can read it
+                               trainer.json, and manifest.json of its files; any number of ranks and any
+                               strategy can read it
+checkpoints/damaged-...        a checkpoint that was not what had been written, and was set aside
 checkpoints/<stage>-best.json  [step, value] of each evaluation that was better than all before it
-models/<stage>/                a transformers folder: the result of a finished stage
 
 Every rank writes the shards that it holds, so ranks on several machines need a shared file system.
 """
@@ -11,6 +12,7 @@ Every rank writes the shards that it holds, so ranks on several machines need a 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,12 +24,16 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
-from transformers import PreTrainedModel
 
 from geo_r1.errors import UserError
-from geo_r1.files import beside, publish, sync
+from geo_r1.files import beside, publish
 from geo_r1.train.parallel.ranks import PATIENCE, Ranks, rank_losses
+from geo_r1.train.state.manifest import Damage, Reader, check_files
 from geo_r1.train.state.shards import State, Writer, check, plain_of, reason_of, tensors_of
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint's files are not what was written."""
 
 
 class Checkpoints:
@@ -53,6 +59,11 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest whole checkpoint, if there is one, as rank 0 sees it."""
         return self.ranks.gather(newest_checkpoint(self.run_dir, self.stage))[0]
+
+    def holds(self, step: int) -> bool:
+        """True if the checkpoint of a step is there, or under way."""
+        under_way = self._pending is not None and self._pending[0] == self.folder(step)
+        return under_way or self.newest() == self.folder(step)
 
     def save(self, step: int, state: State, *, wait: bool = False) -> None:
         """Copy the state to host memory and write it in the background; the state may change at once.
@@ -88,6 +99,11 @@ class Checkpoints:
             (folder, pending), self._pending = self._pending, None
             self._explain(pending.result, f"checkpoint {folder} cannot be written")
 
+    def failed(self) -> bool:
+        """True if the save under way has failed; `wait` says why."""
+        pending = self._pending and self._pending[1]
+        return pending is not None and pending.done() and pending.exception() is not None
+
     def load(self, folder: Path, state: State) -> State:
         """Fill the state from a checkpoint, whatever ranks and strategy wrote it.
 
@@ -99,22 +115,54 @@ class Checkpoints:
             The state itself.
 
         Raises:
-            UserError: the checkpoint is of another model, or a file of it is missing or broken; names it.
+            DamagedCheckpointError: a file is missing or has changed since it was written; no tensor was
+                touched.
+            UserError: the checkpoint is of another model, or cannot be read.
             RankLost: another rank has ended.
         """
-        plain, complaint = {}, None
-        try:
+        with self.ranks.together():
+            try:
+                check_files(folder, self.ranks.rank, self.ranks.size)
+            except Damage as damage:
+                raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {damage}") from damage
+        with self.ranks.together():
             plain = check(folder, state)
-        except UserError as error:
-            complaint = str(error)
-        for told in filter(None, self.ranks.gather(complaint)):  # no rank goes on alone
-            raise UserError(told)
-        reader = dcp.FileSystemReader(folder)
-        load = partial(dcp.load, tensors_of(state), storage_reader=reader, **self._peers())
+        load = partial(dcp.load, tensors_of(state), storage_reader=Reader(folder), **self._peers())
         self._explain(load, f"checkpoint {folder} cannot be read")
         for section in plain.keys() & state.keys():
             state[section].update(plain[section])
         return state
+
+    def set_aside(self, folder: Path) -> Path:
+        """Rename a damaged checkpoint, so that the one before it is the newest; returns its new path."""
+        aside = folder.with_name(f"damaged-{folder.name}")
+        if self.ranks.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        self.ranks.barrier()
+        marks = self.ranks.gather(_marks(self.run_dir, self.stage))[0]
+        self._best = marks[-1] if marks else None
+        return aside
+
+    def check_room(self, state: State, export_bytes: int) -> None:
+        """Refuse to begin where the disk cannot hold one more checkpoint and the export.
+
+        Args:
+            state: as for `save`.
+
+        Raises:
+            UserError: on every rank; names the folder and what it takes.
+        """
+        needed = export_bytes + sum(x.numel() * x.element_size() for x in tensors_of(state).values())
+        folder = self.run_dir / "checkpoints"
+        with self.ranks.together():
+            free = shutil.disk_usage(folder if folder.exists() else self.run_dir).free
+            if self.ranks.is_main and free < needed:
+                sizes = f"take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
+                raise UserError(
+                    f"{folder}: a checkpoint and the model of {self.stage} {sizes}; make room, or give "
+                    "another --run.dir"
+                )
 
     def mark_best(self, step: int, value: float) -> None:
         """Remember that the checkpoint of a step, complete or under way, is better than all before it."""
@@ -160,23 +208,6 @@ class Checkpoints:
             raise UserError(f"{failure}: {where}{reason_of(cause)}") from error
 
 
-def save_folder(folder: Path, model: PreTrainedModel, companions: list[Any]) -> None:
-    """Write a transformers folder; it appears whole or not at all.
-
-    Args:
-        companions: tokenizer and image processor, saved beside the weights.
-    """
-    unfinished = beside(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for piece in (model, *companions):
-        piece.save_pretrained(unfinished)
-    for file in unfinished.iterdir():
-        sync(file)
-    assert not folder.exists(), f"{folder} is there already"
-    publish(unfinished, folder)
-
-
 def checkpoint_folder(run_dir: Path, stage: str, step: int) -> Path:
     return run_dir / "checkpoints" / f"{stage}-{step:06d}"
 
@@ -204,7 +235,11 @@ def prune(run_dir: Path, stage: str, keep: int) -> None:
 
 
 def _whole(run_dir: Path, stage: str) -> list[Path]:
-    found = (run_dir / "checkpoints").glob(f"{stage}-[0-9]*")
+    found = [
+        path
+        for path in (run_dir / "checkpoints").glob(f"{stage}-*")
+        if re.fullmatch(r"\d{6,}", path.name.removeprefix(f"{stage}-")) and path.is_dir()
+    ]
     return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from geo_r1.errors import UserError
 from geo_r1.files import beside, publish, sync
+from geo_r1.train.state.manifest import Reader, write_manifest, write_sums
 
 TRAINER, PLAIN = "trainer", "trainer.json"
 State = dict[str, dict[str, Any]]
@@ -32,7 +33,7 @@ class Writer(dcp.FileSystemWriter):
     def __init__(self, folder: Path, plain: State, then: Callable[[], None], rank: int, size: int) -> None:
         # Tensors are on the host already, and the copying thread would open a context on GPU 0.
         super().__init__(beside(folder), per_thread_copy_ahead=0)
-        self.folder, self.then, self.rank, self.size = folder, then, rank, size
+        self.folder, self.then, self.own_rank, self.size = folder, then, rank, size
         self.plain = json.dumps(plain)  # now: the trainer goes on
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +41,7 @@ class Writer(dcp.FileSystemWriter):
         return {
             name: tensor.to("cpu", copy=True)
             for index, (name, tensor) in enumerate(state_dict.items())
-            if isinstance(tensor, DTensor) or index % self.size == self.rank
+            if isinstance(tensor, DTensor) or index % self.size == self.own_rank
         }
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
@@ -56,15 +57,19 @@ class Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
         try:
-            return super().write_data(plan, planner)
+            written = super().write_data(plan, planner)
         except RuntimeError as error:  # torch's serializer hides a full disk behind "unexpected pos"
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        folder = beside(self.folder)
+        write_sums(folder, [*folder.glob(f"{plan.storage_data.prefix}*")], self.own_rank)
+        return written
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
         unfinished = beside(self.folder)
         (unfinished / PLAIN).write_text(self.plain)
         sync(unfinished / PLAIN)  # torch has synced the shards
+        write_manifest(unfinished)
         publish(unfinished, self.folder)
         self.then()
 
@@ -97,7 +102,7 @@ def check(folder: Path, state: State) -> State:
         UserError: they differ, or the checkpoint cannot be read.
     """
     try:
-        tensors = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        tensors = Reader(folder).read_metadata().state_dict_metadata
         plain = json.loads((folder / PLAIN).read_text())
         if not isinstance(plain, dict) or not isinstance(plain.get(TRAINER), dict):
             raise ValueError(f"{PLAIN} holds no trainer's state")
