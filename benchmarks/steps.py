@@ -216,10 +216,7 @@ class Step:
         model = self.model.model
         self.model.zero_grad(set_to_none=True)  # left by a step that ran out of memory half way
         attend_by(self.model, text, vision)
-        if checkpointed:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        self.vlm.checkpoint_layers("full" if checkpointed else "none")
         hooks = [
             part.register_forward_hook(lambda *_, phase=phase: clock.end(phase))
             for part, phase in ((model.visual, "vision"), (model.language_model, "text"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import wraps
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -20,7 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 from geo_r1.models.memory import Checkpointing, selective_contexts
 
-OPTIONS: dict[Checkpointing, dict[str, Any]] = {"full": {}, "selective": {"context_fn": selective_contexts}}
+# Tensors that a selective checkpoint keeps stay on the device when `HostMemory` moves others. Since 2.15,
+# torch has an option for it, and warns that its default will change.
+_STAY = {"respect_saved_tensors_hooks": False}
+OPTIONS: dict[Checkpointing, dict[str, Any]] = {
+    "full": {},
+    "selective": {
+        "context_fn": selective_contexts,
+        **(_STAY if _STAY.keys() <= signature(checkpoint).parameters.keys() else {}),
+    },
+}
 
 
 def run_layers(
@@ -34,9 +44,8 @@ def run_layers(
     """
     forwards: dict[type[nn.Module], Callable] = {}
     for layer in layers:
-        vars(layer)["gradient_checkpointing"] = (
-            False  # a checkpoint's config.json can turn transformers' own on
-        )
+        # a model's config.json can turn transformers' own on
+        vars(layer)["gradient_checkpointing"] = False
         vars(layer).pop("forward", None)
         if checkpointing == "none" and backend is None:
             continue

@@ -145,14 +145,16 @@ def test_small_tensors_stay(qwen2_5_vl, packed_tensors):
     assert all(torch.Size(shape).numel() * dtype.itemsize >= 8192 for shape, dtype, _ in packed_tensors)
 
 
-def test_with_checkpointing_the_inputs_of_layers_are_offloaded(lab, packed_tensors):
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_with_checkpointing_the_inputs_of_layers_are_offloaded(lab, packed_tensors, kind):
+    """And nothing that a selective checkpoint keeps."""
     vlm = trainable(lab)
     expected = rows_and_gradients(vlm, few(lab))
     host = vlm.offload_activations(True)
     host.smallest = 1
     rows_and_gradients(vlm, few(lab))
     everything = host.num_packed
-    vlm.checkpoint_layers("full")
+    vlm.checkpoint_layers(kind)
     del packed_tensors[:]
     assert_equal_gradients(rows_and_gradients(vlm, few(lab)), expected, SAME)
     assert len(vlm.layers) <= len(packed_tensors) < everything / 3
