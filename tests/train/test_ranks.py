@@ -119,6 +119,6 @@ def test_torchrun_starts_ranks_and_an_error_on_one_ends_all_with_its_line(tmp_pa
     assert done.returncode != 0
     [line] = [line for line in done.stderr.splitlines() if "geo_r1: " in line]
     told = line[line.index("geo_r1: ") :]
-    assert told.startswith(("geo_r1: rank 0: sample row2: image ", "geo_r1: rank 1: sample row2: image "))
+    assert told.startswith(tuple(f"geo_r1: rank {rank}: {data}, row 3: image " for rank in (0, 1)))
     assert told.endswith("above2.png does not exist")
     assert not (tmp_path / "run" / "models").exists()

@@ -189,7 +189,7 @@ def fails_at(number, error):
 ENDS = {
     "a row": ("sft", "geo_r1.data.loader.PromptLoader.load", 4, UserError("sample 7: broken image"), 2, 3),
     "a row in grpo": ("grpo", "geo_r1.data.loader.PromptLoader.load", 4, UserError("sample 7"), 2, 3),
-    "a reward": ("grpo", "geo_r1.train.rl.scoring.score_groups", 4, UserError("reward x raised"), 2, 3),
+    "a reward": ("grpo", "geo_r1.train.rl.scoring.score_groups", 5, UserError("reward x raised"), 2, 3),
     "a defect": ("sft", "geo_r1.train.stages.sft.share_out", 4, RuntimeError("tensor sizes"), None, 3),
     "metrics": ("sft", "geo_r1.train.report.log.Log.write", 4, OSError(28, "No space left on device"), 2, 4),
     "an evaluation": ("sft", "geo_r1.train.stages.evaluate.predict", 2, UserError("sample 3"), 2, 4),
