@@ -7,8 +7,8 @@ NEWEST      ?= .venv-newest
 NEWEST_READY = $(NEWEST)/.ready
 # Where we meet transformers' layers, torch's compiler and checkpoints, Triton's interpreter, and a run as a whole.
 NEWEST_TESTS = tests/models tests/rollout/test_continuous.py tests/rollout/test_generate.py \
-	tests/kernels/test_attention_op.py tests/kernels/test_linear.py tests/kernels/test_advantage_kernels.py \
-	tests/train/test_options.py tests/train/test_lora_runs.py tests/train/test_trainer.py
+	tests/kernels/test_attention_op.py tests/kernels/test_advantage_kernels.py \
+	tests/train/test_lora_runs.py tests/train/test_trainer.py
 VLLM        ?= .venv-vllm
 VLLM_READY   = $(VLLM)/.ready
 VLLM_SOURCES = $(addprefix tests/vllm/,requirements.py torchvision_operators.py torchvision_operators.pth)

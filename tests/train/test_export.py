@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import option_runs
 import pytest
@@ -11,12 +12,20 @@ import small_runs as runs
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 from geo_r1.data import World, exemplars
 from geo_r1.models import load_model, pack
 from geo_r1.train.__main__ import main
 from geo_r1.train.state.export import export_model
+
+sys.path.append(str(Path(__file__).parent.parent / "models"))
+from vlm_cases import qwen2_vl_config, qwen3_vl_config
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
@@ -33,6 +42,38 @@ def test_transformers_loads_the_trained_policy(stage, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.decode(response, skip_special_tokens=True) == sample.response
+
+
+FAMILIES = {
+    "qwen2_vl": (qwen2_vl_config, Qwen2VLForConditionalGeneration),
+    "qwen3_vl": (qwen3_vl_config, Qwen3VLForConditionalGeneration),
+}
+
+
+@pytest.mark.parametrize("lora", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *FAMILIES])
+def test_every_family_opens_in_transformers(family, dtype, lora, tiny_model, tmp_path):
+    vlm, tokenizer, image_processor = load_model(tiny_model)
+    model, base = vlm.model, tmp_path / "base"
+    if family in FAMILIES:
+        config, kind = FAMILIES[family]
+        model = kind(config(model.config))
+        patch = model.config.vision_config.patch_size
+        image_processor.patch_size = patch
+        image_processor.size = {"shortest_edge": (2 * patch) ** 2, "longest_edge": 64 * (2 * patch) ** 2}
+    for part in (model, tokenizer, image_processor):
+        part.save_pretrained(base)
+    changes = {"model__path": base, "model__export_dtype": dtype, "lora__rank": lora, "sft__steps": 1}
+    folder = runs.train(tmp_path / "run", "sft", **changes) / "models" / "sft"
+    sample = exemplars.chain_of_thought(World(), "test", 3)
+    prompt, response, logits_RV = option_runs.as_transformers_reads(folder, sample)
+    found = load_model(folder, getattr(torch, dtype))[0]
+    with torch.no_grad():
+        own_RV = found.loss_rows(pack([prompt], [[response]])) @ found.lm_head.T
+    limit = {"bfloat16": 0.05, "float32": 1e-4}[dtype]
+    assert logits_RV.dtype == getattr(torch, dtype)
+    assert (logits_RV.float() - own_RV.float()).abs().max() < limit * logits_RV.float().abs().max()
 
 
 @pytest.fixture(scope="module")
