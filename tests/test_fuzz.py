@@ -3,6 +3,7 @@
 FUZZ=20 tries twenty times as many.
 """
 
+import copy
 import json
 import os
 import random
@@ -65,13 +66,12 @@ def mutated(value, rng, values=VALUES):
         if change == 0 and isinstance(container, dict):
             container.pop(key, None)
         elif change == 1 and isinstance(container, dict):
-            container[rng.choice(["x", "", "images", "prompt", "steps", "é", "a.b", "\x1b[1m"])] = rng.choice(
-                values
-            )
+            name = rng.choice(["x", "", "images", "prompt", "steps", "é", "a.b", "\x1b[1m"])
+            container[name] = copy.deepcopy(rng.choice(values))
         elif change == 2:
             container[key] = json.loads(json.dumps(rng.choice(places(value))[0], default=str))
         else:
-            container[key] = rng.choice(values)
+            container[key] = copy.deepcopy(rng.choice(values))
     return value
 
 
