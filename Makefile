@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt setup.py
 	$(RUN)pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
 	@touch $@
 
-demo: $(READY)  ## the whole recipe on the procedural world, CPU only, about nine minutes
+demo: $(READY)  ## the whole recipe on the procedural world, CPU only, about fifteen minutes
 	$(RUN)torchrun --nproc-per-node 1 -m geo_r1.train world
 
 zero: $(READY)  ## GRPO straight from the base model, same world
