@@ -82,14 +82,17 @@ def run_stage(
 
     def advance(stop_requested: Callable[[], bool]) -> None:
         metrics, seconds = _timed_step(context, updater, step_fn)
-        accuracy = None
-        try:
-            if recipe.eval.every and progress.step % recipe.eval.every == 0:
+        accuracy, mistake = None, None
+        if recipe.eval.every and progress.step % recipe.eval.every == 0:
+            try:
                 figures, accuracy = _validated(policy, validate)
                 metrics |= {f"eval/{name}": figure for name, figure in figures.items()}
-        finally:
-            with ranks.together():
-                context.log.write(stage, progress.step, metrics)
+            except UserError as error:  # the step's own figures are kept all the same
+                mistake = error
+        with ranks.together():
+            context.log.write(stage, progress.step, metrics)
+        if mistake is not None:
+            raise mistake
         line = f"{headline} {metrics[headline]:.4f}  {seconds:.2f} s/step"
         context.log.advance(stage, progress.step, num_steps, line)
         best = checkpoints.best()
