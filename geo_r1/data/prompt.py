@@ -8,23 +8,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
-from geo_r1.data.decoding import shortened
 from geo_r1.data.images import ImageCache, LazyImage, Size, fitted, num_tokens, shrunk
 from geo_r1.data.sample import Sample
 from geo_r1.data.turn import encode_response, opening_of
-from geo_r1.errors import UserError, one_line
+from geo_r1.errors import UserError
+from geo_r1.models.chat import TemplateFault, render_chat
 from geo_r1.models.packed import EncodedPrompt
 
 OnOverlong = Literal["error", "skip", "resize"]
 OnBadSample = Literal["error", "skip"]
-MAX_TEXT = (
-    2**24
-)  # characters of a rendered prompt; a row of a file is no longer, and tokenizing takes seconds
-# A template is a program that comes with the model: these are its own mistakes.
-TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class OverlongPromptError(UserError):
@@ -150,26 +144,13 @@ class PromptEncoder:
         """The prompt as text, up to the start of the answer, and what the template has written of the answer.
 
         Raises:
-            UserError: the chat template refuses the messages; names the sample.
+            UserError: the chat template refuses the messages, or does not end; names the sample.
         """
         messages = [dict(message) for message in sample.messages]
         try:
-            text, bare = (
-                self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
-                for ask in (True, False)
-            )
-        except MemoryError:
-            raise UserError(f"sample {sample.id}: the chat template takes all memory") from None
-        except (TemplateError, *TEMPLATE_ERRORS) as error:  # for example, a role that it does not know
-            reason = shortened(one_line(error))
-            raise UserError(
-                f"sample {sample.id}: the chat template refuses its messages: {reason}"
-            ) from error
-        if len(text) > MAX_TEXT:
-            raise UserError(
-                f"sample {sample.id}: the chat template makes {len(text):,} characters of its messages, more "
-                f"than {MAX_TEXT:,}"
-            )
+            text, bare = (render_chat(self.tokenizer, messages, ask=ask) for ask in (True, False))
+        except TemplateFault as fault:
+            raise UserError(f"sample {sample.id}: the chat template {fault}") from fault
         return text, opening_of(text, bare)
 
     def _tokens(self, sample: Sample, text: str, num_images: int) -> list[int]:

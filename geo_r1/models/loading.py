@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from geo_r1.errors import UserError, one_line
+from geo_r1.models.chat import TemplateFault, memory_limit, render_chat
 from geo_r1.models.qwen_vl import MODEL_CLASSES, PackedVLM
 from geo_r1.models.skeleton import empty_model
 
@@ -76,6 +77,8 @@ def _reading(path: str | Path, part: str) -> Iterator[None]:
     """Turn what transformers raises on a user's file into one line; which error it is depends on the file."""
     try:
         yield
+    except MemoryError:  # not the file's fault
+        raise
     except Exception as error:
         known = isinstance(error, OSError | ValueError | SafetensorError)
         reason = (
@@ -101,8 +104,12 @@ def _check_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
         raise ValueError(f"it has {len(tokenizer)} tokens, but the model embeds {rows}")
     if len(tokenizer) <= config.image_token_id:
         raise ValueError(f"it has {len(tokenizer)} tokens, but images are {config.image_token_id}")
-    chat: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    try:
+        with memory_limit():
+            text = render_chat(tokenizer, chat, ask=True)
+    except TemplateFault as fault:
+        raise ValueError(f"its chat template {fault}") from fault
     count = tokenizer(text, add_special_tokens=False)["input_ids"].count(config.image_token_id)
     if count != 1:
         token = tokenizer.convert_ids_to_tokens(config.image_token_id)

@@ -209,19 +209,24 @@ def test_no_room_in_shared_memory_says_what_to_do(monkeypatch):
         send(None, (None, prompt))
 
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{{ raise_exception('no such role') }}", "refuses its messages: no such role"),
-        ("{{ messages[9].content }}", "refuses its messages: list object has no element 9"),
-        ("{{ 1 // 0 }}", "refuses its messages: integer division or modulo by zero"),
-        ("{{ 'a' + 1 }}", 'refuses its messages: can only concatenate str (not "int") to str'),
-        ("{% for i in range(10**9) %}a{% endfor %}", "refuses its messages: Range too big."),
+        ("{{ raise_exception('no such role') }}", "refuses the messages: no such role"),
+        ("{{ messages[9].content }}", "refuses the messages: list object has no element 9"),
+        ("{{ 1 // 0 }}", "refuses the messages: integer division or modulo by zero"),
+        ("{{ 'a' + 1 }}", 'refuses the messages: can only concatenate str (not "int") to str'),
+        ("{% for i in range(10**9) %}a{% endfor %}", "refuses the messages: Range too big."),
         ("{{ 'a' * 10**15 }}", "takes all memory"),
-        ("{{ 'a' * 20000000 }}", "makes 20,000,000 characters of its messages, more than 16,777,216"),
+        ("{{ 'a' * 20000000 }}", "makes 20,000,000 characters of the messages, more than 16,777,216"),
+        (ENDLESS, "has not ended after 1 s of computing"),
     ],
 )
-def test_a_chat_template_with_a_mistake_is_one_line(template, reason):
+def test_a_chat_template_with_a_mistake_is_one_line(template, reason, monkeypatch):
+    monkeypatch.setattr("geo_r1.models.chat.MAX_SECONDS", 1)
     with_template = encoder()
     with_template.tokenizer.chat_template = template
     with pytest.raises(ValueError, match=r"^sample x: the chat template ") as caught:

@@ -1,7 +1,9 @@
 """A model folder whose files do not fit, or are no such files, is one line that names the file."""
 
 import json
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -110,6 +112,30 @@ def test_a_template_that_writes_no_marker_or_two(template, count, folder):
 def test_a_broken_template(template, folder):
     (folder / "chat_template.jinja").write_text(template)
     assert fault(folder).startswith("its tokenizer: ")
+
+
+DOUBLED = "{% for i in range(36) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (LOOP, "has not ended after 1 s of computing"),
+        ("{% set ns = namespace(x='abcdefgh') %}" + DOUBLED, "takes all memory"),
+        ("{{ 'a' * 20000000 }}", "makes 20,000,000 characters of the messages, more than 16,777,216"),
+    ],
+    ids=["endless", "memory", "long"],
+)
+def test_a_template_without_end(template, reason, folder, monkeypatch):
+    monkeypatch.setattr("geo_r1.models.chat.MAX_SECONDS", 1)
+    monkeypatch.setattr("geo_r1.models.chat.MAX_MEMORY", 1 << 28)
+    (folder / "chat_template.jinja").write_text(template)
+    limits, timer = resource.getrlimit(resource.RLIMIT_AS), signal.getitimer(signal.ITIMER_VIRTUAL)
+    assert fault(folder) == f"its tokenizer: its chat template {reason}"
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == timer
+    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
 
 
 def test_weights_that_would_be_unpickled_are_not_read(folder):
