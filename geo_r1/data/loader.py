@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol
 
 from geo_r1.data.prompt import PromptEncoder
 from geo_r1.data.sample import Sample
@@ -13,16 +12,6 @@ from geo_r1.data.workers import Prepared, Task, Workers
 from geo_r1.models.packed import EncodedPrompt
 
 PREFETCH = 2  # number of upcoming calls that workers prepare
-
-
-class LoaderOptions(Protocol):
-    """The recipe's settings that a loader needs."""
-
-    @property
-    def num_workers(self) -> int: ...
-
-    @property
-    def cache_mib(self) -> int: ...
 
 
 class PromptLoader:
@@ -38,6 +27,7 @@ class PromptLoader:
         seed: determines the training order.
         num_workers: number of worker processes; with 0, `load` does the work itself.
         cache_bytes: limit on the decoded images in the caches of all workers together.
+        timeout: seconds that a worker may take for a prompt.
 
     Attributes:
         bad: why samples were left out as bad since the start, by file and row, or id.
@@ -51,23 +41,13 @@ class PromptLoader:
         seed: int,
         num_workers: int = 0,
         cache_bytes: int = 0,
+        timeout: float = 600.0,
     ) -> None:
         encoder = encoder.with_cache(cache_bytes // max(num_workers, 1))
         self._task = Task(source, encoder, seed)
-        self._workers = Workers(self._task, num_workers) if num_workers else None
+        self._workers = Workers(self._task, num_workers, timeout) if num_workers else None
         self._futures: dict[int, Future[Prepared]] = {}
         self.bad: dict[str, str] = {}
-
-    @classmethod
-    def of(cls, options: LoaderOptions, source: Source, encoder: PromptEncoder, seed: int) -> PromptLoader:
-        """A loader with the settings in a recipe's section `data`."""
-        return cls(
-            source,
-            encoder,
-            seed=seed,
-            num_workers=options.num_workers,
-            cache_bytes=options.cache_mib << 20,
-        )
 
     def __enter__(self) -> PromptLoader:
         return self
@@ -92,7 +72,7 @@ class PromptLoader:
                 A wrong guess only costs time.
 
         Raises:
-            UserError: a sample or a prompt is wrong, or a worker was killed; the message says what to do.
+            UserError: a sample or a prompt is wrong, or a worker was killed or hangs; says what to do.
         """
         if self._workers is None:
             prepared: list[Prepared] = [self._task.prepare(position) for position in positions]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import pickle
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -32,6 +33,8 @@ from geo_r1.models.packed import EncodedPrompt
 NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SHARED_BYTES = 1 << 20  # larger pixels go through shared memory, one file descriptor each
 
+BEATS = 10  # per timeout
+
 Prompt = EncodedPrompt | str | None  # see `PromptEncoder.encode_or_skip`
 Prepared = tuple[Sample | None, Prompt]  # no sample if the main process sent it
 
@@ -50,17 +53,33 @@ class Task:
         return sample, self.encoder.encode_or_skip(sample)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Worker:
+    """A worker process, asked by one thread at a time.
+
+    Attributes:
+        asked: identifies the question that it has not answered; None while it is idle.
+        late: it took too long, and was killed.
+    """
+
     process: BaseProcess
     connection: Connection
+    asked: object = None
+    late: bool = False
 
-    def ask(self, position: int, sample: Sample | None) -> Prepared:
+    def ask(self, position: int, sample: Sample | None, timeout: float) -> Prepared:
+        self.asked = object()
         try:
             self.connection.send((position, sample))
             answer: Prepared | UserError = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
             self.process.join(5)  # the process ends shortly after its pipe closes
+            if self.late:
+                what = f"position {position} of the training order" if sample is None else sample.id
+                raise UserError(
+                    f"a process that prepares prompts has not answered for {timeout:g} s (run.hang_timeout): "
+                    f"it was stopped, or sample {what} takes for ever"
+                ) from error
             code = self.process.exitcode
             if code is None or code >= 0:
                 raise RuntimeError("a process that prepares prompts failed; see its own traceback") from error
@@ -68,6 +87,8 @@ class _Worker:
                 f"a process that prepares prompts ended unexpectedly (exit code {code}; -9 is mostly a lack "
                 "of memory): lower data.num_workers (0 needs no such processes) or data.cache_mib"
             ) from error
+        finally:
+            self.asked = None
         if isinstance(answer, UserError):
             raise answer
         return answer
@@ -78,9 +99,12 @@ class Workers:
 
     Args:
         task: the work. An endless source must pickle; of a finite one, only samples are sent.
+        timeout: seconds after which a worker that has not answered is killed.
     """
 
-    def __init__(self, task: Task, num_workers: int) -> None:
+    def __init__(self, task: Task, num_workers: int, timeout: float) -> None:
+        self.timeout = timeout
+        self._closed = threading.Event()
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once, not by each worker
         util.get_temp_dir()  # created here: all share it, and it is removed although workers get killed
@@ -98,6 +122,7 @@ class Workers:
                 process.start()
             self._workers.append(_Worker(process, here))
             self._idle.put(self._workers[-1])
+        threading.Thread(target=self._watch, name="late prompts", daemon=True).start()
 
     def submit(self, position: int, sample: Sample | None) -> Future[Prepared]:
         return self._threads.submit(self._ask, position, sample)
@@ -105,12 +130,25 @@ class Workers:
     def _ask(self, position: int, sample: Sample | None) -> Prepared:
         worker = self._idle.get()
         try:
-            return worker.ask(position, sample)
+            return worker.ask(position, sample, self.timeout)
         finally:
             self._idle.put(worker)  # a dead worker gives the same error every time
 
+    def _watch(self) -> None:
+        """Kill workers that take too long; in beats, since a job that was suspended can be resumed."""
+        before, missed = [worker.asked for worker in self._workers], [0] * len(self._workers)
+        while not self._closed.wait(self.timeout / BEATS):
+            for index, worker in enumerate(self._workers):
+                same = worker.asked is not None and worker.asked is before[index]
+                missed[index] = missed[index] + 1 if same else 0
+                before[index] = worker.asked
+                if missed[index] >= BEATS:
+                    worker.late = True
+                    worker.process.kill()
+
     def close(self) -> None:
         atexit.unregister(self.close)
+        self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.process.kill()  # it has nothing to clean up

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from geo_r1.data import PromptEncoder
+from geo_r1.data import PromptEncoder, PromptLoader
+from geo_r1.data.source import Source
 from geo_r1.train.parallel.policy import Policy
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.sections import Recipe
@@ -33,6 +34,18 @@ class RunContext:
     image_processor: Any
     encoder: PromptEncoder
     export_dtype: torch.dtype
+
+    def loader(self, source: Source) -> PromptLoader:
+        """Loads a source's prompts as the recipe asks; close it."""
+        data, run = self.recipe.data, self.recipe.run
+        return PromptLoader(
+            source,
+            self.encoder,
+            seed=run.seed,
+            num_workers=data.num_workers,
+            cache_bytes=data.cache_mib << 20,
+            timeout=run.hang_timeout,
+        )
 
     def export(self, stage: str, policy: Policy) -> None:
         """Write the policy as the model of a stage, on the main rank; the others take part, and wait.

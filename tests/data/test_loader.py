@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
-from types import SimpleNamespace
 
 import loader_cases
 import pytest
@@ -83,13 +83,6 @@ def test_a_position_may_be_asked_for_twice():
         assert same(loader.load([4])[0], first)
 
 
-def test_of_a_recipe():
-    options = SimpleNamespace(num_workers=0, cache_mib=3)
-    loader = PromptLoader.of(options, WORLD, encoder(), 1)
-    assert loader._task.encoder.cache.max_bytes == 3 << 20
-    assert same(loader.load([3])[0], PromptLoader(WORLD, encoder(), seed=1).load([3])[0])
-
-
 def test_shared_tiles_are_decoded_once(tmp_path):
     make_image(100, 60).save(tmp_path / "tile.png")
     tile = tmp_path / "tile.png"
@@ -154,6 +147,23 @@ def test_a_worker_that_dies_while_idle_is_an_error_too():
         worker.join()
         with pytest.raises(ValueError, match="exit code -9"):
             loader.load([1])
+    assert {child.pid for child in active_children()} <= before
+
+
+@pytest.mark.parametrize("text", ["short", "long" * 100_000])  # the second does not fit into a pipe
+def test_a_worker_that_hangs_is_named_and_killed(text):
+    before = {child.pid for child in active_children()}
+    source = Source.of([sample(name, text=text) for name in "abc"])
+    with PromptLoader(source, encoder(), seed=0, num_workers=1, timeout=2.0) as loader:
+        [worker] = [child for child in active_children() if child.pid not in before]
+        first = loader.load([0])[0][0].id
+        time.sleep(3)  # an idle one is never late
+        os.kill(worker.pid, signal.SIGSTOP)
+        [waiting] = {*"abc"} - {first, loader._draw(2).id}
+        with pytest.raises(ValueError, match=rf"not answered for 2 s .* or sample {waiting} takes for ever$"):
+            loader.load([1])
+        with pytest.raises(ValueError, match="not answered for 2 s"):
+            loader.load([2])
     assert {child.pid for child in active_children()} <= before
 
 

@@ -56,7 +56,8 @@ class RunConfig(Section):
     """A step whose loss or gradient is not finite is skipped, and its batch is kept under bad/. The run ends
     after more than this many in a stage."""
     hang_timeout: Free[Positive] = 600.0
-    """Seconds without a sign of life from another rank after which the run ends."""
+    """Seconds without a sign of life from another rank, or without an answer from a process that prepares
+    prompts, after which the run ends."""
 
 
 class ParallelConfig(Section):

@@ -11,7 +11,6 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from geo_r1.data.loader import PromptLoader
 from geo_r1.data.source import Source
 from geo_r1.errors import UserError
 from geo_r1.kernels import (
@@ -129,7 +128,7 @@ def run_grpo(
 
     with (
         closing(Scorer(context, has_answers(source))) as scorer,
-        PromptLoader.of(recipe.data, source, context.encoder, recipe.run.seed) as loader,
+        context.loader(source) as loader,
         closing(open_rollout_queue(context, policy, config, loader, num_steps)) as queue,
     ):
         with ranks.together():

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from geo_r1.data import Sample
-from geo_r1.data.loader import PromptLoader
 from geo_r1.data.source import Source
 from geo_r1.kernels import linear_cross_entropy
 from geo_r1.models import EncodedPrompt, PackedBatch, PackedVLM
@@ -75,7 +74,7 @@ def run_sft(
             metrics |= {"num_skipped": config.batch_size - num_samples, "num_bad_samples": bad.count()}
         return metrics, batches.num_tokens
 
-    with PromptLoader.of(context.recipe.data, source, context.encoder, context.recipe.run.seed) as loader:
+    with context.loader(source) as loader:
         bad = BadSamples(context.recipe.data, ranks, source, loader)
         run_stage(context, stage, policy, config, config.optim, num_steps, step, "loss", validate=validate)
         if bad.found:
