@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from geo_r1.train.parallel.agreement import check_ranks_agree
 from geo_r1.train.parallel.ranks import Ranks
 from geo_r1.train.recipe.load import dump_recipe
 from geo_r1.train.recipe.run_sections import STAGES
-from geo_r1.train.recipe.sections import Recipe
+from geo_r1.train.recipe.sections import GRPOConfig, Recipe, SFTConfig
 from geo_r1.train.report.about import facts_of
 from geo_r1.train.report.log import Log
 from geo_r1.train.report.page import write_report
@@ -62,14 +63,15 @@ def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
         check_answers(recipe, sources["grpo"])
         check_rollout_engine(recipe, ranks.size)
     check_model_exists(recipe.model.path)
+    longer: list[str] = []
     with ExitStack() as stack:
         with ranks.together():
             if ranks.is_main:
                 stack.enter_context(claimed(run_dir, say))
                 if not recipe.run.overwrite:
-                    check_recipe(run_dir, recipe)
+                    longer = check_recipe(run_dir, recipe)
         models = Models(recipe, world, ranks)
-        context = _start(recipe, ranks, run_dir, models)
+        context = _start(recipe, ranks, run_dir, models, longer)
         stack.callback(context.log.close)
         if "grpo" in recipe.run.stages and ranks.is_main:
             look_for_server(recipe.rollout, context.log.say)
@@ -83,7 +85,7 @@ def run_recipe(recipe: Recipe, ranks: Ranks) -> None:
                 _train(context, models, stage, sources)
                 _free(ranks.device)
             elif ranks.is_main:
-                prune(run_dir, stage, 0)  # left over if the run was killed right after its export
+                prune(run_dir, stage, 1)  # left over if the run was killed right after its export
         if ranks.is_main:
             report = run_dir / "report.html"
             if context.log.optional("report", report, lambda: write_report(run_dir)):
@@ -97,6 +99,9 @@ def _train(context: RunContext, models: Models, stage: str, sources: Mapping[str
     def check(vlm: PackedVLM) -> tuple[dict[str, float], float]:
         return validate(context, vlm, stage, sources["eval"])
 
+    if context.ranks.is_main:  # no earlier stage can be extended from now on
+        for earlier in STAGES[: STAGES.index(stage)]:
+            prune(context.run_dir, earlier, 0)
     path = context.ranks.gather(_start_of(recipe, stage))[0]
     policy = models.policy(path, config)
     if stage == "grpo":
@@ -116,8 +121,12 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunContext:
-    """Load the model's parts, so that a broken one fails early, then set up the run folder and its log."""
+def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models, longer: Sequence[str]) -> RunContext:
+    """Load the model's parts, so that a broken one fails early, then set up the run folder and its log.
+
+    Args:
+        longer: stages that have more steps than when the folder was made, on the main rank.
+    """
     vlm, tokenizer, image_processor = models.load(recipe.model.path)
     if not recipe.run.threads and vlm.model.num_parameters() < SMALL and ranks.device.type == "cpu":
         torch.set_num_threads(1)
@@ -125,6 +134,8 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunCo
         if ranks.is_main:
             if recipe.run.overwrite:
                 clear(run_dir, recipe)
+            for stage in longer:
+                _extend(run_dir, stage, getattr(recipe, stage))
             write_text(run_dir / RECIPE, dump_recipe(recipe))
     log = Log(run_dir, recipe.log, ranks.is_main, recipe.model_dump(mode="json"))
     if ranks.is_main:
@@ -134,6 +145,31 @@ def _start(recipe: Recipe, ranks: Ranks, run_dir: Path, models: Models) -> RunCo
     encoder = encoder_of(recipe, vlm.model.config, tokenizer, image_processor)
     dtype = export_dtype_of(recipe.model)
     return RunContext(recipe, ranks, run_dir, log, tokenizer, image_processor, encoder, dtype)
+
+
+def _extend(run_dir: Path, stage: str, config: SFTConfig | GRPOConfig) -> None:
+    """Let a stage that has more steps than before go on; a finished one's model is set aside.
+
+    Raises:
+        UserError: a later stage has started from that model, or the checkpoint to go on from is gone.
+    """
+    model = finished_model(run_dir, stage)
+    if model is not None:
+        _check_later_stages(run_dir, stage)
+        last = newest_checkpoint(run_dir, stage)
+        if last is None:
+            raise UserError(
+                f"{stage} in {run_dir} is finished, and its last checkpoint, from which it would go on, is "
+                f"gone; start another run from its model: --model.path {model} --run.dir <another>"
+            )
+        aside = model.with_name(last.name)
+        if aside.exists():  # the model of the same step
+            shutil.rmtree(aside)
+        model.rename(aside)
+        say(f"{stage} goes on; the model that it had left is now {aside}")
+    optim = config.optim
+    if optim.schedule != "constant" or optim.warmup_ratio:
+        say(f"{stage}: the learning rate is now that of the longer schedule ({optim.schedule})")
 
 
 def _check_later_stages(run_dir: Path, stage: str) -> None:

@@ -122,6 +122,10 @@ def weights(run_dir: Path, stage: str) -> bytes:
     return (run_dir / "models" / stage / "model.safetensors").read_bytes()
 
 
+def checkpoints(run_dir: Path) -> set[str]:
+    return {path.name for path in (run_dir / "checkpoints").iterdir()}
+
+
 def files_under(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 

@@ -316,7 +316,7 @@ def test_overwrite_deletes_only_for_a_run_that_can_start(stopped, tmp_path, capf
     assert (stopped / "checkpoints" / "sft-000002").exists()
     runs.train(stopped, "sft", run__overwrite=True, sft__steps=1)
     assert [row["step"] for row in runs.metrics(stopped, "sft")] == [1]
-    assert runs.files_under(stopped / "checkpoints") == set()
+    assert runs.checkpoints(stopped) == {"sft-000001"}
 
 
 def test_a_cached_model_is_not_asked_of_the_hub(monkeypatch):

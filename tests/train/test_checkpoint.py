@@ -156,8 +156,9 @@ def test_the_newest_and_the_best_stay(tmp_path):
     ):
         Checkpoints(tmp_path, "sft", ALONE, 1)
     (tmp_path / "checkpoints" / "sft-best.json").unlink()
-    again.clear()
-    assert again.best() is None
+    again.finish()
+    assert names(tmp_path / "checkpoints") == {"sft-000010", "grpo-000001"}
+    prune(tmp_path, "sft", 0)
     assert names(tmp_path / "checkpoints") == {"grpo-000001"}
     prune(tmp_path, "grpo", 0)
     assert names(tmp_path / "checkpoints") == set()

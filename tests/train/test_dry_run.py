@@ -223,7 +223,7 @@ def test_a_checkpoint_and_a_model_are_as_large_as_said(changes, tmp_path):
         pytest.importorskip("peft")
     kept = {"grpo__save_every": 1, "grpo__steps": 2} | changes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "clear", Checkpoints.wait)
+        patch.setattr(Checkpoints, "finish", Checkpoints.wait)
         run_dir = runs.train(tmp_path / "run", "grpo", **kept)
     recipe = recipe_of(tmp_path, "grpo", **kept)
     checkpoint, model = readiness.sizes(recipe, without_weights(recipe)[0], "grpo")

@@ -58,7 +58,7 @@ def same_result(found, expected, stage):
     assert runs.weights(found, stage) == runs.weights(expected, stage)
     assert runs.metrics(found, stage) == runs.metrics(expected, stage)
     assert [row["step"] for row in runs.metrics(found, stage)] == [1, 2, 3, 4, 5]
-    assert runs.files_under(found / "checkpoints") == set()
+    assert runs.checkpoints(found) == {f"{stage}-000005"}  # the only one that stays
     assert {path.name for path in (found / "models" / stage).iterdir()} == FINISHED
     assert {path.name for path in (found / "models").iterdir()} == {stage}
 
@@ -103,7 +103,7 @@ def test_a_killed_run_leaves_whole_checkpoints_and_goes_on(tmp_path):
         ranks, options = forked_ranks.STRATEGIES["one"]
         argv = runs.arguments(folder, stage, **options | changes)
         assert forked_ranks.run(argv, ranks, moment=moment).codes == [-signal.SIGKILL], moment
-        assert {path.name for path in (folder / "checkpoints").iterdir()} == checkpoints, moment
+        assert runs.checkpoints(folder) == checkpoints, moment
         exported = (folder / "models").iterdir() if (folder / "models").exists() else ()
         assert {path.name for path in exported} == models, moment
         for path in (folder / "checkpoints").glob(f"{stage}-*"):
@@ -167,7 +167,7 @@ def test_without_a_whole_checkpoint_a_stage_starts_again(tmp_path, capfd):
     flipped(run_dir / "checkpoints" / "sft-000003" / "trainer.json")
     runs.train(run_dir, "sft")
     assert runs.weights(run_dir, "sft") == runs.weights(whole, "sft")
-    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"damaged-sft-000003"}
+    assert runs.checkpoints(run_dir) == {"damaged-sft-000003", "sft-000005"}
 
 
 def fails_at(number, error):
@@ -244,7 +244,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_strategy(chain, tmp_path):
     forked_ranks.train(folder, stage, strategy=strategies[-1], **changes)
     same_metrics(folder, tmp_path / "whole", stage, 5)
     same_weights(folder, tmp_path / "whole", stage)
-    assert runs.files_under(folder / "checkpoints") == set()
+    assert runs.checkpoints(folder) == {f"{stage}-000005"}
 
 
 @FORKS

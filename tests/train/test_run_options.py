@@ -199,16 +199,16 @@ def script_accuracies(monkeypatch, accuracies):
     return seen
 
 
-def watch_clearing(monkeypatch) -> list[set[str]]:
-    """What lies under checkpoints/ when a stage is about to clear it."""
-    found, real = [], Checkpoints.clear
+def watch_finishing(monkeypatch) -> list[set[str]]:
+    """What lies under checkpoints/ when a stage is about to delete all but the last."""
+    found, real = [], Checkpoints.finish
 
-    def clear(self):
+    def finish(self):
         self.wait()
         found.append({path.name for path in (self.run_dir / "checkpoints").iterdir()})
         real(self)
 
-    monkeypatch.setattr(Checkpoints, "clear", clear)
+    monkeypatch.setattr(Checkpoints, "finish", finish)
     return found
 
 
@@ -221,7 +221,7 @@ def test_the_best_model_is_what_a_stage_leaves(accuracies, best, lora, tmp_path,
     seen = script_accuracies(monkeypatch, accuracies)
     changes = {"eval__every": 1, "eval__keep_best": True, "lora__rank": lora}
     with pytest.MonkeyPatch.context() as patch:
-        policies, left = option_runs.watch_exports(patch), watch_clearing(patch)
+        policies, left = option_runs.watch_exports(patch), watch_finishing(patch)
         run_dir = runs.train(tmp_path / "run", "sft", **changes, sft__save_every=1, run__keep_checkpoints=1)
     assert [row["eval/accuracy"] for row in runs.metrics(run_dir, "sft")] == [*accuracies]
     kept = {f"sft-{best:06d}", "sft-000005", "sft-best.json"}
@@ -229,7 +229,7 @@ def test_the_best_model_is_what_a_stage_leaves(accuracies, best, lora, tmp_path,
     [policy] = policies
     for name, parameter in policy.vlm.model.named_parameters():
         assert torch.equal(parameter, seen[best - 1][name]), name
-    assert runs.files_under(run_dir / "checkpoints") == set()
+    assert runs.checkpoints(run_dir) == kept
     if not lora:  # with adapters, what is exported is merged
         after = option_runs.exported(run_dir, "sft")
         assert all(torch.equal(tensor, seen[best - 1][name]) for name, tensor in after.items())
@@ -246,13 +246,13 @@ def test_the_best_is_remembered_across_a_stop(stop, tmp_path, monkeypatch):
 
 
 def test_newest_checkpoints_stay_by_number(tmp_path, monkeypatch):
-    left = watch_clearing(monkeypatch)
+    left = watch_finishing(monkeypatch)
     runs.train(tmp_path / "run", "sft", sft__save_every=1, run__keep_checkpoints=3)
     assert left == [{"sft-000003", "sft-000004", "sft-000005"}]
 
 
 def test_without_keep_best_the_last_model_stays(tmp_path, monkeypatch):
-    seen, left = script_accuracies(monkeypatch, (0.9, 0.1)), watch_clearing(monkeypatch)
+    seen, left = script_accuracies(monkeypatch, (0.9, 0.1)), watch_finishing(monkeypatch)
     run_dir = runs.train(tmp_path / "run", "sft", eval__every=2, sft__steps=4, sft__save_every=2)
     assert left == [{"sft-000002", "sft-000004"}]
     after = option_runs.exported(run_dir, "sft")

@@ -20,6 +20,7 @@ from geo_r1.train.rl.rollout_engines import check_rollout_engine
 from geo_r1.train.rl.scoring import load_rewards
 from geo_r1.train.sources import open_source
 from geo_r1.train.stages.grpo import loss_config_of
+from geo_r1.train.state.run_folder import check_recipe
 
 Steps = Mapping[str, int | None]  # of each trained stage; None if unknown
 
@@ -35,6 +36,8 @@ def missing(recipe: Recipe, num_ranks: int) -> Iterator[str]:
         lambda: load_rewards(recipe.rewards),
         lambda: loss_config_of(recipe),
     ]
+    if not recipe.run.overwrite:
+        checks.append(lambda: check_recipe(recipe.run.dir, recipe))
     if "grpo" in recipe.run.stages:
         checks.append(lambda: check_rollout_engine(recipe, num_ranks))
     if recipe.eval.every and "eval" not in recipe.run.stages:

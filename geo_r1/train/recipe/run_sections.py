@@ -40,7 +40,8 @@ class RunConfig(Section):
     """The run's folder and its stages."""
 
     dir: Free[Path] = Path("runs/world")
-    """Folder of the run. A run continues there if its recipe is the same."""
+    """Folder of the run. A run continues there if its recipe is the same, but for keys with ↻ and for steps
+    or epochs that have grown."""
     seed: int = 0
     """Seed of the sample order, the completions and every weight that is drawn."""
     stages: Free[tuple[Stage, ...]] = ("sft", "grpo", "eval")
@@ -51,7 +52,8 @@ class RunConfig(Section):
     """CPU threads per rank; 0 takes OMP_NUM_THREADS, or else shares out the cores that the process may use.
     A model as small as the world's own runs on one thread."""
     keep_checkpoints: Free[PositiveInt] = 2
-    """Number of a stage's newest checkpoints to keep, besides the best one where `eval.keep_best` is set."""
+    """Number of a stage's newest checkpoints to keep, besides the best one where `eval.keep_best` is set. Of
+    a finished stage the last one stays, until a later stage begins."""
     max_bad_steps: Free[Natural] = 10
     """A step whose loss or gradient is not finite is skipped, and its batch is kept under bad/. The run ends
     after more than this many in a stage."""

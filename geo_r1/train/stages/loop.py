@@ -135,7 +135,7 @@ def run_stage(
         checkpoints.wait()
         _load_best(context, checkpoints, updater, reference)
         context.export(stage, policy)
-        checkpoints.clear()
+        checkpoints.finish()
         if ranks.any(stop_requested()):
             raise Stopped(f"{stage} is finished; the same command goes on")
 

@@ -174,12 +174,11 @@ class Checkpoints:
         """Step and value of the best checkpoint, if one was marked."""
         return self._best
 
-    def clear(self) -> None:
-        """Delete all checkpoints of the stage: it is finished."""
+    def finish(self) -> None:
+        """Delete all checkpoints but the last, from which a finished stage can be extended."""
         self.wait()
         if self.ranks.is_main:
-            prune(self.run_dir, self.stage, 0)
-        self._best = None
+            prune(self.run_dir, self.stage, 1)
         self.ranks.barrier()
 
     def close(self) -> None:

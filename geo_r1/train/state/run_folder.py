@@ -106,23 +106,34 @@ def clear(run_dir: Path, recipe: Recipe) -> None:
             ) from error
 
 
-def check_recipe(run_dir: Path, recipe: Recipe) -> None:
+def check_recipe(run_dir: Path, recipe: Recipe) -> list[str]:
     """Compare the recipe with the one that made what the folder holds.
 
+    Returns:
+        The recipe's stages that are longer now.
+
     Raises:
-        UserError: they differ in a value that decides what a run learns, or there is none.
+        UserError: they differ in another value that decides what a run learns, or there is none.
     """
     file, found = run_dir / RECIPE, written(run_dir)
     if not found:
-        return
+        return []
     try:  # keys that it leaves out have their defaults
         made = Recipe(**tomllib.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{run_dir} holds {found[0]}, but not its {RECIPE}; {OTHERWISE}") from None
     except ValueError as error:
         raise UserError(f"{file} is damaged, or of another version of geo_r1; {OTHERWISE}") from error
-    if changed := first_difference(decisive(made), decisive(recipe), ""):
+    before, now, longer = decisive(made), decisive(recipe), []
+    for stage in recipe.run.stages[: -1 if recipe.run.stages[-1] == "eval" else None]:
+        for key in ("steps", "epochs"):
+            was, wanted = before[stage][key], now[stage][key]
+            if was and wanted and wanted > was:
+                before[stage][key] = wanted
+                longer.append(stage)
+    if changed := first_difference(before, now, ""):
         raise UserError(f"{run_dir} was made with {changed}; {OTHERWISE}")
+    return longer
 
 
 def finished_model(run_dir: Path, stage: str) -> Path | None:
