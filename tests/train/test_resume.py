@@ -5,6 +5,8 @@ import os
 import pickle
 import pkgutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import forked_ranks
@@ -257,6 +259,25 @@ def test_two_ranks_go_on_bit_by_bit(stage, strategy, tmp_path):
     stop(folder, stage, strategy, signal.SIGTERM, 0, 4, **changes)
     forked_ranks.train(folder, stage, strategy=strategy, **changes)
     same_result(folder, whole, stage)
+
+
+FORKED = """
+import os, signal
+from geo_r1.train.stages.loop import stop_requests
+with stop_requests() as requested:
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), requested())
+"""
+
+
+@FORKS
+def test_a_stop_signal_ends_what_a_user_forks():
+    """`multiprocessing.Pool` ends its processes so, and waits for them."""
+    out = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
+    assert out.stdout == "-15 False\n", out.stderr
 
 
 def test_a_half_written_line_of_metrics_is_forgotten(tmp_path, monkeypatch):

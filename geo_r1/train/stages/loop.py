@@ -254,9 +254,14 @@ def stop_requests(aloud: bool = True) -> Iterator[Callable[[], bool]]:
         aloud: say that the signal has come; True on the main rank.
     """
     received: list[float] = []
+    process = os.getpid()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def receive(number: int, _: object) -> None:
+        if os.getpid() != process:  # a child of a user's code inherits this handler, and must end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         now = time.monotonic()
         if number == signal.SIGINT and received and now - received[0] > SECOND_THOUGHT:
             raise KeyboardInterrupt
