@@ -50,7 +50,18 @@ D_QUERY = {
         "193/229; 64 keys spill on sm_80 from D = 80", BM=64, BN=32, SPLIT=0, num_warps=4, num_stages=2
     ),
     ("float32", 64): Launch("255/253", BM=32, BN=32, SPLIT=0, num_warps=8),
-    ("float32", 128): Launch("254/255; more rows spill", BM=16, BN=16, SPLIT=0, num_warps=8),
+    ("float32", 128): Launch(
+        "254/255; more rows and, on sm_100, one stage spill",
+        BM=16,
+        BN=16,
+        SPLIT=0,
+        num_warps=8,
+        num_stages=2,
+    ),
+    ("float32 sm_12x", 64): Launch("161; 32 keys spill", BM=32, BN=16, SPLIT=0, num_warps=8),
+    ("float32 sm_12x", 80): Launch(
+        "255; 11 other tiles spill more", BM=16, BN=16, SPLIT=0, num_warps=4, stack=8
+    ),
 }
 # BM queries at a time for BN keys.
 D_KEY = {
@@ -62,6 +73,17 @@ D_KEY = {
     ("float32", 64): Launch("176/176", BM=16, BN=32, num_warps=8),
     ("float32", 80): Launch("255/255; one stage spills", BM=16, BN=16, num_warps=8, num_stages=2),
     ("float32", 128): Launch("192/194; more rows spill", BM=16, BN=16, num_warps=8),
+    ("float32 sm_10x", 80): Launch(
+        "255; 4 other tiles spill more", BM=16, BN=32, num_warps=8, num_stages=2, stack=16
+    ),
+    ("float32 sm_12x", 80): Launch(
+        "255; 9 other tiles spill more", BM=16, BN=32, num_warps=8, num_stages=2, stack=24
+    ),
+    ("short sm_8x", 128): Launch("249; 32 queries spill on sm_86", BM=16, BN=64, num_warps=4, num_stages=2),
+    ("short sm_10x", 128): Launch("114; 32 queries spill", BM=16, BN=64, num_warps=4, num_stages=2),
+    ("short sm_12x", 96): Launch("174; 32 queries spill", BM=16, BN=64, num_warps=4, num_stages=2),
+    ("long sm_12x", 96): Launch("228; 128 keys spill", BM=32, BN=64, num_warps=8, num_stages=2),
+    ("long sm_12x", 128): Launch("170; 128 keys spill", BM=32, BN=64, num_warps=8, num_stages=2),
 }
 
 
@@ -219,10 +241,10 @@ def backward(
     _d_query_kernel[(d_query_tiles.shape[0] * num_heads,)](
         q, k, v, out_THD, do, lse_HT, dq_THD, delta_HT, d_query_tiles, *sizes,
         *strides(q, k, v, out_THD, do, dq_THD),
-        **constants, **choose_row(D_QUERY, q.dtype, head_size, short).options,
+        **constants, **choose_row(D_QUERY, q, short).options,
     )  # fmt: skip
     _d_key_kernel[(key_tiles.shape[0] * num_heads,)](
         q, k, v, do, lse_HT, delta_HT, dk_THD, dv_THD, key_tiles, *sizes,
         *strides(q, k, v, do, dk_THD, dv_THD),
-        **constants, **choose_row(D_KEY, q.dtype, head_size, short).options,
+        **constants, **choose_row(D_KEY, q, short).options,
     )  # fmt: skip
