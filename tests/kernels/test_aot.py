@@ -166,7 +166,8 @@ for family, case in [
     for arch in (80, 86, 89):
         with aot.compile_only(arch) as (kernels, _):
             dict(aot._load(family).aot_cases())[case]()
-        ptx, changed = re.subn(rf"[.]target sm_{arch}", "", "".join(kernel.asm["ptx"] for kernel, _ in kernels))
+        ptx = "".join(kernel.asm["ptx"] for kernel, _ in kernels)
+        ptx, changed = re.subn(rf"[.]target sm_{arch}", "", ptx)
         texts.add(ptx)
     print(family, changed, len(texts))
 """

@@ -15,7 +15,7 @@ ROW = floor.Work(exponentials=1, item_bytes=2)
 
 def code(text):
     """Instructions, one a line at addresses 0x10 apart; `>name` is a label, and a branch's operand."""
-    lines = [line.split("#")[0].split() for line in text.strip().splitlines()]
+    lines = [words for line in text.splitlines() if (words := line.split("#")[0].split())]
     labels, address = {}, 0
     for words in lines:
         if words[0].startswith(">"):
@@ -240,7 +240,7 @@ print(*(kernel.pace for kernel in built.values()))
 
 
 def test_a_real_kernel():
-    """The statistics read their logits once; how many instructions they need is for the launch row to limit."""
+    """The statistics read their logits once. How many instructions that may take is in the launch row."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", REAL], capture_output=True, text=True, env=environment, check=True
