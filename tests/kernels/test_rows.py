@@ -424,11 +424,11 @@ def test_ops_pass_opcheck(impl, config):
     inputs = (case.hidden_RC, case.lm_head_VC)
     strided = case.hidden_RC.detach().t().contiguous().t().requires_grad_()  # as its gradient is not
     for hidden in (case.hidden_RC, strided):
-        arguments = (hidden, case.lm_head_VC, *rows, *config.values, True, True, impl)
+        arguments = (hidden, case.lm_head_VC, *rows, *config.values, True, True, impl, 0)
         torch.library.opcheck(ops.linear_grpo_loss.default, arguments)
-    torch.library.opcheck(ops.linear_logprob.default, (*inputs, case.target_R, 0.7, impl))
+    torch.library.opcheck(ops.linear_logprob.default, (*inputs, case.target_R, 0.7, impl, 0))
     hidden, head = (x.detach() for x in inputs)
-    arguments = (row, None, hidden, head, case.target_R, 0.7, True, False, impl)
+    arguments = (row, None, hidden, head, case.target_R, 0.7, True, False, impl, 0)
     torch.library.opcheck(ops.linear_logprob_backward.default, arguments)
     torch.library.opcheck(ops.scaled.default, (hidden, scalar))
 
