@@ -4,6 +4,7 @@ Elsewhere on the CPU: Triton's by its interpreter, those of csrc/ by an emulator
 """
 
 import os
+import signal
 import sys
 
 import pytest
@@ -28,6 +29,14 @@ def impl(request):
     if request.param == "triton":
         pytest.importorskip("triton")
     return request.param
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C does what it does at a terminal; where tests run in the background, shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=EMULATED)

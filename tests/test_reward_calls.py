@@ -202,6 +202,7 @@ def test_the_only_sample_is_named_whatever_the_function_looks_at():
         score({"f": fails}, None, TEXTS[:1], IDS[:1], {}, owners=["row7"])
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_real_interrupt_stays_one(caplog):
     def slow(**_):
         os.kill(os.getpid(), signal.SIGINT)

@@ -51,8 +51,9 @@ def available_impls() -> dict[str, tuple[str, ...]]:
 
     On a GPU the default is "triton", or an implementation that a benchmark record of that GPU shows to be
     faster. Inputs that it does not take (see docs/kernels.md) go to the next one; an implementation that
-    `impl=` names raises instead. "cuda" needs a build for this GPU. "flash" runs only if named, and so does
-    "cuda" without a record. On a CPU "triton" runs only in Triton's interpreter.
+    `impl=` names raises instead. "cuda" needs a build for this GPU, and runs only if named or with a record.
+    `packed_attention` takes "flash" for segments of more than 64 tokens. On a CPU "triton" runs only in
+    Triton's interpreter.
     `python -m geo_r1.kernels` prints this list with the reasons.
 
     Returns:
@@ -120,9 +121,22 @@ def why_not(op: str, impl: str, device: torch.device) -> str | None:
     if impl == "triton" and not _HAS_TRITON:
         return "triton is not installed"
     interpreted = impl == "triton" and device.type == "cpu" and _INTERPRETED
+    if device.type == "cuda" and impl == "flash":
+        return _why_no_flash(device)
     return None if impl == "reference" or device.type == "cuda" or interpreted else f"device {device}"
 
 
+def _why_no_flash(device: torch.device) -> str | None:
+    """Say why the libraries' kernels cannot run on a GPU."""
+    if torch.version.hip:
+        return "an AMD GPU, where log-sum-exps have another layout"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"for compute capability 8.0 or later, this GPU is {capability[0]}.{capability[1]}"
+    return None
+
+
+@_constant
 def fastest_on(op: str, device: torch.device) -> tuple[str, str] | None:
     """The fastest implementation on a device and the name of the record that shows it, or None."""
     return _FASTEST.get((op, torch.cuda.get_device_name(device))) if device.type == "cuda" else None

@@ -7,8 +7,8 @@
 Each reads its inputs once and writes its outputs once; transformers takes three to eight passes.
 
 Only the modules of the given model change: each gets a `forward` of its own. transformers' classes and
-functions stay as they are. (liger-kernel's own patch replaces `apply_multimodal_rotary_pos_emb`, which
-transformers has not called since 5.17, so it leaves rotary unfused; here that is so with 5.16.)
+functions stay as they are. (liger-kernel's own patch replaces `apply_multimodal_rotary_pos_emb` alone, which
+transformers has not called since 5.17, so it leaves rotary unfused.)
 
 The kernels work in place: rotary overwrites the outputs of the projections, which nothing else reads; the
 backward passes of swiglu and rms_norm overwrite saved gates and incoming gradients. So a graph allows one
@@ -84,6 +84,17 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     return LigerRopeFunction.apply(q, k, cos, sin)
 
 
+def _multimodal_rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sections: list[int]
+) -> tuple[Tensor, Tensor]:
+    """`apply_multimodal_rotary_pos_emb`: angles [3, 1, T, D], of which each section of D reads one axis."""
+    cos, sin = (
+        torch.cat([part[i % 3] for i, part in enumerate(angle.split(sections * 2, -1))], -1)
+        for angle in (cos, sin)
+    )
+    return _rotary(q, k, cos, sin)
+
+
 def _vision_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb_vision`: q and k [T, H, D], cos and sin [T, D]."""
     q, k = LigerRopeFunction.apply(q[None].transpose(1, 2), k[None].transpose(1, 2), cos[None], sin[None])
@@ -91,9 +102,9 @@ def _vision_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def _calling(attention: type[nn.Module], functions: dict[str, Callable]) -> Forward | None:
-    """The class's own forward with `functions` replaced by name; None if it does not call them all."""
+    """The class's own forward with `functions` replaced by name; None if it calls none of them."""
     forward = unwrap(attention.forward)  # transformers 5.24 renames an argument in a decorator
-    if not functions.keys() <= set(forward.__code__.co_names):
+    if functions.keys().isdisjoint(forward.__code__.co_names):
         return None
     names = forward.__globals__ | functions
     return FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -113,6 +124,9 @@ CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
 }
 FORWARDS: dict[str, Forward] = {"rms_norm": _rms_norm, "swiglu": _swiglu}
 ROTARY: dict[str, dict[str, Callable]] = {
-    "rotary": {"apply_rotary_pos_emb": _rotary},
+    "rotary": {
+        "apply_rotary_pos_emb": _rotary,
+        "apply_multimodal_rotary_pos_emb": _multimodal_rotary,  # transformers 5.16
+    },
     "vision_rotary": {"apply_rotary_pos_emb_vision": _vision_rotary},
 }

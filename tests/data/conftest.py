@@ -1,15 +1,5 @@
-import signal
-
 import pytest
 from data_cases import KEY
-
-
-@pytest.fixture
-def ctrl_c():
-    """Ctrl-C does what it does at a terminal; where tests run in the background, shells have it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

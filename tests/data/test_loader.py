@@ -154,10 +154,11 @@ def test_a_worker_that_dies_while_idle_is_an_error_too():
 def test_a_worker_that_hangs_is_named_and_killed(text):
     before = {child.pid for child in active_children()}
     source = Source.of([sample(name, text=text) for name in "abc"])
-    with PromptLoader(source, encoder(), seed=0, num_workers=1, timeout=2.0) as loader:
+    with PromptLoader(source, encoder(), seed=0, num_workers=1, timeout=30.0) as loader:
         [worker] = [child for child in active_children() if child.pid not in before]
-        first = loader.load([0])[0][0].id
-        time.sleep(3)  # an idle one is never late
+        first = loader.load([0])[0][0].id  # starting takes a while
+        loader._workers.timeout = 2.0
+        time.sleep(6)  # an idle one is never late
         os.kill(worker.pid, signal.SIGSTOP)
         [waiting] = {*"abc"} - {first, loader._draw(2).id}
         with pytest.raises(ValueError, match=rf"not answered for 2 s .* or sample {waiting} takes for ever$"):

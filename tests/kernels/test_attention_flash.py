@@ -134,6 +134,40 @@ def test_merged_rows_round_once_in_half_precision(plain):
     assert out[:, 0, 0].tolist() == [1.0, 1 + 2**-10]
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_size", [8, 72, 256])
+def test_the_kernels_that_merge_and_add(head_size, dtype, gathered):
+    pytest.importorskip("triton")
+    from geo_r1.kernels.attention import triton_merge
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    g = torch.Generator().manual_seed(head_size)
+    out, lse = torch.randn(50, 3, head_size, generator=g), 5 * torch.randn(3, 50, generator=g)
+    part, part_lse = torch.randn(3, 37, head_size, generator=g), 5 * torch.randn(3, 37, generator=g)
+    part_lse[0, :2] = torch.tensor([-200.0, 200.0])
+    rows = torch.randperm(50, generator=g)[:37].to(device) if gathered else slice(9, 46)
+    found, plain, right = [], [], []
+    for results, merging, wide in (
+        (found, triton_merge, dtype),
+        (plain, flash.TorchMerging, dtype),
+        (right, flash.TorchMerging, torch.float64),
+    ):
+        whole, piece = (x.to(dtype).to(device, wide, copy=True) for x in (out, part))
+        piece = piece.transpose(0, 1)  # as libraries may return it: heads first in memory
+        sums = [x.to(device, torch.promote_types(wide, torch.float32), copy=True) for x in (lse, part_lse)]
+        total = whole.clone()
+        merging.merge(whole, sums[0], piece, sums[1], rows)
+        merging.add(total, piece, rows)
+        results += [whole, sums[0], total]
+    for got, theirs, truth in zip(found, plain, right, strict=True):
+        error, allowed = ((x.double() - truth).abs().max() for x in (got, theirs))
+        assert error <= 2 * allowed + 1e-6
+    outside = torch.ones(50, dtype=torch.bool, device=device)
+    outside[rows] = False
+    assert torch.equal(found[0][outside], plain[0][outside])
+
+
 def test_calls(plain):
     def calls(case):
         plain.calls.clear()

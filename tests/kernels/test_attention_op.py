@@ -11,6 +11,7 @@ from test_attention_kernels import DEVICE, LONG, WIDEST, inputs, kernel
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from geo_r1.kernels import PackedLayout, available_impls, packed_attention
+from geo_r1.kernels.attention import public
 
 
 def test_second_derivatives_are_an_error(impl):
@@ -111,10 +112,21 @@ def test_it_may_be_a_threads_first_work(impl):
     assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
 
 
-def test_flash_is_never_taken_unasked():
-    layout, qkv, _, _, _ = inputs(CASES["ragged"], head_dim=72, dtype=torch.float16)
-    expected = packed_attention(*qkv, layout, impl="reference")
-    assert torch.equal(packed_attention(*qkv, layout), expected)
+@pytest.mark.parametrize(
+    ("length", "dtype", "runs", "record", "chosen"),
+    [
+        (65, torch.bfloat16, ("triton", "reference", "flash"), None, "flash"),
+        (64, torch.bfloat16, ("triton", "reference", "flash"), None, None),  # windows
+        (65, torch.float32, ("triton", "reference", "flash"), None, None),
+        (65, torch.bfloat16, ("triton", "reference"), None, None),
+        (65, torch.bfloat16, ("cuda", "triton", "reference", "flash"), ("cuda", "a record"), None),
+    ],
+)
+def test_a_library_computes_long_segments(length, dtype, runs, record, chosen, monkeypatch):
+    monkeypatch.setattr(public, "runs_on", lambda op, device: runs)
+    monkeypatch.setattr(public, "fastest_on", lambda op, device: record)
+    layout = PackedLayout.from_lengths([length, 3])
+    assert public._library_of(torch.zeros(length + 3, 2, 72, dtype=dtype), layout) == chosen
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")

@@ -176,6 +176,80 @@ def test_memory_law(dtype, config):
     assert gradients < seen.peak_bytes <= chunks.SCRATCH_BYTES_CPU + gradients + rows
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "most", "hidden_size", "num_sms", "rows"),
+    [
+        (8192, 3751, 3584, 132, 3584),  # 3 + 3 + 1 waves of tiles; even chunks of 2,816 take 3 + 3 + 3
+        (8192, 3751, 2048, 132, 3072),  # 2 + 2 + 1
+        (4096, 3751, 3584, 132, 2048),  # two chunks, 2 + 2
+        (3000, 3751, 3584, 132, 3000),  # one chunk
+        (12, 5, 3584, 132, 4),  # no tile fits
+        (0, 5, 64, 1, 1),
+        (1000, 400, 64, 1, 384),
+    ],
+)
+def test_chunks_fill_waves_of_tiles(num_rows, most, hidden_size, num_sms, rows):
+    assert chunks.chunk_rows(num_rows, most, hidden_size, num_sms) == rows
+    if num_rows:
+        assert -(-num_rows // rows) == -(-num_rows // most)  # as few chunks as can be
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton", "cuda"])
+def test_a_callers_bound_on_the_scratch(impl):
+    case = loss_case(24, 997, 16, dtype=torch.float32)
+    bound = 8 * 997 * 4
+    ops = {
+        "grpo": lambda x, **how: linear_grpo_loss(*x, **case.rows(), config=CONFIG, **how).loss,
+        "logprob": lambda x, **how: sum(linear_logprob(*x, case.target_R, **how)).sum(),
+        "cross_entropy": lambda x, **how: linear_cross_entropy(*x, case.target_R, case.token_weight_R, **how),
+    }
+    for op in ops.values():
+        found = []
+        for how in ({}, {"scratch_bytes": bound}):
+            leaves = case.leaves()
+            inputs = (leaves.hidden_RC, leaves.lm_head_VC)
+            seen = recorded(lambda op=op, x=inputs, how=how: op(x, impl=impl, **how).backward())
+            found.append((seen.largest_bytes, leaves))
+        assert found[1][0] <= max(bound, 997 * 16 * 4) < found[0][0]
+        for name in ("hidden_RC", "lm_head_VC"):
+            one, other = (getattr(leaves, name).grad for _, leaves in found)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        with pytest.raises(ValueError, match="scratch_bytes: expected a number above 0, got 0"):
+            op((case.hidden_RC, case.lm_head_VC), scratch_bytes=0)
+
+
+@pytest.mark.parametrize("head_dtype", [torch.bfloat16, torch.float32])
+def test_a_gpus_products_sum_in_float32(head_dtype, monkeypatch):
+    """A stand-in for what only a GPU's products have: a result wider than the operands."""
+    real, calls = {"mm": torch.mm, "addmm": torch.addmm}, []
+
+    def mm(a, b, *, out_dtype=None, out):
+        calls.append(out_dtype)
+        return out.copy_(real["mm"](a.double(), b.double())) if out_dtype else real["mm"](a, b, out=out)
+
+    def addmm(total, a, b, *, out_dtype, out):
+        assert total is out and out.dtype == out_dtype == torch.float32
+        return out.add_(real["mm"](a.double(), b.double()))
+
+    case = loss_case(48, 211, 16, dtype=torch.bfloat16)
+    walk = chunks.ChunkWalk(
+        case.hidden_RC, case.lm_head_VC.to(head_dtype), "reference", 8 * 211 * 10, needs_head=True
+    )
+    assert not walk.direct and not walk.sums_wide and len([*walk.chunks()]) > chunks.MAX_NARROW_SUMS
+    walk.sums_wide = True
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    d_logits_RV = torch.randn(48, 211, dtype=torch.bfloat16)
+    for rows in walk.chunks():
+        walk.add_gradients(rows, d_logits_RV[rows])
+    found = walk.results()[1]
+    assert found.dtype == head_dtype and calls == [torch.float32]
+    truth = d_logits_RV.double().T @ case.hidden_RC.double()
+    torch.testing.assert_close(
+        found.double(), truth, rtol=2.0**-8 if head_dtype != torch.float32 else 1e-5, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize(("vocab", "dtype"), [(1009, torch.float32), (1009, torch.float16), (1, torch.half)])
 def test_each_row_of_the_kernels_logits_begins_at_16_bytes(vocab, dtype, impl, monkeypatch):
     """A thread loads 16 bytes at once; the products read and write such rows in place."""

@@ -213,6 +213,21 @@ def test_entries_that_cannot_be_drawn_rows_of_weight_zero_and_strides(impl):
         assert not grad[2].any() and not grad[:, 5:2500].any()
 
 
+@pytest.mark.parametrize("column", [0, 2047, 2500])  # in whole blocks of columns, and in the rest
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf])
+def test_a_logit_that_is_not_finite_spoils_its_row_alone(fault, column, impl):
+    logits = torch.randn(3, 2501, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    logits[1, column] = fault
+    target, rows = torch.full((3,), 7, device=DEVICE), torch.ones(3, device=DEVICE)
+    for config in (GRPOLossConfig(), GRPOLossConfig(entropy_coef=0.1)):
+        leaf = logits.clone().requires_grad_()
+        out = grpo_loss(leaf, target, rows, rows, config=config, impl=impl)
+        (grad,) = torch.autograd.grad(out.loss, leaf)
+        for found in (out.logp_R, out.entropy_R, grad[:, 100]):
+            assert found.isnan().tolist() == [False, True, False]
+        assert grad[1].isnan().all() and grad[::2].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_output_is_written(dtype, monkeypatch, impl):
     poison_fresh_memory(monkeypatch)
@@ -409,11 +424,11 @@ def test_ops_pass_opcheck(impl, config):
     inputs = (case.hidden_RC, case.lm_head_VC)
     strided = case.hidden_RC.detach().t().contiguous().t().requires_grad_()  # as its gradient is not
     for hidden in (case.hidden_RC, strided):
-        arguments = (hidden, case.lm_head_VC, *rows, *config.values, True, True, impl)
+        arguments = (hidden, case.lm_head_VC, *rows, *config.values, True, True, impl, 0)
         torch.library.opcheck(ops.linear_grpo_loss.default, arguments)
-    torch.library.opcheck(ops.linear_logprob.default, (*inputs, case.target_R, 0.7, impl))
+    torch.library.opcheck(ops.linear_logprob.default, (*inputs, case.target_R, 0.7, impl, 0))
     hidden, head = (x.detach() for x in inputs)
-    arguments = (row, None, hidden, head, case.target_R, 0.7, True, False, impl)
+    arguments = (row, None, hidden, head, case.target_R, 0.7, True, False, impl, 0)
     torch.library.opcheck(ops.linear_logprob_backward.default, arguments)
     torch.library.opcheck(ops.scaled.default, (hidden, scalar))
 

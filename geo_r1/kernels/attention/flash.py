@@ -10,8 +10,8 @@ A batch without completions (vision windows, plain sequences) needs only the fir
 library's backward for both parts with the merged `out` and `lse`. The library rebuilds P = exp(S - lse) and
 needs rowsum(dO * O), so each part's gradient is exact. The parts are added in float32.
 
-Operations: only visible pairs are computed. Bytes beyond the library's: the merge reads both outputs of
-completion rows and writes one; if several groups share their prompts, their rows are also gathered.
+Operations: only visible pairs are computed. Bytes beyond the library's: the merge, one kernel, reads both
+outputs of completion rows and writes one; if several groups share their prompts, their rows are gathered.
 
 Libraries: the flash-attn package (2.7 or newer) if installed, else torch's own kernels. Both are
 FlashAttention-2 for NVIDIA GPUs from compute capability 8.0. Both sum dQ with atomics, in an order that
@@ -23,6 +23,7 @@ Source: FlashAttention-2, arXiv:2307.08691; merging by log-sum-exp as in Hydrage
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from functools import cache
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from geo_r1.kernels.impls import why_not
 from geo_r1.kernels.layout import PackedLayout
 
 DTYPES = (torch.float16, torch.bfloat16)  # the libraries are compiled for these
@@ -208,6 +210,28 @@ def loadable(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+class TorchMerging:
+    """`triton_merge.py` in plain torch, for CPUs."""
+
+    @staticmethod
+    def merge(out, lse, part, part_lse, rows):
+        # [rows, H, 1] float32: the part's share of the probability, exp(part_lse - new lse)
+        share = (part_lse - lse[:, rows]).sigmoid().T.unsqueeze(-1)
+        out[rows] = (out[rows] * (1 - share) + part * share).to(out.dtype)
+        lse[:, rows] = torch.logaddexp(lse[:, rows], part_lse)
+
+    @staticmethod
+    def add(total, part, rows):
+        total[rows] += part  # torch adds 16-bit floats in float32 and rounds the sum
+
+
+def _merging(q: Tensor) -> Any:
+    """What merges the two calls: Triton's kernels on a GPU that has them, else plain torch."""
+    if q.device.type == "cuda" and why_not("packed_attention", "triton", q.device) is None:
+        return importlib.import_module("geo_r1.kernels.attention.triton_merge")
+    return TorchMerging
+
+
 _PLAN = (
     "Tensor cu_segment, Tensor? cu_completion, Tensor? cu_prompt, Tensor? completion_row, "
     "Tensor? prompt_row, SymInt max_segment, SymInt max_completion, SymInt max_prompt, "
@@ -229,11 +253,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *field
     out = out.contiguous()  # the libraries give it the strides of q
     if plan.shared is not None:
         rows, prompt = plan.rows
-        prompt_out, prompt_lse = kernels.forward(q[rows], k[prompt], v[prompt], plan.shared, False, scale)
-        # [rows, H, 1] float32: the prompt's share of the probability, exp(lse_prompt - lse)
-        share = (prompt_lse - lse[:, rows]).sigmoid().T.unsqueeze(-1)
-        out[rows] = (out[rows] * (1 - share) + prompt_out * share).to(out.dtype)
-        lse[:, rows] = torch.logaddexp(lse[:, rows], prompt_lse)
+        part = kernels.forward(q[rows], k[prompt], v[prompt], plan.shared, False, scale)
+        _merging(q).merge(out, lse, *part, rows)
     return out, lse
 
 
@@ -265,7 +286,7 @@ def _backward(d_out, q, k, v, out, lse, causal, scale, *fields):
             d_out[rows], q[rows], k[prompt], v[prompt], *merged, plan.shared, False, scale
         )
         for total, part, where in zip(grads, parts, (rows, prompt, prompt), strict=True):
-            total[where] += part  # torch adds 16-bit floats in float32 and rounds the sum
+            _merging(q).add(total, part, where)
     return grads
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from geo_r1.kernels.attention.triton_backward import D_KEY, D_QUERY, backward
 from geo_r1.kernels.attention.triton_forward import FORWARD, choose_row, forward
+from geo_r1.kernels.attention.triton_merge import BLOCKS, add, merge
 from geo_r1.kernels.launch import Launch
 from geo_r1.kernels.layout import PackedLayout
 from geo_r1.kernels.layout.tiles import HEAD_SIZES, SHORT
 
-LAUNCHES: tuple[Launch, ...] = (*FORWARD.values(), *D_QUERY.values(), *D_KEY.values())
+LAUNCHES: tuple[Launch, ...] = (*FORWARD.values(), *D_QUERY.values(), *D_KEY.values(), *BLOCKS.values())
 
 
 def tiles(q_THD: Tensor, layout: PackedLayout, short: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,6 +40,15 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for (kind, length, dtype), head_size, causal in product(kinds, HEAD_SIZES, (True, False)):
         label = f"packed_attention {kind} D={head_size} {'causal' if causal else 'full'} {dtype}"
         yield label, partial(_forward_and_backward, length, head_size, causal, dtype)
+    for head_size in BLOCKS:
+        yield f"merge of rows, D={head_size} bfloat16", partial(_merge_and_add, head_size, torch.arange(8))
+        yield f"merge of a range, D={head_size} bfloat16", partial(_merge_and_add, head_size, slice(0, 8))
+
+
+def _merge_and_add(head_size: int, places: Tensor | slice) -> None:
+    out, lse = torch.zeros(8, 2, head_size, dtype=torch.bfloat16), torch.zeros(2, 8)
+    merge(out, lse, out, lse, places)
+    add(out, out, places)
 
 
 def _forward_and_backward(length: int, head_size: int, causal: bool, dtype: torch.dtype) -> None:

@@ -17,15 +17,37 @@ from geo_r1.kernels.loss.reference import LossRows, RowLoss
 from geo_r1.kernels.loss.rows import row_kernels
 
 # Bytes of all live temporaries of a chunk, except for a float32 head's copy in a narrower dtype.
-# Accelerators: at V = 152064 in bfloat16 this is 3,530 rows, so arithmetic bounds the products and most
+# Accelerators: at V = 152064 in bfloat16 this is 3,751 rows, so arithmetic bounds the products and most
 # micro-batches are one chunk (not measured). CPU: the fastest of 4, 16, 64 and 256 MiB at R = 384, C = 128,
 # V = 50021 on one AMD EPYC core, in float32 and in bfloat16.
-SCRATCH_BYTES = 1 << 30
+SCRATCH_BYTES = 1088 << 20
 SCRATCH_BYTES_CPU = 64 << 20
+
+# Rows and columns of the largest tile of cuBLAS's 16-bit products on sm_90; an SM computes one at a time.
+TILE = 128, 256
 
 # Up to this many chunks, the head's gradient is summed in its own dtype: each sum rounds once, as products
 # do. With more, roundings would add up, so the sum is kept in a float32 buffer of the head's size.
 MAX_NARROW_SUMS = 4
+
+
+def chunk_rows(num_rows: int, most: int, hidden_size: int, num_sms: int) -> int:
+    """Rows a chunk: as few chunks as `most` rows allow, and dhidden [rows, C] in the fewest waves of tiles.
+
+    A wave is a tile on every SM; the last wave of each product is rarely full. Nothing here was measured.
+    """
+    num_chunks = max(1, -(-num_rows // most))
+    height, width = TILE
+    columns = -(-hidden_size // width)
+
+    def waves(rows: int) -> int:
+        full, rest = divmod(num_rows, rows)
+        tiles = [-(-count // height) * columns for count in (rows, rest)]
+        return full * -(-tiles[0] // num_sms) + -(-tiles[1] // num_sms)
+
+    even = max(1, -(-num_rows // num_chunks))
+    whole = range(-(-even // height) * height, most + 1, height)  # whole tiles
+    return min(whole, key=lambda rows: (waves(rows), rows), default=even) if num_chunks > 1 else even
 
 
 class ChunkWalk:
@@ -35,6 +57,7 @@ class ChunkWalk:
         hidden_RC: [R, C] in the dtype of the products.
         lm_head_VC: [V, C] in that dtype or float32, which its gradient has too.
         impl: "reference", "triton" or "cuda", for the work on the rows.
+        scratch_bytes: bound on the temporaries of a chunk, which has at least one row; 0 takes the device's.
     """
 
     def __init__(
@@ -42,6 +65,7 @@ class ChunkWalk:
         hidden_RC: Tensor,
         lm_head_VC: Tensor,
         impl: str,
+        scratch_bytes: int = 0,
         *,
         needs_hidden: bool = False,
         needs_head: bool = False,
@@ -50,18 +74,20 @@ class ChunkWalk:
         self.head_VC = lm_head_VC.to(dtype)
         self.needs_any = needs_hidden or needs_head
         (num_rows, hidden_size), vocab_size = hidden_RC.shape, lm_head_VC.shape[0]
-        scratch = SCRATCH_BYTES_CPU if hidden_RC.device.type == "cpu" else SCRATCH_BYTES
+        on_gpu = hidden_RC.device.type == "cuda"
+        scratch = scratch_bytes or (SCRATCH_BYTES if on_gpu else SCRATCH_BYTES_CPU)
         rows_class = TorchRows if impl == "reference" else KernelRows
         row_bytes = rows_class.row_bytes(vocab_size, dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        # The products sum the head's gradient themselves, or it is summed in float32, block by block.
+        # The products sum the head's gradient themselves: in their dtype, or on a GPU in float32 as well.
+        # Elsewhere it is summed in float32 block by block.
         num_chunks = -(-num_rows // max(1, scratch // row_bytes))
         self.direct = lm_head_VC.dtype == dtype and (dtype == wide or num_chunks <= MAX_NARROW_SUMS)
-        block_bytes = scratch // 8 if needs_head and not self.direct else 0
-        # Chunks of nearly equal size, in whole tiles of a product if they fit.
+        self.sums_wide = on_gpu and not self.direct
+        block_bytes = 0 if self.direct or self.sums_wide or not needs_head else scratch // 8
         most = max(1, (scratch - block_bytes) // row_bytes)
-        even = -(-num_rows // max(1, -(-num_rows // most)))
-        self.num_chunk_rows = max(1, min(num_rows, most, -(-even // 128) * 128))
+        num_sms = torch.cuda.get_device_properties(hidden_RC.device).multi_processor_count if on_gpu else 1
+        self.num_chunk_rows = chunk_rows(num_rows, most, hidden_size, num_sms)
         self.rows = rows_class(hidden_RC, self.num_chunk_rows, vocab_size, impl)
         self.d_hidden_RC = hidden_RC.new_empty(hidden_RC.shape if needs_hidden else 0)
         self.d_head_VC = hidden_RC.new_empty(
@@ -97,6 +123,13 @@ class ChunkWalk:
             return
         if self.direct:
             self.d_head_VC.addmm_(d_logits_rV.t(), self.hidden_RC[rows])
+            return
+        if self.sums_wide:
+            wide, out = self.d_head_VC.dtype, self.d_head_VC
+            if first:
+                torch.mm(d_logits_rV.t(), self.hidden_RC[rows], out_dtype=wide, out=out)
+            else:
+                torch.addmm(out, d_logits_rV.t(), self.hidden_RC[rows], out_dtype=wide, out=out)
             return
         for start in range(0, self.d_head_VC.shape[0], self.block_vC.shape[0]):
             head_vC = self.d_head_VC[start : start + self.block_vC.shape[0]]
@@ -183,7 +216,7 @@ class KernelRows:
     Each of its rows begins at a multiple of ALIGNMENT, whatever the size of the vocabulary.
     """
 
-    ALIGNMENT = 16  # bytes: a thread loads that many at once, and cuBLAS's fastest products require it
+    ALIGNMENT = 64  # bytes: with strides of multiples of 16 numbers Triton loads 16 bytes at once
 
     def __init__(self, like: Tensor, num_rows: int, vocab_size: int, impl: str) -> None:
         self.kernels = row_kernels(impl)

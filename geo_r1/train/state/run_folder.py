@@ -124,7 +124,8 @@ def check_recipe(run_dir: Path, recipe: Recipe) -> list[str]:
         raise UserError(f"{run_dir} holds {found[0]}, but not its {RECIPE}; {OTHERWISE}") from None
     except ValueError as error:
         raise UserError(f"{file} is damaged, or of another version of geo_r1; {OTHERWISE}") from error
-    before, now, longer = decisive(made), decisive(recipe), []
+    before, now = decisive(made), decisive(recipe)
+    longer: list[str] = []
     for stage in recipe.run.stages[: -1 if recipe.run.stages[-1] == "eval" else None]:
         for key in ("steps", "epochs"):
             was, wanted = before[stage][key], now[stage][key]
