@@ -151,7 +151,8 @@ def measure(name: str, lines: Iterable[str]) -> floor.Pace | None:
     if kernel in _PRODUCTS:
         work = floor.Work(1, multiply_adds=_PRODUCTS[kernel] * int(size))
     else:
-        work = floor.Work(2 if last == "true" else 1, item_bytes=2)
+        gradient = last == "true"
+        work = floor.Work(1 + gradient, item_bytes=2, stores=gradient)
     return floor.pace(floor.read(lines), work)
 
 

@@ -55,11 +55,13 @@ class Work:
         exponentials: in all of its passes.
         item_bytes: of a logit, by which a loop's elements are counted.
         multiply_adds: of a pair, by which they are counted if there are any.
+        stores: whether the last pass stores an element.
     """
 
     exponentials: int
     item_bytes: int = 0
     multiply_adds: int = 0
+    stores: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ def pace(code: list[Instruction], work: Work) -> Pace | None:
             loops.append(loop / count)
     reading = [loop for loop in loops if not loop.stored]
     storing = [loop for loop in loops if loop.stored]
-    ways = loops + [read + store for read, store in product(reading, storing)]
+    ways = (
+        [*storing, *(read + store for read, store in product(reading, storing))] if work.stores else reading
+    )
     enough = (way for way in ways if way.exponentials > 0.99 * work.exponentials)
     return min(enough, key=lambda way: way.instructions, default=None)
 
@@ -204,8 +208,9 @@ def triton_work(kernel: str, arguments: Mapping[str, Any]) -> Work | None:
         head_size = arguments["D0"] + arguments["D1"]
         return Work(1, multiply_adds=_PRODUCTS[kernel] * head_size * (_TF32_PRODUCTS if exact else 1))
     if kernel in _EXPONENTIALS:
-        passes = _EXPONENTIALS[kernel] if arguments.get("GRADIENT", True) else 1
-        return Work(passes, item_bytes=_ITEM_BYTES[arguments["logits_ptr"]])
+        stores = kernel != "_statistics_kernel" and arguments.get("GRADIENT", True)
+        passes = _EXPONENTIALS[kernel] if stores else 1
+        return Work(passes, item_bytes=_ITEM_BYTES[arguments["logits_ptr"]], stores=stores)
     return None
 
 

@@ -172,10 +172,11 @@ def loop(label, extra, *, stores=False, exponentials=1):
 
 
 def test_the_loops_of_an_element_are_chosen():
-    twice = floor.Work(exponentials=2, item_bytes=2)
+    twice = floor.Work(exponentials=2, item_bytes=2, stores=True)
     read, masked, write = loop("a", 7), loop("b", 9), loop("c", 16, stores=True)
     assert floor.pace(code(read + masked), ROW).instructions == 10, "the cheaper of two for one pass"
-    assert floor.pace(code(write), ROW) == floor.Pace(20, 1, loaded=2, stored=2)
+    once = floor.Work(exponentials=1, item_bytes=2, stores=True)
+    assert floor.pace(code(masked + write), once) == floor.Pace(20, 1, loaded=2, stored=2)
     assert floor.pace(code(read + masked + write), twice) == floor.Pace(30, 2, loaded=4, stored=2)
     assert floor.pace(code(read + masked), twice) is None, "nothing stores the second pass"
     both = loop("d", 15, stores=True, exponentials=2)
