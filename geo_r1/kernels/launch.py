@@ -11,6 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHIPS = (
+    80,
+    86,
+    89,
+    90,
+    100,
+    120,
+)  # the compute capabilities for which `make aot` builds and judges every row
+
 
 def chip_of(x: Tensor) -> int:
     """Compute capability of a tensor's GPU, 90 for an H200; 0 on a CPU, where Triton interprets kernels."""

@@ -142,6 +142,10 @@ def test_rows_are_told_apart_by_identity_and_must_be_listed(monkeypatch):
     assert TABLE[1].options == {"BLOCK": 128, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
 
 
+def test_the_chips_are_those_that_users_are_told():
+    assert tuple(aot.CHIPS) == launch.CHIPS
+
+
 def test_rows_may_depend_on_the_chip():
     from geo_r1.kernels.attention.triton_forward import choose_row
 
