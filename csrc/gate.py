@@ -24,7 +24,8 @@ from pathlib import Path
 import triton
 
 from csrc import nvcc
-from geo_r1.kernels import aot, floor
+from geo_r1.kernels import aot, floor, sass
+from geo_r1.kernels.built import align_columns
 
 # Instructions: a warpgroup's products, bulk copies of tensors, changes of a warpgroup's share of registers.
 _HOPPER = ("HGMMA", "UTMALDG", "USETMAXREG")
@@ -89,7 +90,7 @@ class Kernel:
     arch: str
     report: Report | None
     instructions: dict[str, int] | None
-    pace: floor.Pace | None = None
+    pace: sass.Pace | None = None
 
 
 def read_report(text: str) -> tuple[dict[tuple[str, str], Report], list[str]]:
@@ -142,18 +143,18 @@ def count_code(lines: Iterable[str]) -> dict[str, int]:
     return dict(counts)
 
 
-def measure(name: str, lines: Iterable[str]) -> floor.Pace | None:
+def measure(name: str, lines: Iterable[str]) -> sass.Pace | None:
     """The pace of a kernel that runs in a benchmark, from its lines."""
     if name not in _BENCHMARKS:
         return None
     kernel, arguments = name.rstrip(">").split("<")
     _, size, last = arguments.split(", ")  # all are in bfloat16
     if kernel in _PRODUCTS:
-        work = floor.Work(1, multiply_adds=_PRODUCTS[kernel] * int(size))
+        work = sass.Work(1, multiply_adds=_PRODUCTS[kernel] * int(size))
     else:
         gradient = last == "true"
-        work = floor.Work(1 + gradient, item_bytes=2, stores=gradient)
-    return floor.pace(floor.read(lines), work)
+        work = sass.Work(1 + gradient, item_bytes=2, stores=gradient)
+    return sass.pace(sass.read(lines), work)
 
 
 def judge(kernel: Kernel) -> list[str]:
@@ -181,7 +182,7 @@ def judge(kernel: Kernel) -> list[str]:
     if kernel.name in _BENCHMARKS and kernel.arch == "90a" and kernel.instructions is not None:
         limit = _BENCHMARKS[kernel.name][2]
         if kernel.pace is None:
-            faults.append(floor.NO_LOOP)
+            faults.append(sass.NO_LOOP)
         elif kernel.pace.instructions > limit:
             faults.append(
                 f"{kernel.pace.instructions:.2f} instructions an element, over the limit of {limit}"
@@ -264,7 +265,7 @@ def table(kernels: Iterable[Kernel]) -> str:
             numbers = (kernel.report.registers, kernel.report.shared, kernel.report.barriers)
             has = "+".join(name for name in (*_HOPPER, *_MATRIX) if name in kernel.instructions) or "-"
             lines.append((kernel.source, kernel.name, f"sm_{kernel.arch}", *map(str, numbers), has))
-    return aot.align_columns(lines, "<<>>>><")
+    return align_columns(lines, "<<>>>><")
 
 
 def benchmark_table(kernels: Iterable[Kernel]) -> str:
@@ -273,7 +274,7 @@ def benchmark_table(kernels: Iterable[Kernel]) -> str:
     found = [
         (kernel.name, targets[_BENCHMARKS[kernel.name][:2]], kernel.pace) for kernel in kernels if kernel.pace
     ]
-    return aot.align_columns(floor.table(found), floor.ALIGNS)
+    return align_columns(floor.table(found), floor.ALIGNS)
 
 
 def main(arguments: list[str] | None = None, root: Path = nvcc.ROOT) -> int:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from csrc import gate, nvcc
-from geo_r1.kernels import floor
+from geo_r1.kernels import sass
 
 # Output of nvcc 13.0. The second kernel calls a function that has an array.
 REPORT = """\
@@ -136,12 +136,12 @@ def test_faults_are_found_and_named(change, report, faults):
 
 def test_a_kernel_of_a_benchmark_has_a_limit():
     name = "rows_kernel<__nv_bfloat16, true, true>"
-    rows = dataclasses.replace(GOOD, source="rows.cu", name=name, pace=floor.Pace(instructions=20.0))
+    rows = dataclasses.replace(GOOD, source="rows.cu", name=name, pace=sass.Pace(instructions=20.0))
     place = f"rows.cu, {name}, sm_90a: "
     assert gate.judge(rows) == []
-    slow = dataclasses.replace(rows, pace=floor.Pace(instructions=21.0))
+    slow = dataclasses.replace(rows, pace=sass.Pace(instructions=21.0))
     assert gate.judge(slow) == [f"{place}21.00 instructions an element, over the limit of 20.8"]
-    assert gate.judge(dataclasses.replace(rows, pace=None)) == [place + floor.NO_LOOP]
+    assert gate.judge(dataclasses.replace(rows, pace=None)) == [place + sass.NO_LOOP]
     assert gate.judge(dataclasses.replace(rows, pace=None, arch="80")) == []
     heading, line = gate.benchmark_table([rows, GOOD]).splitlines()
     assert line.startswith(f"{name}  4096 x 152064 ") and len(heading) == len(line)
@@ -157,7 +157,7 @@ def test_a_pace_is_read_by_the_template():
     each = [f"        /*{0x210 + 16 * k:04x}*/          MUFU.EX2 R4, R4 ;" for k in range(16)]
     lines = loop.format(exponentials="\n".join(each)).splitlines()
     rows, text = "rows_kernel<__nv_bfloat16, true, true>", "forward_kernel<__nv_bfloat16, 128, 2>"
-    assert gate.measure(rows, lines) == floor.Pace(19 / 8, 2.0, loaded=2.0, stored=2.0)
+    assert gate.measure(rows, lines) == sass.Pace(19 / 8, 2.0, loaded=2.0, stored=2.0)
     assert gate.measure("rows_kernel<__half, true, true>", lines) is None, "in no benchmark"
     assert gate.measure(text, lines) is None, "no products"
     product = "        /*0310*/          HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24 ;"

@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from geo_r1.kernels import aot, floor, launch
+from geo_r1.kernels import aot, built, launch, sass
 from geo_r1.kernels.launch import Launch
 
-GOOD = aot.Built(
+GOOD = built.Built(
     family="some",
     kernel="_some_kernel",
     case="bfloat16",
@@ -29,7 +29,7 @@ GOOD = aot.Built(
     shared=100 * 1024,
     dots=(("bf16", 128),),
     matrix=("wgmma",),
-    pace=floor.Pace(instructions=20.0, exponentials=1.0),
+    pace=sass.Pace(instructions=20.0, exponentials=1.0),
     limit=20.0,
 )
 TABLE = (Launch("narrow", num_warps=4, BLOCK=64), Launch("wide", num_warps=8, BLOCK=128))
@@ -69,12 +69,12 @@ def compiling():
         ({"matrix": (), "dots": ()}, None),
         ({"limit": 19.5}, "20.00 instructions an element, over the 19.5 of its launch row"),
         ({"limit": 19.5, "arch": 100, "matrix": ("tcgen05.mma",), "pace": None}, None),
-        ({"pace": None}, floor.NO_LOOP),
+        ({"pace": None}, sass.NO_LOOP),
         ({"pace": None, "limit": None}, None),
     ],
 )
 def test_faults_are_found_and_named(change, fault):
-    found = aot.judge(dataclasses.replace(GOOD, **change))
+    found = built.judge(dataclasses.replace(GOOD, **change))
     if fault is None:
         assert found == []
     else:
@@ -85,7 +85,7 @@ def test_faults_are_found_and_named(change, fault):
 
 
 def test_every_fault_of_a_kernel_is_named():
-    assert len(aot.judge(dataclasses.replace(GOOD, stack=8, shared=2**20, matrix=()))) == 3
+    assert len(built.judge(dataclasses.replace(GOOD, stack=8, shared=2**20, matrix=()))) == 3
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_every_fault_of_a_kernel_is_named():
     ],
 )
 def test_programs_on_an_sm(registers, num_warps, shared, arch, programs):
-    built = dataclasses.replace(GOOD, registers=registers, num_warps=num_warps, shared=shared, arch=arch)
-    assert built.programs_per_sm == programs
+    kernel = dataclasses.replace(GOOD, registers=registers, num_warps=num_warps, shared=shared, arch=arch)
+    assert kernel.programs_per_sm == programs
 
 
 def test_products_are_found_in_the_ir():
@@ -143,7 +143,7 @@ def test_rows_are_told_apart_by_identity_and_must_be_listed(monkeypatch):
 
 
 def test_the_chips_are_those_that_users_are_told():
-    assert tuple(aot.CHIPS) == launch.CHIPS
+    assert tuple(built.CHIPS) == launch.CHIPS
 
 
 def test_rows_may_depend_on_the_chip():
@@ -204,7 +204,7 @@ def test_modules_that_list_their_cases_badly_are_named(monkeypatch):
 
 
 def test_the_table_is_aligned():
-    head, line = aot.table([GOOD]).splitlines()
+    head, line = built.table([GOOD]).splitlines()
     words = ["kernel", "case", "arch", "warps", "stages", "registers", "shared KiB", "programs/SM"]
     assert re.split(" {2,}", head) == [*words, "instructions", "matrix"]
     values = ["_some_kernel", "bfloat16", "sm_90", "8", "3", "128", "100.0", "2", "20.00", "wgmma"]
@@ -217,7 +217,7 @@ def test_a_line_for_each_chip():
         GOOD, arch=120, stack=8, registers=255, shared=90 * 1024, matrix=("mma.sync",)
     )
     found = [
-        re.split(" {2,}", line.strip()) for line in aot.chip_table([GOOD, spills], [90, 120]).splitlines()
+        re.split(" {2,}", line.strip()) for line in built.chip_table([GOOD, spills], [90, 120]).splitlines()
     ]
     names = ["chip", "GPUs", "kernels", "at fault", "spill", "registers", "shared KiB", "of", "programs/SM"]
     assert found == [
