@@ -93,6 +93,7 @@ D_KEY = {
     ("short sm_8x", 128): Launch("249; 32 queries spill on sm_86", BM=16, BN=64, num_warps=4, num_stages=2),
     ("short sm_10x", 128): Launch("114; 32 queries spill", BM=16, BN=64, num_warps=4, num_stages=2),
     ("short sm_12x", 96): Launch("174; 32 queries spill", BM=16, BN=64, num_warps=4, num_stages=2),
+    ("long sm_8x", 96): Launch("241; 128 keys spill on sm_86", BM=32, BN=64, num_warps=8, num_stages=2),
     ("long sm_12x", 96): Launch("228; 128 keys spill", BM=32, BN=64, num_warps=8, num_stages=2),
     ("long sm_12x", 128): Launch("170; 128 keys spill", BM=32, BN=64, num_warps=8, num_stages=2),
 }
