@@ -2,9 +2,9 @@
 
 A call runs stages one after another, each in its own processes, until `--deadline` seconds are over, its own
 start included. The next call goes on with what is missing, so no result is measured twice. `--stages` names
-stages, or one of two sets: `one` (ceilings, build, every op compared with float64, suspects, every kernel
-timed, launch rows tried) and `two` (the training step, all tests, compute-sanitizer, peers). The default is
-both, one after the other. `python3 -m benchmarks.gpu --stages one` is the same without make.
+stages, or one of the sets: `one` (ceilings, build, every op compared with float64, suspects, every kernel
+timed, launch rows tried), `two` (the training step, all tests, compute-sanitizer, peers) and `three` (the
+rest). The default is all. `python3 -m benchmarks.gpu --stages one` is the same without make.
 
 It runs from a checkout, with nothing installed but torch, triton, pytest and pytest-benchmark; a stage that
 needs more is skipped, and the record names what is missing. Without nvcc or pybind11 nothing is built, and an
@@ -54,6 +54,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEADLINE_SECONDS = 300.0
 MARGIN_SECONDS = 1.5  # of a deadline, for the record
+BETWEEN_SECONDS = 1.0  # left for what lies between a stage that took all its time and the next
 GRACE_SECONDS = 8.0  # between asking a stage to stop and killing it; part of its time
 TAIL_LINES = 20  # of a failed stage's output, kept in the record
 CPU_PATIENCE = 4.0  # the full sizes of a CPU get this many times the time
@@ -152,7 +153,10 @@ class Call:
         parts = {name: record["parts"][self.stages[name].name] for name in names}
         print(*(f"{name}: {summary(part)}" for name, part in parts.items()), sep="\n")
         for row in record["launches"]:
-            print(f"launch row {row['row']}: {row['ms']:.3g} ms; {row['best']}: {row['best_ms']:.3g} ms")
+            other = (
+                f"; {row['best']}: {row['best_ms']:.4g} ms" if row["best_ms"] < row["ms"] else ", the fastest"
+            )
+            print(f"launch row {row['row']}: {row['ms']:.4g} ms{other}")
         if record["wheels not found"]:
             print(f"Wheels that stages would use, not found: {', '.join(record['wheels not found'])}")
         print(f"record: {path}{', of a rehearsal' * self.rehearsal}", flush=True)
@@ -180,7 +184,7 @@ class Call:
             reason = f"needs about {need:.0f} s, and {max(0.0, left):.0f} s were left"
             self.left_out[name] = {"status": "not run", "reason": reason}
         else:
-            granted = min(left, max(need, left - later_seconds))
+            granted = min(left, max(need, left - later_seconds - BETWEEN_SECONDS))
             run = Run(stem, granted, self.options.device, self.rehearsal)
             run.stem.parent.mkdir(exist_ok=True)
             begin = time.monotonic()
@@ -271,13 +275,12 @@ def only_call(folder: Path) -> Iterator[None]:
 def digest(stage: Stage, state: Sequence[object]) -> str:
     """Of a stage's arguments, of its sources and the files that the arguments name, and of a state."""
     total = hashlib.sha256(json.dumps([stage.arguments, *state]).encode())
-    named = [
-        ROOT / word for word in (*stage.sources, *(f"{x.replace('.', '/')}.py" for x in stage.arguments))
-    ]
-    for path in (*named, *(ROOT / word for word in stage.arguments if "/" in word)):
+    words = [word for word in stage.arguments if re.fullmatch(r"[\w./-]+", word)]
+    for word in (*stage.sources, *words, *(f"{word.replace('.', '/')}.py" for word in words)):
+        path = ROOT / word
         for file in sorted(path.rglob("*") if path.is_dir() else [path]):
-            if file.is_file() and file.suffix in SUFFIXES:
-                total.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+            if file.suffix in SUFFIXES and file.is_file():
+                total.update(os.path.relpath(file, ROOT).encode() + file.read_bytes())
     return total.hexdigest()[:8]
 
 

@@ -85,7 +85,7 @@ def test_what_the_sanitizer_finds_is_recorded(tmp_path, capsys, finding, outcome
     assert sanitizer.watch(str(program), tmp_path / "record") == code
     said = capsys.readouterr().out
     assert "--tool memcheck --kernel-name kns=geo_r1" in said and "work('cuda')" in said
-    record = {"measurements": []}
+    record = {"measurements": [], "launches": []}
     found = gpu.read_results(read_lines(tmp_path / "record"), record)
     assert found["tests"] == {outcome: 1, "passed": 1} and not record["measurements"]
     assert found.get("failures", {}) == ({"memcheck": reason} if code else {})
