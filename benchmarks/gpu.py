@@ -160,8 +160,9 @@ class Call:
         if record["wheels not found"]:
             print(f"Wheels that stages would use, not found: {', '.join(record['wheels not found'])}")
         print(f"record: {path}{', of a rehearsal' * self.rehearsal}", flush=True)
-        states = {part["status"] for part in parts.values()}
-        return FAILED if "failed" in states else 0 if states <= set(DONE) else LEFT_OUT
+        if any(part["status"] == "failed" or "failures" in part for part in parts.values()):
+            return FAILED
+        return 0 if all(part["status"] in DONE for part in parts.values()) else LEFT_OUT
 
     def begin(self, name: str, later_seconds: float) -> bool:
         """Run a stage if it is missing, or note why it is left out; False if it was done before.
@@ -306,7 +307,9 @@ def run_stage(stage: Stage, run: Run) -> dict[str, Any]:
         for i, code in zip(left, ended, strict=True):
             codes[i] = code
             if code is not None and code < 0:
-                for test in unfinished(read_lines(files[i])):
+                own = read_lines(files[i])
+                last = [line["begun"] for line in own if "begun" in line][-1:]
+                for test in unfinished(own) & set(last):
                     reason = f"its process died of {signal.Signals(-code).name}"
                     write_line(files[i], test=test, outcome="failed", reason=reason)
         left = [i for i in left if (code := codes[i]) is not None and (code < 0 or code == LOST)]

@@ -123,8 +123,15 @@ STAGES = {
         "group_advantage",
         sources=(*ROWS, "geo_r1/kernels/advantage"),
     ),
-    "linear": benchmark("bench_linear", 30, "linear", chosen=f"not ({SLOW} or cross_entropy)", sources=ROWS),
-    "attention": benchmark("bench_attention", 45, "attention", sources=ATTENTION),
+    "linear": benchmark(
+        "bench_linear",
+        30,
+        "linear",
+        chosen=f"not ({SLOW} or cross_entropy)",
+        sources=ROWS,
+        rehearsal=("--every", "2"),
+    ),
+    "attention": benchmark("bench_attention", 45, "attention", sources=ATTENTION, rehearsal=("--every", "3")),
     "sweep": module("sweep of launch rows", "sweep", 35, "torch", "triton", sources=KERNELS),
     "step": benchmark(
         "bench_train_step",

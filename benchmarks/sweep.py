@@ -36,14 +36,14 @@ Trial = tuple[str, str, dict[str, int]]  # the work, the row's name, the options
 
 
 def losses(num_rows: int) -> Work:
-    inputs = loss_inputs(LossSize(num_rows, 64, 152064 if ON_GPU else 5003), DTYPE, device())
+    inputs = loss_inputs(LossSize(num_rows, 64, 152064 if ON_GPU else 1003), DTYPE, device())
     logits = (inputs.hidden_RC @ inputs.head_VC.T).detach().requires_grad_()
     finish = gradients(logits)
     return lambda: finish(grpo_loss(logits, **inputs.rows(), config=CONFIG, impl="triton").loss)
 
 
 def logprobs(num_rows: int) -> Work:
-    inputs = loss_inputs(LossSize(num_rows, 64, 152064 if ON_GPU else 5003), DTYPE, device())
+    inputs = loss_inputs(LossSize(num_rows, 64, 152064 if ON_GPU else 1003), DTYPE, device())
     hidden, head = inputs.hidden_RC.detach(), inputs.head_VC.detach()
     return lambda: linear_logprob(hidden, head, inputs.target_R, impl="triton")
 
@@ -60,7 +60,7 @@ def attention(size: AttentionSize, _: int) -> Work:
 
 
 LOSS_ROWS, FEW_ROWS = 4096 if ON_GPU else 8, 8  # the kernels are the same
-TEXT, *VISION = (SIZES[0], *SIZES[3:]) if ON_GPU else (AttentionSize("causal", (20, 9), None, 2, 1, 32),)
+TEXT, *VISION = (SIZES[0], *SIZES[3:]) if ON_GPU else (AttentionSize("causal", (9, 3), None, 2, 1, 32),)
 # A row that several works choose is tried with the first.
 WORKS: dict[str, Callable[[int], Work]] = {
     "loss and gradient": losses,
