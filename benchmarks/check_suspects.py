@@ -56,8 +56,9 @@ def test_layout_tables_made_on_another_stream(impl, device):
 def test_dhidden_sums_partial_products_in_full_precision(rows, device, record_property):
     """A product of few tiles may be cut along V, with partial sums that torch lets cuBLAS round."""
     vocab, hidden = (152064, 3584) if ON_GPU else (5003, 64)
-    d_logits, head = leaves(2, DTYPE, (rows, vocab), (vocab, hidden))
-    d_logits, head = d_logits.detach(), head.detach()
+    g = torch.Generator(device).manual_seed(0)
+    shapes = (rows, vocab), (vocab, hidden)
+    d_logits, head = (torch.randn(s, generator=g, device=device, dtype=DTYPE) for s in shapes)
     expected = d_logits.double() @ head.double()
     matmul, errors = torch.backends.cuda.matmul, {}
     kept = matmul.allow_bf16_reduced_precision_reduction

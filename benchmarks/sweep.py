@@ -63,9 +63,9 @@ LOSS_ROWS, FEW_ROWS = 4096 if ON_GPU else 8, 8  # the kernels are the same
 TEXT, *VISION = (SIZES[0], *SIZES[3:]) if ON_GPU else (AttentionSize("causal", (9, 3), None, 2, 1, 32),)
 # A row that several works choose is tried with the first.
 WORKS: dict[str, Callable[[int], Work]] = {
+    "log-probabilities": logprobs,
     "loss and gradient": losses,
     **{f"attention, {size}": partial(attention, size) for size in (TEXT, *VISION)},
-    "log-probabilities": logprobs,
 }
 
 
@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_line(options.record, skipped="Triton's kernels do not run here")
         return 0
     num_workers = max(1, (os.cpu_count() or 1) - 2)
-    # Forked before this process touches the GPU. Workers leave two cores to it.
-    pool = multiprocessing.get_context("fork").Pool(num_workers, die_with_parent) if ON_GPU else None
+    # They leave two cores to this process.
+    pool = multiprocessing.get_context("spawn").Pool(num_workers, die_with_parent) if ON_GPU else None
     seen: set[str] = set()
     for name in WORKS:
         with noting() as launched:
