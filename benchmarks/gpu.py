@@ -130,6 +130,7 @@ class Call:
             print("no git here: the record's commit is unknown; --commit names it", flush=True)
         self.left_out: dict[str, dict[str, Any]] = {}  # stages that this call did not begin, with the reason
         self.device: list[dict[str, Any]] = []  # lines
+        self.digests: dict[tuple[str, tuple], str] = {}
 
     def run(self, names: Sequence[str]) -> int:
         """Run stages and merge after each; returns the exit code."""
@@ -204,9 +205,11 @@ class Call:
         if self.stages[name].always:
             return self.lines / name
         facts = self.facts()["device"]
-        state = [facts.get("extension"), *(facts["versions"].get(x) for x in ("torch", "triton"))]
+        state = (facts.get("extension"), *(facts["versions"].get(x) for x in ("torch", "triton")))
+        if (name, state) not in self.digests:  # read once, even if a source changes during the call
+            self.digests[name, state] = digest(self.stages[name], state)
         folder = device_slug(facts) + "-rehearsal" * self.rehearsal
-        return self.lines / folder / f"{name}-{digest(self.stages[name], state)}"
+        return self.lines / folder / f"{name}-{self.digests[name, state]}"
 
     def facts(self) -> Record:
         """A record that holds only what its device says."""

@@ -81,8 +81,8 @@ def rows() -> dict[str, Launch]:
         module = import_module(f"geo_r1.kernels.{family}.triton")
         for name, table in vars(module).items():
             if isinstance(table, dict):
-                rows = ((key, row) for key, row in table.items() if isinstance(row, Launch))
-                found |= {f"{family} {name}[{key!r}]": row for key, row in rows}
+                pairs = ((key, row) for key, row in table.items() if isinstance(row, Launch))
+                found |= {f"{family} {name}[{key!r}]": row for key, row in pairs}
     return found
 
 
