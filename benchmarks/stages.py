@@ -132,7 +132,7 @@ STAGES = {
         rehearsal=("--every", "2"),
     ),
     "attention": benchmark("bench_attention", 45, "attention", sources=ATTENTION, rehearsal=("--every", "3")),
-    "sweep": module("sweep of launch rows", "sweep", 35, "torch", "triton", sources=KERNELS),
+    "sweep": module("sweep of launch rows", "sweep", 40, "torch", "triton", sources=KERNELS),
     "step": benchmark(
         "bench_train_step",
         *(80, "train_step"),

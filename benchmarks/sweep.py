@@ -104,21 +104,17 @@ def neighbours(row: Launch) -> list[dict[str, int]]:
     """Options to try in place of a row's: none (the row itself), one changed, a block with its warps."""
     found: list[dict[str, int]] = [{}]
     for name, value in row.options.items():
-        if value <= 1 and name != "num_stages":
+        if name in row.blocks and value <= 1:  # a switch
             values = [1 - value]
-        elif value < 8 and name != "num_warps":
-            values = [value - 1, value + 1]
-        else:
+        elif name == "num_warps" or value >= LEAST_BLOCK:
             values = [value // 2, value * 2]
-        found += [{name: x} for x in values if x > 0 or name in row.blocks]
-        if value >= LEAST_BLOCK:
+        else:  # a depth
+            values = [value - 1, value + 1]
+        least = LEAST_BLOCK if value >= LEAST_BLOCK and name in row.blocks else int(name not in row.blocks)
+        found += [{name: x} for x in values if x >= least]
+        if name in row.blocks and value >= LEAST_BLOCK:
             found.append({name: value * 2, "num_warps": row.options["num_warps"] * 2})
-    fitting = [
-        options
-        for options in found
-        if options.get("num_warps", 1) <= MOST_WARPS
-        and all(x >= LEAST_BLOCK or row.options[name] < LEAST_BLOCK for name, x in options.items())
-    ]
+    fitting = [options for options in found if options.get("num_warps", 1) <= MOST_WARPS]
     return fitting if ON_GPU else fitting[:2]
 
 
