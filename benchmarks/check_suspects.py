@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from benchmarks.check_ops import CHECKS, leaves, names
-from benchmarks.gpu import ROOT
 from benchmarks.measure import DTYPE, ON_GPU, relative_errors
+from benchmarks.records import ROOT
 from geo_r1.kernels import PackedLayout, available_impls, packed_attention
 
 SLEEP_CYCLES = 200_000_000  # a tenth of a second at 2 GHz

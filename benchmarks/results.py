@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu import RESULTS, ROOT, Record, device_slug
 from benchmarks.measure import SCALING, STEP, Row
 from benchmarks.plots import curves, draw, draw_scaling, draw_steps, steps
+from benchmarks.records import RESULTS, ROOT, Record, device_slug
 from benchmarks.tables import rate_table, table
 from benchmarks.targets import TARGETS, Target, best, fastest, short, verdict
 from geo_r1.errors import UserError, exit_code_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import check_ops, extension, gpu, sanitizer, sweep
+from benchmarks import check_ops, extension, records, sanitizer, sweep
 from benchmarks.device import default_device
 from benchmarks.lines import read_lines
 from csrc import nvcc
@@ -87,7 +87,7 @@ def test_what_the_sanitizer_finds_is_recorded(tmp_path, capsys, finding, outcome
     said = capsys.readouterr().out
     assert "--tool memcheck --kernel-name kns=geo_r1" in said and "work('cuda')" in said
     record = {"measurements": [], "launches": []}
-    found = gpu.read_results(read_lines(tmp_path / "record"), record)
+    found = records.read_results(read_lines(tmp_path / "record"), record)
     assert found["tests"] == {outcome: 1, "passed": 1} and not record["measurements"]
     assert found.get("failures", {}) == ({"memcheck": reason} if code else {})
     assert found.get("skipped", {}) == ({} if code else {reason: 1})

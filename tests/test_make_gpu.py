@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu, results
+from benchmarks import gpu, records, results
 from benchmarks.lines import read_lines, settled, write_line
 from benchmarks.measure import MIN_ROUNDS
 from benchmarks.stages import SETS, STAGES, Stage, pytest_stage
@@ -69,16 +69,17 @@ def test_calls_add_up_to_one_record(tmp_path, capsys):
 
 
 def test_a_stage_is_missing_again_once_its_sources_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    source, count = tmp_path / "source.py", "open('runs', 'a').write('x'); "
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    source, runs = tmp_path / "source.py", tmp_path / "runs"
+    count = f"open({str(runs)!r}, 'a').write('x'); "
     source.write_text("a")
     one, other = (
         stage(name, count + PASSED, sources=files) for name, files in (("one", ("source.py",)), ("two", ()))
     )
-    for text, runs in (("a", "xx"), ("a", "xx"), ("b", "xxx")):
+    for text, seen in (("a", "xx"), ("a", "xx"), ("b", "xxx")):
         source.write_text(text)
         record_of(tmp_path / "out", one, other)
-        assert (tmp_path / "runs").read_text() == runs
+        assert runs.read_text() == seen
 
 
 def test_a_stage_that_does_not_fit_is_named_and_left_for_the_next_call(tmp_path, capsys):
@@ -113,8 +114,10 @@ def test_a_killed_call_loses_nothing(tmp_path):
         "from tests.test_make_gpu import *; from pathlib import Path; "
         f"record_of(Path({str(out)!r}), stage('one', PASSED), pytest_stage('tests', 100.0, {str(suite)!r}))"
     )
-    path = os.pathsep.join([str(gpu.ROOT), str(gpu.ROOT / "tests")])
-    done = subprocess.run([sys.executable, "-c", call], cwd=gpu.ROOT, env=os.environ | {"PYTHONPATH": path})
+    path = os.pathsep.join([str(records.ROOT), str(records.ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=records.ROOT, env=os.environ | {"PYTHONPATH": path}
+    )
     assert done.returncode == -signal.SIGKILL
     record = json.loads((out / NAME).read_text())
     assert record["parts"]["one"]["tests"] == {"passed": 1}
@@ -128,7 +131,7 @@ def test_a_killed_call_loses_nothing(tmp_path):
 def test_a_test_that_no_try_ends_is_given_up():
     lines = [{"begun": "t"}, {"begun": "t"}, {"begun": "u"}]
     assert settled(lines) == {"t"}
-    found = gpu.read_results(lines, {"measurements": [], "launches": []})
+    found = records.read_results(lines, {"measurements": [], "launches": []})
     assert found["failures"] == {"t": "did not end"}
 
 
@@ -136,7 +139,7 @@ def test_two_calls_do_not_share_a_folder(tmp_path):
     other = f"from benchmarks import gpu; raise SystemExit(gpu.main(['--out', {str(tmp_path)!r}]))"
     (tmp_path / "lines").mkdir()
     with gpu.only_call(tmp_path / "lines"):
-        done = subprocess.run([sys.executable, "-c", other], cwd=gpu.ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", other], cwd=records.ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "another make gpu is at work" in done.stderr
 
 
@@ -160,10 +163,10 @@ def test_the_fastest_launch_with_right_results_is_named():
         return {"row": "loss ROWS[1]", "launch": launch, "own": own, **result}
 
     trials = [trial("B=2", True, ms=2.0), trial("B=4", ms=1.5), trial("B=8", reason="error 1.0e+00")]
-    (row,) = gpu.best_launches(trials)
+    (row,) = records.best_launches(trials)
     assert (row["ms"], row["best"], row["best_ms"]) == (2.0, "B=4", 1.5)
     assert row["tried"] == {"B=2": 2.0, "B=4": 1.5, "B=8": "error 1.0e+00"}
-    assert gpu.best_launches(trials[1:]) == []  # without the row's own time nothing is faster
+    assert records.best_launches(trials[1:]) == []  # without the row's own time nothing is faster
 
 
 def test_a_stage_says_itself_what_it_lacks(tmp_path):
@@ -328,8 +331,8 @@ def test_a_copy_within_another_repository_has_no_commit(tmp_path, monkeypatch):
         pytest.skip("git is not installed")
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     (tmp_path / "copy").mkdir()
-    monkeypatch.setattr(gpu, "ROOT", tmp_path / "copy")
-    assert gpu.git_state() == ("unknown", None)
+    monkeypatch.setattr(records, "ROOT", tmp_path / "copy")
+    assert records.git_state() == ("unknown", None)
 
 
 def test_the_record_is_whole_after_each_stage(tmp_path):
