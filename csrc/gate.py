@@ -6,6 +6,8 @@ nvcc.py first brings the extension up to date. The gate then reads two things fo
 that ptxas wrote when it compiled the kernel (`-Xptxas -v`), and the machine code. `judge` and `judge_source`
 state the rules; the exit code is 1 if any is broken. If nothing can be built, the gate prints the reason in
 one line and judges nothing.
+
+For an H200 it also estimates how long the kernels of the benchmarks take, see `geo_r1/kernels/floor.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from pathlib import Path
 import triton
 
 from csrc import nvcc
-from geo_r1.kernels import aot
+from geo_r1.kernels import aot, floor, sass
+from geo_r1.kernels.built import align_columns
 
 # Instructions: a warpgroup's products, bulk copies of tensors, changes of a warpgroup's share of registers.
 _HOPPER = ("HGMMA", "UTMALDG", "USETMAXREG")
@@ -30,6 +33,22 @@ _MATRIX = ("HMMA", "IMMA", "DMMA")
 _LOCAL = ("STL", "LDL")
 # An exponential between a wait that leaves products under way and the next wait runs beside them.
 _BESIDE = "MUFU.EX2 beside HGMMA"
+
+# Kernel -> the Triton kernel and size of the benchmark that it runs in, and the most instructions that it may
+# spend on an element on sm_90: a twentieth above what it spends with CUDA 13.0. `gradient_kernel` has no loop
+# over vectors, so its pace is unknown.
+_TEXT, _VISION, _ROWS = "causal 4 x 4096", "vision whole images", "4096 x 152064"
+_BENCHMARKS = {
+    "rows_kernel<__nv_bfloat16, true, false>": ("_statistics_kernel", _ROWS, 12.4),
+    "rows_kernel<__nv_bfloat16, true, true>": ("_loss_kernel", _ROWS, 20.8),
+    "forward_kernel<__nv_bfloat16, 128, 2>": ("_forward_kernel", _TEXT, 11.0),
+    "query_gradient_kernel<__nv_bfloat16, 128, 2>": ("_d_query_kernel", _TEXT, 13.9),
+    "key_gradient_kernel<__nv_bfloat16, 128, 2>": ("_d_key_kernel", _TEXT, 15.5),
+    "forward_kernel<__nv_bfloat16, 80, 2>": ("_forward_kernel", _VISION, 11.0),
+    "query_gradient_kernel<__nv_bfloat16, 80, 2>": ("_d_query_kernel", _VISION, 14.1),
+    "key_gradient_kernel<__nv_bfloat16, 80, 2>": ("_d_key_kernel", _VISION, 15.8),
+}
+_PRODUCTS = {"forward_kernel": 2, "query_gradient_kernel": 3, "key_gradient_kernel": 4}
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -63,6 +82,7 @@ class Kernel:
         arch: compute capability as nvcc writes it, "90a".
         report: None if ptxas reported nothing.
         instructions: counts of those that `judge` or the table names; None if the object lacks the kernel.
+        pace: what it spends on an element, if it runs in a benchmark and its loops were found.
     """
 
     source: str
@@ -70,6 +90,7 @@ class Kernel:
     arch: str
     report: Report | None
     instructions: dict[str, int] | None
+    pace: sass.Pace | None = None
 
 
 def read_report(text: str) -> tuple[dict[tuple[str, str], Report], list[str]]:
@@ -94,10 +115,23 @@ def read_report(text: str) -> tuple[dict[tuple[str, str], Report], list[str]]:
     return kernels, list(dict.fromkeys(advice))
 
 
-def read_code(lines: Iterable[str]) -> dict[tuple[str, str], dict[str, int]]:
-    """Count the instructions named above in each (symbol, arch), from the output of `cuobjdump -sass`."""
-    kernels: dict[tuple[str, str], Counter[str]] = {}
-    arch, counts, products_left = "", Counter[str](), 0
+def split_code(lines: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """The lines of each (symbol, arch) in the output of `cuobjdump -sass`."""
+    kernels: dict[tuple[str, str], list[str]] = {}
+    arch, code = "", list[str]()
+    for line in lines:
+        if "code for sm_" in line:
+            arch, code = line.rpartition("_")[2].strip(), []
+        elif "Function :" in line:
+            code = kernels.setdefault((line.rpartition(":")[2].strip(), arch), [])
+        else:
+            code.append(line)
+    return kernels
+
+
+def count_code(lines: Iterable[str]) -> dict[str, int]:
+    """Count the instructions named above in the lines of one kernel."""
+    counts, products_left = Counter[str](), 0
     for line in lines:
         if found := _INSTRUCTION.match(line):
             if found[1] in (*_HOPPER, *_MATRIX, *_LOCAL):
@@ -106,12 +140,21 @@ def read_code(lines: Iterable[str]) -> dict[tuple[str, str], dict[str, int]]:
                 products_left = int(waits[1], 16)
             elif products_left and "MUFU.EX2" in line:
                 counts[_BESIDE] += 1
-        elif "code for sm_" in line:
-            arch = line.rpartition("_")[2].strip()
-        elif "Function :" in line:
-            counts = kernels.setdefault((line.rpartition(":")[2].strip(), arch), Counter())
-            products_left = 0
-    return {key: dict(counts) for key, counts in kernels.items()}
+    return dict(counts)
+
+
+def measure(name: str, lines: Iterable[str]) -> sass.Pace | None:
+    """The pace of a kernel that runs in a benchmark, from its lines."""
+    if name not in _BENCHMARKS:
+        return None
+    kernel, arguments = name.rstrip(">").split("<")
+    _, size, last = arguments.split(", ")  # all are in bfloat16
+    if kernel in _PRODUCTS:
+        work = sass.Work(1, multiply_adds=_PRODUCTS[kernel] * int(size))
+    else:
+        gradient = last == "true"
+        work = sass.Work(1 + gradient, item_bytes=2, stores=gradient)
+    return sass.pace(sass.read(lines), work)
 
 
 def judge(kernel: Kernel) -> list[str]:
@@ -119,7 +162,8 @@ def judge(kernel: Kernel) -> list[str]:
 
     It must be in ptxas's report and in the object, and use no local memory: no stack, no spill, no
     instruction for it. A kernel of a file for sm_90 must multiply by warpgroups (HGMMA), copy tensors in
-    bulk (UTMALDG), and run exponentials beside its products: ptxas may move them behind all products.
+    bulk (UTMALDG), and run exponentials beside its products: ptxas may move them behind all products. On
+    sm_90 a kernel that runs in a benchmark has a limit of instructions for an element.
     """
     faults = []
     if kernel.report is None:
@@ -135,6 +179,14 @@ def judge(kernel: Kernel) -> list[str]:
         if "_sm90" in kernel.source:
             missing = [name for name in ("HGMMA", "UTMALDG", _BESIDE) if not kernel.instructions.get(name)]
             faults += [f"no {name}, which every kernel of this file must have" for name in missing]
+    if kernel.name in _BENCHMARKS and kernel.arch == "90a" and kernel.instructions is not None:
+        limit = _BENCHMARKS[kernel.name][2]
+        if kernel.pace is None:
+            faults.append(sass.NO_LOOP)
+        elif kernel.pace.instructions > limit:
+            faults.append(
+                f"{kernel.pace.instructions:.2f} instructions an element, over the limit of {limit}"
+            )
     place = f"{kernel.source}, {kernel.name}, sm_{kernel.arch}"
     return [f"{place}: {fault}" for fault in faults]
 
@@ -173,11 +225,16 @@ def judge_source(source: str, text: str, archs: tuple[str, ...], kernels: list[K
 def inspect(unit: nvcc.Unit, root: Path) -> tuple[list[Kernel], list[str]]:
     """The kernels of one source, and the faults of both."""
     reports, advice = read_report(unit.output(root, ".log").read_text(encoding="utf-8"))
-    code = read_code(_disassemble(unit.output(root, ".o")))
+    code = split_code(_disassemble(unit.output(root, ".o")))
     keys = sorted(reports.keys() | code.keys())
     named = dict(zip(keys, demangle([symbol for symbol, _ in keys]), strict=True))
     source = unit.source.name
-    kernels = [Kernel(source, named[key], key[1], reports.get(key), code.get(key)) for key in keys]
+    kernels = []
+    for key in keys:
+        name, arch, lines = named[key], key[1], code.get(key)
+        counts = None if lines is None else count_code(lines)
+        spent = measure(name, lines) if lines and arch == "90a" else None
+        kernels.append(Kernel(source, name, arch, reports.get(key), counts, spent))
     kernels.sort(key=lambda kernel: (kernel.name, int(kernel.arch.rstrip("a"))))
     faults = [fault for kernel in kernels for fault in judge(kernel)]
     faults += judge_source(source, (root / unit.source).read_text(encoding="utf-8"), unit.archs, kernels)
@@ -208,7 +265,16 @@ def table(kernels: Iterable[Kernel]) -> str:
             numbers = (kernel.report.registers, kernel.report.shared, kernel.report.barriers)
             has = "+".join(name for name in (*_HOPPER, *_MATRIX) if name in kernel.instructions) or "-"
             lines.append((kernel.source, kernel.name, f"sm_{kernel.arch}", *map(str, numbers), has))
-    return aot.align_columns(lines, "<<>>>><")
+    return align_columns(lines, "<<>>>><")
+
+
+def benchmark_table(kernels: Iterable[Kernel]) -> str:
+    """A line for each kernel that runs in a benchmark, on an H200."""
+    targets = {(target.place[2], target.size): target for target in floor.TARGETS}
+    found = [
+        (kernel.name, targets[_BENCHMARKS[kernel.name][:2]], kernel.pace) for kernel in kernels if kernel.pace
+    ]
+    return align_columns(floor.table(found), floor.ALIGNS)
 
 
 def main(arguments: list[str] | None = None, root: Path = nvcc.ROOT) -> int:
@@ -232,7 +298,8 @@ def main(arguments: list[str] | None = None, root: Path = nvcc.ROOT) -> int:
         "kernels": [asdict(kernel) for kernel in kernels],
         "faults": [fault for _, some in found for fault in some],
     }
-    return aot.conclude(table(kernels), f"{len(kernels)} kernels of csrc", record, options.json)
+    text = f"{table(kernels)}\n\n{benchmark_table(kernels)}"
+    return aot.conclude(text, f"{len(kernels)} kernels of csrc", record, options.json)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from csrc import gate, nvcc
+from geo_r1.kernels import sass
 
 # Output of nvcc 13.0. The second kernel calls a function that has an array.
 REPORT = """\
@@ -92,7 +93,8 @@ def test_a_report_is_read():
 
 
 def test_machine_code_is_read():
-    assert gate.read_code(SASS.splitlines()) == {
+    counts = {key: gate.count_code(lines) for key, lines in gate.split_code(SASS.splitlines()).items()}
+    assert counts == {
         ("_Z5spillILi64EEvPf", "80"): {"STL": 2, "LDL": 1, "HMMA": 1},
         ("_Z6serialPfmmi", "90a"): {"HGMMA": 1, "UTMALDG": 1, "USETMAXREG": 1, BESIDE: 2},
         ("_Z5emptyv", "90a"): {},
@@ -130,6 +132,37 @@ def test_faults_are_found_and_named(change, report, faults):
     kernel = dataclasses.replace(kernel, **change)
     place = f"{kernel.source}, some_kernel<float>, sm_90a"
     assert gate.judge(kernel) == [f"{place}: {fault}" for fault in faults]
+
+
+def test_a_kernel_of_a_benchmark_has_a_limit():
+    name = "rows_kernel<__nv_bfloat16, true, true>"
+    rows = dataclasses.replace(GOOD, source="rows.cu", name=name, pace=sass.Pace(instructions=20.0))
+    place = f"rows.cu, {name}, sm_90a: "
+    assert gate.judge(rows) == []
+    slow = dataclasses.replace(rows, pace=sass.Pace(instructions=21.0))
+    assert gate.judge(slow) == [f"{place}21.00 instructions an element, over the limit of 20.8"]
+    assert gate.judge(dataclasses.replace(rows, pace=None)) == [place + sass.NO_LOOP]
+    assert gate.judge(dataclasses.replace(rows, pace=None, arch="80")) == []
+    heading, line = gate.benchmark_table([rows, GOOD]).splitlines()
+    assert line.startswith(f"{name}  4096 x 152064 ") and len(heading) == len(line)
+
+
+def test_a_pace_is_read_by_the_template():
+    loop = """\
+        /*0200*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+{exponentials}
+        /*0400*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0410*/              @!P0 BRA 0x200 ;
+"""
+    each = [f"        /*{0x210 + 16 * k:04x}*/          MUFU.EX2 R4, R4 ;" for k in range(16)]
+    lines = loop.format(exponentials="\n".join(each)).splitlines()
+    rows, text = "rows_kernel<__nv_bfloat16, true, true>", "forward_kernel<__nv_bfloat16, 128, 2>"
+    assert gate.measure(rows, lines) == sass.Pace(19 / 8, 2.0, loaded=2.0, stored=2.0)
+    assert gate.measure("rows_kernel<__half, true, true>", lines) is None, "in no benchmark"
+    assert gate.measure(text, lines) is None, "no products"
+    product = "        /*0310*/          HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24 ;"
+    pairs = 64 * 256 * 16 / 128 / 256
+    assert gate.measure(text, [lines[0], *each, product, lines[-1]]).instructions == 19 / pairs
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import torch
 
 from geo_r1.kernels import available_impls, extension, impls
 from geo_r1.kernels.attention.flash import PackageKernels, flash_kernels
+from geo_r1.kernels.launch import CHIPS
 
+CHIP_NAMES = tuple(f"sm_{chip}" for chip in CHIPS)
 HEADINGS = ("op", "default", "because", "by name", "cannot run")
 
 
@@ -29,7 +31,7 @@ def built() -> list[tuple[str, str]]:
     packaged = isinstance(flash_kernels(), PackageKernels)
     return [
         ("CUDA kernels", f"built for {archs}: {place}" if archs else f"none: {place}"),
-        ("Triton", version("triton")),
+        ("Triton", f"{version('triton')}; its kernels are built and judged for {listed(CHIP_NAMES)}"),
         ("flash", f"flash-attn {version('flash-attn')}" if packaged else f"inside torch {torch.__version__}"),
     ]
 

@@ -5,9 +5,10 @@
 Each family's `triton` module lists its launch tables in `LAUNCHES`. Its `aot_cases()` yields labelled calls
 of the real launchers on small CPU tensors, which together choose every row. A stand-in for Triton's driver
 names the chip, and a launch compiles without running, so it builds what the same call would build on that
-chip. `judge` then reads each cubin. The exit code is 1 if anything is at fault.
+chip. `built.py` then judges each cubin. The exit code is 1 if anything is at fault.
 
-Limits and granules: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+For an H200 the gate also estimates how long the kernels take, see `floor.py`, and compares the instructions
+that they spend on an element with the limit of their launch row.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -34,16 +34,16 @@ from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
+from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from geo_r1.kernels import floor, launch, sass
+from geo_r1.kernels.built import CHIPS, H200, Built, align_columns, chip_table, judge, table
 from geo_r1.kernels.launch import Launch
 
-# Shared memory in bytes by compute capability: the limit for one program, and the total of an SM.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-_SHARED_SM = {80: 164 * 1024, 90: 228 * 1024}
-_SHARED_RESERVED = 1024  # bytes that an SM reserves for each program
+# Triton writes the same PTX for these chips as for sm_80, so that they need its assembler only.
+_SAME_PTX = {86: 80, 89: 80}
 
 # A product in Triton's IR: precision of float32 (none: exact), type of the operands, rows.
 _DOT = re.compile(
@@ -52,77 +52,21 @@ _DOT = re.compile(
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
-@dataclass(frozen=True)
-class Built:
-    """One kernel, built for one chip.
-
-    Attributes:
-        family: the family of ops, such as "attention".
-        case: label of the first case that launched it.
-        arch: compute capability, 90 for an H200.
-        registers: per thread.
-        stack: bytes of stack and local memory per thread.
-        spills: instructions that load from or store to local memory.
-        shared: bytes of shared memory per program; Triton asks for all of it at launch.
-        dots: (operand type, rows) of each `tl.dot`; no entry for exact float32, which has no matrix
-            instruction.
-        matrix: matrix instructions found, "HGMMA", "HMMA", both or none.
-    """
-
-    family: str
-    kernel: str
-    case: str
-    arch: int
-    num_warps: int
-    num_stages: int
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    dots: tuple[tuple[str, int], ...]
-    matrix: tuple[str, ...]
-
-    @property
-    def programs_per_sm(self) -> int:
-        """How many programs fit on an SM at once, by warps, registers and shared memory."""
-        registers_warp = -(-self.registers * 32 // 256) * 256
-        by_registers = 65536 // registers_warp // 4 * 4 // self.num_warps  # even over an SM's four parts
-        shared = -(-self.shared // 128) * 128 + _SHARED_RESERVED
-        return min(32, 64 // self.num_warps, by_registers, _SHARED_SM[self.arch] // shared)
-
-
-def judge(built: Built) -> list[str]:
-    """List the faults of a kernel, one line each with its family, case and chip.
-
-    A kernel must not spill, must fit the chip's shared memory, and must use the chip's matrix instructions
-    where it multiplies matrices. On sm_90 that is HGMMA if a product of 16-bit operands has at least 64 rows
-    and the program has at least four warps. A smaller product cannot be an HGMMA, and other types may lack
-    the layout for it.
-    """
-    faults = []
-    if built.stack or built.spills:
-        faults.append(f"spills: {built.stack} bytes of stack, {built.spills} local loads and stores")
-    if built.shared > SHARED_LIMIT[built.arch]:
-        faults.append(f"{built.shared} bytes of shared memory, over the {SHARED_LIMIT[built.arch]} there are")
-    wide = built.num_warps >= 4 and any(rows >= 64 and kind in ("f16", "bf16") for kind, rows in built.dots)
-    if built.arch >= 90 and wide and "HGMMA" not in built.matrix:
-        faults.append(f"no HGMMA, found {' '.join(built.matrix) or 'no matrix instruction'}")
-    elif built.dots and not built.matrix:
-        faults.append("tl.dot without a matrix instruction")
-    place = f"{built.family}, case {built.case!r}, sm_{built.arch}, {built.kernel}"
-    return [f"{place}: {fault}" for fault in faults]
-
-
 @contextmanager
-def compile_only(arch: int) -> Iterator[tuple[list[CompiledKernel], list[Launch]]]:
-    """Compile launches for `arch` without running them; yields the kernels built and the rows chosen."""
-    kernels: list[CompiledKernel] = []
+def compile_only(arch: int) -> Iterator[tuple[list[tuple[CompiledKernel, Launch | None]], list[Launch]]]:
+    """Compile launches for `arch` without running them.
+
+    Yields:
+        Each kernel with the row that was chosen before it, and all rows chosen.
+    """
+    kernels: list[tuple[CompiledKernel, Launch | None]] = []
     rows: list[Launch] = []
     run, options = JITFunction.run, Launch.__dict__["options"].fget
 
     def compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> CompiledKernel:
-        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-        return kernels[-1]
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernels.append((kernel, rows[-1] if rows else None))
+        return kernel
 
     def chosen(self: Launch) -> dict[str, Any]:
         rows.append(self)
@@ -138,33 +82,51 @@ def compile_only(arch: int) -> Iterator[tuple[list[CompiledKernel], list[Launch]
         mock.patch.object(type(driver), "active", chip),
         mock.patch.object(JITFunction, "run", compiled),
         mock.patch.object(Launch, "options", property(chosen)),
+        mock.patch.object(launch, "chip_of", lambda x: arch),
     ):
         yield kernels, rows
 
 
-def build_case(family: str, case: str, arch: int) -> tuple[dict[str, Built], set[int], list[dict[str, Any]]]:
-    """Run one case of a family for one chip.
+def build_case(
+    family: str, case: str, arches: Sequence[int]
+) -> tuple[dict[str, Built], set[int], list[dict[str, Any]]]:
+    """Run one case of a family for chips that share their PTX.
 
     Returns:
-        Kernels by Triton's hash, indices of the rows of `LAUNCHES` that were chosen, and the options of
-        chosen rows that `LAUNCHES` lacks.
+        Kernels by name, Triton's hash and chip, indices of the rows of `LAUNCHES` that were chosen, and the
+        options of chosen rows that `LAUNCHES` lacks.
     """
     module = _load(family)
-    with compile_only(arch) as (kernels, chosen):
+    with compile_only(ptx_arch(arches[0])) as (kernels, chosen):
         dict(module.aot_cases())[case]()
     listed = {id(row): i for i, row in enumerate(module.LAUNCHES)}
     return (
-        {kernel.hash: _inspect(kernel, family, case, arch) for kernel in kernels},
+        {
+            f"{kernel.name} {kernel.hash} {arch}": _inspect(kernel, row, family, case, arch)
+            for kernel, row in kernels
+            for arch in arches
+        },
         {listed[id(row)] for row in chosen if id(row) in listed},
         [row.options for row in chosen if id(row) not in listed],
     )
 
 
-def _inspect(kernel: CompiledKernel, family: str, case: str, arch: int) -> Built:
-    listing = _disassemble(kernel.asm["cubin"])
-    resources = _RESOURCES.search(listing)
+def ptx_arch(arch: int) -> int:
+    """The chip whose PTX Triton would write for this one, too."""
+    return _SAME_PTX.get(arch, arch)
+
+
+def _inspect(kernel: CompiledKernel, row: Launch | None, family: str, case: str, arch: int) -> Built:
+    ptx = kernel.asm["ptx"]
+    cubin = kernel.asm["cubin"] if arch == ptx_arch(arch) else _assemble(ptx, arch)
+    resources = _RESOURCES.search(_cuobjdump("-res-usage", cubin))
     assert resources, f"cuobjdump printed no resource usage for {kernel.name}"
     registers, stack, local = map(int, resources.groups())
+    names = kernel.src.fn.arg_names
+    arguments = dict(kernel.src.signature) | {names[i]: value for (i,), value in kernel.src.constants.items()}
+    work = floor.triton_work(kernel.name, arguments)
+    # Disassembling takes half a second, so it is done only for what nothing else tells.
+    code = _cuobjdump("-sass", cubin) if stack + local or (work and arch == H200) else ""
     return Built(
         family=family,
         kernel=kernel.name,
@@ -174,11 +136,23 @@ def _inspect(kernel: CompiledKernel, family: str, case: str, arch: int) -> Built
         num_stages=kernel.metadata.num_stages,
         registers=registers,
         stack=stack + local,
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", listing)),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         shared=kernel.metadata.shared,
         dots=find_dots(kernel.asm["ttir"]),
-        matrix=tuple(name for name in ("HGMMA", "HMMA") if re.search(rf"\b{name}\b", listing)),
+        matrix=tuple(sorted(set(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)\b", ptx)))),
+        pace=sass.pace(sass.read(code.splitlines()), work) if work and arch == H200 else None,
+        limit=row.limit if row else None,
+        stack_limit=row.stack if row else 0,
     )
+
+
+def _assemble(ptx: str, arch: int) -> bytes:
+    """A cubin for a chip from another one's PTX, as Triton would assemble it."""
+    backend: Any = make_backend(GPUTarget("cuda", arch, 32))
+    ptx, changed = re.subn(r"(?m)^(\.target sm_)\d+", rf"\g<1>{arch}", ptx)
+    assert changed == 1, "the PTX names its target in a way that we do not know"
+    cubin: bytes = backend.make_cubin(ptx, {}, backend.parse_options({"enable_fp_fusion": True}), arch)
+    return cubin
 
 
 def find_dots(ttir: str) -> tuple[tuple[str, int], ...]:
@@ -188,13 +162,12 @@ def find_dots(ttir: str) -> tuple[tuple[str, int], ...]:
     return tuple(sorted({(kind, int(rows)) for precision, kind, rows in found if kind != "f32" or precision}))
 
 
-@cache
-def _disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code of a cubin, read by the cuobjdump that comes with Triton."""
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    """What Triton's cuobjdump tells of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -221,68 +194,62 @@ def list_cases(families: Iterable[str]) -> tuple[list[tuple[str, str]], list[str
     return cases, faults
 
 
-def uncovered(families: Iterable[str], arch: int, chosen: Collection[tuple[str, int]]) -> list[str]:
-    """A line for each row of a family's tables that no case chose on one chip."""
+def uncovered(families: Iterable[str], chosen: Collection[tuple[str, int]]) -> list[str]:
+    """A line for each row of a family's tables that no case chose on any chip."""
     return [
-        f"{family}: no case chooses row {i} of LAUNCHES on sm_{arch}: {row.options}"
+        f"{family}: no case chooses row {i} of LAUNCHES: {row.options}"
         for family in families
         for i, row in enumerate(getattr(_load(family), "LAUNCHES", ()))
         if (family, i) not in chosen
     ]
 
 
-def build(families: list[str], arches: list[int], num_jobs: int) -> tuple[list[Built], list[str]]:
+def build(
+    families: list[str], arches: list[int], num_jobs: int
+) -> tuple[list[Built], dict[tuple[str, str, str], sass.Pace], list[str]]:
     """Build every case for every chip, in parallel processes.
 
     Returns:
-        The kernels, each once, and a line for each fault found.
+        The kernels, each once; the paces on an H200 by family, case and kernel; a line for each fault found.
     """
     cases, faults = list_cases(families)
     kernels: dict[str, Built] = {}
-    chosen: dict[int, set[tuple[str, int]]] = {arch: set() for arch in arches}
+    paces: dict[tuple[str, str, str], sass.Pace] = {}
+    chosen: set[tuple[str, int]] = set()
+    groups = {
+        source: [arch for arch in arches if ptx_arch(arch) == source] for source in map(ptx_arch, arches)
+    }
     with ProcessPoolExecutor(num_jobs, multiprocessing.get_context("spawn")) as pool:
-        jobs = {pool.submit(build_case, *case, arch): (*case, arch) for case in cases for arch in arches}
+        jobs = {
+            pool.submit(build_case, *case, group): (*case, group)
+            for case in cases
+            for group in groups.values()
+        }
         for i, job in enumerate(as_completed(jobs), 1):
-            family, case, arch = jobs[job]
-            print(f"{i}/{len(jobs)} {family}, {case}, sm_{arch}", file=sys.stderr, flush=True)
-    for job, (family, case, arch) in jobs.items():
-        place = f"{family}, case {case!r}, sm_{arch}"
+            family, case, group = jobs[job]
+            print(f"{i}/{len(jobs)} {family}, {case}, {_chips(group)}", file=sys.stderr, flush=True)
+    for job, (family, case, group) in jobs.items():
+        place = f"{family}, case {case!r}, {_chips(group)}"
         if error := job.exception():
             faults.append(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}")
             continue
         built, rows, unlisted = job.result()
         if not built:
             faults.append(f"{place}: launched no kernel")
+        paces |= {(family, case, kernel.kernel): kernel.pace for kernel in built.values() if kernel.pace}
         kernels = built | kernels  # a kernel of several cases keeps the first one's label
-        chosen[arch] |= {(family, row) for row in rows}
+        chosen |= {(family, row) for row in rows}
         faults += [f"{place}: launched with a row that LAUNCHES lacks: {options}" for options in unlisted]
     ordered = sorted(kernels.values(), key=lambda b: (b.family, b.kernel, b.case, b.arch))
     for kernel in ordered:
         faults += judge(kernel)
-    for arch in arches:
-        faults += uncovered(families, arch, chosen[arch])
-    return ordered, faults
+    if set(arches) == set(CHIPS):  # some rows are for some chips
+        faults += uncovered(families, chosen)
+    return ordered, paces, faults
 
 
-def table(kernels: Iterable[Built]) -> str:
-    """The kernels as aligned text, one per line."""
-    lines: list[tuple[str, ...]] = [
-        ("kernel", "case", "arch", "warps", "stages", "registers", "shared KiB", "programs/SM", "matrix")
-    ]
-    for built in kernels:
-        numbers = (built.num_warps, built.num_stages, built.registers, f"{built.shared / 1024:.1f}")
-        after = (built.programs_per_sm, "+".join(built.matrix) or "-")
-        lines.append(tuple(map(str, (built.kernel, built.case, f"sm_{built.arch}", *numbers, *after))))
-    return align_columns(lines, "<<>>>>>><")
-
-
-def align_columns(lines: Sequence[Sequence[str]], aligns: str) -> str:
-    """Lines of cells as text; `aligns` has "<" for each column of words and ">" for each of numbers."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{text:{align}{width}}" for text, align, width in zip(line, aligns, widths, strict=True))
-        for line in lines
-    )
+def _chips(arches: Iterable[int]) -> str:
+    return " ".join(f"sm_{arch}" for arch in arches)
 
 
 def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
@@ -318,8 +285,9 @@ def conclude(text: str, total: str, record: dict[str, Any], path: Path | None) -
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("python -m geo_r1.kernels.aot", __doc__)
     parser.add_argument("families", nargs="*", metavar="family", help="for example advantage; default: all")
-    parser.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT, help="default: both")
+    parser.add_argument("--arch", type=int, action="append", choices=CHIPS, help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    parser.add_argument("--kernels", action="store_true", help="also print a line for each kernel")
     options = parse(parser, arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
@@ -330,10 +298,16 @@ def main(arguments: list[str] | None = None) -> int:
         if family not in known:
             parser.error(f"no family {family!r}; families are {', '.join(known)}")
 
-    kernels, faults = build(options.families or known, options.arch or list(SHARED_LIMIT), options.jobs)
+    arches = sorted(set(options.arch or CHIPS))
+    kernels, paces, faults = build(options.families or known, arches, options.jobs)
     records = [asdict(built) | {"programs_per_sm": built.programs_per_sm} for built in kernels]
     record = {"triton": triton.__version__, "kernels": records, "faults": faults}
-    return conclude(table(kernels), f"{len(kernels)} kernels", record, options.json)
+    tables = [table(kernels)] if options.kernels else []
+    tables.append(chip_table(kernels, arches))
+    found = [(t.place[2], t, paces[t.place]) for t in floor.TARGETS if t.place in paces]
+    if found:
+        tables.append(align_columns(floor.table(found), floor.ALIGNS))
+    return conclude("\n\n".join(tables), f"{len(kernels)} kernels", record, options.json)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from geo_r1.kernels import aot
+from geo_r1.kernels import aot, built, launch, sass
 from geo_r1.kernels.launch import Launch
 
-GOOD = aot.Built(
+GOOD = built.Built(
     family="some",
     kernel="_some_kernel",
     case="bfloat16",
@@ -27,36 +28,53 @@ GOOD = aot.Built(
     spills=0,
     shared=100 * 1024,
     dots=(("bf16", 128),),
-    matrix=("HGMMA",),
+    matrix=("wgmma",),
+    pace=sass.Pace(instructions=20.0, exponentials=1.0),
+    limit=20.0,
 )
 TABLE = (Launch("narrow", num_warps=4, BLOCK=64), Launch("wide", num_warps=8, BLOCK=128))
+
+
+def compiling():
+    """An environment in which Triton compiles and finds no GPU."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return variables | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
         ({}, None),
-        ({"stack": 8}, "spills: 8 bytes of stack, 0 local loads and stores"),
-        ({"spills": 3}, "spills: 0 bytes of stack, 3 local loads and stores"),
+        ({"stack": 8, "spills": 3}, "spills: 8 bytes of stack, 3 local loads and stores"),
+        ({"stack": 8, "stack_limit": 8}, None),
+        ({"stack": 16, "stack_limit": 8}, "spills: 16 bytes of stack, 0 local loads and stores"),
         ({"shared": 232448}, None),
         ({"shared": 232449}, "232449 bytes of shared memory, over the 232448 there are"),
-        ({"arch": 80, "matrix": ("HMMA",), "shared": 166912}, None),
-        ({"arch": 80, "matrix": ("HMMA",), "shared": 166913}, "over the 166912 there are"),
-        ({"matrix": ("HMMA",)}, "no HGMMA, found HMMA"),
-        ({"matrix": ()}, "no HGMMA, found no matrix instruction"),
-        ({"matrix": ("HGMMA", "HMMA")}, None),
-        # Too small for HGMMA, or of a type that may lack the layout: any matrix instruction will do.
-        ({"matrix": ("HMMA",), "num_warps": 2}, None),
-        ({"matrix": ("HMMA",), "dots": (("bf16", 32),)}, None),
-        ({"matrix": ("HMMA",), "dots": (("f32", 128),)}, None),
-        ({"matrix": ("HMMA",), "dots": (("bf16", 16), ("f16", 64))}, "no HGMMA, found HMMA"),
+        ({"arch": 80, "matrix": ("mma.sync",), "shared": 166912}, None),
+        ({"arch": 80, "matrix": ("mma.sync",), "shared": 166913}, "over the 166912 there are"),
+        *(({"arch": arch, "matrix": ("mma.sync",), "shared": 101376}, None) for arch in (86, 89, 120)),
+        ({"arch": 120, "matrix": ("mma.sync",), "shared": 101377}, "over the 101376 there are"),
+        ({"matrix": ("mma.sync",)}, "no wgmma, found mma.sync"),
+        ({"matrix": ()}, "no wgmma, found no matrix instruction"),
+        ({"matrix": ("mma.sync", "wgmma")}, None),
+        ({"arch": 100, "matrix": ("tcgen05.mma",)}, None),
+        ({"arch": 100, "matrix": ("mma.sync",)}, "no tcgen05.mma, found mma.sync"),
+        # Too small for wgmma, or of a type that may lack the layout: any matrix instruction will do.
+        ({"matrix": ("mma.sync",), "num_warps": 2}, None),
+        ({"matrix": ("mma.sync",), "dots": (("bf16", 32),)}, None),
+        ({"matrix": ("mma.sync",), "dots": (("f32", 128),)}, None),
+        ({"matrix": ("mma.sync",), "dots": (("bf16", 16), ("f16", 64))}, "no wgmma, found mma.sync"),
         ({"matrix": (), "dots": (("bf16", 32),)}, "tl.dot without a matrix instruction"),
-        ({"matrix": (), "arch": 80}, "tl.dot without a matrix instruction"),
+        ({"matrix": (), "arch": 80, "dots": (("bf16", 32),)}, "tl.dot without a matrix instruction"),
         ({"matrix": (), "dots": ()}, None),
+        ({"limit": 19.5}, "20.00 instructions an element, over the 19.5 of its launch row"),
+        ({"limit": 19.5, "arch": 100, "matrix": ("tcgen05.mma",), "pace": None}, None),
+        ({"pace": None}, sass.NO_LOOP),
+        ({"pace": None, "limit": None}, None),
     ],
 )
 def test_faults_are_found_and_named(change, fault):
-    found = aot.judge(dataclasses.replace(GOOD, **change))
+    found = built.judge(dataclasses.replace(GOOD, **change))
     if fault is None:
         assert found == []
     else:
@@ -67,7 +85,7 @@ def test_faults_are_found_and_named(change, fault):
 
 
 def test_every_fault_of_a_kernel_is_named():
-    assert len(aot.judge(dataclasses.replace(GOOD, stack=8, shared=2**20, matrix=()))) == 3
+    assert len(built.judge(dataclasses.replace(GOOD, stack=8, shared=2**20, matrix=()))) == 3
 
 
 @pytest.mark.parametrize(
@@ -83,11 +101,15 @@ def test_every_fault_of_a_kernel_is_named():
         (32, 4, 75 * 1024, 80, 2),  # of 164
         (32, 4, 75 * 1024 + 1, 90, 2),
         (32, 4, 227 * 1024, 90, 1),
+        (32, 8, 0, 86, 6),  # 1536 threads
+        (32, 1, 0, 86, 16),
+        (32, 1, 0, 89, 24),
+        (32, 4, 99 * 1024, 120, 1),
     ],
 )
 def test_programs_on_an_sm(registers, num_warps, shared, arch, programs):
-    built = dataclasses.replace(GOOD, registers=registers, num_warps=num_warps, shared=shared, arch=arch)
-    assert built.programs_per_sm == programs
+    kernel = dataclasses.replace(GOOD, registers=registers, num_warps=num_warps, shared=shared, arch=arch)
+    assert kernel.programs_per_sm == programs
 
 
 def test_products_are_found_in_the_ir():
@@ -105,10 +127,9 @@ def test_products_are_found_in_the_ir():
 
 def test_a_row_that_no_case_chooses_is_named(monkeypatch):
     monkeypatch.setattr(aot, "_load", lambda module: SimpleNamespace(LAUNCHES=TABLE))
-    assert aot.uncovered(["some"], 90, {("some", 0), ("some", 1)}) == []
-    assert aot.uncovered(["some"], 90, {("some", 0), ("other", 1)}) == [
-        "some: no case chooses row 1 of LAUNCHES on sm_90: {'BLOCK': 128, 'num_warps': 8, 'num_stages': 1}"
-    ]
+    assert aot.uncovered(["some"], {("some", 0), ("some", 1)}) == []
+    (line,) = aot.uncovered(["some"], {("some", 0), ("other", 1)})
+    assert line.startswith("some: no case chooses row 1 of LAUNCHES: {'BLOCK': 128, 'num_warps': 8, ")
 
 
 def test_rows_are_told_apart_by_identity_and_must_be_listed(monkeypatch):
@@ -117,8 +138,51 @@ def test_rows_are_told_apart_by_identity_and_must_be_listed(monkeypatch):
         LAUNCHES=TABLE, aot_cases=lambda: iter([("a", lambda: [TABLE[1].options, twin.options])])
     )
     monkeypatch.setitem(sys.modules, "geo_r1.kernels.advantage.triton", module)
-    assert aot.build_case("advantage", "a", 90) == ({}, {1}, [twin.options])
-    assert TABLE[1].options == {"BLOCK": 128, "num_warps": 8, "num_stages": 1}
+    assert aot.build_case("advantage", "a", [90]) == ({}, {1}, [twin.options])
+    assert TABLE[1].options == {"BLOCK": 128, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def test_the_chips_are_those_that_users_are_told():
+    assert tuple(built.CHIPS) == launch.CHIPS
+
+
+def test_rows_may_depend_on_the_chip():
+    from geo_r1.kernels.attention.triton_forward import choose_row
+
+    table = {(kind, most): kind for kind, most in [("long", 64), ("long", 128), ("long sm_12x", 128)]}
+    q_THD = torch.zeros(1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 80, dtype=torch.bfloat16)
+    assert launch.chip_of(q_THD[0]) == 0
+    assert [choose_row(table, q, short=False) for q in q_THD] == ["long", "long"]
+    for arch, chosen in ((90, ["long", "long"]), (120, ["long", "long sm_12x"])):
+        with aot.compile_only(arch):
+            assert [choose_row(table, q, short=False) for q in q_THD] == chosen
+
+
+SHARED_PTX = """
+import re
+from geo_r1.kernels import aot
+for family, case in [
+    ("advantage", "none, members"),
+    ("loss", "statistics, V 512 float32"),
+    ("attention", "packed_attention short D=16 full torch.bfloat16"),
+]:
+    texts = set()
+    for arch in (80, 86, 89):
+        with aot.compile_only(arch) as (kernels, _):
+            dict(aot._load(family).aot_cases())[case]()
+        ptx = "".join(kernel.asm["ptx"] for kernel, _ in kernels)
+        ptx, changed = re.subn(rf"[.]target sm_{arch}", "", ptx)
+        texts.add(ptx)
+    print(family, changed, len(texts))
+"""
+
+
+def test_chips_that_share_their_ptx():
+    """What the gate assembles for sm_86 and sm_89 is what Triton would write for them, but for the target."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED_PTX], capture_output=True, text=True, env=compiling(), check=True
+    )
+    assert done.stdout.splitlines() == ["advantage 1 1", "loss 1 1", "attention 3 1"]
 
 
 def test_modules_that_list_their_cases_badly_are_named(monkeypatch):
@@ -140,11 +204,27 @@ def test_modules_that_list_their_cases_badly_are_named(monkeypatch):
 
 
 def test_the_table_is_aligned():
-    head, line = aot.table([GOOD]).splitlines()
-    words = ["kernel", "case", "arch", "warps", "stages", "registers", "shared KiB", "programs/SM", "matrix"]
-    assert re.split(" {2,}", head) == words
-    assert line.split() == ["_some_kernel", "bfloat16", "sm_90", "8", "3", "128", "100.0", "2", "HGMMA"]
+    head, line = built.table([GOOD]).splitlines()
+    words = ["kernel", "case", "arch", "warps", "stages", "registers", "shared KiB", "programs/SM"]
+    assert re.split(" {2,}", head) == [*words, "instructions", "matrix"]
+    values = ["_some_kernel", "bfloat16", "sm_90", "8", "3", "128", "100.0", "2", "20.00", "wgmma"]
+    assert line.split() == values
     assert len(head) == len(line)
+
+
+def test_a_line_for_each_chip():
+    spills = dataclasses.replace(
+        GOOD, arch=120, stack=8, registers=255, shared=90 * 1024, matrix=("mma.sync",)
+    )
+    found = [
+        re.split(" {2,}", line.strip()) for line in built.chip_table([GOOD, spills], [90, 120]).splitlines()
+    ]
+    names = ["chip", "GPUs", "kernels", "at fault", "spill", "registers", "shared KiB", "of", "programs/SM"]
+    assert found == [
+        [*names, "matrix"],
+        ["sm_90", "H100, H200", "1", "0", "0", "128", "100.0", "227", "2", "wgmma"],
+        ["sm_120", "RTX 50", "1", "1", "1", "255", "90.0", "99", "1", "mma.sync"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -164,26 +244,24 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, interpret, message
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_module_is_built_for_both_chips_without_a_gpu(tmp_path):
+def test_a_module_is_built_for_several_chips_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "geo_r1.kernels.aot", "advantage", "--jobs", "1"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command += ["--arch", "90", "--arch", "86", "--arch", "120"]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "aot.json")],
         capture_output=True,
         text=True,
-        env=environment,
+        env=compiling(),
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / "aot.json").read_text(encoding="utf-8"))
     assert [path.name for path in tmp_path.iterdir()] == ["aot.json"]
     assert written["faults"] == []
-    assert {kernel["arch"] for kernel in written["kernels"]} == {80, 90}
+    assert {kernel["arch"] for kernel in written["kernels"]} == {86, 90, 120}
     for kernel in written["kernels"]:
         assert kernel["kernel"] == "_group_advantage_kernel"
         assert 16 <= kernel["registers"] <= 255 and kernel["programs_per_sm"] >= 1
-    *lines, last = done.stdout.splitlines()
-    assert (
-        last == f"{len(written['kernels'])} kernels, 0 faults" and len(lines) == len(written["kernels"]) + 1
-    )
+    heading, *lines, last = done.stdout.splitlines()
+    assert heading.startswith("chip ") and [line.split()[0] for line in lines] == ["sm_86", "sm_90", "sm_120"]
+    assert last == f"{len(written['kernels'])} kernels, 0 faults"

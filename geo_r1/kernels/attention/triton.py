@@ -22,7 +22,7 @@ LAUNCHES: tuple[Launch, ...] = (*FORWARD.values(), *D_QUERY.values(), *D_KEY.val
 def tiles(q_THD: Tensor, layout: PackedLayout, short: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Tiles of queries for the forward pass and for dq, and tiles of keys."""
     queries, d_queries, d_keys = (
-        choose_row(table, q_THD.dtype, q_THD.shape[2], short).blocks for table in (FORWARD, D_QUERY, D_KEY)
+        choose_row(table, q_THD, short).blocks for table in (FORWARD, D_QUERY, D_KEY)
     )
     query_tiles, _ = layout.tiles(queries["BM"])
     d_query_tiles, _ = layout.tiles(d_queries["BM"])

@@ -37,31 +37,64 @@ from geo_r1.kernels.launch import Launch
 
 # The widest tiles that do not spill; see FORWARD for how to read the reasons.
 D_QUERY = {
-    ("long", 64): Launch("127/187", BM=128, BN=64, SPLIT=0, num_warps=8, num_stages=2),
+    ("long", 64): Launch("127/187", BM=128, BN=64, SPLIT=0, limit=13.5, num_warps=8, num_stages=2),
     ("long", 128): Launch(
         "177/198; 128 queries per program read half as many keys as 64",
         BM=128,
         BN=32,
         SPLIT=1,
+        limit=15.6,
         num_warps=8,
         num_stages=2,
     ),
     ("short", 128): Launch(
-        "193/229; 64 keys spill on sm_80 from D = 80", BM=64, BN=32, SPLIT=0, num_warps=4, num_stages=2
+        "193/229; 64 keys spill on sm_80 from D = 80",
+        BM=64,
+        BN=32,
+        SPLIT=0,
+        limit=24,
+        num_warps=4,
+        num_stages=2,
     ),
     ("float32", 64): Launch("255/253", BM=32, BN=32, SPLIT=0, num_warps=8),
-    ("float32", 128): Launch("254/255; more rows spill", BM=16, BN=16, SPLIT=0, num_warps=8),
+    ("float32", 128): Launch(
+        "254/255; more rows and, on sm_100, one stage spill",
+        BM=16,
+        BN=16,
+        SPLIT=0,
+        num_warps=8,
+        num_stages=2,
+    ),
+    ("float32 sm_12x", 64): Launch("161; 32 keys spill", BM=32, BN=16, SPLIT=0, num_warps=8),
+    ("float32 sm_12x", 80): Launch(
+        "255; 11 other tiles spill more", BM=16, BN=16, SPLIT=0, num_warps=4, stack=8
+    ),
 }
 # BM queries at a time for BN keys.
 D_KEY = {
-    ("long", 80): Launch("168/255", BM=32, BN=128, num_warps=8, num_stages=2),
-    ("long", 96): Launch("194/255; two stages spill on sm_80", BM=32, BN=128, num_warps=8, num_stages=3),
-    ("long", 128): Launch("230/255; 64 queries spill on both", BM=32, BN=128, num_warps=8, num_stages=2),
-    ("short", 96): Launch("209/255", BM=32, BN=64, num_warps=4, num_stages=2),
-    ("short", 128): Launch("240/255; two stages spill on sm_80", BM=32, BN=64, num_warps=4),
+    ("long", 80): Launch("168/255", BM=32, BN=128, limit=19.8, num_warps=8, num_stages=2),
+    ("long", 96): Launch(
+        "194/255; two stages spill on sm_80", BM=32, BN=128, limit=21, num_warps=8, num_stages=3
+    ),
+    ("long", 128): Launch(
+        "230/255; 64 queries spill on both", BM=32, BN=128, limit=20, num_warps=8, num_stages=2
+    ),
+    ("short", 96): Launch("209/255", BM=32, BN=64, limit=22, num_warps=4, num_stages=2),
+    ("short", 128): Launch("240/255; two stages spill on sm_80", BM=32, BN=64, limit=20.6, num_warps=4),
     ("float32", 64): Launch("176/176", BM=16, BN=32, num_warps=8),
     ("float32", 80): Launch("255/255; one stage spills", BM=16, BN=16, num_warps=8, num_stages=2),
     ("float32", 128): Launch("192/194; more rows spill", BM=16, BN=16, num_warps=8),
+    ("float32 sm_10x", 80): Launch(
+        "255; 4 other tiles spill more", BM=16, BN=32, num_warps=8, num_stages=2, stack=16
+    ),
+    ("float32 sm_12x", 80): Launch(
+        "255; 9 other tiles spill more", BM=16, BN=32, num_warps=8, num_stages=2, stack=24
+    ),
+    ("short sm_8x", 128): Launch("249; 32 queries spill on sm_86", BM=16, BN=64, num_warps=4, num_stages=2),
+    ("short sm_10x", 128): Launch("114; 32 queries spill", BM=16, BN=64, num_warps=4, num_stages=2),
+    ("short sm_12x", 96): Launch("174; 32 queries spill", BM=16, BN=64, num_warps=4, num_stages=2),
+    ("long sm_12x", 96): Launch("228; 128 keys spill", BM=32, BN=64, num_warps=8, num_stages=2),
+    ("long sm_12x", 128): Launch("170; 128 keys spill", BM=32, BN=64, num_warps=8, num_stages=2),
 }
 
 
@@ -219,10 +252,10 @@ def backward(
     _d_query_kernel[(d_query_tiles.shape[0] * num_heads,)](
         q, k, v, out_THD, do, lse_HT, dq_THD, delta_HT, d_query_tiles, *sizes,
         *strides(q, k, v, out_THD, do, dq_THD),
-        **constants, **choose_row(D_QUERY, q.dtype, head_size, short).options,
+        **constants, **choose_row(D_QUERY, q, short).options,
     )  # fmt: skip
     _d_key_kernel[(key_tiles.shape[0] * num_heads,)](
         q, k, v, do, lse_HT, delta_HT, dk_THD, dv_THD, key_tiles, *sizes,
         *strides(q, k, v, do, dk_THD, dv_THD),
-        **constants, **choose_row(D_KEY, q.dtype, head_size, short).options,
+        **constants, **choose_row(D_KEY, q, short).options,
     )  # fmt: skip

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from geo_r1.kernels import launch
 from geo_r1.kernels.launch import Launch
 
 LOG2_E = math.log2(math.e)  # the hardware has exp2, so kernels use it, and a log-sum-exp in base 2
@@ -32,19 +33,39 @@ PRECISION = tl.constexpr("tf32x3")
 
 # (kind of batch, largest head size) -> tile. "short": no segment is longer than 64 tokens, so a tile is a
 # whole segment. SPLIT: blocks that need no mask have a loop of their own. Reasons begin with the most
-# registers that a kernel needs on sm_90 / sm_80. Nothing here was measured.
+# registers that a kernel needs on sm_90 / sm_80. Nothing here was measured. A kind that names chips replaces
+# the row of the same size on them: most were found for sm_90, and other chips spill. Limits are a twelfth
+# above what was counted with Triton 3.7.
 FORWARD = {
-    ("long", 32): Launch("79/128; more stages spill on sm_80", BM=128, BN=64, SPLIT=1, num_warps=8),
-    ("long", 128): Launch("225/222, 128 KiB", BM=128, BN=64, SPLIT=1, num_warps=8, num_stages=3),
-    ("short", 32): Launch("92/127; two stages spill on sm_80", BM=64, BN=64, SPLIT=0, num_warps=4),
+    ("long", 32): Launch(
+        "79/128; more stages spill on sm_80", BM=128, BN=64, SPLIT=1, limit=8.8, num_warps=8
+    ),
+    ("long", 128): Launch("225/222, 128 KiB", BM=128, BN=64, SPLIT=1, limit=12.3, num_warps=8, num_stages=3),
+    ("short", 32): Launch("92/127; two stages spill on sm_80", BM=64, BN=64, SPLIT=0, limit=15, num_warps=4),
     ("short", 80): Launch(
-        "155/240; three windows per SM on sm_90, two with two stages", BM=64, BN=64, SPLIT=0, num_warps=4
+        "155/240; three windows per SM on sm_90, two with two stages",
+        BM=64,
+        BN=64,
+        SPLIT=0,
+        limit=20,
+        num_warps=4,
     ),
     ("short", 128): Launch(
-        "203/255; fetches k and v of the one block together", BM=64, BN=64, SPLIT=0, num_warps=4, num_stages=2
+        "203/255; fetches k and v of the one block together",
+        BM=64,
+        BN=64,
+        SPLIT=0,
+        limit=19,
+        num_warps=4,
+        num_stages=2,
     ),
     ("float32", 64): Launch("163/158", BM=32, BN=32, SPLIT=0, num_warps=4),
     ("float32", 128): Launch("224/230; 32 rows spill", BM=16, BN=32, SPLIT=0, num_warps=8),
+    ("short sm_8x", 64): Launch(
+        "190/190; one stage spills on sm_86 and sm_89", BM=64, BN=64, SPLIT=0, num_warps=4, num_stages=2
+    ),
+    ("short sm_8x", 128): Launch("254; two stages spill on sm_86", BM=64, BN=64, SPLIT=0, num_warps=4),
+    ("short sm_12x", 128): Launch("174; 64 keys spill", BM=64, BN=32, SPLIT=0, num_warps=4),
 }
 
 
@@ -219,13 +240,13 @@ def _forward_kernel(
     tl.store(lse_ptr + i_h * num_tokens + o_i, b_max + tl.log2(b_sum), mask=o_i < end)
 
 
-def choose_row(
-    table: Mapping[tuple[str, int], Launch], dtype: torch.dtype, head_size: int, short: bool
-) -> Launch:
-    """The row for the smallest head size that is at least `head_size`."""
-    kind = "float32" if dtype == torch.float32 else "short" if short else "long"
-    fitting = [most for name, most in table if name == kind and most >= head_size]
-    return table[kind, min(fitting)]
+def choose_row(table: Mapping[tuple[str, int], Launch], q_THD: Tensor, short: bool) -> Launch:
+    """The row for the smallest head size that is at least q's; among equals, the one of q's chip."""
+    kind = "float32" if q_THD.dtype == torch.float32 else "short" if short else "long"
+    own = f"{kind} sm_{launch.chip_of(q_THD) // 10}x"
+    fitting = [(most, name) for name, most in table if name in (kind, own) and most >= q_THD.shape[2]]
+    most, name = min(fitting, key=lambda found: (found[0], found[1] == kind))
+    return table[name, most]
 
 
 def split_head(head_size: int) -> dict[str, int]:
@@ -248,7 +269,7 @@ def forward(q_THD, k_TKD, v_TKD, out_THD, lse_HT, query_tiles, short, causal, sc
     """Fill `out` and the base-2 log-sum-exp."""
     (num_tokens, num_heads, head_size), num_shared = q_THD.shape, q_THD.shape[1] // k_TKD.shape[1]
     q, k, v = map(readable, (q_THD, k_TKD, v_TKD))
-    row = choose_row(FORWARD, q.dtype, head_size, short)
+    row = choose_row(FORWARD, q, short)
     _forward_kernel[(query_tiles.shape[0] * num_heads,)](
         q, k, v, out_THD, lse_HT, query_tiles,
         num_tokens, num_heads, num_shared, scale * LOG2_E,
