@@ -81,7 +81,7 @@ format: $(READY)
 bench: extension  ## every op and the training step against their peers, on this machine
 	$(RUN)pytest benchmarks --benchmark-columns=median,min,max,rounds
 
-gpu:  ## on a machine with a GPU: kernels built for it, tests, benchmarks, a run; one record, ten minutes, nothing installed
+gpu:  ## on a machine with a GPU: kernels built for it, checks, benchmarks; five minutes a call, the next goes on; nothing installed
 	$(PYTHON) -m benchmarks.gpu
 
 results: $(READY)  ## the tables and plots of docs/results.md from the records

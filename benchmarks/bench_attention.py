@@ -36,7 +36,8 @@ from benchmarks.measure import (
 from geo_r1.kernels import PackedLayout, packed_attention
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
-FORWARD_PEERS = ["torch flash varlen", "torch SDPA", "torch SDPA, cuDNN", "flash-attn 2", "flash-attn 3"]
+FORWARD_PEERS = ["torch flash varlen", "torch SDPA", "torch SDPA, cuDNN", "cuDNN frontend"]
+FORWARD_PEERS += ["flash-attn 2", "flash-attn 3"]
 PEERS = [*FORWARD_PEERS, "flex_attention, compiled"]
 
 # Makes the output.
@@ -227,6 +228,16 @@ def flash(inputs: Inputs, module: str | None = None) -> Attend:
     return attend
 
 
+def cudnn(inputs: Inputs) -> Attend:
+    """cuDNN's kernels for sequences of any lengths, which torch does not call."""
+    import_module("cudnn.sdpa.fwd.torch_op")  # registers the op and its gradient
+    q, k, v, _ = inputs.repeated
+    cu = torch.tensor([0, *inputs.size.lengths], device=inputs.device).cumsum(0, dtype=torch.int32)
+    lengths = dict.fromkeys(("max_seqlen_q", "max_seqlen_kv"), max(inputs.size.lengths))
+    options = {"is_causal": inputs.size.causal, "cu_seqlens_q": cu, "cu_seqlens_kv": cu, **lengths}
+    return lambda: torch.ops.cudnn.sdpa_fwd(q, k, v, q.shape[-1] ** -0.5, **options)[0]
+
+
 def sdpa(inputs: Inputs, *backends: SDPBackend) -> Attend:
     """Sequences of equal length as a dense batch."""
     q, k, v, _ = inputs.repeated
@@ -288,6 +299,7 @@ def peers(inputs: Inputs, timed: Timed) -> dict[str, Provider]:
         "flex_attention, compiled": Provider(
             lambda: timed(flex(inputs), inputs.packed), missing=why_not_compiled(), unpack=list
         ),
+        "cuDNN frontend": repeated(why_missing("cudnn"), cudnn),
         "flash-attn 2": repeated(why_missing("flash_attn"), flash, "flash_attn"),
         "flash-attn 3": repeated(why_missing("flash_attn_interface"), flash, "flash_attn_interface"),
     }

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.device import default_device, measure_ceilings
 from benchmarks.measure import Case, Moment, Row, device_lost, for_json, measure_provider
-from benchmarks.results import rate_table
+from benchmarks.tables import rate_table
 
 ROW = pytest.StashKey[Row]()
 TIMED = pytest.StashKey[list[Row]]()

@@ -84,19 +84,20 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     n, dtype = (8192, torch.bfloat16) if on_gpu else (768, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    product_ms = _median_ms(on_gpu, lambda: torch.mm(a, b, out=out))
+    product_ms = median_ms(on_gpu, lambda: torch.mm(a, b, out=out))
     num_bytes = 2**32 if on_gpu else 2**27
     source = torch.randint(-128, 127, (num_bytes,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    copy_ms = _median_ms(on_gpu, lambda: target.copy_(source))
+    copy_ms = median_ms(on_gpu, lambda: target.copy_(source))
     return {"matmul_tflops": 2 * n**3 / product_ms / 1e9, "copy_gbps": 2 * num_bytes / copy_ms / 1e6}
 
 
-def _median_ms(on_gpu: bool, function: Callable[[], Any]) -> float:
+def median_ms(on_gpu: bool, function: Callable[[], Any], gpu_ms: int = 100) -> float:
+    """Median time of a function; on a GPU it is repeated for `gpu_ms`."""
     if on_gpu:
         from triton.testing import do_bench
 
-        return do_bench(function, return_mode="median")
+        return do_bench(function, warmup=gpu_ms // 4, rep=gpu_ms, return_mode="median")
     return 1e3 * statistics.median(timeit.repeat(function, number=1, repeat=REPETITIONS + 1)[1:])
 
 

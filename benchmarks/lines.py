@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import signal
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 LOST = 70  # exit code of a run whose GPU has become unusable; pytest's own end at 5
+TRIES = 2  # of a test that a kill interrupts, lest one that hangs be tried for ever
 
 
-def begun(lines: list[dict]) -> set[str]:
-    """Tests that a run has begun."""
-    return {line["begun"] for line in lines if "begun" in line}
+def unfinished(lines: list[dict]) -> set[str]:
+    """Tests that began and did not end."""
+    return {line["begun"] for line in lines if "begun" in line} - {line.get("test") for line in lines}
+
+
+def settled(lines: list[dict]) -> set[str]:
+    """Tests that are not tried again: they ended, or no try ended."""
+    tries = Counter(line["begun"] for line in lines if "begun" in line)
+    given_up = {test for test in unfinished(lines) if tries[test] >= TRIES}
+    return given_up | {line["test"] for line in lines if "test" in line}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -28,9 +40,24 @@ def read_lines(path: Path) -> list[dict]:
     return found
 
 
+def read_stage(path: Path) -> list[dict]:
+    """The lines of all processes of a stage, `<stage>.<process>.jsonl`, given the file of one."""
+    files = path.parent.glob(f"{path.name.split('.')[0]}.*.jsonl")
+    return [line for file in sorted(files) for line in read_lines(file)]
+
+
 def write_line(path: Path, **line: object) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Append a line, also after one that a kill has cut off."""
+    with path.open("a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        begin = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(begin + json.dumps(line).encode() + b"\n")
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it ends, even by SIGKILL: it would go on using the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def stage_options(doc: str, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,8 +1,8 @@
 """A pytest plugin, `-p benchmarks.recorder --record FILE`: one JSON line per test, written when it ends.
 
-So a run that is killed loses only its last test. If the file already has lines, a run continues after them
-and leaves out every test that was begun. A run whose GPU has become unusable ends at once, with exit code
-LOST. `--share 2/8` takes every eighth test, from the third on.
+So a run that is killed loses only its last test. A run leaves out the tests that the stage's lines, those of
+all its processes, show as settled. A run whose GPU has become unusable ends at once, with exit code LOST.
+`--share 2/8` takes every eighth test, from the third on; `--every 40` every fortieth, before they are shared.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lines import LOST, begun, read_lines, write_line
+from benchmarks.lines import LOST, read_stage, settled, write_line
 
 
 def pytest_addoption(parser):
     parser.addoption("--record", type=Path, required=True, help="append a JSON line per test to this file")
     parser.addoption("--share", default="0/1", help="i/n: n processes share the tests, and this is the i-th")
+    parser.addoption("--every", type=int, default=1, help="take only every n-th test")
 
 
 def pytest_configure(config):
@@ -26,14 +27,13 @@ def pytest_configure(config):
 class Recorder:
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n" * (path.stat().st_size > 0))  # a killed run's last line may have no end
-        self.before = begun(read_lines(path))
+        self.before = settled(read_stage(path))
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
         index, count = map(int, config.getoption("share").split("/"))
-        chosen = [item for item in items[index::count] if item.nodeid not in self.before]
+        mine = items[:: config.getoption("every")][index::count]
+        chosen = [item for item in mine if item.nodeid not in self.before]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 
@@ -53,7 +53,7 @@ class Recorder:
             line["reason"] = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
             line["reason"] = last_line(report.longreprtext)
-        line |= {name: row for name, row in report.user_properties if name == "measurement"}
+        line |= dict(report.user_properties)  # a measurement, or what a check found
         write_line(self.path, **line)
         if not report.passed and lost():
             pytest.exit("the GPU is unusable for this process", LOST)

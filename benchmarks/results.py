@@ -11,11 +11,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.gpu import RESULTS, ROOT, Record, device_slug
-from benchmarks.measure import PHASES, SCALING, STEP, Row
+from benchmarks.measure import SCALING, STEP, Row
 from benchmarks.plots import curves, draw, draw_scaling, draw_steps, steps
+from benchmarks.records import RESULTS, ROOT, Record, device_slug
+from benchmarks.tables import rate_table, table
 from benchmarks.targets import TARGETS, Target, best, fastest, short, verdict
 from geo_r1.errors import UserError, exit_code_of
 from geo_r1.files import write_text
@@ -57,7 +57,7 @@ def write_page(folder: Path, page: Path) -> None:
 
 
 def newest_records(folder: Path) -> list[Record]:
-    """The newest record of each device, GPUs first.
+    """The newest record of each device, GPUs first; rehearsals do not count.
 
     Raises:
         UserError: a file is not a record; the message names it.
@@ -67,6 +67,8 @@ def newest_records(folder: Path) -> list[Record]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             device, date = record["device"]["name"], record["date"]
+            if record.get("rehearsal"):
+                continue
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a record: {error!r}") from error
         if device not in newest or date > newest[device]["date"]:
@@ -155,11 +157,11 @@ def title_of(record: Record) -> str:
 
 
 def plot_name(record: Record, kind: str = "results") -> str:
-    return f"{kind}-{device_slug(record)}.png"
+    return f"{kind}-{device_slug(record['device'])}.png"
 
 
 def step_name(record: Record) -> str:
-    return f"step-{device_slug(record)}.svg"
+    return f"step-{device_slug(record['device'])}.svg"
 
 
 def small_print(record: Record) -> str:
@@ -173,13 +175,6 @@ def small_print(record: Record) -> str:
     kind = "CPU" if device["type"] == "cpu" else "GPU"
     return ", ".join([f"{kind}: {name}", *threads, *dtypes, "random weights", f"commit {record['commit']}",
                       record["date"][:10]])  # fmt: skip
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def cells(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
-
-    return [cells(header), cells(["---"] * len(header)), *map(cells, rows)]
 
 
 def target_table(targets: Sequence[Target], rows: Sequence[Row]) -> str:
@@ -208,22 +203,6 @@ def peer_table(rows: Sequence[Row]) -> str:
         theirs = [peer["provider"], number(peer["ms"])] if peer else ["none", ""]
         found.append((op, size, *mine, *theirs))
     return "\n".join(table(header, found))
-
-
-def rate_table(rows: Sequence[Row]) -> list[str]:
-    """Rates, memory and shares of time, one line for each timed way to do a training step."""
-    found = []
-    for row in rows:
-        facts: dict[str, Any] = row.get("facts", {})
-        if row["op"] != STEP or "ms" not in row or not facts.keys() >= {"completions", *PHASES}:
-            continue
-        seconds = row["ms"] / 1e3
-        rates = f"{facts['tokens'] / seconds:,.0f}", f"{facts['completions'] / seconds:.3g}"
-        shares = (f"{facts[phase]:.0%}" for phase in PHASES)
-        mfu, peak = f"{row['share']:.0%}", f"{row['peak_mib']:,.0f}"
-        found.append((row["size"], row["provider"], *rates, mfu, peak, *shares))
-    header = ("step", "by", "tokens/s", "completions/s", "MFU", "peak MiB", *PHASES)
-    return table(header, found) if found else []
 
 
 if __name__ == "__main__":

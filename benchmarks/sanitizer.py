@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.lines import stage_options, write_line
+from benchmarks.lines import die_with_parent, read_stage, settled, stage_options, write_line
 from geo_r1.kernels import (
     GRPOLossConfig,
     PackedLayout,
@@ -64,12 +64,19 @@ def watch(program: str, record: Path) -> int:
     """Run each tool, and write its line as `recorder.py` does for a test; returns the exit code."""
     target = (sys.executable, "-c", "from benchmarks.sanitizer import work; work('cuda')")
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    failed = False
+    failed, before = False, settled(read_stage(record))
     for tool, more in TOOLS.items():
+        if tool in before:
+            continue
         write_line(record, begun=tool)
         command = [program, "--tool", tool, *OPTIONS, *more, *target]
         done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=die_with_parent,
         )
         print(done.stdout, flush=True)
         if REFUSED in done.stdout:

@@ -41,9 +41,18 @@ OPS = {
         },
     ),
     "grpo_loss": ("logits_RV target_R advantage_R token_weight_R", _LOSS_OPTIONS),
-    "linear_grpo_loss": ("hidden_RC lm_head_VC target_R advantage_R token_weight_R", _LOSS_OPTIONS),
-    "linear_logprob": ("hidden_RC lm_head_VC target_R", {"temperature": 1.0, "impl": None}),
-    "linear_cross_entropy": ("hidden_RC lm_head_VC target_R token_weight_R", {"impl": None}),
+    "linear_grpo_loss": (
+        "hidden_RC lm_head_VC target_R advantage_R token_weight_R",
+        _LOSS_OPTIONS | {"scratch_bytes": None},
+    ),
+    "linear_logprob": (
+        "hidden_RC lm_head_VC target_R",
+        {"temperature": 1.0, "impl": None, "scratch_bytes": None},
+    ),
+    "linear_cross_entropy": (
+        "hidden_RC lm_head_VC target_R token_weight_R",
+        {"impl": None, "scratch_bytes": None},
+    ),
     "packed_attention": ("q_THD k_TKD v_TKD layout", {"causal": True, "scale": None, "impl": None}),
     "token_weights": ("completion_len_N loss_type", {"num_items": None, "max_completion_length": None}),
     "available_impls": ("", {}),

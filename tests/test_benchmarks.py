@@ -16,10 +16,10 @@ from benchmarks import measure, results
 from benchmarks.bench_attention import IMAGES, AttentionSize, attention_case, forward_alone, windows
 from benchmarks.bench_grpo_loss import loss_rows, row_statistics
 from benchmarks.device import default_device
-from benchmarks.gpu import ROOT
 from benchmarks.lines import read_lines
 from benchmarks.losses import LossSize
 from benchmarks.measure import MAX_ROUNDS, MIN_ROUNDS, PHASES, Case, Provider
+from benchmarks.records import ROOT
 from benchmarks.shapes import TINY
 from benchmarks.steps import PhaseClock, StepSize, build_vlm
 from geo_r1.kernels import available_impls

@@ -1,13 +1,14 @@
-"""Two stages of make gpu, on a GPU and with tools that are not there: the build, and compute-sanitizer."""
+"""Stages of make gpu, on a GPU and with tools that are not there: build, compute-sanitizer, sweep, checks."""
 
 import pytest
 import torch
 
-from benchmarks import extension, gpu, sanitizer
+from benchmarks import check_ops, extension, records, sanitizer, sweep
 from benchmarks.device import default_device
 from benchmarks.lines import read_lines
 from csrc import nvcc
 from geo_r1.kernels import available_impls
+from geo_r1.kernels.launch import Launch
 
 
 def built(archs):
@@ -85,8 +86,8 @@ def test_what_the_sanitizer_finds_is_recorded(tmp_path, capsys, finding, outcome
     assert sanitizer.watch(str(program), tmp_path / "record") == code
     said = capsys.readouterr().out
     assert "--tool memcheck --kernel-name kns=geo_r1" in said and "work('cuda')" in said
-    record = {"measurements": []}
-    found = gpu.read_results(read_lines(tmp_path / "record"), record)
+    record = {"measurements": [], "launches": []}
+    found = records.read_results(read_lines(tmp_path / "record"), record)
     assert found["tests"] == {outcome: 1, "passed": 1} and not record["measurements"]
     assert found.get("failures", {}) == ({"memcheck": reason} if code else {})
     assert found.get("skipped", {}) == ({} if code else {reason: 1})
@@ -116,3 +117,46 @@ def test_the_sanitizer_watches_every_kernel(impl, capsys):
     available = available_impls()
     watched = [op for op in ("group_advantage", "grpo_loss", "packed_attention") if impl in available[op]]
     assert capsys.readouterr().out.splitlines() == [f"{op} ran" for op in watched]
+
+
+def test_a_sweep_tries_the_neighbours_of_a_row(monkeypatch):
+    row = Launch("why", num_warps=16, num_stages=2, BM=16, BN=64, SPLIT=1)
+    monkeypatch.setattr(sweep, "ON_GPU", True)
+    assert sweep.neighbours(row) == [
+        *({}, {"BM": 32}, {"BN": 32}, {"BN": 128}),  # blocks of 8, or 32 warps, do not fit
+        *({"SPLIT": 0}, {"num_warps": 8}, {"num_stages": 1}, {"num_stages": 3}),
+    ]
+    with row.replaced(BM=32, num_stages=3):
+        assert row.options == {"BM": 32, "BN": 64, "SPLIT": 1, "num_warps": 16, "num_stages": 3}
+        assert row.blocks == {"BM": 32, "BN": 64, "SPLIT": 1}
+    assert row.options["BM"] == row.blocks["BM"] == 16 and row.options["num_stages"] == 2
+
+
+def test_a_trial_that_fails_or_is_wrong_has_no_time(monkeypatch):
+    row = Launch("why", num_warps=4, BM=64)
+
+    def work():
+        if row.options["BM"] == 128:
+            raise RuntimeError("out of resource: shared memory")
+        return [torch.tensor([row.options["BM"] // row.options["num_warps"] * 1.0])]
+
+    monkeypatch.setattr(sweep, "rows", lambda: {"ROWS[1]": row})
+    monkeypatch.setattr(sweep, "work_of", lambda name: work)
+    with sweep.noting() as launched:
+        expected = [x.double() for x in work()]
+    assert launched and all(launch is row for launch in launched)
+    own, same, wrong, failing = (
+        sweep.try_out(("work", "ROWS[1]", options), expected)
+        for options in ({}, {"BM": 32, "num_warps": 2}, {"BM": 32}, {"BM": 128})
+    )
+    assert own["outcome"] == same["outcome"] == "passed" and own["trial"]["own"] and "ms" in same["trial"]
+    assert same["trial"]["launch"] == "BM=32, num_warps=2, num_stages=1"
+    assert wrong["reason"] == "error 5.0e-01" and "ms" not in wrong["trial"]
+    assert failing["reason"] == "RuntimeError: out of resource: shared memory"
+    assert {wrong["outcome"], failing["outcome"]} == {"skipped"}
+
+
+def test_every_op_and_implementation_is_compared_with_float64():
+    assert {op for op, _ in check_ops.CHECKS} == available_impls().keys()
+    for op, impls in available_impls().items():
+        assert set(check_ops.names(op)) >= {impl for impl in impls if impl != "reference"}

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks import results
-from benchmarks.gpu import RESULTS, ROOT
 from benchmarks.plots import curves, draw_steps, steps
+from benchmarks.records import RESULTS, ROOT
 from benchmarks.targets import TARGETS, Finding, verdict
 
 

@@ -6,6 +6,8 @@ So the tables list every configuration that can run, and `make aot` builds each 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,3 +62,14 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the launch."""
         return self._options
+
+    @contextmanager
+    def replaced(self, **options: int) -> Iterator[None]:
+        """Launch with other values of some options within the block, as a sweep does."""
+        kept = self.blocks, self._options
+        self._options = {**self._options, **options}
+        self.blocks = {name: self._options[name] for name in self.blocks}
+        try:
+            yield
+        finally:
+            self.blocks, self._options = kept

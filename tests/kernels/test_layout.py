@@ -6,6 +6,7 @@ import torch
 
 from geo_r1.kernels import PackedLayout
 from geo_r1.kernels.layout import plan_batches
+from geo_r1.kernels.layout.made import Made, tensors_in
 from geo_r1.kernels.layout.tiles import TILE_ROWS
 
 RAGGED = ((4, 0, 3, 0, 1), ((2, 0, 3), (), (1,), (0, 0), ()))
@@ -249,6 +250,54 @@ def test_tiles_equal_a_loop(name, rows):
     for work in (query_work, key_work):  # a long tile that starts last would keep the whole device waiting
         assert work == sorted(work, reverse=True)
     assert layout.tiles(rows)[0] is query_tiles
+
+
+def test_another_stream_waits_for_what_one_has_made(monkeypatch):
+    """With stand-ins for the streams of a GPU, which note what happens in which order."""
+    happened, current, capturing = [], ["first"], [False]
+
+    class Event:
+        def record(self, stream):
+            happened.append(f"recorded on {stream}")
+
+    class Stream(str):
+        def wait_event(self, event):
+            assert isinstance(event, Event)
+            happened.append(f"{self} waits")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(current[0]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: happened.append(f"kept for {stream}")
+    )
+    monkeypatch.setattr(Made, "by_current_stream", lambda value: Made([*tensors_in(value)]))
+    layout = PackedLayout.from_lengths([3], [[2]])
+
+    def make():
+        happened.append(f"made on {current[0]}")
+        return torch.zeros(2), (torch.ones(1), 7)
+
+    table = layout.kept("table", make)
+    assert layout.kept("table", make) is table  # on the same stream there is nothing to wait for
+    current[0], capturing[0] = "second", True
+    assert layout.kept("table", make) is table
+    assert happened == ["made on first", "recorded on first"]
+    capturing[0] = False
+    assert layout.kept("table", make) is table
+    assert happened[2:] == ["second waits", "kept for second", "kept for second"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams are a GPU's")
+def test_tables_made_behind_a_long_wait_on_another_stream():
+    layout = PackedLayout.from_lengths([300, 20], [[40, 70], [9]], device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(1_000_000_000)
+        layout.tiles(64)
+    found = [x.clone() for x in layout.tiles(64)]
+    right = PackedLayout.from_lengths([300, 20], [[40, 70], [9]]).tiles(64)
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(found, right, strict=True))
 
 
 def test_longest_segment():

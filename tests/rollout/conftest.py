@@ -4,9 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_server import WEIGHTS, Server, engine_of
-
-from geo_r1.rollout.vllm import channel
 
 sys.path.append(str(Path(__file__).parent.parent / "models"))
 
@@ -20,6 +17,11 @@ def lab():
 
 @pytest.fixture
 def server(monkeypatch):
+    # Imported here: `make gpu` runs the other tests where its HTTP client is not installed.
+    from fake_server import WEIGHTS, Server
+
+    from geo_r1.rollout.vllm import channel
+
     monkeypatch.setattr(channel, "expected_weights", lambda _: {n: t.shape for n, t in WEIGHTS.items()})
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     made = Server()
@@ -29,6 +31,8 @@ def server(monkeypatch):
 
 @pytest.fixture
 def engine(server):
+    from fake_server import WEIGHTS, engine_of
+
     made = engine_of(server)
     made.load(WEIGHTS.items())
     return made

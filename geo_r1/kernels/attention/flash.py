@@ -69,13 +69,7 @@ class FlashPlan(NamedTuple):
     @classmethod
     def of(cls, layout: PackedLayout) -> FlashPlan:
         """The layout's plan, made on first use and kept with the layout."""
-        plan = layout.__dict__.get("_flash_plan")
-        if plan is None:
-            plan = cls._from_layout(layout)
-            made = [x for x in plan if isinstance(x, Tensor)]
-            if all(type(x) is type(layout.cu_group) for x in made):  # a tracer's tensors must not outlive it
-                layout.__dict__["_flash_plan"] = plan
-        return plan
+        return layout.kept(cls, lambda: cls._from_layout(layout))
 
     @classmethod
     def _from_layout(cls, layout: PackedLayout) -> FlashPlan:

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from geo_r1.kernels.layout.made import Made, tensors_in
 from geo_r1.kernels.layout.tiles import TILE_ROWS, tile_tables
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)  # as with tensors, two layouts are equal only if they are the same object
@@ -50,7 +54,7 @@ class PackedLayout:
     num_tokens: int = field(init=False, repr=False)
     max_segment_len: int = field(init=False, repr=False)
     _num_tiles: dict[int, int] = field(init=False, repr=False)
-    _tiles: dict[int, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
+    _kept: dict[Any, tuple[Any, Made | None]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = [*self.prompt_len, *itertools.chain.from_iterable(self.completion_len)]
@@ -102,19 +106,28 @@ class PackedLayout:
     def device(self) -> torch.device:
         return self.cu_group.device
 
-    def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Query tiles and key tiles of at most `rows` tokens, one of TILE_ROWS, as `tile_tables` makes them.
+    def kept(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` returns, tensors in nested tuples, made on first use; any stream may use it.
 
-        They are made on first use and kept, in a way that `torch.compile` can trace. Use a layout once before
-        capturing a CUDA graph with it: tensors made during a capture hold nothing until the replay.
+        `torch.compile` can trace it. Use a layout once before capturing a CUDA graph with it: tensors made
+        during a capture hold nothing until the replay.
         """
-        if rows in self._tiles:
-            return self._tiles[rows]
+        if key in self._kept:
+            value, made = self._kept[key]
+            if made is not None and not torch.compiler.is_compiling():
+                made.wait()
+            return value
+        value = make()
+        # a tracer's tensors must not outlive it
+        if all(type(x) is type(self.cu_group) for x in tensors_in(value)):
+            made = None if torch.compiler.is_compiling() else Made.by_current_stream(value)
+            self._kept[key] = value, made
+        return value
+
+    def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Query tiles and key tiles of at most `rows` tokens, one of TILE_ROWS: see `tile_tables`."""
         boundaries = (self.cu_group, self.prefix_len, self.cu_segment, self.segment_parent)
-        tables = tile_tables(*boundaries, rows, self._num_tiles[rows])
-        if type(tables[0]) is type(self.cu_group):  # a tracer's tensors must not outlive it
-            self._tiles[rows] = tables
-        return tables
+        return self.kept(rows, lambda: tile_tables(*boundaries, rows, self._num_tiles[rows]))
 
     @cached_property
     def segments(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -128,12 +141,15 @@ class PackedLayout:
                 start += length
         return tuple(rows)
 
-    @cached_property
+    @property
     def shape_buckets(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
         """Segments grouped by shape: (prefix length, query rows [n, L], key rows [n, P + L]), int64.
 
         Empty segments are in no bucket. Every token is in the query rows of exactly one bucket.
         """
+        return self.kept("shape_buckets", self._shape_buckets)
+
+    def _shape_buckets(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
         places: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for start, length, prefix, prefix_len in self.segments:
             if length:
@@ -146,13 +162,16 @@ class PackedLayout:
             buckets.append((prefix_len, q_row.to(self.device), kv_row.to(self.device)))
         return tuple(buckets)
 
-    @cached_property
+    @property
     def bucket_order(self) -> Tensor:
         """[T] int64, each token's place in the concatenated query rows of `shape_buckets`."""
+        return self.kept("bucket_order", self._bucket_order)
+
+    def _bucket_order(self) -> Tensor:
         rows = [q_row.flatten() for _, q_row, _ in self.shape_buckets]
         return torch.cat(rows).argsort() if rows else torch.zeros(0, dtype=torch.int64, device=self.device)
 
-    @cached_property
+    @property
     def predictor_row(self) -> Tensor:
         """[R] int64, the token whose hidden state predicts each completion token.
 
@@ -161,6 +180,9 @@ class PackedLayout:
         Raises:
             ValueError: a group has completion tokens but an empty prompt, so nothing predicts the first.
         """
+        return self.kept("predictor_row", self._predictor_row)
+
+    def _predictor_row(self) -> Tensor:
         is_prompt = (i == 0 for lengths in self.completion_len for i in range(1 + len(lengths)))
         kept = [row for row, prompt in zip(self.segments, is_prompt, strict=True) if row[1] and not prompt]
         for start, _, _, prefix_len in kept:
