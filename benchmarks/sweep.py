@@ -104,6 +104,8 @@ def neighbours(row: Launch) -> list[dict[str, int]]:
     """Options to try in place of a row's: none (the row itself), one changed, a block with its warps."""
     found: list[dict[str, int]] = [{}]
     for name, value in row.options.items():
+        if isinstance(value, bool):  # the same for every row
+            continue
         if name in row.blocks and value <= 1:  # a switch
             values = [1 - value]
         elif name == "num_warps" or value >= LEAST_BLOCK:

@@ -127,7 +127,8 @@ def test_a_sweep_tries_the_neighbours_of_a_row(monkeypatch):
         *({"SPLIT": 0}, {"num_warps": 8}, {"num_stages": 1}, {"num_stages": 3}),
     ]
     with row.replaced(BM=32, num_stages=3):
-        assert row.options == {"BM": 32, "BN": 64, "SPLIT": 1, "num_warps": 16, "num_stages": 3}
+        blocks = {"BM": 32, "BN": 64, "SPLIT": 1}
+        assert row.options == {**blocks, "num_warps": 16, "num_stages": 3, "enable_fp_fusion": True}
         assert row.blocks == {"BM": 32, "BN": 64, "SPLIT": 1}
     assert row.options["BM"] == row.blocks["BM"] == 16 and row.options["num_stages"] == 2
 

@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHIPS = (
-    80,
-    86,
-    89,
-    90,
-    100,
-    120,
-)  # the compute capabilities for which `make aot` builds and judges every row
+# The compute capabilities for which `make aot` builds and judges every row.
+CHIPS = (80, 86, 89, 90, 100, 120)
 
 
 def chip_of(x: Tensor) -> int:
