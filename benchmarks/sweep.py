@@ -180,7 +180,8 @@ def try_out(trial: Trial, expected: Sequence[Tensor]) -> dict[str, object]:
     """A line's outcome, its reason, and the trial with its time. Only a row as it is can fail."""
     name, row, options = trial
     launch, work = rows()[row], work_of(name)
-    text = ", ".join(f"{key}={x}" for key, x in {**launch.options, **options}.items())
+    values = {**launch.options, **options}.items()
+    text = ", ".join(f"{key}={x}" for key, x in values if not isinstance(x, bool))
     found: dict[str, object] = {"row": f"{row}, {name}", "launch": text, "own": not options}
     try:
         with launch.replaced(**options):
