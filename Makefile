@@ -34,8 +34,9 @@ ablations: $(READY)  ## recipes that differ in one thing, on the same world; abo
 extension: $(READY)  ## geo_r1._C brought up to date with csrc/, where nvcc is; it knows better than dates what changed
 	@$(RUN)python -m csrc.nvcc
 
+# xdist would leave the files of few tests, some of which take minutes, for the end.
 test: extension  ## every test, warnings as errors; a thread each, for tests are many and small
-	OMP_NUM_THREADS=1 $(RUN)pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # uv unpacks torch and its CUDA libraries in half a minute, pip in six.
 $(NEWEST_READY): pyproject.toml constraints-newest.txt setup.py

@@ -131,11 +131,14 @@ def test_a_template_without_end(template, reason, folder, monkeypatch):
     monkeypatch.setattr("geo_r1.models.chat.MAX_SECONDS", 1)
     monkeypatch.setattr("geo_r1.models.chat.MAX_MEMORY", 1 << 28)
     (folder / "chat_template.jinja").write_text(template)
-    limits, timer = resource.getrlimit(resource.RLIMIT_AS), signal.getitimer(signal.ITIMER_VIRTUAL)
+
+    def state():
+        timer = signal.getitimer(signal.ITIMER_VIRTUAL)
+        return resource.getrlimit(resource.RLIMIT_AS), timer, signal.getsignal(signal.SIGVTALRM)
+
+    before = state()
     assert fault(folder) == f"its tokenizer: its chat template {reason}"
-    assert resource.getrlimit(resource.RLIMIT_AS) == limits
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == timer
-    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
+    assert state() == before
 
 
 def test_weights_that_would_be_unpickled_are_not_read(folder):
