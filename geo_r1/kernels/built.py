@@ -96,7 +96,7 @@ def judge(built: Built) -> list[str]:
     instruction of the chip. A smaller product cannot be a wgmma, and other types may lack the layout for it.
     """
     faults, chip = [], CHIPS[built.arch]
-    if built.stack > built.stack_limit:
+    if built.stack > built.stack_limit or (built.spills and not built.stack_limit):
         faults.append(f"spills: {built.stack} bytes of stack, {built.spills} local loads and stores")
     if built.shared > chip.shared * 1024:
         faults.append(f"{built.shared} bytes of shared memory, over the {chip.shared * 1024} there are")

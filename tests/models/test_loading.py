@@ -141,6 +141,15 @@ def test_a_template_without_end(template, reason, folder, monkeypatch):
     assert state() == before
 
 
+def test_a_lack_of_memory_is_no_fault_of_a_file(folder, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("geo_r1.models.loading.AutoTokenizer.from_pretrained", full)
+    with pytest.raises(MemoryError):
+        load_model(folder)
+
+
 def test_weights_that_would_be_unpickled_are_not_read(folder):
     model, *_ = load_model(folder)
     (folder / "model.safetensors").unlink()

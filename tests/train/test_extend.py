@@ -102,6 +102,14 @@ def test_the_best_of_all_steps_is_kept(tmp_path, monkeypatch):
     assert runs.checkpoints(run_dir) == {"sft-000002", "sft-000005", "sft-best.json"}
 
 
+def test_a_dry_run_knows_which_recipe_the_folder_has(tmp_path, capfd):
+    run_dir = runs.train(tmp_path / "run", "sft", **LEVEL, sft__steps=2)
+    assert main([*runs.arguments(run_dir, "sft", **LEVEL, sft__steps=3), "--dry-run"]) == 0
+    assert capfd.readouterr().out.rstrip().endswith("\nREADY")
+    assert main([*runs.arguments(run_dir, "sft", **LEVEL, sft__steps=2, run__seed=1), "--dry-run"]) == 2
+    assert f"NOT READY:\n    {run_dir} was made with run.seed = 0, now 1; " in capfd.readouterr().out
+
+
 def test_what_cannot_be_extended(tmp_path, capfd):
     run_dir = runs.train(tmp_path / "run", "sft", "grpo", sft__steps=1, grpo__steps=2)
     before = runs.files_under(run_dir)
