@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <bitset>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -247,10 +248,11 @@ class Signals {
     if (at >= shared_base() && at < emulator_storage + kStorage) {
       fail("touches byte " + std::to_string(at - shared_base()) + " of its " + shared_size());
     }
+    // Of an address that is none of 48 bits, and of a misaligned one, the processor does not say which.
+    if (info->si_code == SI_KERNEL) fail("touches an address that is misaligned or too large for any memory");
     char address[32];
-    std::snprintf(address, sizeof(address), "%p", info->si_addr);
-    fail(std::string("touches the address ") + address +
-         ", which is invalid or misaligned, or overflows its stack");
+    std::snprintf(address, sizeof(address), "0x%zx", reinterpret_cast<std::uintptr_t>(info->si_addr));
+    fail(std::string("touches the address ") + address + ", which is invalid, or overflows its stack");
   }
 
   std::vector<unsigned char> stack_;

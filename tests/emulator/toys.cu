@@ -215,6 +215,9 @@ void multiply(bool in_shared, const Task& task) {
 
 // ---- mistakes, each of which the launch must report
 
+// The compiler must not see the address: it would refuse.
+__device__ void touch(volatile std::uintptr_t address) { *reinterpret_cast<volatile float*>(address) = 0; }
+
 __global__ void mistake_kernel(const std::string* name, const float* global, const CUtensorMap* map) {
   extern __shared__ unsigned char shared_memory[];
   unsigned char* const aligned = align_by_hand(shared_memory);
@@ -231,7 +234,8 @@ __global__ void mistake_kernel(const std::string* name, const float* global, con
   if (is("counts")) meeting_sync(1, threadIdx.x < kWarp ? 64 : 96);
   if (is("shared")) shared_memory[2048 + threadIdx.x] = 0;
   if (is("far") && first) shared_memory[9000] = 0;
-  if (is("invalid") && first) *const_cast<volatile float*>(global + (1ll << 40)) = 0;
+  if (is("invalid") && first) touch(16);
+  if (is("impossible") && first) touch(1ull << 60);
   if (is("misaligned copy")) copy_16(shared_memory + 8, global, 16);
   if (is("no barrier")) barrier_arrive(barrier);
   if (is("barrier not fenced")) {
