@@ -7,7 +7,6 @@ is wrong. The exit code is 0 if nothing is, and 2 otherwise.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from geo_r1.cores import usable_cores
 from geo_r1.data.decoding import ImageError, ImageSource, check_image
 from geo_r1.data.processes import in_processes
 from geo_r1.data.rows import read_samples
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="FILE", help="JSONL, JSON or parquet of samples")
     parser.add_argument("--image-root", type=Path, metavar="DIR",
                         help="folder of the images, as data.image_root: none may lead out of it")  # fmt: skip
-    parser.add_argument("--workers", "--num-workers", type=int, default=os.cpu_count(), metavar="N",
+    parser.add_argument("--workers", "--num-workers", type=int, default=usable_cores(), metavar="N",
                         help="processes that decode images; 0 needs none (default: %(default)s)")  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from geo_r1.cores import usable_cores
 from geo_r1.data.pairing.confusers import KINDS, Places
 from geo_r1.data.pairing.images import Check, Images
 from geo_r1.data.pairing.manifests import SOURCES, VIGOR_SPLIT, Sites, folded, read_sites
@@ -58,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--num-workers",
         type=int,
-        default=os.cpu_count(),
+        default=usable_cores(),
         help="processes for images (default: %(default)s)",
     )
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from geo_r1.cores import usable_cores
 from geo_r1.errors import OutageError, UserError, say
 from geo_r1.train.parallel.heartbeat import Heartbeat
 
 # One rank may write a large checkpoint, or sample longer than the others, while they wait.
 PATIENCE = timedelta(hours=2)
 SLOW = 15.0  # seconds of waiting for other ranks until a line says so
-# Files of a container's CPU time: in cgroups of version 2 both numbers are in one.
-CGROUP = Path("/sys/fs/cgroup")
-QUOTAS = (
-    (CGROUP / "cpu.max", None),
-    (CGROUP / "cpu/cpu.cfs_quota_us", CGROUP / "cpu/cpu.cfs_period_us"),
-)
 
 
 class RankLost(OutageError):  # noqa: N818  # the error is the other rank's
@@ -189,15 +182,3 @@ class Ranks:
                 dist.recv_object_list(box, source, device=torch.device("cpu"))
                 incoming[index] = box[0]
         return incoming
-
-
-def usable_cores() -> int:
-    """The cores that this process may use, by its affinity and its container's quota; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for quota, period in QUOTAS:
-        with suppress(OSError, ValueError):
-            words = quota.read_text().split() + ([period.read_text()] if period else [])
-            allowed, length = int(words[0]), int(words[1])  # "max" is no number: no limit
-            if allowed > 0:
-                cores = min(cores, math.ceil(allowed / length))
-    return max(1, cores)
