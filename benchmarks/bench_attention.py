@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -37,7 +37,7 @@ from geo_r1.kernels import PackedLayout, packed_attention
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 FORWARD_PEERS = ["torch flash varlen", "torch SDPA", "torch SDPA, cuDNN", "cuDNN frontend"]
-FORWARD_PEERS += ["flash-attn 2", "flash-attn 3"]
+FORWARD_PEERS += ["flash-attn 2", "flash-attn 3", "flash-attn 4"]
 PEERS = [*FORWARD_PEERS, "flex_attention, compiled"]
 
 # Makes the output.
@@ -211,18 +211,18 @@ def truth(inputs: Inputs, layout: PackedLayout) -> list[Tensor]:
 
 
 def flash(inputs: Inputs, module: str | None = None) -> Attend:
-    """The flash kernels inside torch, or those of a package: flash-attn 2, or the module of version 3."""
+    """The flash kernels inside torch, or those of a package's module."""
     q, k, v, _ = inputs.repeated
     cu = torch.tensor([0, *inputs.size.lengths], device=inputs.device).cumsum(0, dtype=torch.int32)
     longest, causal = max(inputs.size.lengths), inputs.size.causal
     if module is None:
-        function = partial(torch.ops.aten._flash_attention_forward, dropout_p=0.0, return_debug_mask=False)
-        options = {"is_causal": causal}
-    else:
-        function, options = import_module(module).flash_attn_varlen_func, {"causal": causal}
+        torch_flash = torch.ops.aten._flash_attention_forward
+        return lambda: torch_flash(q, k, v, cu, cu, longest, longest, 0.0, causal, False)[0]
+    function = import_module(module).flash_attn_varlen_func
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
     def attend() -> Tensor:
-        out = function(q, k, v, cu, cu, longest, longest, **options)
+        out = function(q, k, v, causal=causal, **options)
         return out[0] if isinstance(out, tuple) else out
 
     return attend
@@ -302,6 +302,7 @@ def peers(inputs: Inputs, timed: Timed) -> dict[str, Provider]:
         "cuDNN frontend": repeated(why_missing("cudnn"), cudnn),
         "flash-attn 2": repeated(why_missing("flash_attn"), flash, "flash_attn"),
         "flash-attn 3": repeated(why_missing("flash_attn_interface"), flash, "flash_attn_interface"),
+        "flash-attn 4": repeated(why_missing("flash_attn.cute"), flash, "flash_attn.cute"),
     }
 
 

@@ -22,7 +22,8 @@ from geo_r1.kernels import extension
 
 PACKAGES = (
     *("torch", "triton", "transformers", "pytest", "pytest-benchmark"),
-    *("liger-kernel", "cut-cross-entropy", "flash-attn", "trl"),
+    *("liger-kernel", "cut-cross-entropy", "flash-attn", "flash-attn-3", "flash-attn-4"),
+    "trl",
 )
 REPETITIONS = 10  # on a CPU
 

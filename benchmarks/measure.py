@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -266,9 +267,10 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 def why_missing(package: str) -> str | None:
     """None if a peer's package can be imported and run here, else the reason."""
-    if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed"
-    return None if ON_GPU else f"{package} needs a GPU"
+    with suppress(ModuleNotFoundError):  # of the package around it
+        if importlib.util.find_spec(package) is not None:
+            return None if ON_GPU else f"{package} needs a GPU"
+    return f"{package} is not installed"
 
 
 def why_not_compiled() -> str | None:

@@ -5,13 +5,12 @@ python -m geo_r1.kernels
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from geo_r1.kernels import available_impls, extension, impls
-from geo_r1.kernels.attention.flash import PackageKernels, flash_kernels
+from geo_r1.kernels.attention import flash
 from geo_r1.kernels.launch import CHIPS
 
 CHIP_NAMES = tuple(f"sm_{chip}" for chip in CHIPS)
@@ -28,19 +27,15 @@ def main() -> None:
 def built() -> list[tuple[str, str]]:
     """Each thing that the implementations need, and whether it is installed."""
     archs, place = extension.built()
-    packaged = isinstance(flash_kernels(), PackageKernels)
+    libraries = (
+        f"{library.package or 'torch'} {flash.version(library.package)}" for library in flash.installed()
+    )
+    triton = flash.version("triton") or "not installed"
     return [
         ("CUDA kernels", f"built for {archs}: {place}" if archs else f"none: {place}"),
-        ("Triton", f"{version('triton')}; its kernels are built and judged for {listed(CHIP_NAMES)}"),
-        ("flash", f"flash-attn {version('flash-attn')}" if packaged else f"inside torch {torch.__version__}"),
+        ("Triton", f"{triton}; its kernels are built and judged for {listed(CHIP_NAMES)}"),
+        ("flash", listed(libraries)),
     ]
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def title(device: torch.device) -> str:

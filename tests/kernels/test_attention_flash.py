@@ -1,7 +1,7 @@
 import importlib.metadata
 import sys
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -31,14 +31,13 @@ SHARED = {  # what the second call can look like
 }
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the libraries' kernels need a GPU")
 LIBRARIES = [
-    flash.TorchKernels,
     pytest.param(
-        flash.PackageKernels,
+        library.kernels,
         marks=pytest.mark.skipif(
-            not isinstance(flash.flash_kernels(), flash.PackageKernels),
-            reason="flash-attn 2.7 or newer is not installed",
+            library not in flash.installed(), reason=f"{library.package} is not installed, or too old"
         ),
-    ),
+    )
+    for library in flash.LIBRARIES
 ]
 
 
@@ -97,7 +96,7 @@ def wide(x):
 @pytest.fixture
 def plain(monkeypatch):
     kernels = PlainKernels()
-    monkeypatch.setattr(flash, "flash_kernels", lambda: kernels)
+    monkeypatch.setattr(flash, "_kernels", lambda q: kernels)
     monkeypatch.setattr(flash, "DTYPES", (torch.float16, torch.float32, torch.float64))
     return kernels
 
@@ -307,24 +306,59 @@ def test_too_many_segments_are_an_error():
         flash_attention(x, x, x, PackedLayout.from_lengths([0] * 65536), causal=True, scale=1.0)
 
 
+ALL = {"flash-attn-3": "3.0.0+cu130torch2.11", "flash-attn-4": "4.0.0b27", "flash-attn": "2.8.3.post1"}
+NAMES = {
+    "3": flash.Flash3Kernels,
+    "4": flash.Flash4Kernels,
+    "2": flash.Flash2Kernels,
+    "torch": flash.TorchKernels,
+}
+
+
 @pytest.mark.parametrize(
-    ("version", "library"),
-    [("2.8.3.post1", "Package"), ("2.10.0", "Package"), ("2.6.3", "Torch"), (None, "Torch")],
+    ("packages", "chip", "head_size", "deterministic", "expected"),
+    [
+        (ALL, 9, 128, False, "3"),
+        (ALL, 9, 256, False, "3"),
+        (ALL, 9, 256, True, "2"),
+        (ALL, 9, 128, True, "3"),
+        (ALL, 10, 128, False, "4"),
+        (ALL, 10, 128, True, "2"),
+        (ALL, 10, 192, False, "2"),
+        (ALL, 8, 128, False, "2"),
+        (ALL, 12, 128, False, "2"),
+        ({"flash-attn-4": "4.0.0"}, 9, 128, False, "4"),
+        ({"flash-attn-4": "4.0.0"}, 9, 128, True, "torch"),
+        ({"flash-attn-4": "0.0.0"}, 10, 128, False, "torch"),
+        ({"flash-attn": "2.10.0"}, 9, 64, False, "2"),
+        ({"flash-attn": "2.6.3"}, 9, 64, False, "torch"),
+        ({"flash-attn": "built here"}, 9, 64, False, "torch"),
+        ({}, 9, 64, False, "torch"),
+    ],
 )
-def test_the_package_is_used_from_2_7_on(monkeypatch, version, library):
-    def installed(name):
-        assert name == "flash-attn"
-        if version is None:
+def test_the_first_library_that_fits_is_used(monkeypatch, packages, chip, head_size, deterministic, expected):
+    def found(name):
+        if name == "torch":
+            return torch.__version__
+        if name not in packages:
             raise importlib.metadata.PackageNotFoundError(name)
-        return version
+        return packages[name]
 
-    monkeypatch.setattr(importlib.metadata, "version", installed)
-    assert type(flash.flash_kernels.__wrapped__()).__name__ == f"{library}Kernels"
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    monkeypatch.setattr(flash, "installed", flash.installed.__wrapped__)
+    assert flash.library_for(chip, head_size, deterministic).kernels is NAMES[expected]
 
 
-def test_the_package_is_called_by_its_signature(monkeypatch):
-    kernels = PlainKernels()
+class Stub(ModuleType):
+    """Stands for an installed module."""
 
+    def __init__(self, monkeypatch, name, **members):
+        super().__init__(name)
+        vars(self).update(members)
+        monkeypatch.setitem(sys.modules, name, self)
+
+
+def call_2(monkeypatch, kernels, switched):
     def forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
@@ -340,21 +374,120 @@ def test_the_package_is_called_by_its_signature(monkeypatch):
         deterministic, rng_state=None,
     ):  # fmt: skip
         sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        off = (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes, deterministic)
-        assert off == (0, -1, -1, 0, None, False)
+        off = (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+        assert off == (0, -1, -1, 0, None)
+        switched.append(deterministic)
         grads = kernels.backward(dout, q, k, v, out, softmax_lse, sequences, causal, softmax_scale)
         for given, grad in zip((dq, dk, dv), grads, strict=True):
             given.copy_(grad)
 
-    package = ModuleType("flash_attn.flash_attn_interface")
-    package._wrapped_flash_attn_varlen_forward = forward
-    package._wrapped_flash_attn_varlen_backward = backward
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, package.__name__, package)
-    monkeypatch.setattr(flash, "flash_kernels", flash.PackageKernels)
+    Stub(monkeypatch, "flash_attn")
+    Stub(
+        monkeypatch,
+        "flash_attn.flash_attn_interface",
+        _wrapped_flash_attn_varlen_forward=forward,
+        _wrapped_flash_attn_varlen_backward=backward,
+    )
+
+
+# As its source declares them.
+FLASH_3 = {
+    "fwd": "(Tensor q, Tensor k, Tensor v, Tensor(a!)? k_new=None, Tensor(b!)? v_new=None, Tensor? q_v=None, "
+    "Tensor(c!)? out=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "Tensor? cu_seqlens_k_new=None, Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, "
+    "int? max_seqlen_k=None, Tensor? page_table=None, Tensor? kv_batch_idx=None, Tensor? leftpad_k=None, "
+    "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? seqlens_rotary=None, Tensor? q_descale=None, "
+    "Tensor? k_descale=None, Tensor? v_descale=None, float? softmax_scale=None, bool is_causal=False, "
+    "int window_size_left=-1, int window_size_right=-1, int attention_chunk=0, float softcap=0.0, "
+    "bool is_rotary_interleaved=False, Tensor? scheduler_metadata=None, int num_splits=0, "
+    "bool? pack_gqa=None, int sm_margin=0) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!)? dq=None, "
+    "Tensor(b!)? dk=None, Tensor(c!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, "
+    "float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, int window_size_right=-1, "
+    "float softcap=0.0, bool deterministic=False, int sm_margin=0) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+def call_3(monkeypatch, kernels, switched):
+    schemas = {
+        name: torch._C.parse_schema(f"flash_attn_3::{name}{schema}") for name, schema in FLASH_3.items()
+    }
+
+    def bound(name, arguments, options):
+        """The given arguments by name."""
+        parameters = schemas[name].arguments
+        given = dict(zip((p.name for p in parameters), arguments, strict=False)) | options
+        assert given.keys() <= {p.name for p in parameters}
+        return given
+
+    def sequences(given):
+        return tuple(given[n] for n in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"))
+
+    def forward(*arguments, **options):
+        given = bound("fwd", arguments, options)
+        assert given["num_splits"] == 1
+        qkv = (given["q"], given["k"], given["v"])
+        results = kernels.forward(*qkv, sequences(given), given["is_causal"], given["softmax_scale"])
+        return *results, None, None
+
+    def backward(*arguments, **options):
+        given = bound("bwd", arguments, options)
+        switched.append(given["deterministic"])
+        tensors = (given[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse"))
+        grads = kernels.backward(*tensors, sequences(given), given["is_causal"], given["softmax_scale"])
+        for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
+            assert given[name].is_contiguous()
+            given[name].copy_(grad)
+        return [given["softmax_lse"]] * 5
+
+    Stub(monkeypatch, "flash_attn_interface")
+    ops = SimpleNamespace(fwd=forward, bwd=backward)
+    monkeypatch.setattr(torch.ops, "flash_attn_3", ops, raising=False)
+
+
+def call_4(monkeypatch, kernels, switched):
+    def forward(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None,
+        causal=False, softcap=None, window_size_left=None, window_size_right=None, learnable_sink=None,
+        return_lse=False,
+    ):  # fmt: skip
+        sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        out, lse = kernels.forward(q, k, v, sequences, causal, softmax_scale)
+        return out, lse if return_lse else None, None, None
+
+    def backward(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+        window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, deterministic=False,
+    ):  # fmt: skip
+        sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        switched.append(deterministic)
+        return kernels.backward(dout, q, k, v, out, lse, sequences, causal, softmax_scale)
+
+    Stub(monkeypatch, "flash_attn")
+    interface = Stub(
+        monkeypatch, "flash_attn.cute.interface", _flash_attn_fwd=forward, _flash_attn_bwd=backward
+    )
+    Stub(monkeypatch, "flash_attn.cute", interface=interface)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("library", "prepare"),
+    [(flash.Flash2Kernels, call_2), (flash.Flash3Kernels, call_3), (flash.Flash4Kernels, call_4)],
+)
+def test_packages_are_called_by_their_signatures(monkeypatch, library, prepare, deterministic):
+    switched = []
+    prepare(monkeypatch, PlainKernels(), switched)
+    monkeypatch.setattr(flash, "_kernels", lambda q: library())
     monkeypatch.setattr(flash, "DTYPES", (torch.float64,))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     for causal in (True, False):
         check_merge(CASES["ragged"], causal=causal)
+    assert set(switched) == {deterministic}
 
 
 def test_torch_has_the_kernels_as_we_call_them():
@@ -408,7 +541,7 @@ def test_the_merge_rounds_no_worse_than_plain_torch(plain, monkeypatch, dtype, s
 @pytest.mark.parametrize("sizes", [(4, 2, 128), (3, 3, 80), (4, 1, 64), (2, 1, 256)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_libraries_round_no_worse_than_plain_torch(monkeypatch, dtype, sizes, causal, library):
-    monkeypatch.setattr(flash, "flash_kernels", library)
+    monkeypatch.setattr(flash, "_kernels", lambda q: library())
     check_rounding(dtype, *sizes, causal, "cuda")
 
 

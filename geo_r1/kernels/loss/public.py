@@ -144,7 +144,7 @@ def linear_grpo_loss(
         lm_head_VC: [V, C] same dtype and device, or float32 with narrower states; may be the embedding.
         target_R, advantage_R, token_weight_R: see `grpo_loss`.
         old_logp_R, ref_logp_R, importance_weight_R, sequence_R, config: see `grpo_loss`.
-        impl, scratch_bytes: see `linear_grpo_loss`.
+        impl: implementation, see `available_impls()`.
         scratch_bytes: bound on the temporaries of a chunk of rows; None takes 1,088 MiB on a GPU, 64 MiB on a
             CPU. More rows a chunk make larger products.
 
