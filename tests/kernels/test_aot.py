@@ -152,10 +152,10 @@ def test_rows_may_depend_on_the_chip():
     table = {(kind, most): kind for kind, most in [("long", 64), ("long", 128), ("long sm_12x", 128)]}
     q_THD = torch.zeros(1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 80, dtype=torch.bfloat16)
     assert launch.chip_of(q_THD[0]) == 0
-    assert [choose_row(table, q, short=False) for q in q_THD] == ["long", "long"]
+    assert [choose_row(table, q, kind="long") for q in q_THD] == ["long", "long"]
     for arch, chosen in ((90, ["long", "long"]), (120, ["long", "long sm_12x"])):
         with aot.compile_only(arch):
-            assert [choose_row(table, q, short=False) for q in q_THD] == chosen
+            assert [choose_row(table, q, kind="long") for q in q_THD] == chosen
 
 
 SHARED_PTX = """

@@ -1,5 +1,7 @@
 """packed_attention's own kernels: on the GPU where there is one, else interpreted or emulated."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,46 @@ def test_segments_longer_than_a_narrow_tile(impl):
 @with_dtypes
 def test_windows(impl, dtype):
     check(impl, WINDOWS, dtype, (2, 2), 80 if dtype == torch.float16 else 16, causal=False)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "causal"),
+    [(16, (4, 1), False), (32, (1, 1), True), (80, (2, 1), True), (96, (1, 1), False), (128, (2, 2), True)],
+)
+def test_windows_of_other_shapes(head_dim, heads, causal, impl):
+    check(impl, WINDOWS, torch.float16, heads, head_dim, causal, scale=0.2)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "together"),
+    [
+        (WINDOWS, torch.float16, True),
+        (WINDOWS, torch.float32, False),  # it would not fit
+        (((4, 3), ((), (1,))), torch.float16, False),  # a completion sees its prompt
+        (((65,), None), torch.float16, False),
+    ],
+)
+@pytest.mark.parametrize("impl", ["triton"])
+def test_one_kernel_makes_all_gradients_of_a_window(case, dtype, together, impl, monkeypatch):
+    from geo_r1.kernels.attention import triton_backward
+
+    launched = []
+    for name in ("_d_window_kernel", "_d_query_kernel", "_d_key_kernel"):
+        kernel = getattr(triton_backward, name)
+        monkeypatch.setattr(triton_backward, name, Spy(kernel, partial(launched.append, name)))
+    check(impl, case, dtype)
+    assert launched == (["_d_window_kernel"] if together else ["_d_query_kernel", "_d_key_kernel"])
+
+
+class Spy:
+    """A kernel that reports its launches."""
+
+    def __init__(self, kernel, report):
+        self.kernel, self.report = kernel, report
+
+    def __getitem__(self, grid):
+        self.report()
+        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("scale", [0.03, 3.0])

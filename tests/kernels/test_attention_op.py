@@ -28,11 +28,11 @@ def test_opcheck(impl, heads, case):
     from geo_r1.kernels.attention import op as module
 
     layout, qkv, grad, *_ = inputs(case, *heads, dtype=WIDEST[impl])
-    tiles = module._kernels(impl).tiles(qkv[0], layout, True)
+    tiles = module._kernels(impl).tiles(qkv[0], layout, "short")
     leaves = [x.clone().requires_grad_() for x in qkv]
-    torch.library.opcheck(module._packed_attention, (*leaves, *tiles, True, True, 0.25, impl))
-    out, lse = module._packed_attention(*qkv, *tiles, True, True, 0.25, impl)
-    saved = (grad, *qkv, out, lse, *tiles[1:], True, True, 0.25, impl)
+    torch.library.opcheck(module._packed_attention, (*leaves, *tiles, "short", True, 0.25, impl))
+    out, lse = module._packed_attention(*qkv, *tiles, "short", True, 0.25, impl)
+    saved = (grad, *qkv, out, lse, *tiles[1:], "short", True, 0.25, impl)
     torch.library.opcheck(module._packed_attention_backward, saved)
 
 

@@ -15,13 +15,13 @@ from geo_r1.kernels.layout.tiles import SHORT
 TILE, SHORT_TILE = 128, SHORT  # tokens per tile of queries or keys: two warpgroups, or one
 
 
-def tiles(q_THD: Tensor, layout: PackedLayout, short: bool) -> tuple[Tensor, Tensor, Tensor]:
+def tiles(q_THD: Tensor, layout: PackedLayout, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """Tiles of queries for the forward pass, the same tiles for dq, and tiles of keys."""
-    query_tiles, key_tiles = layout.tiles(_tile_rows(short))
+    query_tiles, key_tiles = layout.tiles(_tile_rows(kind))
     return query_tiles, query_tiles, key_tiles
 
 
-def forward(q_THD, k_TKD, v_TKD, out_THD, lse_HT, query_tiles, short, causal, scale):
+def forward(q_THD, k_TKD, v_TKD, out_THD, lse_HT, query_tiles, kind, causal, scale):
     """Fill `out` and the base-2 log-sum-exp."""
     q, k, v = map(_readable, (q_THD, k_TKD, v_TKD))  # held until the launch: an address keeps nothing alive
     launch(
@@ -32,13 +32,13 @@ def forward(q_THD, k_TKD, v_TKD, out_THD, lse_HT, query_tiles, short, causal, sc
         lse=lse_HT,
         tiles=query_tiles,
         num_tiles=query_tiles.shape[0],
-        tile_rows=_tile_rows(short),
+        tile_rows=_tile_rows(kind),
     )
 
 
 def backward(
     d_out_THD, q_THD, k_TKD, v_TKD, out_THD, lse_HT, dq_THD, dk_THD, dv_THD,
-    d_query_tiles, key_tiles, short, causal, scale,
+    d_query_tiles, key_tiles, kind, causal, scale,
 ):  # fmt: skip
     """Fill dq, and dk and dv of every query head."""
     delta_HT = torch.empty_like(lse_HT)
@@ -59,12 +59,12 @@ def backward(
         query_tiles=d_query_tiles,
         key_tiles=key_tiles,
         num_tiles=d_query_tiles.shape[0],
-        tile_rows=_tile_rows(short),
+        tile_rows=_tile_rows(kind),
     )
 
 
-def _tile_rows(short: bool) -> int:
-    return SHORT_TILE if short else TILE
+def _tile_rows(kind: str) -> int:
+    return TILE if kind == "long" else SHORT_TILE
 
 
 def _readable(x: Tensor) -> Tensor:

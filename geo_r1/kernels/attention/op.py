@@ -14,16 +14,27 @@ from torch import Tensor
 from geo_r1.kernels.layout import PackedLayout
 from geo_r1.kernels.layout.tiles import SHORT
 
-_OPTIONS = "bool short, bool causal, float scale, str impl"
+_OPTIONS = "str kind, bool causal, float scale, str impl"
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, causal: bool, scale: float, impl: str
 ) -> Tensor:
     """`packed_attention` of checked inputs by the kernels of `impl`, "triton" or "cuda"."""
-    short = layout.max_segment_len <= SHORT
-    tiles = _kernels(impl).tiles(q, layout, short)
-    return _packed_attention(q, k, v, *tiles, short, causal, scale, impl)[0]
+    kind = kind_of(layout)
+    tiles = _kernels(impl).tiles(q, layout, kind)
+    return _packed_attention(q, k, v, *tiles, kind, causal, scale, impl)[0]
+
+
+def kind_of(layout: PackedLayout) -> str:
+    """Which launches a batch takes.
+
+    "long"; "short" if no segment has more than 64 tokens, so a tile is a whole segment; "windows" if besides
+    no segment sees another.
+    """
+    if layout.max_segment_len > SHORT:
+        return "long"
+    return "short" if layout.has_completions else "windows"
 
 
 def _kernels(impl: str) -> ModuleType:
@@ -43,12 +54,12 @@ def _kernels(impl: str) -> ModuleType:
     schema="(Tensor q, Tensor k, Tensor v, Tensor query_tiles, Tensor d_query_tiles, Tensor key_tiles, "
     f"{_OPTIONS}) -> (Tensor, Tensor)",
 )
-def _packed_attention(q, k, v, query_tiles, d_query_tiles, key_tiles, short, causal, scale, impl):
+def _packed_attention(q, k, v, query_tiles, d_query_tiles, key_tiles, kind, causal, scale, impl):
     """Output, and the base-2 log-sum-exp [H, T] that the backward pass reads."""
     out, lse = _packed_attention_fake(q)
     if len(q):
         with torch.cuda.device_of(q):  # Triton launches on the current device
-            _kernels(impl).forward(q, k, v, out, lse, query_tiles, short, causal, scale)
+            _kernels(impl).forward(q, k, v, out, lse, query_tiles, kind, causal, scale)
     return out, lse
 
 
@@ -63,15 +74,13 @@ def _packed_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor d_query_tiles, "
     f"Tensor key_tiles, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def _packed_attention_backward(
-    d_out, q, k, v, out, lse, d_query_tiles, key_tiles, short, causal, scale, impl
-):
+def _packed_attention_backward(d_out, q, k, v, out, lse, d_query_tiles, key_tiles, kind, causal, scale, impl):
     """Gradients of q, k and v. Kernels write dk and dv per query head; this sums heads that share keys."""
     grads = tuple(q.new_empty(q.shape) for _ in range(3))
     if len(q):
         tiles = (d_query_tiles, key_tiles)
         with torch.cuda.device_of(q):
-            _kernels(impl).backward(d_out, q, k, v, out, lse, *grads, *tiles, short, causal, scale)
+            _kernels(impl).backward(d_out, q, k, v, out, lse, *grads, *tiles, kind, causal, scale)
     dq, dk, dv = grads
     if (num_shared := q.shape[1] // k.shape[1]) > 1:
         dk, dv = (x.unflatten(1, (-1, num_shared)).sum(2) for x in (dk, dv))

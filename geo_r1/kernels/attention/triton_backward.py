@@ -1,4 +1,4 @@
-"""Packed attention backward in Triton: dq by tiles of queries, dk and dv by tiles of keys.
+"""Packed attention backward in Triton: dq by tiles of queries, dk and dv by tiles of keys; windows in one.
 
     p_ij = exp(s_ij - lse_i),   delta_i = dout_i . out_i,   ds_ij = p_ij (dout_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i p_ij dout_i
@@ -10,6 +10,9 @@ delta.
 Operations: 14 D per visible pair and head; scores and dout . v are computed twice. Bytes: q, k, v, out, dout
 and the gradients once, k and v once more per tile of queries, q and dout once more per tile of keys. If query
 heads share a key head, dk and dv of each query head are written and read again.
+
+A window, a segment of up to 64 tokens that no other sees, is one tile of queries and of keys: one program
+computes its three gradients. Operations: 10 D per pair. Bytes: eight tensors instead of twelve, which bind.
 
 Source: FlashAttention-2, arXiv:2307.08691.
 """
@@ -25,6 +28,7 @@ from geo_r1.kernels.attention.triton_forward import (
     add_dot,
     choose_row,
     dot_t,
+    find_row,
     key_blocks,
     load_rows,
     readable,
@@ -103,6 +107,14 @@ D_KEY = {
     ("long sm_8x", 96): Launch("241; 128 keys spill on sm_86", BM=32, BN=64, num_warps=8, num_stages=2),
     ("long sm_12x", 96): Launch("228; 128 keys spill", BM=32, BN=64, num_warps=8, num_stages=2),
     ("long sm_12x", 128): Launch("170; 128 keys spill", BM=32, BN=64, num_warps=8, num_stages=2),
+}
+# A window's queries and keys. In float32 windows take the two kernels above.
+D_WINDOW = {
+    ("short", 128): Launch(
+        "up to D = 96 90 to 155/83 to 255, three windows per SM on sm_90; then 198/198, two; of 8 warps one",
+        BM=64,
+        num_warps=4,
+    )
 }
 
 
@@ -247,23 +259,76 @@ def _d_key_kernel(
     store_rows(dv_ptr + i_h * stride_dv_h, first, end, stride_dv_t, b_dv0, b_dv1, BN, D0, D1)
 
 
+@triton.jit
+def _d_window_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, tile_ptr,
+    num_tokens, num_heads, num_shared, scale, scale_log2,
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_o_t, stride_o_h,
+    stride_do_t, stride_do_h, stride_dq_t, stride_dq_h, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
+    D0: tl.constexpr, D1: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    i_tile = tl.program_id(0) // num_heads
+    i_h = (tl.program_id(0) % num_heads).to(tl.int64)
+    i_k = i_h // num_shared
+    first = tl.load(tile_ptr + i_tile * 5)
+    end = tl.load(tile_ptr + i_tile * 5 + 2)
+    o_i = first + tl.arange(0, BM)
+    # [BM, D0], [BM, D1]; tokens past the end are zeros, so as queries they add nothing
+    b_q0, b_q1 = load_rows(q_ptr + i_h * stride_q_h, first, end, stride_q_t, BM, D0, D1, True)
+    b_k0, b_k1 = load_rows(k_ptr + i_k * stride_k_h, first, end, stride_k_t, BM, D0, D1, True)
+    b_do0, b_do1 = load_rows(do_ptr + i_h * stride_do_h, first, end, stride_do_t, BM, D0, D1, True)
+    b_o0, b_o1 = load_rows(out_ptr + i_h * stride_o_h, first, end, stride_o_t, BM, D0, D1, True)
+    b_v0, b_v1 = load_rows(v_ptr + i_k * stride_v_h, first, end, stride_v_t, BM, D0, D1, True)
+    b_lse = tl.load(lse_ptr + i_h * num_tokens + o_i, mask=o_i < end, other=0.0)
+    b_delta = tl.sum(b_do0.to(tl.float32) * b_o0.to(tl.float32), 1)  # [BM]
+    if D1:
+        b_delta += tl.sum(b_do1.to(tl.float32) * b_o1.to(tl.float32), 1)
+
+    b_s = scores(b_q0, b_q1, b_k0, b_k1, first, end, o_i, BM, D1, True, CAUSAL)  # [queries, keys]
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    b_ds = b_p * (dot_t(b_do0, b_do1, b_v0, b_v1, D1) - b_delta[:, None])
+    b_0 = tl.zeros([BM, D0], tl.float32)
+    b_1 = 0.0
+    if D1:
+        b_1 = tl.zeros([BM, D1], tl.float32)
+    b_dv0, b_dv1 = add_dot(b_0, b_1, tl.trans(b_p), b_do0, b_do1, D1)
+    store_rows(dv_ptr + i_h * stride_dv_h, first, end, stride_dv_t, b_dv0, b_dv1, BM, D0, D1)
+    b_dk0, b_dk1 = add_dot(b_0, b_1, tl.trans(b_ds), b_q0, b_q1, D1)
+    b_dk0 = b_dk0 * scale
+    if D1:
+        b_dk1 = b_dk1 * scale
+    store_rows(dk_ptr + i_h * stride_dk_h, first, end, stride_dk_t, b_dk0, b_dk1, BM, D0, D1)
+    b_dq0, b_dq1 = add_dot(b_0, b_1, b_ds, b_k0, b_k1, D1)
+    b_dq0 = b_dq0 * scale
+    if D1:
+        b_dq1 = b_dq1 * scale
+    store_rows(dq_ptr + i_h * stride_dq_h, first, end, stride_dq_t, b_dq0, b_dq1, BM, D0, D1)
+
+
 def backward(
     d_out_THD, q_THD, k_TKD, v_TKD, out_THD, lse_HT, dq_THD, dk_THD, dv_THD,
-    d_query_tiles, key_tiles, short, causal, scale,
+    d_query_tiles, key_tiles, kind, causal, scale,
 ):  # fmt: skip
     """Fill dq, and dk and dv of every query head."""
     (num_tokens, num_heads, head_size), num_shared = q_THD.shape, q_THD.shape[1] // k_TKD.shape[1]
-    delta_HT = torch.empty_like(lse_HT)
     q, k, v, do = map(readable, (q_THD, k_TKD, v_TKD, d_out_THD))
     sizes = (num_tokens, num_heads, num_shared, scale, scale * LOG2_E)
     constants = {**split_head(head_size), "CAUSAL": causal}
+    if kind == "windows" and (row := find_row(D_WINDOW, q, kind)):
+        _d_window_kernel[(d_query_tiles.shape[0] * num_heads,)](
+            q, k, v, out_THD, do, lse_HT, dq_THD, dk_THD, dv_THD, d_query_tiles, *sizes,
+            *strides(q, k, v, out_THD, do, dq_THD, dk_THD, dv_THD),
+            **constants, **row.options,
+        )  # fmt: skip
+        return
+    delta_HT = torch.empty_like(lse_HT)
     _d_query_kernel[(d_query_tiles.shape[0] * num_heads,)](
         q, k, v, out_THD, do, lse_HT, dq_THD, delta_HT, d_query_tiles, *sizes,
         *strides(q, k, v, out_THD, do, dq_THD),
-        **constants, **choose_row(D_QUERY, q, short).options,
+        **constants, **choose_row(D_QUERY, q, kind).options,
     )  # fmt: skip
     _d_key_kernel[(key_tiles.shape[0] * num_heads,)](
         q, k, v, do, lse_HT, delta_HT, dk_THD, dv_THD, key_tiles, *sizes,
         *strides(q, k, v, do, dk_THD, dv_THD),
-        **constants, **choose_row(D_KEY, q, short).options,
+        **constants, **choose_row(D_KEY, q, kind).options,
     )  # fmt: skip

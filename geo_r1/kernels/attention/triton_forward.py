@@ -240,13 +240,22 @@ def _forward_kernel(
     tl.store(lse_ptr + i_h * num_tokens + o_i, b_max + tl.log2(b_sum), mask=o_i < end)
 
 
-def choose_row(table: Mapping[tuple[str, int], Launch], q_THD: Tensor, short: bool) -> Launch:
+def find_row(table: Mapping[tuple[str, int], Launch], q_THD: Tensor, kind: str) -> Launch | None:
     """The row for the smallest head size that is at least q's; among equals, the one of q's chip."""
-    kind = "float32" if q_THD.dtype == torch.float32 else "short" if short else "long"
-    own = f"{kind} sm_{launch.chip_of(q_THD) // 10}x"
-    fitting = [(most, name) for name, most in table if name in (kind, own) and most >= q_THD.shape[2]]
-    most, name = min(fitting, key=lambda found: (found[0], found[1] == kind))
-    return table[name, most]
+    name = "float32" if q_THD.dtype == torch.float32 else "long" if kind == "long" else "short"
+    own = f"{name} sm_{launch.chip_of(q_THD) // 10}x"
+    fitting = [(most, kind) for kind, most in table if kind in (name, own) and most >= q_THD.shape[2]]
+    if not fitting:
+        return None
+    most, kind = min(fitting, key=lambda found: (found[0], found[1] == name))
+    return table[kind, most]
+
+
+def choose_row(table: Mapping[tuple[str, int], Launch], q_THD: Tensor, kind: str) -> Launch:
+    """The row of a table that has one for all inputs."""
+    row = find_row(table, q_THD, kind)
+    assert row is not None
+    return row
 
 
 def split_head(head_size: int) -> dict[str, int]:
@@ -265,11 +274,11 @@ def strides(*tensors: Tensor) -> list[int]:
     return [x.stride(i) for x in tensors for i in (0, 1)]
 
 
-def forward(q_THD, k_TKD, v_TKD, out_THD, lse_HT, query_tiles, short, causal, scale):
+def forward(q_THD, k_TKD, v_TKD, out_THD, lse_HT, query_tiles, kind, causal, scale):
     """Fill `out` and the base-2 log-sum-exp."""
     (num_tokens, num_heads, head_size), num_shared = q_THD.shape, q_THD.shape[1] // k_TKD.shape[1]
     q, k, v = map(readable, (q_THD, k_TKD, v_TKD))
-    row = choose_row(FORWARD, q, short)
+    row = choose_row(FORWARD, q, kind)
     _forward_kernel[(query_tiles.shape[0] * num_heads,)](
         q, k, v, out_THD, lse_HT, query_tiles,
         num_tokens, num_heads, num_shared, scale * LOG2_E,

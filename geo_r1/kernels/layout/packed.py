@@ -42,6 +42,7 @@ class PackedLayout:
         segment_parent: [S] the segment that holds the prompt of this completion; -1 for a prompt.
         num_tokens: T, tokens in the batch.
         max_segment_len: tokens of the longest prompt or completion.
+        has_completions: whether any group has one.
     """
 
     prompt_len: tuple[int, ...]
@@ -53,6 +54,7 @@ class PackedLayout:
     # Counted once, so that compiled code is guarded by these numbers, not by the length of every segment.
     num_tokens: int = field(init=False, repr=False)
     max_segment_len: int = field(init=False, repr=False)
+    has_completions: bool = field(init=False, repr=False)
     _num_tiles: dict[int, int] = field(init=False, repr=False)
     _kept: dict[Any, tuple[Any, Made | None]] = field(init=False, repr=False, default_factory=dict)
 
@@ -60,6 +62,7 @@ class PackedLayout:
         lengths = [*self.prompt_len, *itertools.chain.from_iterable(self.completion_len)]
         object.__setattr__(self, "num_tokens", sum(lengths))
         object.__setattr__(self, "max_segment_len", max(lengths, default=0))
+        object.__setattr__(self, "has_completions", any(self.completion_len))
         # Many segments often have the same length.
         counts = Counter(lengths)
         num_tiles = {rows: sum(n * -(-length // rows) for length, n in counts.items()) for rows in TILE_ROWS}
