@@ -126,7 +126,8 @@ def _inspect(kernel: CompiledKernel, row: Launch | None, family: str, case: str,
     arguments = dict(kernel.src.signature) | {names[i]: value for (i,), value in kernel.src.constants.items()}
     work = floor.triton_work(kernel.name, arguments)
     # Disassembling takes half a second, so it is done only for what nothing else tells.
-    code = _cuobjdump("-sass", cubin) if stack + local or (work and arch == H200) else ""
+    counted = work is not None and arch == H200 and row is not None and row.limit is not None
+    code = _cuobjdump("-sass", cubin) if stack + local or counted else ""
     return Built(
         family=family,
         kernel=kernel.name,
@@ -140,7 +141,7 @@ def _inspect(kernel: CompiledKernel, row: Launch | None, family: str, case: str,
         shared=kernel.metadata.shared,
         dots=find_dots(kernel.asm["ttir"]),
         matrix=tuple(sorted(set(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)\b", ptx)))),
-        pace=sass.pace(sass.read(code.splitlines()), work) if work and arch == H200 else None,
+        pace=sass.pace(sass.read(code.splitlines()), work) if counted and work else None,
         limit=row.limit if row else None,
         stack_limit=row.stack if row else 0,
     )

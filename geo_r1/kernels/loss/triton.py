@@ -392,7 +392,13 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"statistics, {label}", partial(row_statistics, logits, target, 1.0, row, row, lse)
             gradient = partial(logit_gradient, logits, target, 1.0, lse, row, row, row, row[0], logits)
             yield f"gradient, {label}", gradient
-            for name, config in options.items():
+            # The policies differ in a row's few numbers, beside which a block of logits is large.
+            chosen = (
+                options
+                if vocab == 152064
+                else {name: options[name] for name in ("clip", "clip, all options")}
+            )
+            for name, config in chosen.items():
                 extra = None if config is plain else row
                 rows = LossRows(row, row, extra, extra, extra, None)
                 loss = partial(grpo_row_loss, logits, target, rows, config, terms, row, row, lse, logits)
