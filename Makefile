@@ -7,7 +7,7 @@ NEWEST      ?= .venv-newest
 NEWEST_READY = $(NEWEST)/.ready
 # Where we meet transformers' layers, torch's compiler and checkpoints, Triton's interpreter, and a run as a whole.
 NEWEST_TESTS = tests/models tests/rollout/test_continuous.py tests/rollout/test_generate.py \
-	tests/kernels/test_attention_op.py tests/kernels/test_advantage_kernels.py \
+	tests/kernels/test_attention_op.py \
 	tests/train/test_lora_runs.py tests/train/test_trainer.py
 VLLM        ?= .venv-vllm
 VLLM_READY   = $(VLLM)/.ready
@@ -34,9 +34,10 @@ ablations: $(READY)  ## recipes that differ in one thing, on the same world; abo
 extension: $(READY)  ## geo_r1._C brought up to date with csrc/, where nvcc is; it knows better than dates what changed
 	@$(RUN)python -m csrc.nvcc
 
-# xdist would leave the files of few tests, some of which take minutes, for the end.
+# One process more than cores, since tests of several ranks wait a lot. xdist would leave the files of few tests,
+# some of which take minutes, for the end.
 test: extension  ## every test, warnings as errors; a thread each, for tests are many and small
-	OMP_NUM_THREADS=1 $(RUN)pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN)pytest --numprocesses $$(($$(nproc) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # uv unpacks torch and its CUDA libraries in half a minute, pip in six.
 $(NEWEST_READY): pyproject.toml constraints-newest.txt setup.py

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from emulator import build
+from quick import quicken
 
 GPU = torch.cuda.is_available()
 NO_CUDA = None  # why nothing here can stand in for a GPU
@@ -29,6 +30,11 @@ def impl(request):
     if request.param == "triton":
         pytest.importorskip("triton")
     return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    quicken()
 
 
 @pytest.fixture

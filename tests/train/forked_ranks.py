@@ -31,6 +31,7 @@ import killed_runs
 import pytest
 import small_runs as runs
 import torch.distributed as dist
+from quick import quicken
 
 PATIENCE = 240.0  # seconds until a job that has not ended hangs; DeepSpeed may compile something once
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL; torchrun's --shutdown-timeout
@@ -111,7 +112,9 @@ def train(run_dir: Path, *stages: str, strategy: str, stop: Signal | None = None
 
 @cache
 def _server() -> subprocess.Popen:
-    paths = os.pathsep.join(filter(None, [str(runs.HERE), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(
+        filter(None, [str(runs.HERE), str(runs.HERE.parent), os.environ.get("PYTHONPATH")])
+    )
     server = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
@@ -228,5 +231,6 @@ if __name__ == "__main__":
     if importlib.util.find_spec("deepspeed"):
         importlib.import_module("deepspeed")
     geo_r1.train.run.write_report = lambda run_dir: run_dir  # it has tests of its own
+    quicken()
     for line in sys.stdin:  # and nothing around it that a fork, as it ends, would undo
         os.write(answers, json.dumps(vars(carry_out(json.loads(line)))).encode() + b"\n")

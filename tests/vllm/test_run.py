@@ -16,7 +16,6 @@ sys.path.append(str(HERE.parent / "train"))  # its rewards serve here too
 # The probability that a briefly fine-tuned model leaves to vision tokens, which are never sampled.
 VISION = 6e-3
 OPTIONS = {
-    "run.stages": ["sft", "grpo"],
     "run.threads": 1,
     "data.max_prompt_tokens": 256,
     "sft.steps": 40,
@@ -34,8 +33,10 @@ OPTIONS = {
 }
 
 
-def arguments(folder: Path, **changes) -> list[str]:
-    options = OPTIONS | {"run.dir": folder / "run"} | {k.replace("__", "."): v for k, v in changes.items()}
+def arguments(folder: Path, model: Path, **changes) -> list[str]:
+    """Of GRPO, from a model that has been fine-tuned."""
+    options = OPTIONS | {"run.dir": folder / "run", "run.stages": ["grpo"], "model.path": model}
+    options |= {k.replace("__", "."): v for k, v in changes.items()}
     texts = {k: json.dumps(v) if isinstance(v, list | dict | bool) else str(v) for k, v in options.items()}
     recipe = folder / "recipe.toml"
     recipe.write_text("")
@@ -66,9 +67,8 @@ def kill(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def train(folder: Path, **changes) -> list[dict]:
-    folder.mkdir()
-    finish(start(arguments(folder, **changes), folder / "log"), folder / "log")
+def train(folder: Path, model: Path, **changes) -> list[dict]:
+    finish(start(arguments(folder, model, **changes), folder / "log"), folder / "log")
     return metrics(folder)
 
 
@@ -83,13 +83,20 @@ def mean_reward(rows: list[dict]) -> float:
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("native") / "here")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    train(folder, Path("tiny"), run__stages=["sft"])
+    return folder / "run" / "models" / "sft"
 
 
 @pytest.fixture(scope="module")
-def vllm(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("vllm") / "here", rollout__engine="vllm")
+def native(tmp_path_factory, tuned):
+    return train(tmp_path_factory.mktemp("native"), tuned)
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory, tuned):
+    return train(tmp_path_factory.mktemp("vllm"), tuned, rollout__engine="vllm")
 
 
 def assert_learns_as(rows: list[dict], native: list[dict]) -> None:
@@ -108,10 +115,8 @@ def test_after_every_sync_its_log_probabilities_are_nearly_the_trainers(vllm):
 
 
 @pytest.mark.parametrize("correction", ["none", "truncate"])
-def test_a_server_that_is_killed_and_comes_back_loses_nothing(correction, tmp_path, native):
+def test_a_server_that_is_killed_and_comes_back_loses_nothing(correction, tmp_path, native, tuned):
     """One update behind, the sampler's mismatch is seen; corrected or not, so small a lag does no harm."""
-    folder = tmp_path / "here"
-    folder.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     changes = {
@@ -120,20 +125,20 @@ def test_a_server_that_is_killed_and_comes_back_loses_nothing(correction, tmp_pa
         "rollout__max_staleness": int(correction != "none"),
         "rollout__importance_sampling": correction,
     }
-    argv = arguments(folder, **changes)
-    server = start([*argv, f"--serve={port}"], folder / "server.log")
-    run = start(argv, folder / "log")
+    argv = arguments(tmp_path, tuned, **changes)
+    server = start([*argv, f"--serve={port}"], tmp_path / "server.log")
+    run = start(argv, tmp_path / "log")
     try:
-        while len(metrics(folder)) < 8 and run.poll() is None:
+        while len(metrics(tmp_path)) < 8 and run.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 run.wait(0.05)
         kill(server)
-        server = start([*argv, f"--serve={port}"], folder / "server.log")
-        finish(run, folder / "log")
+        server = start([*argv, f"--serve={port}"], tmp_path / "server.log")
+        finish(run, tmp_path / "log")
     finally:
         kill(run)
         kill(server)
-    rows = metrics(folder)
+    rows = metrics(tmp_path)
     assert_learns_as(rows, native)
     apart = [row["sampling/logp_difference/mean"] for row in rows]
     print(apart)
