@@ -10,6 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
 import geo_r1
 from geo_r1 import kernels
@@ -23,6 +24,7 @@ _LOSS_OPTIONS = {
     "ref_logp_R": None,
     "importance_weight_R": None,
     "sequence_R": None,
+    "entropy_weight_R": None,
     "config": GRPOLossConfig(),
     "impl": None,
 }
@@ -54,7 +56,10 @@ OPS = {
         {"impl": None, "scratch_bytes": None},
     ),
     "packed_attention": ("q_THD k_TKD v_TKD layout", {"causal": True, "scale": None, "impl": None}),
-    "token_weights": ("completion_len_N loss_type", {"num_items": None, "max_completion_length": None}),
+    "token_weights": (
+        "completion_len_N loss_type",
+        {"num_items": None, "max_completion_length": None, "mask_R": None, "dtype": torch.float32},
+    ),
     "available_impls": ("", {}),
 }
 CLASSES = {"PackedLayout", "GRPOLossConfig", "GRPOLossOutput"}
@@ -66,14 +71,26 @@ MAY_IMPORT = {
     "models": {"errors", "kernels"},
     "errors": set(),
     "answers": set(),
+    "cores": set(),
     "files": set(),
     "place_names": set(),
     "places": {"errors", "place_names"},
-    "data": {"errors", "kernels", "models", "answers", "files", "places"},
+    "data": {"errors", "kernels", "models", "answers", "files", "places", "cores"},
     "rewards": {"errors", "answers"},
     "rollout": {"errors", "files", "kernels", "models", "data", "rewards"},
     "eval": {"errors", "kernels", "models", "answers", "files", "places", "data", "rewards", "rollout"},
-    "train": {"errors", "kernels", "models", "answers", "files", "data", "rewards", "rollout", "eval"},
+    "train": {
+        "errors",
+        "kernels",
+        "models",
+        "answers",
+        "files",
+        "data",
+        "rewards",
+        "rollout",
+        "eval",
+        "cores",
+    },
 }
 
 
@@ -232,10 +249,9 @@ def test_arguments_are_those_of_the_design(name):
     [
         (kernels.group_advantage, "baseline", {"mean", "leave_one_out"}),
         (kernels.group_advantage, "scale", {"group", "batch", "none"}),
-        (kernels.token_weights, "loss_type", {"grpo", "bnpo", "dapo", "dr_grpo"}),
-        (GRPOLossConfig, "policy", {"clip", "cispo", "sapo"}),
-        (GRPOLossConfig, "importance_sampling_level", {"token", "sequence"}),
-        (GRPOLossConfig, "kl_estimator", {"k1", "k2", "k3"}),
+        (GRPOLossConfig, "policy", {"clip", "cispo", "sapo", "vespo", "geo_mean"}),
+        (GRPOLossConfig, "importance_sampling_level", {"token", "sequence", "sequence_token"}),
+        (GRPOLossConfig, "kl_estimator", {"k1", "k2", "k3", "abs", "k1+", "k3+", "low_var_kl"}),
     ],
 )
 def test_choices_are_those_of_the_design(owner, field, choices):

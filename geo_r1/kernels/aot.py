@@ -17,6 +17,7 @@ import argparse
 import importlib
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -37,7 +38,6 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from geo_r1.cores import usable_cores
 from geo_r1.kernels import floor, launch, sass
 from geo_r1.kernels.built import CHIPS, H200, Built, align_columns, chip_table, judge, table
 from geo_r1.kernels.launch import Launch
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("python -m geo_r1.kernels.aot", __doc__)
     parser.add_argument("families", nargs="*", metavar="family", help="for example advantage; default: all")
     parser.add_argument("--arch", type=int, action="append", choices=CHIPS, help="default: all")
-    parser.add_argument("--jobs", type=int, default=usable_cores(), help="processes; default: one per core")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument("--kernels", action="store_true", help="also print a line for each kernel")
     options = parse(parser, arguments)
     if triton.knobs.runtime.interpret:

@@ -1,5 +1,6 @@
 """Inputs for the loss tests, and the loss written again, with loops, straight from the papers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -21,6 +22,7 @@ class LossCase:
     ref_logp_R: Tensor | None
     importance_weight_R: Tensor | None
     sequence_R: Tensor
+    entropy_weight_R: Tensor | None = None
 
     def leaves(self) -> "LossCase":
         """The same values, hidden states and head as fresh leaves that want gradients."""
@@ -77,10 +79,36 @@ def written_out(
     log_ratio = {
         r: logp[r] - (logp[r].detach() if case.old_logp_R is None else case.old_logp_R[r]) for r in kept
     }
-    if config.importance_sampling_level == "sequence":
-        members = {r: [s for s in kept if case.sequence_R[s] == case.sequence_R[r]] for r in kept}
-        log_ratio = {r: torch.stack([log_ratio[s] for s in members[r]]).mean() for r in kept}
+    entropy = {r: -(logp_RV[r].exp() * logp_RV[r]).sum() for r in kept}
+    members = {r: [s for s in kept if case.sequence_R[s] == case.sequence_R[r]] for r in kept}
+    A_of = case.advantage_R
+
+    def sequence_mean(values):
+        return {r: torch.stack([values[s] for s in members[r]]).mean() for r in kept}
+
+    in_policy = {r: True for r in kept}
+    entropies = torch.tensor([entropy[r].item() for r in kept], dtype=logits_RV.dtype)
+    high = {r: True for r in kept}
+    if config.top_entropy_quantile < 1 and kept:
+        threshold = torch.quantile(entropies, 1 - config.top_entropy_quantile)
+        high = in_policy = {r: bool(entropy[r] >= threshold) for r in kept}
+    if config.off_policy_mask_threshold is not None:
+        drift = sequence_mean({r: -log_ratio[r].detach() for r in kept})
+        near = {r: A_of[r] >= 0 or drift[r] <= config.off_policy_mask_threshold for r in kept}
+        in_policy = {r: in_policy[r] and bool(near[r]) for r in kept}
+    token_log_ratio = log_ratio
     epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    moved = {}
+    if config.policy == "geo_mean":
+        sign = {r: A_of[r].sign() for r in kept}
+        clamped = {r: log_ratio[r].clamp(-config.epsilon, epsilon_high) for r in kept}
+        log_ratio = {r: sign[r] * torch.min(sign[r] * log_ratio[r], sign[r] * clamped[r]) for r in kept}
+        moved = {r: bool(log_ratio[r] != token_log_ratio[r] and A_of[r] != 0) for r in kept}
+    if config.importance_sampling_level == "sequence":
+        log_ratio = sequence_mean(log_ratio)
+    if config.importance_sampling_level == "sequence_token":
+        held = sequence_mean({r: log_ratio[r].detach() for r in kept})
+        log_ratio = {r: held[r] + logp[r] - logp[r].detach() for r in kept}
     one = torch.ones((), dtype=logits_RV.dtype)
     loss = logits_RV.sum() * 0
     report = {name: torch.zeros(len(logits_RV), dtype=logits_RV.dtype) for name in ("logp", "entropy", "kl")}
@@ -95,20 +123,50 @@ def written_out(
             term = -torch.min(bounded * A, clamped * A)
             clipped = (ratio < 1 - config.epsilon and A < 0) or (ratio > 1 + epsilon_high and A > 0)
         elif config.policy == "cispo":
-            term = -torch.clamp(ratio, max=epsilon_high).detach() * A * logp[r]
-            clipped = ratio > epsilon_high and A > 0
+            low = 0.0 if config.cispo_low is None else config.cispo_low
+            term = -torch.clamp(ratio, low, epsilon_high).detach() * A * logp[r]
+            clipped = (ratio > epsilon_high and A > 0) or (ratio < low and A < 0)
+        elif config.policy == "geo_mean":
+            term, clipped = -ratio * A, moved[r]
+        elif config.policy == "vespo":
+            log_w = sum(token_log_ratio[s].detach().clamp(-20, 20) for s in members[r])
+            if case.importance_weight_R is not None:
+                log_w = log_w + sum(case.importance_weight_R[s].log() for s in members[r])
+            log_w = torch.as_tensor(log_w).clamp(math.log(1e-8), 20)
+            k, rate = (
+                (config.vespo_k_pos, config.vespo_lambda_pos)
+                if A >= 0
+                else (config.vespo_k_neg, config.vespo_lambda_neg)
+            )
+            phi = math.exp(rate) * log_w.exp() ** k * torch.exp(-rate * log_w.exp())
+            term = -phi * A * logp[r]
         else:
             tau = config.sapo_temperature_pos if A > 0 else config.sapo_temperature_neg
             term = -4 / tau * A / (1 + torch.exp(-tau * (ratio - 1)))
-        if case.importance_weight_R is not None:
+        if case.importance_weight_R is not None and config.policy != "vespo":
             term = term * case.importance_weight_R[r]
-        entropy = -(logp_RV[r].exp() * logp_RV[r]).sum()
+        if not in_policy[r]:
+            term = 0 * one
         kl = 0 * one
         if case.ref_logp_R is not None:
             d = case.ref_logp_R[r] - logp[r]
-            kl = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[config.kl_estimator]
-        loss = loss + case.token_weight_R[r] * (term + config.beta * kl - config.entropy_coef * entropy)
-        values = {"logp": logp[r], "entropy": entropy, "kl": kl, "ratio": ratio, "clipped": clipped}
+            k2, k3 = d**2 / 2, d.exp() - d - 1
+            through = k2 - k2.detach()
+            kl = {
+                "k1": -d,
+                "k2": k2,
+                "k3": k3,
+                "abs": d.abs(),
+                "k1+": -d.detach() + through,
+                "k3+": k3.detach() + through,
+                "low_var_kl": k3.clamp(max=10),
+            }[config.kl_estimator]
+            if config.use_bias_correction_kl:
+                kl = kl * ratio
+        loss = loss + case.token_weight_R[r] * (term + config.beta * kl)
+        share = (case.token_weight_R if case.entropy_weight_R is None else case.entropy_weight_R)[r]
+        loss = loss - config.entropy_coef * share * high[r] * entropy[r]
+        values = {"logp": logp[r], "entropy": entropy[r], "kl": kl, "ratio": ratio, "clipped": clipped}
         for name, value in values.items():
             report[name][r] = value.detach() if isinstance(value, Tensor) else value
     return loss, report

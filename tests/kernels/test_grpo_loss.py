@@ -25,6 +25,35 @@ OPTIONS = [
 ]
 
 
+# What `in_kernels` leaves to plain torch: each with the levels that it goes with.
+OTHERS = [
+    {"beta": 0.1, "use_bias_correction_kl": True},
+    {"beta": 0.1, "use_bias_correction_kl": True, "kl_estimator": "k3+", "policy": "sapo"},
+    {
+        "beta": 0.1,
+        "use_bias_correction_kl": True,
+        "kl_estimator": "k1",
+        "policy": "cispo",
+        "epsilon_high": 1.1,
+    },
+    {"beta": 0.1, "kl_estimator": "abs"},
+    {"beta": 0.1, "kl_estimator": "k1+"},
+    {"beta": 0.1, "kl_estimator": "k3+", "entropy_coef": 0.1},
+    {"beta": 0.1, "kl_estimator": "low_var_kl"},
+    {"policy": "cispo", "epsilon_high": 1.1, "cispo_low": 0.9},
+    {"top_entropy_quantile": 0.4, "entropy_coef": 0.2, "beta": 0.1},
+    {"off_policy_mask_threshold": 0.05, "entropy_coef": 0.2},
+    {"off_policy_mask_threshold": 0.01, "top_entropy_quantile": 0.7, "policy": "sapo"},
+]
+OF_ONE_LEVEL = [
+    {"policy": "vespo"},
+    {"policy": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_neg": 0.5, "beta": 0.1, "entropy_coef": 0.1},
+    {"policy": "vespo", "beta": 0.1, "use_bias_correction_kl": True, "off_policy_mask_threshold": 0.05},
+    {"policy": "geo_mean", "epsilon": 0.1, "epsilon_high": 0.3},
+    {"policy": "geo_mean", "beta": 0.1, "use_bias_correction_kl": True, "top_entropy_quantile": 0.6},
+]
+
+
 def configs():
     for policy, level, options in itertools.product(
         ("clip", "cispo", "sapo"), ("token", "sequence"), OPTIONS
@@ -37,7 +66,19 @@ def configs():
         yield GRPOLossConfig(policy=policy, importance_sampling_level=level, **options)
 
 
-@pytest.mark.parametrize("config", list(configs()), ids=lambda c: f"{c.policy}-{c.importance_sampling_level}")
+def other_configs():
+    for level, options in itertools.product(("token", "sequence", "sequence_token"), OTHERS):
+        yield GRPOLossConfig(importance_sampling_level=level, **options)
+    for options in ({"delta": 1.5}, {"policy": "sapo"}, {"policy": "cispo", "epsilon_high": 1.1}):
+        yield GRPOLossConfig(importance_sampling_level="sequence_token", **options)
+    for options in OF_ONE_LEVEL:
+        level = "token" if options["policy"] == "vespo" else "sequence"
+        yield GRPOLossConfig(importance_sampling_level=level, **options)
+
+
+@pytest.mark.parametrize(
+    "config", [*configs(), *other_configs()], ids=lambda c: f"{c.policy}-{c.importance_sampling_level}"
+)
 def test_three_ways_agree(config, monkeypatch):
     """Fused in chunks == full logits == the formula written out: loss, gradients and reports, in float64."""
     monkeypatch.setattr(chunks, "SCRATCH_BYTES_CPU", 4 * 37 * 16)  # chunks of four rows
@@ -50,6 +91,7 @@ def test_three_ways_agree(config, monkeypatch):
             old_logp_R=whole.old_logp_R if with_old else None,
             ref_logp_R=whole.ref_logp_R if with_ref else None,
             importance_weight_R=whole.importance_weight_R if with_importance else None,
+            entropy_weight_R=whole.advantage_R.abs() if with_old and config.entropy_coef else None,
         )
         truth_case = case.leaves()
         loss, report = written_out(full_logits(truth_case), truth_case, config)
@@ -127,7 +169,7 @@ def test_tokens_that_cannot_be_drawn():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "ppo"}, "policy: expected one of clip, cispo, sapo, got 'ppo'"),
+        ({"policy": "ppo"}, "policy: expected one of clip, cispo, sapo, vespo, geo_mean, got 'ppo'"),
         ({"importance_sampling_level": "word"}, "got 'word'"),
         ({"kl_estimator": "k4"}, "got 'k4'"),
         ({"epsilon": -0.1}, "epsilon: .* got -0.1"),
@@ -174,25 +216,40 @@ def test_mistakes_are_named(fused, change, message):
         (linear_grpo_loss if fused else grpo_loss)(*inputs, **case.rows() | change)
 
 
-@pytest.mark.parametrize("num_items", [None, 7])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
-def test_token_weights_equal_a_loop(loss_type, num_items):
-    lengths = [3, 0, 1, 4]
-    expected = []
-    for length in lengths:
-        for _ in range(length):
-            expected.append(
-                {
-                    "grpo": 1 / (length or 1) / (num_items or 4),
-                    "bnpo": 1 / (num_items or 8),
-                    "dapo": 1 / (num_items or 8),
-                    "dr_grpo": 1 / ((num_items or 4) * 16),
-                }[loss_type]
-            )
+WEIGHTS = {  # of a token, from its completion's length, sequences, sequences with tokens, and tokens
+    "grpo": lambda length, n, full, tokens: 1 / length / n,
+    "sapo": lambda length, n, full, tokens: 1 / length / n,
+    "bnpo": lambda length, n, full, tokens: 1 / tokens,
+    "dapo": lambda length, n, full, tokens: 1 / tokens,
+    "cispo": lambda length, n, full, tokens: 1 / tokens,
+    "vespo": lambda length, n, full, tokens: 1 / tokens,
+    "luspo": lambda length, n, full, tokens: 1 / n,
+    "dr_grpo": lambda length, n, full, tokens: 1 / (n * 16),
+    "token-mean": lambda length, n, full, tokens: 1 / tokens,
+    "seq-mean-token-sum": lambda length, n, full, tokens: 1 / full,
+    "seq-mean-token-mean": lambda length, n, full, tokens: 1 / length / full,
+    "seq-mean-token-sum-norm": lambda length, n, full, tokens: 1 / 16,
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_items", [None, 21])
+@pytest.mark.parametrize("loss_type", WEIGHTS)
+def test_token_weights_equal_a_loop(loss_type, num_items, masked):
+    mask = [[1, 0, 1], [], [0], [1, 1, 0, 1]] if masked else [[1] * 3, [], [1], [1] * 4]
+    n, full = (num_items or count for count in (4, sum(map(any, mask))))
+    tokens = num_items or sum(map(sum, mask))
+    expected = [
+        WEIGHTS[loss_type](sum(some), n, full, tokens) if counts else 0.0 for some in mask for counts in some
+    ]
+    mask_R = torch.tensor([counts for some in mask for counts in some]) if masked else None
+    lengths = [len(some) for some in mask]
     for given in (lengths, torch.tensor(lengths), torch.tensor(lengths, dtype=torch.int32)):
-        got = token_weights(given, loss_type, num_items=num_items, max_completion_length=16)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, torch.tensor(expected))
+        for dtype in (torch.float32, torch.float64):
+            got = token_weights(
+                given, loss_type, num_items=num_items, max_completion_length=16, mask_R=mask_R, dtype=dtype
+            )
+            torch.testing.assert_close(got, torch.tensor(expected, dtype=dtype))
 
 
 def test_token_weights_without_rows_and_mistakes():
@@ -204,6 +261,8 @@ def test_token_weights_without_rows_and_mistakes():
         (([1, -2], "grpo"), {}, "got -2"),
         (([1], "dr_grpo"), {}, "needs max_completion_length"),
         (([1], "grpo"), {"num_items": 0}, "num_items: expected a number above 0, got 0"),
+        (([1], "seq-mean-token-sum-norm"), {}, "needs max_completion_length"),
+        (([1], "grpo"), {"mask_R": torch.ones(2)}, r"mask_R: expected \[1\], got \[2\]"),
         (([1.5], "grpo"), {}, "integers"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -31,7 +31,6 @@ import killed_runs
 import pytest
 import small_runs as runs
 import torch.distributed as dist
-from quick import quicken
 
 PATIENCE = 240.0  # seconds until a job that has not ended hangs; DeepSpeed may compile something once
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL; torchrun's --shutdown-timeout
@@ -226,6 +225,8 @@ def carry_out(job: dict) -> Ended:
 if __name__ == "__main__":
     answers = os.dup(1)
     os.dup2(2, 1)  # what imports print is no answer
+    from quick import quicken
+
     import geo_r1.train.run
 
     if importlib.util.find_spec("deepspeed"):

@@ -114,7 +114,7 @@ def test_grpo_keeps_its_small_rate_when_another_setting_changes(load):
         ("[sft]\nsteps = 'three'", "sft.steps: Input should be a valid integer, unable to parse string"),
         (
             "[grpo]\nsteps = 1\nloss = { type = 'ppo' }",
-            "grpo.loss.type: Input should be 'grpo', 'bnpo', 'dapo' or",
+            "grpo.loss.type: Input should be 'grpo', 'bnpo', 'dapo', 'dr_grpo' or",
         ),
         ("sft = 3", "sft: Input should be a valid dictionary"),
         ("[sft]\nbatch_size = 3", "sft: set exactly one of steps and epochs"),
@@ -191,7 +191,7 @@ def test_help_of_a_section_has_its_keys_their_defaults_and_meanings(arguments, c
     lines = helped(capsys, *arguments)
     assert lines[0] == "[grpo] Group relative policy optimisation."
     assert "  --grpo.num_completions  integer >= 2, default 8" in lines
-    assert '  --grpo.loss.type  grpo | bnpo | dapo | dr_grpo, default "dapo"' in lines
+    assert '  --grpo.loss.type  grpo | bnpo | dapo | dr_grpo | luspo, default "dapo"' in lines
     assert {line.split(".")[0] for line in lines if line.startswith("  --")} == {"  --grpo"}
 
 

@@ -1,5 +1,6 @@
 """Which of a step's completions are packed, and how they weigh: only those that were scored count."""
 
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -99,8 +100,15 @@ def test_equal_rewards_are_packed_only_where_another_term_needs_them(options, la
 
 
 @pytest.mark.parametrize("images_matter", [True, False])
-@pytest.mark.parametrize("policy", ["clip", "cispo", "sapo"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("policy", "level"),
+    [
+        *itertools.product(["clip", "cispo", "sapo"], ["token", "sequence"]),
+        ("clip", "sequence_token"),
+        ("vespo", "token"),
+        ("geo_mean", "sequence"),
+    ],
+)
 def test_leaving_out_equal_rewards_changes_no_gradient(lab, images_matter, policy, level):
     """Images of a group that is left out: the tower's gradient is zero, as it would have been, not none."""
     model, encoder = lab

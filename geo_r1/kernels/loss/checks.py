@@ -52,8 +52,12 @@ def check_rows(
     for name, row_R in zip(LossRows._fields, rows, strict=True):
         if row_R is not None:
             check_row(name, row_R, like, integer=name == "sequence_R")
-    if config.importance_sampling_level == "sequence" and rows.sequence_R is None:
-        raise ValueError("importance_sampling_level='sequence' needs sequence_R, got None")
+    if config.needs_sequences and rows.sequence_R is None:
+        option = config.importance_sampling_level
+        reason = f"importance_sampling_level={option!r}" if option != "token" else f"policy={config.policy!r}"
+        if option == "token" and config.policy != "vespo":
+            reason = f"off_policy_mask_threshold={config.off_policy_mask_threshold}"
+        raise ValueError(f"{reason} needs sequence_R, got None")
     if config.beta != 0 and rows.ref_logp_R is None:
         raise ValueError(f"beta={config.beta} needs ref_logp_R, got None")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from geo_r1.kernels.loss import reference
 from geo_r1.kernels.loss.config import GRPOLossConfig
 from geo_r1.kernels.loss.reference import LossRows, RowLoss
-from geo_r1.kernels.loss.rows import row_kernels
+from geo_r1.kernels.loss.rows import in_kernels, row_kernels
 
 # Bytes of all live temporaries of a chunk, except for a float32 head's copy in a narrower dtype.
 # Accelerators: at V = 152064 in bfloat16 this is 3,751 rows, so arithmetic bounds the products and most
@@ -201,13 +201,25 @@ class TorchRows:
     def loss(
         self, logits_rV: Tensor, target_r: Tensor, rows_r: LossRows, config: GRPOLossConfig, gradient: bool
     ) -> tuple[RowLoss, Tensor, Tensor, Tensor | None]:
-        """A chunk's loss with ratios per token: terms, logp, entropy, and dlogits if `gradient`."""
-        logp_r, entropy_r = self.statistics(logits_rV, target_r, config.temperature)
-        terms = reference.grpo_row_loss(logp_r, entropy_r, rows_r, config)
-        if not gradient:
-            return terms, logp_r, entropy_r, None
-        d_entropy_r = terms.d_entropy_R if config.entropy_coef != 0 else None
-        return terms, logp_r, entropy_r, self.gradient(terms.d_logp_R, d_entropy_r)
+        """A chunk's loss that depends on each row alone: terms, logp, entropy, and dlogits if `gradient`."""
+        return _loss_between(self, logits_rV, target_r, rows_r, config, gradient)
+
+
+def _loss_between(
+    rows: TorchRows | KernelRows,
+    logits_rV: Tensor,
+    target_r: Tensor,
+    rows_r: LossRows,
+    config: GRPOLossConfig,
+    gradient: bool,
+) -> tuple[RowLoss, Tensor, Tensor, Tensor | None]:
+    """The loss in plain torch, between statistics and gradient."""
+    logp_r, entropy_r = rows.statistics(logits_rV, target_r, config.temperature)
+    terms = reference.grpo_row_loss(logp_r, entropy_r, rows_r, config)
+    if not gradient:
+        return terms, logp_r, entropy_r, None
+    d_entropy_r = terms.d_entropy_R if config.entropy_coef != 0 else None
+    return terms, logp_r, entropy_r, rows.gradient(terms.d_logp_R, d_entropy_r)
 
 
 class KernelRows:
@@ -248,6 +260,8 @@ class KernelRows:
         self, logits_rV: Tensor, target_r: Tensor, rows_r: LossRows, config: GRPOLossConfig, gradient: bool
     ) -> tuple[RowLoss, Tensor, Tensor, Tensor | None]:
         """Like `TorchRows.loss`, with dlogits in place."""
+        if not in_kernels(config, rows_r):
+            return _loss_between(self, logits_rV, target_r, rows_r, config, gradient)
         d_logits_rV = logits_rV if gradient else None
         terms, logp_r, entropy_r, _ = self.kernels.grpo_row_loss(
             logits_rV, target_r, rows_r, config, d_logits_rV

@@ -16,25 +16,21 @@ from geo_r1.kernels.loss import reference
 from geo_r1.kernels.loss.chunks import ChunkWalk
 from geo_r1.kernels.loss.config import GRPOLossConfig
 from geo_r1.kernels.loss.reference import LossRows, RowLoss, grpo_row_loss
-from geo_r1.kernels.loss.rows import row_kernels
+from geo_r1.kernels.loss.rows import in_kernels, row_kernels
 
-CONFIG_SCHEMA = (
-    "float epsilon, float? epsilon_high, float? delta, str policy, float sapo_temperature_pos, "
-    "float sapo_temperature_neg, str importance_sampling_level, float beta, str kl_estimator, "
-    "float entropy_coef, float temperature"
-)
+NUM_ROWS = len(LossRows._fields)
 ROWS_SCHEMA = (
     "Tensor target_R, Tensor advantage_R, Tensor token_weight_R, Tensor? old_logp_R, Tensor? ref_logp_R, "
-    "Tensor? importance_weight_R, Tensor? sequence_R"
+    "Tensor? importance_weight_R, Tensor? sequence_R, Tensor? entropy_weight_R"
 )
 
 
 def _grpo_loss(logits_RV: Tensor, target_R: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The loss and five reports; for backward, lse and the loss's derivatives in logp and entropy."""
-    rows_R = LossRows(*arguments[:6])
-    *fields, impl = arguments[6:]
+    rows_R = LossRows(*arguments[:NUM_ROWS])
+    *fields, impl = arguments[NUM_ROWS:]
     config = GRPOLossConfig(*fields)
-    if impl != "reference" and config.importance_sampling_level == "token":
+    if impl != "reference" and in_kernels(config, rows_R):
         terms, logp_R, entropy_R, lse_R2 = row_kernels(impl).grpo_row_loss(
             logits_RV, target_R, rows_R, config
         )
@@ -99,7 +95,8 @@ _grpo_loss_op = torch.library.custom_op(
     "geo_r1::grpo_loss",
     _grpo_loss,
     mutates_args=(),
-    schema=f"(Tensor logits_RV, {ROWS_SCHEMA}, {CONFIG_SCHEMA}, str impl) -> ({', '.join(['Tensor'] * 9)})",
+    schema=f"(Tensor logits_RV, {ROWS_SCHEMA}, {GRPOLossConfig.schema()}, str impl) -> "
+    f"({', '.join(['Tensor'] * 9)})",
 )
 _grpo_loss_op.register_fake(_grpo_loss_fake)
 _grpo_loss_op.register_autograd(_grpo_loss_backward, setup_context=_setup_grpo_loss)
@@ -129,8 +126,8 @@ def _linear_grpo_loss(
     hidden_RC: Tensor, lm_head_VC: Tensor, target_R: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """The fields of GRPOLossOutput, and the gradients of hidden states and head, empty if not needed."""
-    rows_R = LossRows(*arguments[:6])
-    *fields, needs_hidden, needs_head, impl, scratch_bytes = arguments[6:]
+    rows_R = LossRows(*arguments[:NUM_ROWS])
+    *fields, needs_hidden, needs_head, impl, scratch_bytes = arguments[NUM_ROWS:]
     config = GRPOLossConfig(*fields)
     # On a GPU, counting rows of weight zero would wait for the device. So they stay in the products, where
     # they must be finite, since zero times NaN is NaN. On a CPU they are left out.
@@ -142,7 +139,7 @@ def _linear_grpo_loss(
     needs = {"needs_hidden": needs_hidden, "needs_head": needs_head}
     walk = ChunkWalk(hidden_RC, lm_head_VC, impl, scratch_bytes, **needs)
 
-    if config.importance_sampling_level == "token":
+    if config.by_row:
         chunks = []
         for rows in walk.chunks():
             part_terms, logp_r, entropy_r, d_logits_rV = walk.rows.loss(
@@ -170,9 +167,9 @@ def _without_dropped_rows(
 ) -> tuple[Tensor, ...]:
     """Run the op on the rows with a weight, and put the results back in place."""
     index_r = kept_R.nonzero().squeeze(1)
-    rows_r = LossRows(*arguments[:6]).part(index_r)
+    rows_r = LossRows(*arguments[:NUM_ROWS]).part(index_r)
     loss, *reports_r, d_hidden_rC, d_head_VC = _linear_grpo_loss(
-        hidden_RC[index_r], lm_head_VC, target_R[index_r], *rows_r, *arguments[6:]
+        hidden_RC[index_r], lm_head_VC, target_R[index_r], *rows_r, *arguments[NUM_ROWS:]
     )
     reports_R = [
         torch.full(kept_R.shape, idle, dtype=row_r.dtype).index_copy_(0, index_r, row_r)
@@ -242,7 +239,7 @@ linear_grpo_loss_op = torch.library.custom_op(
     "geo_r1::linear_grpo_loss",
     _linear_grpo_loss,
     mutates_args=(),
-    schema=f"(Tensor hidden_RC, Tensor lm_head_VC, {ROWS_SCHEMA}, {CONFIG_SCHEMA}, "
+    schema=f"(Tensor hidden_RC, Tensor lm_head_VC, {ROWS_SCHEMA}, {GRPOLossConfig.schema()}, "
     f"bool needs_hidden, bool needs_head, str impl, int scratch_bytes) -> ({', '.join(['Tensor'] * 8)})",
 )
 linear_grpo_loss_op.register_fake(_linear_grpo_loss_fake)

@@ -68,6 +68,7 @@ def grpo_loss(
     ref_logp_R: Tensor | None = None,
     importance_weight_R: Tensor | None = None,
     sequence_R: Tensor | None = None,
+    entropy_weight_R: Tensor | None = None,
     config: GRPOLossConfig = DEFAULT_CONFIG,
     impl: str | None = None,
 ) -> GRPOLossOutput:
@@ -77,6 +78,8 @@ def grpo_loss(
         clip:  policy = -min(min(ratio, delta) A, clamp(ratio, 1 - epsilon, 1 + epsilon_high) A)
         cispo: policy = -stop_gradient(min(ratio, epsilon_high)) A logp
         sapo:  policy = -4 / tau sigmoid(tau (ratio - 1)) A
+        vespo: policy = -stop_gradient(phi(prod of the sequence's ratios)) A logp
+        geo_mean: policy = -exp(mean over the sequence of clamped log-ratios) A
 
     Differentiable in `logits_RV` only. A row of weight zero contributes exactly zero, whatever it holds. With
     old_logp_R=None the ratio is 1, so NaN logits show in logp_R and the gradient, but the loss may be finite.
@@ -91,8 +94,9 @@ def grpo_loss(
         ref_logp_R: [R] floating, nats, under the reference model. Needed if beta is not 0.
         importance_weight_R: [R] floating, multiplies the policy term (correction for a sampler that differs
             from the old policy). None: 1.
-        sequence_R: [R] int64, the completion of each row; any ids, rows in any order. Needed with level
-            "sequence".
+        sequence_R: [R] int64, the completion of each row; any ids, rows in any order. Needed where a row's
+            loss depends on its sequence: levels other than "token", "vespo", off_policy_mask_threshold.
+        entropy_weight_R: [R] floating, the weights by which entropies are averaged. None: token_weight_R.
         config: options.
         impl: implementation, see `available_impls()`.
 
@@ -108,7 +112,9 @@ def grpo_loss(
     """
     check_matrix("logits_RV", logits_RV)
     impl = resolve_impl("grpo_loss", impl, logits_RV.device, refused_dtype(logits_RV))
-    rows = LossRows(advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R)
+    rows = LossRows(
+        advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R, entropy_weight_R
+    )
     check_rows(logits_RV, target_R, logits_RV.shape[1], config, rows)
     outputs = torch.ops.geo_r1.grpo_loss(logits_RV, target_R, *rows.detached(), *config.values, impl)
     return GRPOLossOutput(*outputs[:6])
@@ -129,6 +135,7 @@ def linear_grpo_loss(
     ref_logp_R: Tensor | None = None,
     importance_weight_R: Tensor | None = None,
     sequence_R: Tensor | None = None,
+    entropy_weight_R: Tensor | None = None,
     config: GRPOLossConfig = DEFAULT_CONFIG,
     impl: str | None = None,
     scratch_bytes: int | None = None,
@@ -143,7 +150,7 @@ def linear_grpo_loss(
         hidden_RC: [R, C] float16, bfloat16, float32 or float64, the states that predict the targets.
         lm_head_VC: [V, C] same dtype and device, or float32 with narrower states; may be the embedding.
         target_R, advantage_R, token_weight_R: see `grpo_loss`.
-        old_logp_R, ref_logp_R, importance_weight_R, sequence_R, config: see `grpo_loss`.
+        old_logp_R, ref_logp_R, importance_weight_R, sequence_R, entropy_weight_R, config: see `grpo_loss`.
         impl: implementation, see `available_impls()`.
         scratch_bytes: bound on the temporaries of a chunk of rows; None takes 1,088 MiB on a GPU, 64 MiB on a
             CPU. More rows a chunk make larger products.
@@ -159,7 +166,9 @@ def linear_grpo_loss(
     hidden_RC = _autocast(hidden_RC)
     check_linear(hidden_RC, lm_head_VC)
     impl = resolve_impl("linear_grpo_loss", impl, hidden_RC.device, refused_dtype(hidden_RC))
-    rows = LossRows(advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R)
+    rows = LossRows(
+        advantage_R, token_weight_R, old_logp_R, ref_logp_R, importance_weight_R, sequence_R, entropy_weight_R
+    )
     check_rows(hidden_RC, target_R, lm_head_VC.shape[0], config, rows)
     return _loss(hidden_RC, lm_head_VC, target_R, rows, config, impl, scratch_bytes)
 
@@ -254,12 +263,15 @@ def _loss(
 ) -> GRPOLossOutput:
     rows_R = rows.detached()
     unit = _weight_unit(rows_R.token_weight_R)
+    rows_R = rows_R._replace(token_weight_R=_wide(rows_R.token_weight_R) / unit)
+    if rows_R.entropy_weight_R is not None:
+        rows_R = rows_R._replace(entropy_weight_R=_wide(rows_R.entropy_weight_R) / unit)
     grad = torch.is_grad_enabled()
     loss, *reports_R, _, _ = linear_grpo_loss_op(
         hidden_RC,
         lm_head_VC,
         target_R,
-        *rows_R._replace(token_weight_R=_wide(rows_R.token_weight_R) / unit),
+        *rows_R,
         *config.values,
         grad and hidden_RC.requires_grad,
         grad and lm_head_VC.requires_grad,

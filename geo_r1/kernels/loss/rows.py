@@ -23,6 +23,11 @@ def row_kernels(impl: str) -> RowKernels:
     return RowKernels(impl)
 
 
+def in_kernels(config: GRPOLossConfig, rows: LossRows) -> bool:
+    """Whether our kernels compute a row's loss while they read its logits."""
+    return config.in_kernels and rows.entropy_weight_R is None
+
+
 class RowKernels:
     """Launches kernels on logits [R, V] of float16, bfloat16 or float32; rows are float32, targets int64."""
 
@@ -62,7 +67,7 @@ class RowKernels:
         floats = (_new_row(logits_RV) for _ in range(5))
         terms = RowLoss._make((*floats, _new_row(logits_RV, dtype=torch.bool)))
         statistics = _new_row(logits_RV), _new_row(logits_RV), _new_row(logits_RV, 2)
-        rows = LossRows._make(map(_readable, rows._replace(sequence_R=None)))
+        rows = LossRows._make(map(_readable, rows._replace(sequence_R=None, entropy_weight_R=None)))
         with torch.cuda.device_of(logits_RV):
             target_R = target_R.contiguous()
             self._module.grpo_row_loss(logits_RV, target_R, rows, config, terms, *statistics, d_logits_RV)

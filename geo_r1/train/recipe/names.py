@@ -89,10 +89,9 @@ _NEEDLESS = """
 _LACKING = """
     cast_lm_head_to_fp32 chat_template_kwargs entropy_coef_delta entropy_coef_max entropy_coef_min
     entropy_target generation_kwargs log_completions_hub_repo max_tool_calling_iterations min_p
-    multi_objective_aggregation off_policy_mask_threshold push_to_hub repetition_penalty
-    router_aux_loss_coef top_entropy_quantile trust_remote_code use_adaptive_entropy use_bias_correction_kl
-    vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_importance_sampling_clip_min
-    vllm_model_impl vllm_structured_outputs_regex
+    multi_objective_aggregation push_to_hub repetition_penalty router_aux_loss_coef top_entropy_quantile
+    trust_remote_code use_adaptive_entropy vllm_importance_sampling_clip_min vllm_model_impl
+    vllm_structured_outputs_regex
 """
 NEEDLESS, LACKING = frozenset(_NEEDLESS.split()), frozenset(_LACKING.split())
 

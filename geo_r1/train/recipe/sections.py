@@ -92,26 +92,45 @@ class SFTConfig(Duration):
 class LossConfig(Section):
     """GRPO's token loss; the names are TRL's."""
 
-    type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = "dapo"
+    type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "luspo"] = "dapo"
     """How tokens are averaged."""
-    policy: Literal["clip", "cispo", "sapo"] = "clip"
-    """The policy term: clipped PPO, CISPO (arXiv:2506.13585) or SAPO (arXiv:2511.20347)."""
+    policy: Literal["clip", "cispo", "sapo", "vespo", "geo_mean"] = "clip"
+    """The policy term: clipped PPO, CISPO (arXiv:2506.13585), SAPO (arXiv:2511.20347), VESPO
+    (arXiv:2602.10693) or the geometric mean of clipped ratios, GMPO (arXiv:2507.20673)."""
     epsilon: NotNegative = 0.2
     """The ratio is clipped below 1 - epsilon."""
     epsilon_high: NotNegative | None = None
     """The ratio is clipped above 1 + epsilon_high; by default, above 1 + epsilon."""
     delta: Positive | None = None
     """Upper bound on the ratio that also holds for negative advantages."""
+    cispo_low: NotNegative | None = None
+    """CISPO's lower bound of the ratio, as verl has it; TRL has none."""
     sapo_temperature_pos: Positive = 1.0
     """SAPO's temperature for positive advantages."""
     sapo_temperature_neg: Positive = 1.05
     """SAPO's temperature for negative advantages."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Use the ratio of each token, or of the whole completion (GSPO)."""
+    vespo_k_pos: NotNegative = 2.0
+    """VESPO's power of the completion's ratio, for advantages of at least 0."""
+    vespo_lambda_pos: Positive = 3.0
+    """VESPO's decay with the completion's ratio, for advantages of at least 0."""
+    vespo_k_neg: NotNegative = 3.0
+    """VESPO's power for negative advantages."""
+    vespo_lambda_neg: Positive = 2.0
+    """VESPO's decay for negative advantages."""
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = "token"
+    """Use the ratio of each token, or of the whole completion (GSPO); with sequence_token a token's gradient
+    is still its own."""
+    off_policy_mask_threshold: Positive | None = None
+    """Leave out completions with a negative advantage that have become less likely by more than this many
+    nats a token. Source: DeepSeek-V3.2, arXiv:2512.02556."""
     beta: NotNegative = 0.0
     """Weight of the KL to the reference model."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How the KL is estimated from the sampled tokens."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "low_var_kl"] = "k3"
+    """How the KL is estimated from the sampled tokens. k1+ and k3+ have the gradient of k2; low_var_kl is k3,
+    at most 10."""
+    use_bias_correction_kl: bool = False
+    """Multiply the KL by the ratio, so that its gradient is unbiased. Source: DeepSeek-V3.2,
+    arXiv:2512.02556."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
