@@ -342,6 +342,15 @@ def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
     assert plot_names(tmp_path) == {"reward"}
 
 
+def test_no_power_of_ten_stands_above_an_axis(tmp_path):
+    row = {"stage": "grpo", "reward": 1.0}
+    rows = [row | {"step": i, "sampling/logp_difference/mean": (8 + i) * 1e-6} for i in range(1, 5)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    for figure in draw_plots(read_metrics(tmp_path / "metrics.jsonl")[0]).values():
+        figure.draw_without_rendering()
+        assert figure.axes[0].yaxis.get_offset_text().get_text() == ""
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(1000, "1,000"), (1650.4, "1,650"), (1e-6, "1e-6"), (0.25, "0.25"), (0, "0")]
 )

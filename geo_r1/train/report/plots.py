@@ -152,7 +152,7 @@ def _dress(figure: Figure, title: str, unit: str, small: bool = False, log: bool
         plain = ScalarFormatter(useOffset=False)
         plain.set_powerlimits((-5, 12))
         axis.set_major_formatter(plain)
-    if small:
+    if small or max(map(abs, axes.get_ylim())) < 1e-3:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.tick_params(labelsize=8.5, labelcolor=INK, color=FRAME, length=3)
     axes.tick_params(which="minor", length=0)
