@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from geo_r1.kernels import available_impls, extension, impls
-from geo_r1.kernels.attention import flash
+from geo_r1.kernels.attention import libraries
 from geo_r1.kernels.launch import CHIPS
 
 CHIP_NAMES = tuple(f"sm_{chip}" for chip in CHIPS)
@@ -27,14 +27,15 @@ def main() -> None:
 def built() -> list[tuple[str, str]]:
     """Each thing that the implementations need, and whether it is installed."""
     archs, place = extension.built()
-    libraries = (
-        f"{library.package or 'torch'} {flash.version(library.package)}" for library in flash.installed()
+    found = (
+        f"{library.package or 'torch'} {libraries.version(library.package)}"
+        for library in libraries.installed()
     )
-    triton = flash.version("triton") or "not installed"
+    triton = libraries.version("triton") or "not installed"
     return [
         ("CUDA kernels", f"built for {archs}: {place}" if archs else f"none: {place}"),
         ("Triton", f"{triton}; its kernels are built and judged for {listed(CHIP_NAMES)}"),
-        ("flash", listed(libraries)),
+        ("flash", listed(found)),
     ]
 
 

@@ -20,7 +20,7 @@ from test_attention import (
 )
 
 from geo_r1.kernels import PackedLayout
-from geo_r1.kernels.attention import flash
+from geo_r1.kernels.attention import flash, libraries
 from geo_r1.kernels.attention.flash import FlashPlan, flash_attention
 
 SHARED = {  # what the second call can look like
@@ -34,10 +34,10 @@ LIBRARIES = [
     pytest.param(
         library.kernels,
         marks=pytest.mark.skipif(
-            library not in flash.installed(), reason=f"{library.package} is not installed, or too old"
+            library not in libraries.installed(), reason=f"{library.package} is not installed, or too old"
         ),
     )
-    for library in flash.LIBRARIES
+    for library in libraries.LIBRARIES
 ]
 
 
@@ -308,10 +308,10 @@ def test_too_many_segments_are_an_error():
 
 ALL = {"flash-attn-3": "3.0.0+cu130torch2.11", "flash-attn-4": "4.0.0b27", "flash-attn": "2.8.3.post1"}
 NAMES = {
-    "3": flash.Flash3Kernels,
-    "4": flash.Flash4Kernels,
-    "2": flash.Flash2Kernels,
-    "torch": flash.TorchKernels,
+    "3": libraries.Flash3Kernels,
+    "4": libraries.Flash4Kernels,
+    "2": libraries.Flash2Kernels,
+    "torch": libraries.TorchKernels,
 }
 
 
@@ -345,8 +345,8 @@ def test_the_first_library_that_fits_is_used(monkeypatch, packages, chip, head_s
         return packages[name]
 
     monkeypatch.setattr(importlib.metadata, "version", found)
-    monkeypatch.setattr(flash, "installed", flash.installed.__wrapped__)
-    assert flash.library_for(chip, head_size, deterministic).kernels is NAMES[expected]
+    monkeypatch.setattr(libraries, "installed", libraries.installed.__wrapped__)
+    assert libraries.library_for(chip, head_size, deterministic).kernels is NAMES[expected]
 
 
 class Stub(ModuleType):
@@ -477,7 +477,7 @@ def call_4(monkeypatch, kernels, switched):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     ("library", "prepare"),
-    [(flash.Flash2Kernels, call_2), (flash.Flash3Kernels, call_3), (flash.Flash4Kernels, call_4)],
+    [(libraries.Flash2Kernels, call_2), (libraries.Flash3Kernels, call_3), (libraries.Flash4Kernels, call_4)],
 )
 def test_packages_are_called_by_their_signatures(monkeypatch, library, prepare, deterministic):
     switched = []
@@ -494,7 +494,7 @@ def test_torch_has_the_kernels_as_we_call_them():
     # Shapes only: on a meta device torch runs no kernel, but checks the call and lays out the log-sum-exp.
     q, k = torch.empty(7, 4, 80, device="meta", dtype=torch.float16), torch.empty(7, 2, 80, device="meta")
     k, cu = k.half(), torch.empty(3, device="meta", dtype=torch.int32)
-    kernels = flash.TorchKernels()
+    kernels = libraries.TorchKernels()
     out, lse = kernels.forward(q, k, k, (cu, cu, 4, 4), True, 0.5)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (4, 7), torch.float32)
     grads = kernels.backward(q, q, k, k, out, lse, (cu, cu, 4, 4), True, 0.5)
